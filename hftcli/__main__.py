@@ -1,0 +1,3 @@
+from hftcli.cli import main
+
+main()
