@@ -1,0 +1,135 @@
+"""The commands: parse, call one runner, print. Results go to stdout; logs and progress to stderr.
+
+Nothing heavy is imported before the command that needs it runs: `hft --help` stays instant, and torch is loaded only where a
+command opens a model or its data in this process.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hftcli import __version__
+from hftcli.errors import HftError
+
+if TYPE_CHECKING:
+    from hftcli.recipe import Recipe
+
+app = typer.Typer(
+    help="Fine-tune language models without making them forget, and see what they forgot.",
+    epilog="Any command takes --traceback: show where in the code an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file, or the name of a shipped recipe.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder of the run.")]
+ProcessesOption = Annotated[int | None, typer.Option("--num-processes", help="Processes on this machine.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Prepare and check, print the launch command, stop.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """The `hft` command; an HftError becomes its message, its fix and its exit code."""
+    show_traceback = "--traceback" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
+    try:
+        app()
+    except HftError as error:
+        if show_traceback:
+            raise
+        print(f"hft: {error.message}", file=sys.stderr)
+        if error.fix:
+            print(f"     fix: {error.fix}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def sft(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Supervised fine-tuning; with no recipe, the built-in quick start."""
+    from hftcli import report, runners
+
+    resolved = _load_recipe(recipe, overrides, output, num_processes)
+    if dry_run:
+        print(runners.describe_launch(runners.prepare_sft(resolved)[1]))
+        return
+    with report.show_progress() as on_progress:
+        run = runners.run_sft(resolved, on_progress)
+    report.print_run(run)
+
+
+@app.command()
+def plan(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="A folder, a config.json or a hub id.")] = None,
+    num_processes: ProcessesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What trains, what is frozen, and the memory per device, beside full fine-tuning."""
+    from hftcli import report, runners
+    from hftcli.models import describe_model
+
+    if model is not None:
+        overrides = [f"model.path={json.dumps(model)}", *(overrides or ())]
+    resolved = _load_recipe(recipe, overrides, None, num_processes)
+    start = runners.resolve_start(resolved.model.path)
+    described = describe_model(start.path)
+    report.print_plan(runners.make_budget(resolved, start, described.model_type, described.parameters), as_json)
+
+
+@app.command()
+def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """What the data are: format, counts, lengths, and a sample with its trained tokens in colour."""
+    from hftcli import report, runners
+    from hftcli.data import decode_sample, default_cache, prepare_dataset, set_chat_template
+    from hftcli.models import fetch_checkpoint, load_tokenizer
+
+    resolved = _load_recipe(recipe, overrides, None, None)
+    tokenizer = load_tokenizer(fetch_checkpoint(runners.resolve_start(resolved.model.path).path))
+    set_chat_template(tokenizer, resolved.model.chat_template)
+    dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
+    report.print_data(summary, decode_sample(dataset, tokenizer, 0), as_json)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a round's.")], as_json: JsonOption = False
+) -> None:
+    """Check that frozen parameters are bit-identical to the start and trained ones moved; exit 3 if not."""
+    from hftcli import report
+    from hftcli.models import verify_round
+    from hftcli.run import find_rounds
+
+    found = {round_.name: verify_round(round_) for round_ in find_rounds(path)}
+    report.print_verification(found, as_json)
+    if not all(verification.passed for verification in found.values()):
+        raise typer.Exit(3)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _load_recipe(
+    recipe: str | None, overrides: list[str] | None, output: Path | None, num_processes: int | None
+) -> "Recipe":
+    from hftcli.recipe import load_recipe
+
+    extra = [f"output={json.dumps(str(output))}"] if output else []
+    extra += [f"launch.num_processes={num_processes}"] if num_processes else []
+    return load_recipe(recipe, [*(overrides or ()), *extra])

@@ -1,0 +1,84 @@
+"""What a freeze plan costs: the bytes that each device holds for weights, gradients and AdamW's state.
+
+The count is that of the ZeRO paper (arXiv 1910.02054, sections 3.1 and 5): with mixed precision, a weight that trains
+costs 16 bytes, and each stage of ZeRO spreads one more part of them over the devices. A frozen weight costs only
+itself: no gradient, no moments and no float32 master. Activations, buffers and the allocator's slack come on top.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from hftcli.freezing.selection import FreezePlan
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    def describe(self) -> dict[str, int]:
+        """The parts and their total, by name."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A freeze plan's memory on each device, beside that of full fine-tuning.
+
+    Attributes:
+        title: what the estimate is for, in words: devices, precision, sharding.
+    """
+
+    plan: FreezePlan
+    half: Memory
+    full: Memory
+    title: str
+
+    def describe(self) -> dict[str, dict[str, int]]:
+        return {"half": self.half.describe(), "full": self.full.describe()}
+
+
+def estimate_memory(
+    num_parameters: int,
+    num_trainable: int,
+    *,
+    precision: Literal["float32", "mixed"],
+    num_processes: int,
+    zero_stage: int,
+) -> Memory:
+    """Bytes on each device for training with AdamW.
+
+    Full fine-tuning is the same question with `num_trainable` equal to `num_parameters`.
+
+    Args:
+        num_parameters: weights of the model.
+        num_trainable: weights that train.
+        precision: `mixed` computes in bfloat16, with float32 masters for what trains.
+        num_processes: devices that share the work. More than one means DeepSpeed, which keeps masters apart from the
+            weights; on one device a weight that trains is its own master.
+        zero_stage: what DeepSpeed spreads over the devices: 1 the optimizer's state, 2 also gradients, 3 also weights.
+    """
+    num_frozen = num_parameters - num_trainable
+    if precision == "float32":
+        weights, gradients, optimizer = 4 * num_parameters, 4 * num_trainable, 8 * num_trainable
+    elif num_processes == 1:
+        weights, gradients, optimizer = 2 * num_frozen + 4 * num_trainable, 4 * num_trainable, 8 * num_trainable
+    else:
+        weights, gradients, optimizer = 2 * num_parameters, 2 * num_trainable, 12 * num_trainable
+
+    def share(num_bytes: int, first_stage: int) -> int:
+        """One device's part, rounded up, where the stage spreads it."""
+        return -(-num_bytes // num_processes) if zero_stage >= first_stage else num_bytes
+
+    return Memory(
+        weights_bytes=share(weights, first_stage=3),
+        gradients_bytes=share(gradients, first_stage=2),
+        optimizer_bytes=share(optimizer, first_stage=1),
+    )

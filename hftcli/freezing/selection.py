@@ -1,0 +1,262 @@
+"""Which half trains: from a model's units, a rule and the index of the round to a freeze plan.
+
+The method is Half Fine-Tuning (arXiv 2404.18466). Three facts describe a draw and are kept apart: which units form a
+group, how the units of a group are ranked, and what share of them trains. The draw depends on the seed, the round and
+the names alone, so that it is the same on every rank, machine and Python. Full fine-tuning is the share 1.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import to_jsonable_python
+
+from hftcli.errors import ModelError
+from hftcli.freezing.roles import Unit
+
+
+class FreezeRule(BaseModel):
+    """How a round chooses what trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    group: Literal["category", "layer", "model"] = "category"
+    """What is halved: `category`, the units of one role in one layer; `layer`, the model's layers, each of which
+    trains or is frozen as a whole; `model`, all units in the layers at once."""
+
+    rank: Literal["random"] = "random"
+    """Who comes first in a group: `random` draws anew in every round."""
+
+    trainable_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share that trains in the layers; 1.0 is full fine-tuning."""
+
+    seed: int = 42
+    """Another seed draws other halves. `train.seed` is another matter: the order of the data."""
+
+    embeddings: Literal["train", "freeze"] = "train"
+    """The token embeddings, and position embeddings where they are learned. Where the head is tied to the embeddings,
+    both keys must be set alike."""
+
+    head: Literal["train", "freeze"] = "train"
+    """The output layer, from hidden states to logits."""
+
+    balance: Literal["units", "weights"] = "units"
+    """What the share is a share of: `units` counts matrices, as the paper does; `weights` counts their weights, which
+    differs where the units of a group differ in size, as in grouped-query attention."""
+
+
+class RoleCount(BaseModel):
+    """What one role has in a model, and what of it trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    num_units: int
+    """Units of the role."""
+
+    num_trainable_units: int
+    """Those of them that train."""
+
+    num_parameters: int
+    """Weights of the role."""
+
+    num_trainable: int
+    """Those of them that train."""
+
+
+class FreezePlan(BaseModel):
+    """Which parameters train in a round and which are frozen: names, never tensors.
+
+    Raises:
+        ModelError: the fingerprint is of another content, as after an edit of the file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    rule: FreezeRule
+    """The rule that was followed."""
+
+    round_index: int
+    """The round it was drawn for, from 0."""
+
+    trained: tuple[str, ...]
+    """Names of the parameters that train, in the model's order."""
+
+    frozen: tuple[str, ...]
+    """Names of the parameters that stay as they are, in the model's order."""
+
+    num_parameters: int
+    """Weights of the model; tied ones count once."""
+
+    num_trainable: int
+    """Weights that train, embeddings and head included."""
+
+    num_units: int
+    """Units in the layers."""
+
+    num_trainable_units: int
+    """Units in the layers that train."""
+
+    roles: dict[str, RoleCount]
+    """The same by role, inside the layers and outside."""
+
+    fingerprint: str
+    """SHA-256 of all of the above. An optimizer restores its state by position, so a resume under another plan would
+    corrupt weights without a word; equal fingerprints rule that out."""
+
+    @property
+    def short_fingerprint(self) -> str:
+        """Enough of the fingerprint to tell plans apart by eye."""
+        return self.fingerprint[:12]
+
+    @property
+    def trainable_fraction(self) -> float:
+        """The share of all weights that trains, as achieved; the rule's own share is for the layers only."""
+        return self.num_trainable / self.num_parameters
+
+    @model_validator(mode="after")
+    def _check_fingerprint(self) -> "FreezePlan":
+        expected = _hash_content({name: value for name, value in self if name != "fingerprint"})
+        if self.fingerprint != expected:
+            raise ModelError(
+                f"the freeze plan of round {self.round_index} is not as it was written: "
+                f"its fingerprint is {self.short_fingerprint}, its content has {expected[:12]}",
+                "restore freeze_plan.json; to train another half, change the recipe",
+            )
+        return self
+
+
+def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> FreezePlan:
+    """Decide what trains in a round.
+
+    Args:
+        units: all units of the model, as `assign_roles` gives them.
+        round_index: place of the round in the history of the model, from 0; every round draws another half.
+
+    Raises:
+        ModelError: nothing would train, or tied embeddings are to be frozen and trained at once.
+    """
+    inside = [unit for unit in units if unit.layer is not None]
+    outside = [unit for unit in units if unit.layer is None]
+    chosen = choose_in_layers(inside, rule, round_index) | choose_outside_layers(outside, rule)
+    if not chosen:
+        raise ModelError(
+            f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share"
+        )
+
+    trained_units = [unit for unit in units if unit in chosen]
+    content = {
+        "rule": rule,
+        "round_index": round_index,
+        "trained": _list_parameters(trained_units),
+        "frozen": _list_parameters(unit for unit in units if unit not in chosen),
+        "num_parameters": sum(unit.num_parameters for unit in units),
+        "num_trainable": sum(unit.num_parameters for unit in trained_units),
+        "num_units": len(inside),
+        "num_trainable_units": len(chosen.intersection(inside)),
+        "roles": _count_roles(units, chosen),
+    }
+    return FreezePlan(**content, fingerprint=_hash_content(content))
+
+
+def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int) -> set[Unit]:
+    """The units in the layers that train.
+
+    Pool by pool, a running target follows the share of the weight seen so far, and each group gives the first items of
+    its ranking, as many as bring the total closest to the target. What one group gives too much, the next gives too
+    little: of three mlp units, two train in a random half of the layers and one in the other half, as in the paper.
+    """
+    pools: dict[str, dict[str, dict[str, list[Unit]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for unit in units:
+        pool, group, item = GROUPS[rule.group](unit)
+        pools[pool][group][item].append(unit)
+
+    # The share as the user wrote it, not the binary fraction closest to it: ties are to be exact.
+    share = Fraction(str(rule.trainable_fraction))
+    chosen: set[Unit] = set()
+    for groups in pools.values():
+        seen = taken = 0
+        for group in rank_random(groups, rule.seed, round_index):
+            items = groups[group]
+            ranking = RANKINGS[rule.rank](items, rule.seed, round_index)
+            weights = [_weigh(items[name], rule) for name in ranking]
+            seen += sum(weights)
+            totals = list(accumulate(weights, initial=taken))
+            num_taken = find_closest(totals, share * seen)
+            taken = totals[num_taken]
+            chosen.update(unit for name in ranking[:num_taken] for unit in items[name])
+    return chosen
+
+
+def choose_outside_layers(units: Iterable[Unit], rule: FreezeRule) -> set[Unit]:
+    """The units outside the layers that train: embeddings and head as the rule says, the final norm always.
+
+    Raises:
+        ModelError: the model has no head of its own, so that it cannot have a rule of its own.
+    """
+    roles = {unit.role for unit in units}
+    if "embedding" in roles and "head" not in roles and rule.embeddings != rule.head:
+        raise ModelError(
+            f"freeze.embeddings is {rule.embeddings!r} and freeze.head is {rule.head!r}, "
+            "but embeddings and head are one tensor in this model",
+            "set freeze.embeddings and freeze.head alike",
+        )
+    decisions = {"embedding": rule.embeddings, "head": rule.head, "final_norm": "train"}
+    return {unit for unit in units if decisions[unit.role] == "train"}
+
+
+def find_closest(totals: Sequence[int], target: Fraction) -> int:
+    """Index of the total closest to the target; of two that are equally close, that of the later and larger one."""
+    return min(range(len(totals)), key=lambda index: (abs(totals[index] - target), -index))
+
+
+def rank_random(names: Iterable[str], seed: int, round_index: int) -> list[str]:
+    """Names in a random order that depends on the seed, the round and the names alone."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{round_index}/{name}".encode()).digest())
+
+
+def _weigh(item: Sequence[Unit], rule: FreezeRule) -> int:
+    """What an item counts towards the share."""
+    return 1 if rule.balance == "units" else sum(unit.num_parameters for unit in item)
+
+
+def _list_parameters(units: Iterable[Unit]) -> tuple[str, ...]:
+    return tuple(parameter.name for unit in units for parameter in unit.parameters)
+
+
+def _count_roles(units: Iterable[Unit], chosen: set[Unit]) -> dict[str, RoleCount]:
+    """Counts by role, in the order in which the model first has them."""
+    members: dict[str, list[Unit]] = {}
+    for unit in units:
+        members.setdefault(unit.role, []).append(unit)
+    return {
+        role: RoleCount(
+            num_units=len(group),
+            num_trainable_units=len(chosen.intersection(group)),
+            num_parameters=sum(unit.num_parameters for unit in group),
+            num_trainable=sum(unit.num_parameters for unit in chosen.intersection(group)),
+        )
+        for role, group in members.items()
+    }
+
+
+def _hash_content(content: dict[str, Any]) -> str:
+    """SHA-256 of a plan's content as canonical JSON."""
+    text = json.dumps(to_jsonable_python(content), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# What a unit belongs to, from the outside in: the pool over which the share is kept, the group that is halved, and
+# the item that trains or is frozen as a whole.
+GROUPS: dict[str, Callable[[Unit], tuple[str, str, str]]] = {
+    "category": lambda unit: (unit.role, f"{unit.role}/{unit.layer}", unit.name),
+    "layer": lambda unit: ("layers", "layers", f"layer/{unit.layer}"),
+    "model": lambda unit: ("model", "model", unit.name),
+}
+
+# How the items of a group are ordered, first to train first. A ranking gets the items' names, the seed and the round.
+RANKINGS: dict[str, Callable[[Iterable[str], int, int], list[str]]] = {"random": rank_random}

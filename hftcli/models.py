@@ -1,0 +1,251 @@
+"""Checkpoints: describe, load, freeze, read back, save, and compare byte for byte."""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hftcli.errors import ModelError
+from hftcli.freezing.roles import Parameter
+from hftcli.freezing.selection import FreezePlan
+from hftcli.recipe import ModelSection
+from hftcli.run import Round, Verification
+
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a config alone says about a model; no weights are read."""
+
+    model_type: str
+    parameters: tuple[Parameter, ...]
+    max_positions: int | None
+    num_layers: int
+
+
+def describe_model(path: str) -> ModelDescription:
+    """Build the model of a folder, a config file or a hub id without memory, and list its parameters; tied ones count once.
+
+    Raises:
+        ModelError: there is no such model, or its config does not load.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: the model's config does not load: {_first_line(error)}") from None
+    text_config = config.get_text_config()
+    return ModelDescription(
+        model_type=model.config.model_type,
+        parameters=tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters()),
+        max_positions=text_config.to_dict().get("max_position_embeddings"),
+        num_layers=text_config.num_hidden_layers,
+    )
+
+
+def fetch_checkpoint(path: str) -> Path:
+    """The local folder of a checkpoint: the path itself, or the snapshot of a hub id.
+
+    Raises:
+        ModelError: no such model, or no weights as safetensors.
+    """
+    if Path(path).is_dir():
+        folder = Path(path)
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(
+                f"model.path {path}: no such folder, and the hub does not give it: {_first_line(error)}",
+                "give a folder with a config.json, a finished run, or a hub id you have access to",
+            ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has no weights as safetensors", "convert them with transformers' save_pretrained")
+    return folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises: ModelError: the folder has no tokenizer that transformers can load."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the tokenizer does not load: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_start_dtype(section: ModelSection, folder: Path) -> torch.dtype:
+    """The data type of the start: the recipe's, or that of the checkpoint's largest tensor."""
+    if section.dtype is not None:
+        return getattr(torch, section.dtype)
+    header = read_header(min(folder.glob("*.safetensors")))
+    largest = max(header.values(), key=lambda entry: entry["data_offsets"][1] - entry["data_offsets"][0])
+    if largest["dtype"] not in SAFETENSORS_DTYPES:
+        raise ModelError(f"{folder} stores {largest['dtype']} weights", "set model.dtype: bfloat16 or float32")
+    return getattr(torch, SAFETENSORS_DTYPES[largest["dtype"]])
+
+
+def read_header(file: Path) -> dict[str, dict]:
+    """Names, dtypes, shapes and byte offsets of the tensors in a safetensors file, without reading them."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header
+
+
+def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: bool, sharded: bool) -> PreTrainedModel:
+    """Load the start and freeze what the plan freezes, before any optimizer can exist.
+
+    Args:
+        mixed: compute in bfloat16: what is frozen is held in bfloat16, what trains in float32.
+        sharded: DeepSpeed holds the model and makes the float32 masters itself.
+    """
+    start_dtype = read_start_dtype(section, folder)
+    held_dtype = torch.bfloat16 if mixed and sharded else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=held_dtype, attn_implementation=section.attn_implementation
+    )
+    model.config.dtype = start_dtype
+    freeze_model(model, plan)
+    for parameter in model.parameters():
+        values = parameter.ds_tensor if is_partitioned(parameter) else parameter
+        if start_dtype != held_dtype:
+            values.data = values.data.to(start_dtype).to(held_dtype)
+        if mixed and not sharded and not parameter.requires_grad:
+            values.data = values.data.to(torch.bfloat16)
+    return model
+
+
+def freeze_model(model: PreTrainedModel, plan: FreezePlan) -> None:
+    """Set `requires_grad` on every parameter as the plan says.
+
+    Raises:
+        ModelError: the plan was made for a model with other parameters.
+    """
+    trained = set(plan.trained)
+    names = {name for name, _ in model.named_parameters()}
+    if names != trained | set(plan.frozen):
+        odd = sorted(names ^ (trained | set(plan.frozen)))
+        raise ModelError(f"the freeze plan is of another model: {len(odd)} parameters differ, the first is {odd[0]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def is_partitioned(parameter: torch.nn.Parameter) -> bool:
+    """Whether ZeRO 3 holds the parameter in pieces, one on each rank."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def gather_weights(model: PreTrainedModel, sharded: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter, whole, on the CPU: float32 masters where there are any. All ranks must walk through it together."""
+    for name, parameter in model.named_parameters():
+        yield name, _read_master(parameter, sharded).detach().to("cpu", copy=True)
+
+
+def _read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
+    if not sharded:
+        return parameter
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.runtime.zero import GatheredParameters
+
+    if parameter.requires_grad and (master := safe_get_full_fp32_param(parameter)) is not None:
+        return master.view(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+    with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
+        return parameter.detach().clone()
+
+
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Write a plain Hugging Face folder, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=weights)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+class CheckpointReader:
+    """Tensors of a checkpoint's files by parameter name, one at a time."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...]):
+        self.files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
+        self.model = None
+        if any(name not in self.files for name in names):
+            # A family whose files have another layout than its modules, such as experts fused on loading.
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+    def read(self, name: str) -> torch.Tensor:
+        if self.model is not None:
+            return self.model.get_parameter(name)
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def measure_updates(weights: dict[str, torch.Tensor], start: Path, dtype: torch.dtype, plan: FreezePlan) -> dict[str, float]:
+    """Largest absolute change of each trained parameter since the start, in float32."""
+    reader = CheckpointReader(start, plan.trained)
+    return {
+        name: (weights[name].float() - reader.read(name).to(dtype).float()).abs().max().item() for name in plan.trained
+    }
+
+
+def verify_checkpoint(start: Path, checkpoint: Path, plan: FreezePlan, updates: dict[str, float]) -> Verification:
+    """Compare a round's checkpoint with its start, bit for bit: frozen parameters are the same, trained ones are not.
+
+    The start counts as loaded, in the checkpoint's data type.
+
+    Args:
+        updates: largest change of each trained parameter in float32; tells a tensor that moved by less than a 16-bit
+            checkpoint can hold from one that did not move.
+    """
+    names = (*plan.trained, *plan.frozen)
+    before, after = CheckpointReader(start, names), CheckpointReader(checkpoint, names)
+
+    def is_same(name: str) -> bool:
+        new = after.read(name)
+        old = before.read(name).to(new.dtype)
+        return old.shape == new.shape and torch.equal(_read_bits(old), _read_bits(new))
+
+    violations = tuple(name for name in plan.frozen if not is_same(name))
+    still = [name for name in plan.trained if is_same(name)]
+    return Verification(
+        num_frozen=len(plan.frozen),
+        num_trained=len(plan.trained),
+        violations=violations,
+        unmoved=tuple(name for name in still if updates.get(name, 0.0) == 0.0),
+        below_resolution=tuple(name for name in still if updates.get(name, 0.0) > 0.0),
+    )
+
+
+def verify_round(round_: Round) -> Verification:
+    """`verify_checkpoint` for a finished round, from its files.
+
+    Raises:
+        InputError: one of the files is missing or damaged.
+    """
+    start = fetch_checkpoint(round_.read_spec().model.path)
+    return verify_checkpoint(start, round_.checkpoint, round_.read_plan(), round_.read_result().updates)
+
+
+def _read_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes: equal floats can differ in bits (0.0 and -0.0), and equal bits compare unequal (NaN)."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

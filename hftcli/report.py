@@ -1,0 +1,222 @@
+"""What people see: progress on stderr, tables on stdout."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hftcli.freezing.budget import Budget, Memory
+from hftcli.run import Progress as Place
+from hftcli.run import Round, RoundResult, Run, Scores, Verification
+
+if TYPE_CHECKING:
+    from hftcli.data import DataReport
+
+PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[Round, Place], None]]:
+    """A bar on a terminal, a plain line now and then elsewhere; always on stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _PlainProgress()
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(round_: Round, place: Place) -> None:
+            bar.update(task, description=_describe_place(round_, place), completed=place.done, total=place.total or None)
+
+        yield show
+
+
+class _PlainProgress:
+    def __init__(self) -> None:
+        self.phase, self.shown = "", 0.0
+
+    def __call__(self, round_: Round, place: Place) -> None:
+        is_last = place.total > 0 and place.done == place.total
+        if place.phase == self.phase and not is_last and time.monotonic() - self.shown < PLAIN_SECONDS:
+            return
+        self.phase, self.shown = place.phase, time.monotonic()
+        count = f" {place.done}/{place.total}" if place.total else ""
+        print(f"{_describe_place(round_, place)}{count}", file=sys.stderr, flush=True)
+
+
+def _describe_place(round_: Round, place: Place) -> str:
+    loss = f", loss {place.loss:.3f}" if place.loss is not None else ""
+    return f"{round_.name}: {place.phase}{loss}"
+
+
+def print_run(run: Run) -> None:
+    """What a finished run did: what trained, how fast, what the model knew before and after, and where it is."""
+    console = Console()
+    for round_ in run.rounds:
+        result, scores = round_.read_result(), round_.read_scores()
+        console.print(_describe_round(round_, result), highlight=False, soft_wrap=True)
+        if scores is not None and scores.before:
+            console.print(_make_score_table(scores))
+    console.print(f"model  {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
+    console.print(f"check  hft verify {run.folder}", highlight=False, soft_wrap=True)
+
+
+def _describe_round(round_: Round, result: RoundResult) -> str:
+    plan = round_.read_plan()
+    speed = result.num_tokens / result.seconds["training"] if result.seconds["training"] else 0.0
+    lines = [
+        f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained "
+        f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
+        f"{result.num_steps} steps, mean loss {result.train_loss:.3f}, {result.seconds['training']:.1f} s "
+        f"({speed:,.0f} tokens/s), peak memory {_format_bytes(result.peak_memory_bytes)}",
+        _describe_verification(result.verification),
+    ]
+    return "\n".join(lines)
+
+
+def _make_score_table(scores: Scores) -> Table:
+    """Exact match in points and likelihood, before and after."""
+    table = Table(title="what the model knew, in points (share of exact answers x 100)", title_justify="left")
+    for heading in ("task", "before", "after", "change", "nats/token before", "after"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for name, before in scores.before.items():
+        after = scores.after[name]
+        change = 100 * (after.exact_match - before.exact_match)
+        table.add_row(
+            name, f"{100 * before.exact_match:.1f}", f"{100 * after.exact_match:.1f}", f"{change:+.1f}",
+            f"{before.nll:.3f}", f"{after.nll:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def print_plan(budget: Budget, as_json: bool) -> None:
+    """Units and parameters per role, and memory per device beside full fine-tuning."""
+    plan = budget.plan
+    if as_json:
+        print_json(
+            {
+                "num_parameters": plan.num_parameters,
+                "num_trainable": plan.num_trainable,
+                "trainable_fraction": plan.trainable_fraction,
+                "num_units": plan.num_units,
+                "num_trainable_units": plan.num_trainable_units,
+                "roles": {name: count.model_dump() for name, count in plan.roles.items()},
+                "fingerprint": plan.fingerprint,
+                "memory": {
+                    "precision": budget.precision,
+                    "num_processes": budget.num_processes,
+                    "zero_stage": budget.zero_stage,
+                    "half": _memory_parts(budget.half),
+                    "full": _memory_parts(budget.full),
+                },
+            }
+        )
+        return
+    console = Console()
+    console.print(
+        f"{plan.num_parameters:,} parameters; {plan.num_trainable:,} train ({plan.trainable_fraction:.1%}); "
+        f"{plan.num_trainable_units} of {plan.num_units} units in layers; round {plan.round_index}, "
+        f"plan {plan.short_fingerprint}",
+        highlight=False,
+    )
+    roles = Table("role", "units", "train", "parameters", "train", "share")
+    for name, count in plan.roles.items():
+        roles.add_row(
+            name, f"{count.num_units}", f"{count.num_trainable_units}", f"{count.num_parameters:,}",
+            f"{count.num_trainable:,}", f"{count.num_trainable / count.num_parameters:.1%}",
+        )  # fmt: skip
+    console.print(roles)
+    stage = f"ZeRO {budget.zero_stage} on {budget.num_processes} devices" if budget.num_processes > 1 else "one device"
+    precision = "bfloat16 with float32 masters" if budget.precision == "mixed" else "float32"
+    memory = Table("per device", "this plan", "full fine-tuning", "ratio", title=f"{precision}, {stage}", title_justify="left")
+    for name, half in _memory_parts(budget.half).items():
+        full = _memory_parts(budget.full)[name]
+        memory.add_row(name.removesuffix("_bytes"), _format_bytes(half), _format_bytes(full), f"{half / full:.3f}")
+    console.print(memory)
+    console.print("Activations and buffers come on top; they do not depend on what is frozen.", highlight=False)
+
+
+def _memory_parts(memory: Memory) -> dict[str, int]:
+    return {**asdict(memory), "total_bytes": memory.total_bytes}
+
+
+def print_data(summary: "DataReport", sample: list[tuple[str, bool]], as_json: bool) -> None:
+    """Counts, lengths, and one sequence with its trained tokens in colour."""
+    if as_json:
+        print_json({**summary.model_dump(mode="json"), "sample": [{"text": t, "trained": b} for t, b in sample]})
+        return
+    console = Console()
+    table = Table(show_header=False)
+    lengths = ", ".join(f"{name} {value:,}" for name, value in summary.length_percentiles.items())
+    for name, value in (
+        ("format", summary.format),
+        ("rows", f"{summary.num_rows:,}; used {summary.num_used:,}, dropped {summary.num_dropped:,}, "
+                 f"cut {summary.num_truncated:,}"),
+        ("sequences", f"{summary.num_sequences:,}"),
+        ("tokens", f"{summary.num_tokens:,}; trained {summary.num_trained_tokens:,} "
+                   f"({summary.num_trained_tokens / summary.num_tokens:.1%})"),
+        ("row lengths", lengths),
+        ("cache key", summary.key[:12]),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    console.print(table)
+    text = Text()
+    for part, trained in sample:
+        text.append(part, style="bold green" if trained else "dim")
+    marks = "trained in green" if console.color_system else "trained between ⟦ ⟧"
+    console.print(f"first sequence, {marks}:", highlight=False)
+    console.print(text if console.color_system else "".join(f"⟦{t}⟧" if b else t for t, b in sample), markup=False)
+
+
+def print_verification(found: Mapping[str, Verification], as_json: bool) -> None:
+    if as_json:
+        total = {
+            "num_frozen": sum(item.num_frozen for item in found.values()),
+            "num_trained": sum(item.num_trained for item in found.values()),
+            "violations": [f"{name}: {item}" for name, one in found.items() for item in one.violations],
+            "unmoved": [f"{name}: {item}" for name, one in found.items() for item in one.unmoved],
+            "rounds": {name: item.model_dump(mode="json") for name, item in found.items()},
+        }
+        print_json(total)
+        return
+    console = Console()
+    for name, verification in found.items():
+        console.print(f"{name}: {_describe_verification(verification)}", highlight=False, soft_wrap=True)
+        for parameter in verification.violations:
+            console.print(f"  frozen, but moved: {parameter}", highlight=False, soft_wrap=True)
+        for parameter in verification.unmoved:
+            console.print(f"  trained, but did not move: {parameter}", highlight=False, soft_wrap=True)
+
+
+def _describe_verification(verification: Verification) -> str:
+    same = verification.num_frozen - len(verification.violations)
+    moved = verification.num_trained - len(verification.unmoved) - len(verification.below_resolution)
+    rounded = len(verification.below_resolution)
+    note = f" ({rounded} more moved by less than the checkpoint's data type holds)" if rounded else ""
+    return (
+        f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
+        f"bit-identical to the start, {moved} of {verification.num_trained} trained ones moved{note}"
+    )
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"

@@ -1,0 +1,324 @@
+"""A run on disk: every path and file name of it, and what the files hold, in one place.
+
+    runs/<name>/            Run
+      recipe.yaml             the recipe, resolved
+      manifest.json           Manifest: what a stranger needs to repeat the run
+      rounds/00-sft/          Round
+        round.json              RoundSpec: everything the worker needs, written by the runner
+        freeze_plan.json        FreezePlan: which parameters train
+        progress.json           Progress: where the worker is
+        metrics.jsonl           a row per logging step, with the trainer's own keys
+        worker.log              all that the processes print
+        checkpoint/             a plain Hugging Face folder
+        scores.json             Scores: the round's tasks before and after
+        failure.json            Failure: why the worker stopped, if it did
+        result.json             RoundResult: written last; it means done
+
+Files are written under a temporary name and renamed, so that a reader never meets half of one.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from hftcli.errors import InputError
+from hftcli.freezing.selection import FreezePlan, FreezeRule
+from hftcli.recipe import DataSection, LaunchSection, ModelSection, Recipe, Section, TrainSection, dump_recipe
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class RoundSpec(Section):
+    """One training pass: one objective, one dataset, one starting checkpoint, one freeze rule."""
+
+    objective: Literal["sft"]
+    """What is optimized."""
+    index: int
+    """Place of the round in the history of the model, from 0: every round draws another half."""
+    model: ModelSection
+    """The start; `path` is a folder or a hub id."""
+    data: DataSection
+    """The rows to train on."""
+    freeze: FreezeRule
+    """How the half is drawn."""
+    train: TrainSection
+    """The trainer's settings."""
+    launch: LaunchSection
+    """Processes and sharding, `num_processes` resolved."""
+    tasks: tuple[str, ...]
+    """Tasks to score before and after."""
+
+    @property
+    def num_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step and process.
+
+        Raises:
+            InputError: the global batch does not divide.
+        """
+        batch = self.train.per_device_train_batch_size * self.launch.num_processes
+        if self.train.global_batch_size % batch:
+            raise InputError(
+                f"train.global_batch_size is {self.train.global_batch_size}, not a multiple of "
+                f"train.per_device_train_batch_size x processes = {self.train.per_device_train_batch_size} x "
+                f"{self.launch.num_processes} = {batch}",
+                "change one of the three so that it divides",
+            )
+        return self.train.global_batch_size // batch
+
+
+class Progress(Section):
+    phase: Literal["starting", "tokenizing", "loading", "scoring", "training", "saving", "verifying"]
+    """What the worker does now."""
+    done: int = 0
+    """Units of the phase that are done: steps, rows, batches."""
+    total: int = 0
+    """Units of the phase in all; 0 where it is not known."""
+    loss: float | None = None
+    """Last training loss."""
+
+
+class Failure(Section):
+    message: str
+    """What went wrong and where."""
+    fix: str = ""
+    """What to do about it."""
+    exit_code: int
+    """The exit code that the front ends with."""
+    traceback: str = ""
+    """Where in the code, for `--traceback`."""
+
+
+class Verification(Section):
+    """What a comparison of a round's checkpoint with its start found, tensor by tensor, byte by byte."""
+
+    num_frozen: int
+    """Frozen parameters compared."""
+    num_trained: int
+    """Trained parameters compared."""
+    violations: tuple[str, ...]
+    """Frozen parameters whose bytes differ: must be none."""
+    unmoved: tuple[str, ...]
+    """Trained parameters whose bytes are the same: must be none."""
+    below_resolution: tuple[str, ...] = ()
+    """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.violations and not self.unmoved
+
+
+class Score(Section):
+    """What a model scores on one task."""
+
+    exact_match: float
+    """Share of answers that greedy decoding gives to the letter, in [0, 1]."""
+    nll: float
+    """Negative log-likelihood of the answers, nats per token."""
+    num_examples: int
+    """Questions asked."""
+
+
+class Scores(Section):
+    before: dict[str, Score]
+    """Score on each task before the round."""
+    after: dict[str, Score] | None = None
+    """Score on each task after it; null until it is trained."""
+
+
+class RoundResult(Section):
+    """What a finished round leaves to the next one and to the report."""
+
+    fingerprint: str
+    """Of the freeze plan."""
+    rank_fingerprints: tuple[str, ...]
+    """The plan's fingerprint as each rank computed it."""
+    num_steps: int
+    """Optimizer steps taken."""
+    train_loss: float
+    """Mean training loss over the round."""
+    num_tokens: int
+    """Tokens seen in training, over all ranks."""
+    seconds: dict[str, float]
+    """Wall-clock seconds of each phase."""
+    peak_memory_bytes: int
+    """Peak memory of rank 0: of the GPU's allocator, or the process's resident set where there is none."""
+    gradient_bytes: int
+    """Bytes of gradients on rank 0 in a step."""
+    optimizer_bytes: int
+    """Bytes of optimizer state on rank 0."""
+    updates: dict[str, float]
+    """Largest absolute change of each trained parameter, in float32."""
+    verification: Verification
+    """Frozen parts identical, trained parts moved."""
+    data: dict[str, Any]
+    """What the data were: format, counts, hashes."""
+    hardware: dict[str, Any]
+    """What the worker ran on."""
+
+
+class Manifest(Section):
+    """What a stranger needs to repeat the run."""
+
+    command: tuple[str, ...]
+    """The command line."""
+    created: str
+    """UTC time of the first start."""
+    versions: dict[str, str]
+    """Installed versions of what computes."""
+    python: str
+    """Python's version."""
+    platform: str
+    """Operating system and machine."""
+    parent: str | None
+    """Folder of the run that this one starts from."""
+    rounds: dict[str, RoundResult] = {}
+    """Results of the finished rounds, by name."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's folder."""
+
+    folder: Path
+
+    spec_path = property(lambda self: self.folder / "round.json")
+    plan_path = property(lambda self: self.folder / "freeze_plan.json")
+    progress_path = property(lambda self: self.folder / "progress.json")
+    metrics_path = property(lambda self: self.folder / "metrics.jsonl")
+    log_path = property(lambda self: self.folder / "worker.log")
+    checkpoint = property(lambda self: self.folder / "checkpoint")
+    scores_path = property(lambda self: self.folder / "scores.json")
+    failure_path = property(lambda self: self.folder / "failure.json")
+    result_path = property(lambda self: self.folder / "result.json")
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def read_spec(self) -> RoundSpec:
+        return read_model(self.spec_path, RoundSpec)
+
+    def read_plan(self) -> FreezePlan:
+        return read_model(self.plan_path, FreezePlan)
+
+    def read_result(self) -> RoundResult | None:
+        """The result, or None while the round is not done."""
+        return read_model(self.result_path, RoundResult) if self.result_path.exists() else None
+
+    def read_scores(self) -> Scores | None:
+        return read_model(self.scores_path, Scores) if self.scores_path.exists() else None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    folder: Path
+
+    recipe_path = property(lambda self: self.folder / "recipe.yaml")
+    manifest_path = property(lambda self: self.folder / "manifest.json")
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The rounds that were started, in order."""
+        return [Round(path.parent) for path in sorted(self.folder.glob("rounds/*/round.json"))]
+
+    @property
+    def last_finished(self) -> Round | None:
+        return next((round_ for round_ in reversed(self.rounds) if round_.result_path.exists()), None)
+
+    def round(self, name: str) -> Round:
+        return Round(self.folder / "rounds" / name)
+
+    def claim(self, recipe: Recipe, manifest: Manifest) -> None:
+        """Make the folder this recipe's run, or find that it already is.
+
+        A run of another recipe that has trained anything is never written over.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        text = dump_recipe(recipe)
+        if self.recipe_path.exists():
+            held = self.recipe_path.read_text(encoding="utf-8")
+            if held == text and self.manifest_path.exists():
+                return
+            if any(round_.metrics_path.exists() or round_.result_path.exists() for round_ in self.rounds):
+                raise InputError(
+                    f"{self.folder} holds the run of another recipe (differs in {_name_differences(held, text)})",
+                    "give another --output, or remove the folder",
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} is not empty and holds no run", "give another --output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_model(self.manifest_path, manifest)
+        write_text(self.recipe_path, text)
+
+    def record(self, round_: Round, result: RoundResult) -> None:
+        """Take a finished round into the manifest."""
+        manifest = read_model(self.manifest_path, Manifest)
+        rounds = {**manifest.rounds, round_.name: result}
+        write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_model(path: Path, model: BaseModel) -> None:
+    write_text(path, model.model_dump_json(indent=2) + "\n")
+
+
+def read_model(path: Path, kind: type[Model]) -> Model:
+    """Read one of the files above.
+
+    Raises:
+        InputError: the file is missing, damaged or of another version.
+    """
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise InputError(f"{path} is damaged or of another version of hft: {reason}") from None
+
+
+def find_rounds(path: Path) -> list[Round]:
+    """The finished rounds that a path means: a round's folder, or a run's.
+
+    Raises:
+        InputError: neither, or none is finished.
+    """
+    if Round(path).spec_path.exists():
+        rounds = [Round(path)]
+    elif Run(path).recipe_path.exists():
+        rounds = Run(path).rounds
+    else:
+        raise InputError(f"{path} is neither a run nor a round", "give a folder with a recipe.yaml or a round.json")
+    finished = [round_ for round_ in rounds if round_.result_path.exists()]
+    if not finished:
+        raise InputError(f"{path} has no finished round", "run its recipe again: it goes on where it stopped")
+    return finished
+
+
+def _name_differences(held: str, text: str) -> str:
+    import yaml
+
+    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+    old, new = flatten(yaml.safe_load(held)), flatten(yaml.safe_load(text))
+    return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key)) or "its form"

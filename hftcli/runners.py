@@ -1,0 +1,145 @@
+"""From a recipe to a finished run: rounds are prepared as files, launched one after another, and read back."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hftcli import __version__
+from hftcli.errors import ModelError, VerificationError
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.roles import Parameter, assign_roles, check_family
+from hftcli.freezing.selection import make_plan
+from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
+from hftcli.recipe import PACKAGE, QUICK_START, Recipe
+from hftcli.run import Manifest, Progress, Round, RoundResult, RoundSpec, Run, write_model
+from hftcli.tasks import check_tasks
+
+PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: a model, and how many rounds of hft it has behind it."""
+
+    path: str
+    num_rounds: int = 0
+    parent: str | None = None
+
+
+def run_sft(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -> Run:
+    """Supervised fine-tuning: one round.
+
+    Raises:
+        HftError: see errors.py; what was finished before is kept.
+    """
+    run, round_ = prepare_sft(recipe)
+    finish_round(run, round_, on_progress)
+    return run
+
+
+def prepare_sft(recipe: Recipe) -> tuple[Run, Round]:
+    """Check what can be checked without a model, and write the run's and the round's files."""
+    start = resolve_start(recipe.model.path)
+    check_tasks(recipe.eval.tasks)
+    spec = RoundSpec(
+        objective="sft",
+        index=start.num_rounds,
+        model=recipe.model.model_copy(update={"path": start.path}),
+        data=recipe.data,
+        freeze=recipe.freeze,
+        train=recipe.train,
+        launch=resolve_launch(recipe.launch),
+        tasks=recipe.eval.tasks,
+    )
+    spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
+    run = Run(Path(recipe.output))
+    run.claim(recipe, make_manifest(start.parent))
+    round_ = run.round("00-sft")
+    round_.folder.mkdir(parents=True, exist_ok=True)
+    if not round_.result_path.exists():
+        write_model(round_.spec_path, spec)
+    return run, round_
+
+
+def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress], None]) -> RoundResult:
+    """Run a round unless it is done, and take it into the manifest.
+
+    Raises:
+        VerificationError: something frozen moved, or something trained did not.
+    """
+    result = round_.read_result()
+    if result is None:
+        launch = round_.read_spec().launch
+        result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
+        run.record(round_, result)
+    if not result.verification.passed:
+        raise VerificationError(
+            f"{round_.folder}: {len(result.verification.violations)} frozen parameters moved, "
+            f"{len(result.verification.unmoved)} trained ones did not",
+            f"hft verify {round_.folder} names them",
+        )
+    return result
+
+
+def resolve_start(path: str) -> Start:
+    """What `model.path` means: a finished run, the embedded model, a folder, or a hub id, which is left to the worker.
+
+    Raises:
+        ModelError: no such folder, a run that is not finished, or a family that is not in the table.
+    """
+    if path == QUICK_START and not Path(path).exists():
+        path = str(PACKAGE / QUICK_START / "model")
+    folder = Path(path)
+    if Run(folder).recipe_path.exists():
+        last = Run(folder).last_finished
+        if last is None:
+            raise ModelError(f"model.path {path} is a run with no finished round", "finish it first")
+        return Start(str(last.checkpoint), last.read_spec().index + 1, str(folder))
+    if folder.is_dir():
+        config = folder / "config.json"
+        if not config.is_file():
+            raise ModelError(f"model.path {path} has no config.json", "give a Hugging Face folder or a finished run")
+        check_family(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"))
+    elif folder.suffix or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ModelError(f"model.path {path}: no such folder", "give a folder, a finished run, or a hub id (owner/name)")
+    return Start(path)
+
+
+def make_budget(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter]) -> Budget:
+    """What the recipe's next round would train, and its memory on the recipe's devices, which need not be this machine's."""
+    return Budget(
+        plan=make_plan(assign_roles(model_type, parameters), recipe.freeze, start.num_rounds),
+        precision="mixed" if recipe.train.bf16 else "float32",
+        num_processes=recipe.launch.num_processes or max(count_gpus(), 1),
+        zero_stage=recipe.launch.zero_stage,
+    )
+
+
+def make_manifest(parent: str | None) -> Manifest:
+    return Manifest(
+        command=tuple(sys.argv),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={"hftcli": __version__, **{name: _find_version(name) for name in PACKAGES}},
+        python=platform.python_version(),
+        platform=platform.platform(),
+        parent=parent,
+    )
+
+
+def describe_launch(round_: Round) -> str:
+    """The command that would run a prepared round, as one would type it."""
+    launch = round_.read_spec().launch
+    environment = [f"{key}={value}" for key, value in worker_environment(launch).items()]
+    return " ".join([*environment, *worker_command(round_.folder, launch, find_free_port())])
+
+
+def _find_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,153 @@
+"""What goes around TRL's trainers: their arguments from a round's spec, and the callbacks that report a round."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import SFTConfig
+
+from hftcli.errors import InputError, TrainingError
+from hftcli.run import Progress, Round, RoundSpec, write_model
+
+OWN_KEYS = {"global_batch_size", "assistant_only_loss", "completion_only_loss"}  # spent before the trainer exists
+
+
+def is_mixed(spec: RoundSpec) -> bool:
+    """Whether this process computes in bfloat16."""
+    return spec.train.bf16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def is_sharded(spec: RoundSpec) -> bool:
+    """Whether DeepSpeed holds the model."""
+    return spec.launch.num_processes > 1
+
+
+def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig:
+    """Translate a round's spec for TRL. With several processes, this is where they join.
+
+    Raises:
+        InputError: a value under `train` that TRL does not take.
+    """
+    has_gpu = torch.cuda.is_available()
+    values: dict[str, Any] = {
+        **spec.train.model_dump(exclude=OWN_KEYS),
+        "output_dir": str(folder),
+        "bf16": is_mixed(spec),
+        "use_cpu": not has_gpu,
+        "gradient_accumulation_steps": spec.num_accumulation_steps,
+        "max_length": spec.data.max_length,
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows come tokenized
+        "dataloader_pin_memory": has_gpu,
+        "save_strategy": "no",  # the worker writes the checkpoint
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "disable_tqdm": True,
+    }
+    values.setdefault("report_to", "none")
+    if is_sharded(spec):
+        values["deepspeed"] = make_deepspeed_config(spec)
+        if not has_gpu:
+            values["ddp_backend"] = "gloo"
+    try:
+        args = SFTConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"train: TRL refuses these settings: {error}") from None
+    if is_sharded(spec):
+        from deepspeed import init_distributed
+
+        # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
+        init_distributed(dist_backend="nccl" if has_gpu else "gloo")
+    return args
+
+
+def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
+    """DeepSpeed's settings; `auto` is filled in by transformers from the training arguments."""
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": is_mixed(spec)},
+        "zero_optimization": {"stage": spec.launch.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+class Reporter:
+    """Tells the front where the worker is; only rank 0 speaks."""
+
+    def __init__(self, round_: Round):
+        self.round = round_
+        self.is_first = int(os.environ.get("RANK", "0")) == 0
+
+    def report(self, phase: str, done: int = 0, total: int = 0, loss: float | None = None) -> None:
+        if self.is_first:
+            write_model(self.round.progress_path, Progress(phase=phase, done=done, total=total, loss=loss))
+
+
+class RoundCallback(TrainerCallback):
+    """Writes metrics.jsonl and progress, stops at a loss that is not a number, and measures gradients and states.
+
+    Args:
+        score_start: called with nothing once the model is ready and untouched.
+    """
+
+    def __init__(self, reporter: Reporter, score_start: Callable[[], None]):
+        self.reporter = reporter
+        self.score_start = score_start
+        self.loss: float | None = None
+        self.num_tokens = 0
+        self.gradient_bytes = 0
+
+    def on_train_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.reporter.is_first:
+            self.reporter.round.metrics_path.write_text("")
+        self.score_start()
+        self.reporter.report("training", 0, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self, args: SFTConfig, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **kwargs: Any
+    ) -> None:
+        if not self.gradient_bytes:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+
+    def on_step_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.reporter.report("training", state.global_step, state.max_steps, self.loss)
+
+    def on_log(
+        self, args: SFTConfig, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if "loss" not in logs:
+            return
+        self.loss = float(logs["loss"])
+        self.num_tokens = int(logs.get("num_tokens", 0))
+        if self.reporter.is_first:
+            with self.reporter.round.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not math.isfinite(self.loss):
+            raise TrainingError(
+                f"the loss became {self.loss} at step {state.global_step}; the round is stopped and nothing of it is kept. "
+                "The model it started from and all earlier rounds are untouched",
+                "lower train.learning_rate, or look at the data with `hft data`; metrics.jsonl has every step",
+            )
+
+
+def measure_optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's moments on this process; DeepSpeed's own optimizers wrap the one that holds them."""
+    while not isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
+
+
+def silence_libraries() -> None:
+    """Libraries tell their users' maintainers about themselves and draw their own bars; here they do neither."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    transformers.utils.logging.disable_progress_bar()

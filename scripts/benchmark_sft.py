@@ -1,0 +1,224 @@
+"""Speed and memory of `hft sft` at share 1.0 and 0.5, against a bare TRL script with the same settings.
+
+    python scripts/benchmark_sft.py --model FOLDER --rows FILE.jsonl                 a real model, on this machine
+    python scripts/benchmark_sft.py --shape 1b --rows FILE.jsonl                     random weights, where a GPU is at hand
+
+Rows are {"prompt": str, "completion": str}. The three commands take turns, so that a machine whose speed drifts is fair to all;
+the table gives medians over the rounds and, for ratios, the median of the ratios within a round with their range. Prints
+Markdown.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
+    "1b": (2048, 8192, 16, 32, 8),
+    "7b": (4096, 11008, 32, 32, 32),
+}
+VOCABULARY = 32000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One whole training run."""
+
+    tokens_per_s: float
+    step_s: float
+    peak_memory_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.bare:
+        run_bare(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.shape:
+            arguments.model = make_random_model(arguments.shape, Path(folder) / "model")
+        share = plan_share(arguments)
+        rounds = []
+        for number in range(arguments.repeats):
+            rounds.append(
+                {
+                    "bare TRL": measure_bare(arguments),
+                    "hft, share 1.0": measure_hft(arguments, 1.0, Path(folder) / f"full-{number}"),
+                    "hft, share 0.5": measure_hft(arguments, 0.5, Path(folder) / f"half-{number}"),
+                }
+            )
+            print(f"round {number + 1} of {arguments.repeats} done", file=sys.stderr, flush=True)
+    print_table(rounds, share, arguments)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", help="a Hugging Face folder")
+    start.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    parser.add_argument("--rows", required=True, help="JSONL with prompt and completion")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this file runs itself with it
+    return parser.parse_args()
+
+
+def hft_settings(arguments: argparse.Namespace, share: float) -> list[str]:
+    settings = {
+        "model.path": arguments.model,
+        "model.dtype": "bfloat16" if has_gpu() else "float32",
+        "data.path": arguments.rows,
+        "data.max_length": arguments.max_length,
+        "freeze.trainable_fraction": share,
+        "train.max_steps": arguments.steps,
+        "train.global_batch_size": arguments.batch,
+        "train.per_device_train_batch_size": arguments.batch,
+        "train.packing": "true",
+        "train.activation_checkpointing": str(arguments.activation_checkpointing).lower(),
+        "launch.num_processes": 1,
+        "eval.tasks": "[]",
+        "train.bf16": "true",
+    }
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def plan_share(arguments: argparse.Namespace) -> float:
+    """The trainable share that `hft plan` computes."""
+    command = [sys.executable, "-m", "hftcli", "plan", "--json", *hft_settings(arguments, 0.5)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["trainable_fraction"]
+
+
+def measure_hft(arguments: argparse.Namespace, share: float, output: Path) -> Measurement:
+    command = [sys.executable, "-m", "hftcli", "sft", "--output", str(output), *hft_settings(arguments, share)]
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads((output / "rounds" / "00-sft" / "result.json").read_text())
+    return Measurement(
+        tokens_per_s=result["num_tokens"] / result["seconds"]["training"],
+        step_s=result["seconds"]["training"] / result["num_steps"],
+        peak_memory_bytes=result["peak_memory_bytes"],
+        gradient_bytes=result["gradient_bytes"],
+        optimizer_bytes=result["optimizer_bytes"],
+    )
+
+
+def measure_bare(arguments: argparse.Namespace) -> Measurement:
+    """Run this file in a process of its own, as the bare script."""
+    command = [sys.executable, __file__, "--bare", "--model", arguments.model, "--rows", arguments.rows]
+    command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
+    command += ["--max-length", str(arguments.max_length)]
+    command += ["--activation-checkpointing"] if arguments.activation_checkpointing else []
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_bare(arguments: argparse.Namespace) -> None:
+    """What a user of TRL would write, with the settings that `hft` is given."""
+    import resource
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [json.loads(line) for line in Path(arguments.rows).read_text().splitlines()]
+    gpu = has_gpu()
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=arguments.steps,
+        learning_rate=2e-5,
+        warmup_steps=0.03,
+        per_device_train_batch_size=arguments.batch,
+        packing=True,
+        max_length=arguments.max_length,
+        activation_checkpointing=arguments.activation_checkpointing,
+        bf16=gpu,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=42,
+    )
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    trainer = SFTTrainer(
+        model, config, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(arguments.model)
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    states = [value for state in trainer.optimizer.optimizer.state.values() for value in state.values()]
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measurement = Measurement(
+        tokens_per_s=trainer.state.log_history[-2]["num_tokens"] / seconds,
+        step_s=seconds / arguments.steps,
+        peak_memory_bytes=peak,
+        gradient_bytes=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        optimizer_bytes=sum(value.nbytes for value in states if value.dim() > 0),
+    )
+    print(json.dumps(vars(measurement)))
+
+
+def make_random_model(shape: str, folder: Path) -> str:
+    """A Llama of a published shape with random weights, and the embedded tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    import hftcli
+
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=VOCABULARY, max_position_embeddings=4096, dtype=torch.bfloat16,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(Path(hftcli.__file__).parent / "tinyworld" / "model").save_pretrained(folder)
+    return str(folder)
+
+
+def print_table(rounds: list[dict[str, Measurement]], share: float, arguments: argparse.Namespace) -> None:
+    def median(name: str, field: str) -> float:
+        return statistics.median(getattr(round_[name], field) for round_ in rounds)
+
+    def ratio(above: str, below: str, field: str) -> str:
+        ratios = sorted(getattr(round_[above], field) / getattr(round_[below], field) for round_ in rounds)
+        return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+
+    print(
+        f"{Path(arguments.model).name}, {arguments.steps} steps of {arguments.batch} x {arguments.max_length} tokens, "
+        f"medians of {len(rounds)} interleaved rounds; ratios: median (range) within a round\n"
+    )
+    print("| | tokens/s | s/step | gradients MiB | optimizer MiB | peak memory MiB |")
+    print("|---|---|---|---|---|---|")
+    for name in rounds[0]:
+        sizes = [median(name, f"{kind}_bytes") / 2**20 for kind in ("gradient", "optimizer", "peak_memory")]
+        cells = [f"{median(name, 'tokens_per_s'):,.0f}", f"{median(name, 'step_s'):.3f}", *(f"{size:,.1f}" for size in sizes)]
+        print(f"| {name} | {' | '.join(cells)} |")
+    full, half = "hft, share 1.0", "hft, share 0.5"
+    print("\n| ratio | |\n|---|---|")
+    print(f"| tokens/s, hft at share 1.0 over bare TRL | {ratio(full, 'bare TRL', 'tokens_per_s')} |")
+    print(f"| step time, half over full fine-tuning | {ratio(half, full, 'step_s')} |")
+    print(f"| trainable share that `hft plan` computes | {share:.3f} |")
+    print(f"| gradients, half over full | {ratio(half, full, 'gradient_bytes')} |")
+    print(f"| optimizer state, half over full | {ratio(half, full, 'optimizer_bytes')} |")
+    print(f"| peak memory, half over full | {ratio(half, full, 'peak_memory_bytes')} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Every parameter of every family has one role, one layer and one unit; what is not in the table is refused."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hftcli.errors import ModelError
+from hftcli.freezing.roles import FAMILIES, Parameter, Unit, _compile_names, assign_roles, check_family
+
+NUM_LAYERS = 5  # odd, so that what is odd in a layer cannot cancel out over the layers
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 4}  # grouped-query attention
+CONFIGS = {
+    "llama": SMALL | {"num_key_value_heads": 2},
+    "mistral": GROUPED,
+    "qwen2": SMALL | {"num_key_value_heads": 2},
+    "qwen3": GROUPED,
+    "gemma2": GROUPED,
+    "gemma3_text": GROUPED,
+    "phi3": SMALL | {"num_key_value_heads": 2},
+    "olmo2": SMALL | {"num_key_value_heads": 2},
+    "gpt_neox": SMALL,
+    "gpt2": {"n_embd": 16, "n_layer": NUM_LAYERS, "n_head": 4, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2},
+    "mixtral": GROUPED | {"num_local_experts": 4},
+    "qwen3_moe": GROUPED | {"num_experts": 4, "moe_intermediate_size": 8},
+}
+
+# Units of each role in one layer, counted by hand in transformers' modeling files.
+LLAMA_COUNTS = {"attention": 4, "mlp": 3, "norm": 2}
+UNITS_IN_A_LAYER = {
+    "llama": LLAMA_COUNTS,
+    "mistral": LLAMA_COUNTS,
+    "qwen2": LLAMA_COUNTS,
+    "qwen3": LLAMA_COUNTS | {"norm": 4},
+    "gemma2": LLAMA_COUNTS | {"norm": 4},
+    "gemma3_text": LLAMA_COUNTS | {"norm": 6},
+    "phi3": {"attention": 2, "mlp": 2, "norm": 2},
+    "olmo2": LLAMA_COUNTS | {"norm": 4},
+    "gpt_neox": {"attention": 2, "mlp": 2, "norm": 2},
+    "gpt2": {"attention": 2, "mlp": 2, "norm": 2},
+    "mixtral": {"attention": 4, "norm": 2, "router": 1, "experts": 2},
+    "qwen3_moe": {"attention": 4, "norm": 4, "router": 1, "experts": 2},
+}
+
+
+def list_parameters(model_type: str, **settings: object) -> tuple[Parameter, ...]:
+    """The parameters of a model as transformers builds it, without memory for them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    return tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters())
+
+
+def build_units(model_type: str, **settings: object) -> tuple[Unit, ...]:
+    return assign_roles(model_type, list_parameters(model_type, **settings))
+
+
+def test_every_family_is_tested():
+    assert set(CONFIGS) == set(UNITS_IN_A_LAYER) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_parameter_has_exactly_one_role(model_type: str, is_tied: bool):
+    parameters = list_parameters(model_type, **CONFIGS[model_type], tie_word_embeddings=is_tied)
+    units = assign_roles(model_type, parameters)
+
+    patterns = [_compile_names(pattern) for pattern in FAMILIES[model_type].values()]
+    for unit in units:
+        assert sum(bool(re.fullmatch(pattern, unit.name)) for pattern in patterns) == 1, unit.name
+    covered = [parameter for unit in units for parameter in unit.parameters]
+    assert sorted(covered, key=lambda p: p.name) == sorted(parameters, key=lambda p: p.name)
+    assert sum(unit.num_parameters for unit in units) == sum(parameter.num_elements for parameter in parameters)
+    assert len({unit.name for unit in units}) == len(units)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_layers_and_roles_are_those_of_the_model(model_type: str, is_tied: bool):
+    units = build_units(model_type, **CONFIGS[model_type], tie_word_embeddings=is_tied)
+
+    for layer in range(NUM_LAYERS):
+        inside = [unit for unit in units if unit.layer == layer]
+        assert Counter(unit.role for unit in inside) == UNITS_IN_A_LAYER[model_type]
+        assert all(f".{layer}." in unit.name for unit in inside)
+    outside = Counter(unit.role for unit in units if unit.layer is None)
+    num_embeddings = 2 if model_type == "gpt2" else 1
+    head = {} if is_tied else {"head": 1}
+    assert outside == {"embedding": num_embeddings, "final_norm": 1, **head}
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_tied_embeddings_count_once(model_type: str):
+    tied = build_units(model_type, **CONFIGS[model_type], tie_word_embeddings=True)
+    untied = build_units(model_type, **CONFIGS[model_type], tie_word_embeddings=False)
+    (head,) = (unit for unit in untied if unit.role == "head")
+    assert head.num_parameters == 40 * 16
+    assert tied == tuple(unit for unit in untied if unit != head)
+
+
+def test_units_keep_the_order_of_the_parameters():
+    parameters = list_parameters("llama", **CONFIGS["llama"])
+    assert [unit.parameters for unit in assign_roles("llama", parameters)] == [(parameter,) for parameter in parameters]
+
+
+def test_weight_and_bias_are_one_unit():
+    units = {unit.name: unit for unit in build_units("qwen2", **CONFIGS["qwen2"])}
+    query = units["model.layers.3.self_attn.q_proj"]
+    assert query == Unit(
+        "model.layers.3.self_attn.q_proj",
+        "attention",
+        3,
+        (
+            Parameter("model.layers.3.self_attn.q_proj.weight", (16, 16)),
+            Parameter("model.layers.3.self_attn.q_proj.bias", (16,)),
+        ),
+    )
+    assert query.num_parameters == 16 * 16 + 16
+    assert len(units["model.layers.3.self_attn.o_proj"].parameters) == 1
+
+
+def test_fused_experts_are_one_unit_each():
+    experts = [unit for unit in build_units("mixtral", **CONFIGS["mixtral"]) if unit.role == "experts"]
+    assert [unit.name for unit in experts[:2]] == [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    ]
+    assert [unit.num_parameters for unit in experts[:2]] == [4 * 64 * 16, 4 * 16 * 32]
+
+
+def test_a_mixture_may_have_dense_layers():
+    units = build_units("qwen3_moe", **CONFIGS["qwen3_moe"], mlp_only_layers=[1])
+    assert Counter(unit.role for unit in units if unit.layer == 1) == LLAMA_COUNTS | {"norm": 4}
+    assert Counter(unit.role for unit in units if unit.layer == 2) == UNITS_IN_A_LAYER["qwen3_moe"]
+
+
+def test_layers_with_two_digits():
+    units = build_units("llama", **CONFIGS["llama"] | {"num_hidden_layers": 12})
+    assert {unit.layer for unit in units} == {None, *range(12)}
+
+
+def test_an_unknown_family_is_refused():
+    parameters = [Parameter("backbone.blocks.0.mixer.weight", (4, 4))]
+    with pytest.raises(ModelError) as caught:
+        assign_roles("mamba9", parameters)
+    assert "'mamba9'" in caught.value.message
+    assert "backbone.blocks.0.mixer.weight" in caught.value.message
+    assert "FAMILIES in hftcli/freezing/roles.py" in caught.value.fix
+    with pytest.raises(ModelError, match="mamba9"):
+        check_family("mamba9")
+    check_family("llama")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.x_proj.weight",
+        "model.layers.0.self_attn_q_proj.weight",
+        "model.layers.zero.self_attn.q_proj.weight",
+        "model.norm.scale",
+    ],
+)
+def test_an_unknown_parameter_is_refused(name: str):
+    known = Parameter("model.norm.weight", (4,))
+    with pytest.raises(ModelError) as caught:
+        assign_roles("llama", [known, Parameter(name, (4, 4))])
+    assert name in caught.value.message
+    assert "hftcli/freezing/roles.py" in caught.value.fix
+
+
+def test_no_freezing_module_imports_torch():
+    code = (
+        "import sys, hftcli.freezing.roles, hftcli.freezing.selection, hftcli.freezing.budget;"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
