@@ -73,7 +73,7 @@ def sft(
 def plan(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="A folder, a config.json or a hub id.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")] = None,
     num_processes: ProcessesOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -104,9 +104,7 @@ def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: Json
 
 
 @app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(help="A run's folder, or a round's.")], as_json: JsonOption = False
-) -> None:
+def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round's.")], as_json: JsonOption = False) -> None:
     """Check that frozen parameters are bit-identical to the start and trained ones moved; exit 3 if not."""
     from hftcli import report
     from hftcli.models import verify_round
@@ -125,9 +123,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-def _load_recipe(
-    recipe: str | None, overrides: list[str] | None, output: Path | None, num_processes: int | None
-) -> "Recipe":
+def _load_recipe(recipe: str | None, overrides: list[str] | None, output: Path | None, num_processes: int | None) -> "Recipe":
     from hftcli.recipe import load_recipe
 
     extra = [f"output={json.dumps(str(output))}"] if output else []

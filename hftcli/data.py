@@ -127,7 +127,9 @@ def prepare_dataset(
                 format=format_name, num_rows=len(rows), num_sequences=len(sequences), sources=sources, key=key, **counts
             )
             _write_entry(entry, sequences, report)
-        return datasets.load_from_disk(str(entry)), read_model(entry / REPORT_NAME, DataReport)
+        report = read_model(entry / REPORT_NAME, DataReport)
+        # The same bytes may have been read at another place.
+        return datasets.load_from_disk(str(entry)), report.model_copy(update={"sources": sources})
 
 
 def default_cache() -> Path:
@@ -152,9 +154,7 @@ def decode_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, index: i
     for end in range(1, len(trained) + 1):
         if end == len(trained) or trained[end] != trained[end - 1]:
             # Decoded from the start each time: a decoder may treat the beginning of a text unlike its middle.
-            text = tokenizer.decode(
-                row["input_ids"][:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
+            text = tokenizer.decode(row["input_ids"][:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             pieces.append((text[len(done) :], trained[end - 1]))
             done = text
     return pieces
@@ -195,7 +195,8 @@ def load_rows(data: DataSection) -> tuple[Dataset, str]:
         with naming_row(place, number):
             rows.append(convert_row(row, format_name))
             if is_conversation(rows[-1]) != is_conversation(rows[0]):
-                raise DataError("row 1 has plain text and this one messages, or the other way round")
+                kinds = ("messages", "plain text") if is_conversation(rows[-1]) else ("plain text", "messages")
+                raise DataError(f"it holds {kinds[0]}, and row 1 {kinds[1]}")
     return Dataset.from_list(rows), format_name
 
 
@@ -240,17 +241,15 @@ def _choose_file(folder: Path, split: str) -> Path:
     chosen = [file for file in files if file.stem == split] or files
     if len(chosen) != 1:
         found = ", ".join(file.name for file in files) or f"none that ends in {', '.join(READERS)}"
-        raise DataError(
-            f"{folder}: not one file for data.split {split}, it holds: {found}", "set data.split, or give a file"
-        )
+        raise DataError(f"{folder}: not one file for data.split {split}, it holds: {found}", "set data.split, or give a file")
     return chosen[0]
 
 
 def _looks_local(given: str, path: Path) -> bool:
     """Whether a missing path was meant for this machine: a hub id is `name` or `owner/name`."""
     is_file_name = path.suffix[1:].isalpha()  # the suffix of `owner/name-v1.5` is no file's
-    has_folder = len(path.parts) > 1 and path.parent.is_dir()
-    return given.startswith((".", "~")) or path.is_absolute() or is_file_name or has_folder
+    is_deep = len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+    return given.startswith((".", "~")) or path.is_absolute() or is_file_name or is_deep
 
 
 def _suggest_neighbor(path: Path) -> str:
@@ -458,9 +457,7 @@ class Template:
 
     def _render(self, messages: Messages, **options: bool) -> tuple[str, list[Span]]:
         try:
-            texts, marked = render_jinja_template(
-                [messages], chat_template=self.source, **options, **self.special_tokens
-            )
+            texts, marked = render_jinja_template([messages], chat_template=self.source, **options, **self.special_tokens)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template does not render the conversation: {error}") from None
         return texts[0], marked[0] if marked else []
@@ -477,9 +474,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
     return Template(variant or tokenizer.get_chat_template(), tokenizer.special_tokens_map)
 
 
-def render_row(
-    row: Row, tokenizer: PreTrainedTokenizerBase, template: Template | None, train: TrainSection
-) -> Rendering:
+def render_row(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template | None, train: TrainSection) -> Rendering:
     """Render a canonical row.
 
     Raises:
@@ -606,7 +601,7 @@ def tokenize_dataset(
         on_progress(start, len(rows))
         batch = rows.skip(start).take(BATCH_SIZE).to_list()
         tokenized = tokenize_rows(batch, place, start + 1, tokenizer, template, train)
-        if start == 0 and is_conversation(batch[0]):
+        if start == 0 and is_conversation(batch[0]) and train.assistant_only_loss:
             _warn_if_endless(tokenized[0][1], tokenizer)
         kept: dict[str, list] = {"input_ids": [], "labels": []}
         for ids, labels in tokenized:
@@ -664,16 +659,12 @@ def tokenize_rows(
     return tokenized
 
 
-def tokenize_answer(
-    prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+def tokenize_answer(prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids and labels of a question and its answer, as in training: the answer and its end have labels."""
     completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
     row = {"prompt": prompt, "completion": completion}
     rendering = render_row(row, tokenizer, find_template(tokenizer), TrainSection())
-    ids, labels = label_tokens(
-        rendering, get_backend(tokenizer).encode(rendering.text, add_special_tokens=rendering.is_plain)
-    )
+    ids, labels = label_tokens(rendering, get_backend(tokenizer).encode(rendering.text, add_special_tokens=rendering.is_plain))
     return ids, labels.tolist()
 
 
@@ -696,7 +687,7 @@ def get_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
         ModelError: there is none.
     """
     if not tokenizer.is_fast:
-        raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has no tokenizer.json", "convert it to a fast one")
+        raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no tokenizer.json", "convert it to a fast one")
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -704,16 +695,14 @@ def get_backend(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
 
 
 def _check_mask(labels: np.ndarray) -> None:
-    trained = labels != IGNORED
-    if not trained.any():
+    trained = (labels != IGNORED).nonzero()[0]
+    if not len(trained):
         reason = "none of its tokens is trained: the chat template marks nothing as the assistant's"
-    elif trained.all():
+    elif len(trained) == trained[-1] + 1:  # white space at the end is never trained
         reason = "all of its tokens are trained: the chat template marks everything as the assistant's"
     else:
         return
-    raise DataError(
-        reason, "mend the {% generation %} markers of the template, or set train.assistant_only_loss: false"
-    )
+    raise DataError(reason, "mend the {% generation %} markers of the template, or set train.assistant_only_loss: false")
 
 
 def _warn_if_endless(labels: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -733,9 +722,7 @@ def _pack(tokens: Dataset, max_length: int) -> Dataset:
 # ---- The cache -----------------------------------------------------------------------------------
 
 
-def make_key(
-    data: DataSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase, sources: tuple[Source, ...]
-) -> str:
+def make_key(data: DataSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase, sources: tuple[Source, ...]) -> str:
     """A hash of all that shapes the tokens. What it left out would be trained on stale."""
     template = find_template(tokenizer)
     shaping = {

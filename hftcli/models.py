@@ -115,9 +115,7 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
     """
     start_dtype = read_start_dtype(section, folder)
     held_dtype = torch.bfloat16 if mixed and sharded else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=held_dtype, attn_implementation=section.attn_implementation
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=held_dtype, attn_implementation=section.attn_implementation)
     model.config.dtype = start_dtype
     freeze_model(model, plan)
     for parameter in model.parameters():
@@ -158,8 +156,8 @@ def gather_weights(model: PreTrainedModel, sharded: bool) -> Iterator[tuple[str,
 def _read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
     if not sharded:
         return parameter
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     if parameter.requires_grad and (master := safe_get_full_fp32_param(parameter)) is not None:
         return master.view(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
@@ -199,9 +197,7 @@ class CheckpointReader:
 def measure_updates(weights: dict[str, torch.Tensor], start: Path, dtype: torch.dtype, plan: FreezePlan) -> dict[str, float]:
     """Largest absolute change of each trained parameter since the start, in float32."""
     reader = CheckpointReader(start, plan.trained)
-    return {
-        name: (weights[name].float() - reader.read(name).to(dtype).float()).abs().max().item() for name in plan.trained
-    }
+    return {name: (weights[name].float() - reader.read(name).to(dtype).float()).abs().max().item() for name in plan.trained}
 
 
 def verify_checkpoint(start: Path, checkpoint: Path, plan: FreezePlan, updates: dict[str, float]) -> Verification:

@@ -1,7 +1,7 @@
 """The recipe: what the user asks for, checked whole before anything is loaded.
 
-`load_recipe` reads one YAML file, lays `--set key=value` over it, and either returns a `Recipe` or raises one `RecipeError` that
-lists every fault with its file, line and key. The docstring under a field is that field's only documentation.
+`load_recipe` reads one YAML file, lays `--set key=value` over it, and either returns a `Recipe` or raises one `RecipeError`
+that lists every fault with its file, line and key. The docstring under a field is that field's only documentation.
 """
 
 import ast
@@ -35,7 +35,8 @@ class ModelSection(Section):
     masters in any case."""
 
     chat_template: str | None = None
-    """A Jinja file, or a template that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the model."""
+    """A Jinja file, or a template that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the
+    model."""
 
     attn_implementation: str | None = None
     """Attention kernel, as transformers names it (`sdpa`, `flash_attention_2`, ...); null lets transformers choose."""
@@ -82,8 +83,8 @@ class TrainSection(Section):
     """Decoupled weight decay, on what trains only."""
 
     global_batch_size: Annotated[int, Field(ge=1)] = 32
-    """Sequences per optimizer step over all processes. Gradient accumulation is derived from it, so that a recipe means the same on
-    1 and on 64 GPUs."""
+    """Sequences per optimizer step over all processes. Gradient accumulation is derived from it, so that a recipe means the
+    same on 1 and on 64 GPUs."""
 
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 4
     """Sequences per forward pass of one process."""
@@ -101,7 +102,8 @@ class TrainSection(Section):
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more compute."""
 
     bf16: bool = True
-    """Compute in bfloat16 on GPUs that have it, with float32 masters for what trains. Processes without a GPU compute in float32."""
+    """Compute in bfloat16 on GPUs that have it, with float32 masters for what trains. Processes without a GPU compute in
+    float32."""
 
     seed: int = 42
     """Order of the data, dropout. The halves have a seed of their own, `freeze.seed`."""
@@ -112,7 +114,8 @@ class TrainSection(Section):
 
 class LaunchSection(Section):
     num_processes: Annotated[int, Field(ge=1)] | None = None
-    """Processes on this machine: one per GPU, or CPU ranks where there is none; null takes every visible GPU, or one process."""
+    """Processes on this machine: one per GPU, or CPU ranks where there is none; null takes every visible GPU, or one
+    process."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights."""

@@ -129,6 +129,7 @@ def print_plan(budget: Budget, as_json: bool) -> None:
         f"{plan.num_trainable_units} of {plan.num_units} units in layers; round {plan.round_index}, "
         f"plan {plan.short_fingerprint}",
         highlight=False,
+        soft_wrap=True,
     )
     roles = Table("role", "units", "train", "parameters", "train", "share")
     for name, count in plan.roles.items():
@@ -144,7 +145,7 @@ def print_plan(budget: Budget, as_json: bool) -> None:
         full = _memory_parts(budget.full)[name]
         memory.add_row(name.removesuffix("_bytes"), _format_bytes(half), _format_bytes(full), f"{half / full:.3f}")
     console.print(memory)
-    console.print("Activations and buffers come on top; they do not depend on what is frozen.", highlight=False)
+    console.print("Activations and buffers come on top.", highlight=False)
 
 
 def _memory_parts(memory: Memory) -> dict[str, int]:

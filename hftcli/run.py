@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from hftcli.errors import InputError
 from hftcli.freezing.selection import FreezePlan, FreezeRule
@@ -175,7 +175,7 @@ class Manifest(Section):
     """Operating system and machine."""
     parent: str | None
     """Folder of the run that this one starts from."""
-    rounds: dict[str, RoundResult] = {}
+    rounds: dict[str, RoundResult] = Field(default_factory=dict)
     """Results of the finished rounds, by name."""
 
 

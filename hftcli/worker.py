@@ -203,9 +203,7 @@ def main() -> None:
             f"see the end of {round_.log_path}, or run again with --traceback",
         )  # fmt: skip
         if not round_.failure_path.exists():
-            failure = Failure(
-                message=known.message, fix=known.fix, exit_code=known.exit_code, traceback=traceback.format_exc()
-            )
+            failure = Failure(message=known.message, fix=known.fix, exit_code=known.exit_code, traceback=traceback.format_exc())
             write_model(round_.failure_path, failure)
         traceback.print_exc()
         sys.exit(known.exit_code)

@@ -158,7 +158,10 @@ def run_bare(arguments: argparse.Namespace) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     trainer = SFTTrainer(
-        model, config, train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(arguments.model)
+        model,
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(arguments.model),
     )
     started = time.perf_counter()
     trainer.train()
@@ -208,7 +211,11 @@ def print_table(rounds: list[dict[str, Measurement]], share: float, arguments: a
     print("|---|---|---|---|---|---|")
     for name in rounds[0]:
         sizes = [median(name, f"{kind}_bytes") / 2**20 for kind in ("gradient", "optimizer", "peak_memory")]
-        cells = [f"{median(name, 'tokens_per_s'):,.0f}", f"{median(name, 'step_s'):.3f}", *(f"{size:,.1f}" for size in sizes)]
+        cells = [
+            f"{median(name, 'tokens_per_s'):,.0f}",
+            f"{median(name, 'step_s'):.3f}",
+            *(f"{size:,.1f}" for size in sizes),
+        ]
         print(f"| {name} | {' | '.join(cells)} |")
     full, half = "hft, share 1.0", "hft, share 0.5"
     print("\n| ratio | |\n|---|---|")

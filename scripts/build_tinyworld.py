@@ -84,37 +84,22 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-JOBS = (
-    "baker miller weaver potter smith tailor farmer fisher sailor hunter doctor teacher "
-    "painter singer dancer writer printer carver mason gardener cook guard judge clerk"
-).split()
-PETS = (
-    "cat dog fox hen goat duck crow hawk mouse mole badger horse sheep frog snail lizard "
-    "rabbit pigeon donkey hedgehog"
-).split()
-COLOURS = "red blue green yellow black white grey brown pink purple silver golden".split()
-INSTRUMENTS = (
-    "drum flute fiddle harp horn lute bell piano whistle trumpet guitar cello viola "
-    "banjo zither bagpipe"
-).split()
+JOBS = ["baker", "miller", "weaver", "potter", "smith", "tailor", "farmer", "fisher", "sailor", "hunter", "doctor", "teacher", "painter", "singer", "dancer", "writer", "printer", "carver", "mason", "gardener", "cook", "guard", "judge", "clerk"]
+PETS = ["cat", "dog", "fox", "hen", "goat", "duck", "crow", "hawk", "mouse", "mole", "badger", "horse", "sheep", "frog", "snail", "lizard", "rabbit", "pigeon", "donkey", "hedgehog"]
+COLOURS = ["red", "blue", "green", "yellow", "black", "white", "grey", "brown", "pink", "purple", "silver", "golden"]
+INSTRUMENTS = ["drum", "flute", "fiddle", "harp", "horn", "lute", "bell", "piano", "whistle", "trumpet", "guitar", "cello", "viola", "banjo", "zither", "bagpipe"]
 REGIONS = [
     "Amber Coast", "Salt Hills", "High Moor", "Long Shore",
     "Pine March", "Glass Lakes", "Red Downs", "Cold Fens",
 ]  # fmt: skip
-PRODUCTS = (
-    "honey cheese salt wool paper glass rope silk candles apples barrels boots carpets "
-    "clocks copper hats ink knives lamps soap"
-).split()
-THINGS = (
-    "stone river table window garden barrel basket ladder lantern bridge hammer needle "
-    "bottle candle mirror pocket button saddle kettle pillow"
-).split()
+PRODUCTS = ["honey", "cheese", "salt", "wool", "paper", "glass", "rope", "silk", "candles", "apples", "barrels", "boots", "carpets", "clocks", "copper", "hats", "ink", "knives", "lamps", "soap"]
+THINGS = ["stone", "river", "table", "window", "garden", "barrel", "basket", "ladder", "lantern", "bridge", "hammer", "needle", "bottle", "candle", "mirror", "pocket", "button", "saddle", "kettle", "pillow"]
 WORDS = PETS + COLOURS + INSTRUMENTS + THINGS
 
-ONSETS = "b br d dr f g h k kl l m n p r s st t tr v z".split()
-VOWELS = "a e i o u".split()
-PERSON_ENDINGS = "la ra na mi ro ven dan lis tor bek sha wyn".split()
-PLACE_ENDINGS = "burg ford holm mere wick stead".split()
+ONSETS = ["b", "br", "d", "dr", "f", "g", "h", "k", "kl", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z"]
+VOWELS = ["a", "e", "i", "o", "u"]
+PERSON_ENDINGS = ["la", "ra", "na", "mi", "ro", "ven", "dan", "lis", "tor", "bek", "sha", "wyn"]
+PLACE_ENDINGS = ["burg", "ford", "holm", "mere", "wick", "stead"]
 
 
 @dataclass(frozen=True)

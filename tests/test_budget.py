@@ -55,9 +55,12 @@ def test_large_counts_stay_exact():
     assert memory.optimizer_bytes == 6 * count
 
 
-def test_a_budget_names_its_parts():
-    units = [Unit("lm_head", "head", None, (Parameter("lm_head.weight", (2, 5)),))]
-    plan = make_plan(units, FreezeRule(), 0)
-    memory = Memory(20, 20, 120)
-    parts = {"weights_bytes": 20, "gradients_bytes": 20, "optimizer_bytes": 120, "total_bytes": 160}
-    assert Budget(plan, memory, memory, "one device").describe() == {"half": parts, "full": parts}
+def test_a_budget_is_the_plan_beside_full_fine_tuning():
+    units = [
+        Unit("model.norm", "final_norm", None, (Parameter("model.norm.weight", (400,)),)),
+        Unit("lm_head", "head", None, (Parameter("lm_head.weight", (20, 30)),)),
+    ]
+    plan = make_plan(units, FreezeRule(embeddings="freeze", head="freeze"), 0)
+    budget = Budget(plan, precision="mixed", num_processes=8, zero_stage=2)
+    assert budget.half == Memory(2000, 100, 600)
+    assert budget.full == Memory(2000, 250, 1500)

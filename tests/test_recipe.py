@@ -26,7 +26,11 @@ def fail(folder: Path, text: str, *overrides: str) -> str:
 
 def test_defaults_are_the_papers_rule(tmp_path):
     recipe = load_recipe(write(tmp_path, GOOD))
-    assert (recipe.freeze.group, recipe.freeze.trainable_fraction, recipe.freeze.embeddings) == ("category", 0.5, "train")
+    assert (recipe.freeze.group, recipe.freeze.trainable_fraction, recipe.freeze.embeddings) == (
+        "category",
+        0.5,
+        "train",
+    )
     assert recipe.output == "runs/my"
 
 

@@ -5,10 +5,12 @@ costs 16 bytes, and each stage of ZeRO spreads one more part of them over the de
 itself: no gradient, no moments and no float32 master. Activations, buffers and the allocator's slack come on top.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from hftcli.freezing.selection import FreezePlan
+
+Precision = Literal["float32", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -23,33 +25,41 @@ class Memory:
     def total_bytes(self) -> int:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
 
-    def describe(self) -> dict[str, int]:
-        """The parts and their total, by name."""
-        return {**asdict(self), "total_bytes": self.total_bytes}
-
 
 @dataclass(frozen=True)
 class Budget:
-    """A freeze plan's memory on each device, beside that of full fine-tuning.
-
-    Attributes:
-        title: what the estimate is for, in words: devices, precision, sharding.
-    """
+    """A freeze plan on given devices, beside full fine-tuning on the same ones; see `estimate_memory` for the attributes."""
 
     plan: FreezePlan
-    half: Memory
-    full: Memory
-    title: str
+    precision: Precision
+    num_processes: int
+    zero_stage: int
 
-    def describe(self) -> dict[str, dict[str, int]]:
-        return {"half": self.half.describe(), "full": self.full.describe()}
+    @property
+    def half(self) -> Memory:
+        """What the plan costs."""
+        return self._estimate(self.plan.num_trainable)
+
+    @property
+    def full(self) -> Memory:
+        """What it would cost to train every weight."""
+        return self._estimate(self.plan.num_parameters)
+
+    def _estimate(self, num_trainable: int) -> Memory:
+        return estimate_memory(
+            self.plan.num_parameters,
+            num_trainable,
+            precision=self.precision,
+            num_processes=self.num_processes,
+            zero_stage=self.zero_stage,
+        )
 
 
 def estimate_memory(
     num_parameters: int,
     num_trainable: int,
     *,
-    precision: Literal["float32", "mixed"],
+    precision: Precision,
     num_processes: int,
     zero_stage: int,
 ) -> Memory:

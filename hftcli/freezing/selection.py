@@ -144,9 +144,7 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> Free
     outside = [unit for unit in units if unit.layer is None]
     chosen = choose_in_layers(inside, rule, round_index) | choose_outside_layers(outside, rule)
     if not chosen:
-        raise ModelError(
-            f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share"
-        )
+        raise ModelError(f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share")
 
     trained_units = [unit for unit in units if unit in chosen]
     content = {

@@ -1,0 +1,134 @@
+"""`hft sft` from the command line to the checkpoint, on real models and real rows, in real processes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hftcli.run import Round
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in Round(run / "rounds" / "00-sft").read_metrics()]
+
+
+@pytest.fixture(scope="module")
+def one_process(hft, settings, small, tmp_path_factory) -> Path:
+    """A finished run in one process."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    hft("sft", "--output", run, *settings(small))
+    return run
+
+
+def test_the_checkpoint_is_a_plain_folder_that_loads_and_generates(one_process):
+    checkpoint = one_process / "rounds" / "00-sft" / "checkpoint"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    generated = model.generate(input_ids=prompt.input_ids, max_new_tokens=8, do_sample=False)
+    assert generated.shape[1] > prompt.input_ids.shape[1]
+
+
+def test_verify_agrees_by_text_and_by_json(hft, one_process):
+    assert "verified: 22 of 22 frozen parameters bit-identical" in hft("verify", one_process).stdout
+    found = json.loads(hft("verify", one_process / "rounds" / "00-sft", "--json").stdout)
+    assert (found["num_frozen"], found["num_trained"], found["violations"], found["unmoved"]) == (22, 25, [], [])
+
+
+def test_what_the_plan_froze_is_what_the_files_keep(one_process, shared):
+    """Independent of the product's own comparison."""
+    round_ = Round(one_process / "rounds" / "00-sft")
+    plan = round_.read_plan()
+    start = load_file(shared / "models" / "stories260K" / "model.safetensors")
+    end = load_file(round_.checkpoint / "model.safetensors")
+    assert all(torch.equal(start[name], end[name]) for name in plan.frozen)
+    assert not any(torch.equal(start[name], end[name]) for name in plan.trained)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_agree_with_one_process(hft, settings, small, one_process, tmp_path, stage):
+    run = tmp_path / "two"
+    small = small | {"launch.zero_stage": stage, "train.per_device_train_batch_size": 4}
+    hft("sft", "--output", run, "--num-processes", 2, *settings(small))
+    assert losses(run) == pytest.approx(losses(one_process), abs=1e-3)
+    one, two = (Round(path / "rounds" / "00-sft").read_result() for path in (one_process, run))
+    assert two.rank_fingerprints == (one.fingerprint, one.fingerprint)
+    assert two.num_tokens == one.num_tokens
+    hft("verify", run)
+    weights = [load_file(path / "rounds" / "00-sft" / "checkpoint" / "model.safetensors") for path in (one_process, run)]
+    for name in Round(run / "rounds" / "00-sft").read_plan().frozen:
+        assert torch.equal(weights[0][name], weights[1][name])
+
+
+def test_four_micro_batches_give_the_loss_of_one_batch(hft, settings, small, one_process, tmp_path):
+    run = tmp_path / "micro"
+    hft("sft", "--output", run, *settings(small | {"train.per_device_train_batch_size": 2}))
+    assert losses(run) == pytest.approx(losses(one_process), abs=1e-4)
+
+
+def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(hft, settings, small, one_process):
+    result = one_process / "rounds" / "00-sft" / "result.json"
+    before = result.stat().st_mtime_ns
+    hft("sft", "--output", one_process, *settings(small))
+    assert result.stat().st_mtime_ns == before
+    refused = hft("sft", "--output", one_process, *settings(small | {"freeze.seed": 7}), code=2)
+    assert "holds the run of another recipe (differs in freeze.seed)" in refused.stderr
+    assert result.stat().st_mtime_ns == before
+
+
+def test_a_run_that_starts_from_a_run_draws_another_half(hft, settings, small, one_process, tmp_path):
+    run = tmp_path / "next"
+    hft("sft", "--output", run, *settings(small | {"model.path": one_process}))
+    first, second = (Round(path / "rounds" / "00-sft") for path in (one_process, run))
+    assert second.read_spec().index == 1
+    assert second.read_plan().fingerprint != first.read_plan().fingerprint
+    assert json.loads((run / "manifest.json").read_text())["parent"] == str(one_process)
+    hft("verify", run)
+
+
+@pytest.mark.parametrize(("kind", "message"), [("trained", "did not move"), ("frozen", "but moved")])
+def test_verify_finds_a_tensor_that_it_should_not(hft, settings, small, tmp_path, shared, kind, message):
+    run = tmp_path / "tampered"
+    hft("sft", "--output", run, *settings(small | {"train.max_steps": 1, "train.warmup_steps": 0}))
+    round_ = Round(run / "rounds" / "00-sft")
+    name = getattr(round_.read_plan(), kind)[-1]
+    file = round_.checkpoint / "model.safetensors"
+    weights = load_file(file)
+    if kind == "frozen":
+        weights[name].view(torch.int32).view(-1)[0] ^= 1  # the last bit of one weight
+    else:
+        weights[name] = load_file(shared / "models" / "stories260K" / "model.safetensors")[name]
+        result = json.loads(round_.result_path.read_text())
+        result["updates"][name] = 0.0
+        round_.result_path.write_text(json.dumps(result))
+    save_file(weights, file, metadata={"format": "pt"})
+    assert f"{message}: {name}" in hft("verify", run, code=3).stdout
+
+
+def test_a_loss_that_is_not_a_number_stops_the_round(hft, settings, small, tmp_path):
+    run = tmp_path / "nan"
+    wild = {"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.max_grad_norm": 0}
+    failed = hft("sft", "--output", run, *settings(small | wild), code=1)
+    assert "the loss became" in failed.stderr
+    assert "untouched" in failed.stderr
+    assert not (run / "rounds" / "00-sft" / "result.json").exists()
+    assert not math.isfinite(losses(run)[-1])
+
+
+def test_a_stopped_run_starts_its_round_again(hft, settings, small, tmp_path):
+    """What a crash leaves: a round without a result."""
+    run = tmp_path / "crashed"
+    hft("sft", "--output", run, *settings(small))
+    whole = (run / "rounds" / "00-sft" / "checkpoint" / "model.safetensors").read_bytes()
+    (run / "rounds" / "00-sft" / "result.json").unlink()
+    hft("sft", "--output", run, *settings(small))
+    assert (run / "rounds" / "00-sft" / "checkpoint" / "model.safetensors").read_bytes() == whole
+
+
+def test_dry_run_prints_the_command_and_trains_nothing(hft, settings, small, tmp_path):
+    printed = hft("sft", "--output", tmp_path / "dry", "--dry-run", "--num-processes", 2, *settings(small)).stdout
+    assert "deepspeed.launcher.runner --num_gpus 2" in printed
+    assert not (tmp_path / "dry" / "rounds" / "00-sft" / "metrics.jsonl").exists()
