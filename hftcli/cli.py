@@ -93,7 +93,8 @@ def plan(
 def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """What the data are: format, counts, lengths, and a sample with its trained tokens in colour."""
     from hftcli import report, runners
-    from hftcli.data import decode_sample, default_cache, prepare_dataset, set_chat_template
+    from hftcli.chat import set_chat_template
+    from hftcli.data import decode_sample, default_cache, prepare_dataset
     from hftcli.models import fetch_checkpoint, load_tokenizer
 
     resolved = _load_recipe(recipe, overrides, None, None)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from hftcli.data import check_positions, default_cache, prepare_dataset, set_chat_template
+from hftcli.chat import set_chat_template
+from hftcli.data import check_positions, default_cache, prepare_dataset
 from hftcli.errors import HftError, TrainingError
 from hftcli.evaluate import score_task
 from hftcli.freezing.roles import assign_roles

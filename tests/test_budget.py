@@ -21,8 +21,9 @@ NUM_PARAMETERS, NUM_TRAINABLE = 1000, 400
         ("mixed", 8, 1, Memory(2000, 800, 600)),
         ("mixed", 8, 2, Memory(2000, 100, 600)),
         ("mixed", 8, 3, Memory(250, 100, 600)),
-        ("float32", 2, 2, Memory(4000, 800, 1600)),
-        ("float32", 2, 3, Memory(2000, 800, 1600)),
+        ("float32", 2, 0, Memory(4000, 1600, 3200)),
+        ("float32", 2, 2, Memory(4000, 800, 2400)),
+        ("float32", 2, 3, Memory(2000, 800, 2400)),
         # Parts are rounded up: 2000 / 3, 800 / 3 and 4800 / 3.
         ("mixed", 3, 3, Memory(667, 267, 1600)),
     ],

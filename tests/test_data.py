@@ -16,27 +16,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hftcli import data as room
-from hftcli.data import (
-    CHAT_TEMPLATES,
-    FORMATS,
-    IGNORED,
-    Template,
-    check_positions,
-    convert_row,
-    decode_sample,
-    default_cache,
-    detect_format,
-    find_assistant_spans,
-    find_sources,
-    find_template,
-    load_rows,
-    make_key,
-    prepare_dataset,
-    set_chat_template,
-    tokenize_answer,
-)
+from hftcli.chat import CHAT_TEMPLATES, Template, find_assistant_spans, find_template, set_chat_template
+from hftcli.data import IGNORED, check_positions, decode_sample, default_cache, make_key, prepare_dataset, tokenize_answer
 from hftcli.errors import DataError, ModelError
 from hftcli.recipe import PACKAGE, DataSection, TrainSection
+from hftcli.rows import FORMATS, convert_row, detect_format, find_sources, load_rows
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [

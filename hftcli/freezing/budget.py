@@ -77,7 +77,9 @@ def estimate_memory(
     """
     num_frozen = num_parameters - num_trainable
     if precision == "float32":
-        weights, gradients, optimizer = 4 * num_parameters, 4 * num_trainable, 8 * num_trainable
+        # From stage 1 on, DeepSpeed keeps a master of its own even of float32 weights.
+        optimizer = (12 if num_processes > 1 and zero_stage > 0 else 8) * num_trainable
+        weights, gradients = 4 * num_parameters, 4 * num_trainable
     elif num_processes == 1:
         weights, gradients, optimizer = 2 * num_frozen + 4 * num_trainable, 4 * num_trainable, 8 * num_trainable
     else:

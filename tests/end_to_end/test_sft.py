@@ -129,6 +129,7 @@ def test_a_stopped_run_starts_its_round_again(hft, settings, small, tmp_path):
 
 
 def test_dry_run_prints_the_command_and_trains_nothing(hft, settings, small, tmp_path):
+    small = small | {"train.per_device_train_batch_size": 4}
     printed = hft("sft", "--output", tmp_path / "dry", "--dry-run", "--num-processes", 2, *settings(small)).stdout
     assert "deepspeed.launcher.runner --num_gpus 2" in printed
     assert not (tmp_path / "dry" / "rounds" / "00-sft" / "metrics.jsonl").exists()
