@@ -27,9 +27,9 @@ from trl import pack_dataset
 
 from hftcli.chat import Rendering, Template, find_template, render_row
 from hftcli.errors import DataError, ModelError
-from hftcli.recipe import DataSection, Section, TrainSection
-from hftcli.rows import Messages, Row, Source, describe_place, find_sources, is_conversation, load_rows, naming_row
-from hftcli.run import read_model, write_model
+from hftcli.recipe import DataSection, TrainSection
+from hftcli.rows import Messages, Row, describe_place, find_sources, is_conversation, load_rows, naming_row
+from hftcli.run import DataReport, Source, read_model, write_model
 
 logger = logging.getLogger(__name__)
 
@@ -40,33 +40,6 @@ SHAPING_CODE = ("rows.py", "chat.py", "data.py")  # a change in one of them is a
 TOKEN_FEATURES = datasets.Features(
     input_ids=datasets.List(datasets.Value("int32")), labels=datasets.List(datasets.Value("int32"))
 )
-
-
-class DataReport(Section):
-    """What became of the rows."""
-
-    format: str
-    """Format of the rows, as detected."""
-    num_rows: int
-    """Rows read."""
-    num_used: int
-    """Rows trained on."""
-    num_dropped: int
-    """Rows left out because the cut to `data.max_length` took all of their trained tokens."""
-    num_truncated: int
-    """Rows trained on without their end, which the cut took."""
-    num_sequences: int
-    """Sequences: rows, or packs of rows."""
-    num_tokens: int
-    """Tokens in all sequences."""
-    num_trained_tokens: int
-    """Tokens that count in the loss."""
-    length_percentiles: dict[str, int]
-    """Tokens of a row before the cut: `p50`, `p90`, `p99`, `max`."""
-    sources: tuple[Source, ...]
-    """Where the rows came from."""
-    key: str
-    """Name of the entry in the cache: a hash of all that shapes the tokens."""
 
 
 def prepare_dataset(

@@ -153,8 +153,13 @@ REPLACED_TRAIN_KEYS = {
     "deepspeed": "launch.zero_stage",
     "model_init_kwargs": "the keys of model",
     "fp16": "train.bf16",
-    "dataset_num_proc": "nothing: hft tokenizes the data itself",
 }
+# Fields of the trainer that would have no effect, because hft does that work or sets them itself.
+OWN_TRAIN_KEYS = {
+    "dataset_kwargs", "dataset_num_proc", "ddp_backend", "disable_tqdm", "eval_packing", "eval_steps", "eval_strategy",
+    "load_best_model_at_end", "logging_nan_inf_filter", "push_to_hub", "resume_from_checkpoint", "save_steps",
+    "save_strategy", "save_total_limit", "use_cpu",
+}  # fmt: skip
 
 
 def load_recipe(path: Path | str | None, overrides: Iterable[str] = ()) -> Recipe:
@@ -291,6 +296,8 @@ def _check_train_keys(recipe: Recipe, source: _Source) -> Iterable[str]:
         keys = ("train", key)
         if key in REPLACED_TRAIN_KEYS:
             yield f"{source.place(keys)}: train.{key} is not a key of hft: use {REPLACED_TRAIN_KEYS[key]}"
+        elif key in OWN_TRAIN_KEYS:
+            yield f"{source.place(keys)}: train.{key} would have no effect: hft sets it itself or does that work"
         elif key not in (known := read_training_fields()):
             yield _describe_unknown_key(source.place(keys), keys, [*TrainSection.model_fields, *known])
 

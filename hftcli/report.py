@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,11 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hftcli.freezing.budget import Budget, Memory
+from hftcli.run import DataReport, Round, RoundResult, Run, Scores, Verification
 from hftcli.run import Progress as Place
-from hftcli.run import Round, RoundResult, Run, Scores, Verification
-
-if TYPE_CHECKING:
-    from hftcli.data import DataReport
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 
@@ -152,7 +149,7 @@ def _memory_parts(memory: Memory) -> dict[str, int]:
     return {**asdict(memory), "total_bytes": memory.total_bytes}
 
 
-def print_data(summary: "DataReport", sample: list[tuple[str, bool]], as_json: bool) -> None:
+def print_data(summary: DataReport, sample: list[tuple[str, bool]], as_json: bool) -> None:
     """Counts, lengths, and one sequence with its trained tokens in colour."""
     if as_json:
         print_json({**summary.model_dump(mode="json"), "sample": [{"text": t, "trained": b} for t, b in sample]})

@@ -20,7 +20,8 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from hftcli.errors import DataError
-from hftcli.recipe import PACKAGE, DataSection, Section
+from hftcli.recipe import PACKAGE, DataSection
+from hftcli.run import Source
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
@@ -28,17 +29,6 @@ UNRENDERED_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")  
 
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
-
-
-class Source(Section):
-    """Where rows came from."""
-
-    path: str
-    """The file, or the hub id."""
-    fingerprint: str
-    """sha256 of the file's bytes; of a hub dataset, the fingerprint that `datasets` gives it."""
-    num_bytes: int | None
-    """Size of the file; null for a hub dataset."""
 
 
 def find_sources(data: DataSection) -> tuple[Source, ...]:

@@ -129,6 +129,57 @@ class Scores(Section):
     """Score on each task after it; null until it is trained."""
 
 
+class Source(Section):
+    """Where rows came from."""
+
+    path: str
+    """The file, or the hub id."""
+    fingerprint: str
+    """sha256 of the file's bytes; of a hub dataset, the fingerprint that `datasets` gives it."""
+    num_bytes: int | None
+    """Size of the file; null for a hub dataset."""
+
+
+class DataReport(Section):
+    """What became of the rows."""
+
+    format: str
+    """Format of the rows, as detected."""
+    num_rows: int
+    """Rows read."""
+    num_used: int
+    """Rows trained on."""
+    num_dropped: int
+    """Rows left out because the cut to `data.max_length` took all of their trained tokens."""
+    num_truncated: int
+    """Rows trained on without their end, which the cut took."""
+    num_sequences: int
+    """Sequences: rows, or packs of rows."""
+    num_tokens: int
+    """Tokens in all sequences."""
+    num_trained_tokens: int
+    """Tokens that count in the loss."""
+    length_percentiles: dict[str, int]
+    """Tokens of a row before the cut: `p50`, `p90`, `p99`, `max`."""
+    sources: tuple[Source, ...]
+    """Where the rows came from."""
+    key: str
+    """Name of the entry in the cache: a hash of all that shapes the tokens."""
+
+
+class Hardware(Section):
+    device: str
+    """The GPU's name, or the processor's."""
+    num_processes: int
+    """Ranks of the round."""
+    num_cores: int
+    """Processor cores of the machine."""
+    num_threads: int
+    """Threads of each rank."""
+    memory_bytes: int
+    """Memory of the machine."""
+
+
 class RoundResult(Section):
     """What a finished round leaves to the next one and to the report."""
 
@@ -154,9 +205,9 @@ class RoundResult(Section):
     """Largest absolute change of each trained parameter, in float32."""
     verification: Verification
     """Frozen parts identical, trained parts moved."""
-    data: dict[str, Any]
+    data: DataReport
     """What the data were: format, counts, hashes."""
-    hardware: dict[str, Any]
+    hardware: Hardware
     """What the worker ran on."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def prepare_sft(recipe: Recipe) -> tuple[Run, Round]:
         objective="sft",
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path}),
-        data=recipe.data,
+        data=recipe.data.model_copy(update={"path": _make_absolute(recipe.data.path)}),
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
@@ -99,13 +100,14 @@ def resolve_start(path: str) -> Start:
         last = Run(folder).last_finished
         if last is None:
             raise ModelError(f"model.path {path} is a run with no finished round", "finish it first")
-        return Start(str(last.checkpoint), last.read_spec().index + 1, str(folder))
+        return Start(str(last.checkpoint.resolve()), last.read_spec().index + 1, str(folder.resolve()))
     if folder.is_dir():
         config = folder / "config.json"
         if not config.is_file():
             raise ModelError(f"model.path {path} has no config.json", "give a Hugging Face folder or a finished run")
         check_family(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"))
-    elif folder.suffix or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        return Start(str(folder.resolve()))
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", path):
         raise ModelError(f"model.path {path}: no such folder", "give a folder, a finished run, or a hub id (owner/name)")
     return Start(path)
 
@@ -136,6 +138,11 @@ def describe_launch(round_: Round) -> str:
     launch = round_.read_spec().launch
     environment = [f"{key}={value}" for key, value in worker_environment(launch).items()]
     return " ".join([*environment, *worker_command(round_.folder, launch, find_free_port())])
+
+
+def _make_absolute(path: str) -> str:
+    """A prepared round can be launched from any folder."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _find_version(package: str) -> str:

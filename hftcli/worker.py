@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from trl import SFTTrainer
@@ -24,7 +23,7 @@ from trl import SFTTrainer
 from hftcli.chat import set_chat_template
 from hftcli.data import check_positions, default_cache, prepare_dataset
 from hftcli.errors import HftError, TrainingError
-from hftcli.evaluate import score_task
+from hftcli.evaluate import score_rows, tokenize_task
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.models import (
@@ -38,7 +37,7 @@ from hftcli.models import (
     save_checkpoint,
     verify_checkpoint,
 )
-from hftcli.run import Failure, Round, RoundResult, Score, Scores, write_model
+from hftcli.run import Failure, Hardware, Round, RoundResult, Score, Scores, write_model
 from hftcli.tasks import load_task
 from hftcli.trainers import (
     Reporter,
@@ -67,9 +66,9 @@ def run_round(round_: Round) -> None:
     description = describe_model(str(start))
     check_positions(spec.data.max_length, description.max_positions)
     plan = make_plan(assign_roles(description.model_type, description.parameters), spec.freeze, spec.index)
-    tasks = [load_task(name) for name in spec.tasks]
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
+    tasks = {name: tokenize_task(load_task(name), tokenizer) for name in spec.tasks}
 
     # 2. Rows to tokens, once for all ranks.
     with clock.measure("tokenizing"):
@@ -91,11 +90,11 @@ def run_round(round_: Round) -> None:
     def score() -> dict[str, Score]:
         with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=is_mixed(spec)):
             return {
-                task.name: score_task(
-                    trainer.model_wrapped, tokenizer, task, args.device, args.process_index, args.world_size,
+                name: score_rows(
+                    trainer.model_wrapped, rows, args.device, args.process_index, args.world_size,
                     lambda *count: reporter.report("scoring", *count),
                 )
-                for task in tasks
+                for name, rows in tasks.items()
             }  # fmt: skip
 
     before: dict[str, Score] = {}
@@ -138,7 +137,7 @@ def run_round(round_: Round) -> None:
         optimizer_bytes=measure_optimizer_bytes(trainer.optimizer),
         updates=updates,
         verification=verification,
-        data=data_report.model_dump(mode="json"),
+        data=data_report,
         hardware=describe_hardware(args.world_size),
     )
     write_model(round_.result_path, result)
@@ -181,15 +180,15 @@ def measure_peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def describe_hardware(num_ranks: int) -> dict[str, Any]:
+def describe_hardware(num_ranks: int) -> Hardware:
     has_gpu = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
-        "num_processes": num_ranks,
-        "num_cores": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+    return Hardware(
+        device=torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
+        num_processes=num_ranks,
+        num_cores=os.cpu_count(),
+        num_threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Write the README's tables of recipe keys and run files from the docstrings in the code.
 
-    python scripts/write_reference.py            rewrites README.md
-    python scripts/write_reference.py --check    exits 1 where it is out of date
+python scripts/write_reference.py            rewrites README.md
+python scripts/write_reference.py --check    exits 1 where it is out of date
 """
 
 import re
@@ -37,7 +37,9 @@ def format_default(value: object) -> str:
 
 def make_tables() -> dict[str, str]:
     keys = "\n".join(f"| `{key}` | {default} | {text} |" for key, default, text in describe_keys(Recipe))
-    fields = "\n".join(f"| `{name}` | {' '.join(field.description.split())} |" for name, field in RoundResult.model_fields.items())
+    fields = "\n".join(
+        f"| `{name}` | {' '.join(field.description.split())} |" for name, field in RoundResult.model_fields.items()
+    )
     return {
         "keys": f"| key | default | meaning |\n|---|---|---|\n{keys}",
         "result": f"| key of `result.json` | meaning |\n|---|---|\n{fields}",

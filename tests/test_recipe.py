@@ -86,6 +86,10 @@ def test_gone_and_derived_keys_name_their_successor(tmp_path, key, use):
     assert f"use {use}" in fail(tmp_path, GOOD + f"train: {{{key}: 1}}\n")
 
 
+def test_a_setting_without_effect_is_refused(tmp_path):
+    assert "train.save_steps would have no effect" in fail(tmp_path, GOOD + "train: {save_steps: 10}\n")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -63,6 +63,23 @@ def test_two_ranks_agree_with_one_process(hft, settings, small, one_process, tmp
         assert torch.equal(weights[0][name], weights[1][name])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_score_as_one_process_does(hft, settings, tmp_path, stage):
+    """The embedded model: its tasks have a number of questions that two ranks and their batches do not divide."""
+    short = {"train.max_steps": 2, "train.warmup_steps": 0, "launch.zero_stage": stage}
+    scores = []
+    for num_processes in (1, 2):
+        run = tmp_path / str(num_processes)
+        batch = {"train.per_device_train_batch_size": 32 // num_processes, "launch.num_processes": num_processes}
+        hft("sft", "--output", run, *settings(short | batch))
+        scores.append(Round(run / "rounds" / "00-sft").read_scores())
+    for moment in ("before", "after"):
+        for name, one in getattr(scores[0], moment).items():
+            two = getattr(scores[1], moment)[name]
+            assert two.nll == pytest.approx(one.nll, abs=1e-3)
+            assert two.exact_match == pytest.approx(one.exact_match, abs=1 / one.num_examples + 1e-9)
+
+
 def test_four_micro_batches_give_the_loss_of_one_batch(hft, settings, small, one_process, tmp_path):
     run = tmp_path / "micro"
     hft("sft", "--output", run, *settings(small | {"train.per_device_train_batch_size": 2}))
@@ -85,7 +102,7 @@ def test_a_run_that_starts_from_a_run_draws_another_half(hft, settings, small, o
     first, second = (Round(path / "rounds" / "00-sft") for path in (one_process, run))
     assert second.read_spec().index == 1
     assert second.read_plan().fingerprint != first.read_plan().fingerprint
-    assert json.loads((run / "manifest.json").read_text())["parent"] == str(one_process)
+    assert json.loads((run / "manifest.json").read_text())["parent"] == str(one_process.resolve())
     hft("verify", run)
 
 
