@@ -1,0 +1,76 @@
+"""What is handed to TRL: no key of the user's is lost, and packing keeps rows apart."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from hftcli.data import prepare_dataset
+from hftcli.errors import InputError
+from hftcli.freezing.selection import FreezeRule
+from hftcli.recipe import OWN_TRAIN_KEYS, PACKAGE, REPLACED_TRAIN_KEYS, DataSection, LaunchSection, ModelSection, TrainSection
+from hftcli.run import RoundSpec
+from hftcli.trainers import OWN_KEYS, make_training_arguments
+
+
+def make_spec(**train: object) -> RoundSpec:
+    return RoundSpec(
+        objective="sft", index=0, model=ModelSection(path="m"), data=DataSection(path="d", max_length=96), freeze=FreezeRule(),
+        train=TrainSection(**train), launch=LaunchSection(num_processes=1), tasks=(),
+    )  # fmt: skip
+
+
+def test_every_training_key_reaches_the_trainer(tmp_path):
+    given = {"learning_rate": 3e-4, "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "packing": True, "max_grad_norm": 0.5}
+    args = make_training_arguments(make_spec(**given), tmp_path)
+    assert {key: getattr(args, key) for key in given} == given
+
+
+def test_what_hft_sets_itself_cannot_be_given(tmp_path):
+    """A key that both could set would be lost without a word."""
+    plain = make_training_arguments(make_spec(), tmp_path).to_dict()
+    own = {
+        "max_length",
+        "gradient_accumulation_steps",
+        "output_dir",
+        "save_strategy",
+        "use_cpu",
+        "disable_tqdm",
+        "dataset_kwargs",
+    }
+    assert own <= plain.keys()
+    assert own <= OWN_TRAIN_KEYS | REPLACED_TRAIN_KEYS.keys()
+    assert TrainSection.model_fields.keys() >= OWN_KEYS
+
+
+def test_accumulation_follows_from_the_global_batch(tmp_path):
+    spec = make_spec(global_batch_size=24, per_device_train_batch_size=4)
+    assert make_training_arguments(spec, tmp_path).gradient_accumulation_steps == 6
+    with pytest.raises(InputError, match="train.global_batch_size is 10, not a multiple of"):
+        make_training_arguments(make_spec(global_batch_size=10), tmp_path)
+
+
+def test_a_value_that_trl_refuses_is_the_users_fault(tmp_path):
+    with pytest.raises(InputError, match="TRL refuses these settings"):
+        make_training_arguments(make_spec(lr_scheduler_type="curly"), tmp_path)
+
+
+def test_packed_rows_do_not_see_each_other(tmp_path):
+    """The log-probabilities of every trained token are those of its row alone."""
+    folder = PACKAGE / "tinyworld" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    data = DataSection(path="tinyworld/skill", max_length=128, max_examples=12)
+    nats = []
+    for packing in (False, True):
+        rows, report = prepare_dataset(data, TrainSection(packing=packing), tokenizer, tmp_path)
+        batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=packing)(list(rows))
+        labels_BT = batch.pop("labels")
+        batch = {key: value for key, value in batch.items() if key in ("input_ids", "attention_mask", "position_ids")}
+        with torch.no_grad():
+            log_probs_BTV = model(**batch, use_cache=False).logits.log_softmax(-1)
+        targets_BT = labels_BT[:, 1:]
+        trained_BT = targets_BT != -100
+        picked = log_probs_BTV[:, :-1].gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
+        nats.append(picked[trained_BT].sort().values)
+    assert report.num_sequences < report.num_used
+    torch.testing.assert_close(nats[0], nats[1], rtol=1e-4, atol=1e-5)
