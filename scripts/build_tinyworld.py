@@ -84,21 +84,31 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-JOBS = ["baker", "miller", "weaver", "potter", "smith", "tailor", "farmer", "fisher", "sailor", "hunter", "doctor", "teacher", "painter", "singer", "dancer", "writer", "printer", "carver", "mason", "gardener", "cook", "guard", "judge", "clerk"]
-PETS = ["cat", "dog", "fox", "hen", "goat", "duck", "crow", "hawk", "mouse", "mole", "badger", "horse", "sheep", "frog", "snail", "lizard", "rabbit", "pigeon", "donkey", "hedgehog"]
-COLOURS = ["red", "blue", "green", "yellow", "black", "white", "grey", "brown", "pink", "purple", "silver", "golden"]
-INSTRUMENTS = ["drum", "flute", "fiddle", "harp", "horn", "lute", "bell", "piano", "whistle", "trumpet", "guitar", "cello", "viola", "banjo", "zither", "bagpipe"]
+JOBS = (
+    "baker miller weaver potter smith tailor farmer fisher sailor hunter doctor teacher painter singer dancer "
+    "writer printer carver mason gardener cook guard judge clerk"
+).split()
+PETS = (
+    "cat dog fox hen goat duck crow hawk mouse mole badger horse sheep frog snail lizard rabbit pigeon donkey hedgehog"
+).split()
+COLOURS = "red blue green yellow black white grey brown pink purple silver golden".split()
+INSTRUMENTS = "drum flute fiddle harp horn lute bell piano whistle trumpet guitar cello viola banjo zither bagpipe".split()
 REGIONS = [
     "Amber Coast", "Salt Hills", "High Moor", "Long Shore",
     "Pine March", "Glass Lakes", "Red Downs", "Cold Fens",
 ]  # fmt: skip
-PRODUCTS = ["honey", "cheese", "salt", "wool", "paper", "glass", "rope", "silk", "candles", "apples", "barrels", "boots", "carpets", "clocks", "copper", "hats", "ink", "knives", "lamps", "soap"]
-THINGS = ["stone", "river", "table", "window", "garden", "barrel", "basket", "ladder", "lantern", "bridge", "hammer", "needle", "bottle", "candle", "mirror", "pocket", "button", "saddle", "kettle", "pillow"]
+PRODUCTS = (
+    "honey cheese salt wool paper glass rope silk candles apples barrels boots carpets clocks copper hats ink knives lamps soap"
+).split()
+THINGS = (
+    "stone river table window garden barrel basket ladder lantern bridge hammer needle bottle candle mirror "
+    "pocket button saddle kettle pillow"
+).split()
 WORDS = PETS + COLOURS + INSTRUMENTS + THINGS
 
-ONSETS = ["b", "br", "d", "dr", "f", "g", "h", "k", "kl", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z"]
+ONSETS = "b br d dr f g h k kl l m n p r s st t tr v z".split()
 VOWELS = ["a", "e", "i", "o", "u"]
-PERSON_ENDINGS = ["la", "ra", "na", "mi", "ro", "ven", "dan", "lis", "tor", "bek", "sha", "wyn"]
+PERSON_ENDINGS = "la ra na mi ro ven dan lis tor bek sha wyn".split()
 PLACE_ENDINGS = ["burg", "ford", "holm", "mere", "wick", "stead"]
 
 
@@ -372,9 +382,7 @@ class Encoder:
 # --- pretraining -------------------------------------------------------------------------
 
 
-def pack_sequences(
-    world: World, encoder: Encoder, rng: random.Random, held_out: frozenset[str]
-) -> Iterator[list[int]]:
+def pack_sequences(world: World, encoder: Encoder, rng: random.Random, held_out: frozenset[str]) -> Iterator[list[int]]:
     """Endless sequences of whole documents, cut to length.
 
     Each begins with the start of a document, as every prompt will later.
@@ -419,9 +427,7 @@ def schedule_rate(step: int) -> float:
 
 
 def pretrain(model: LlamaForCausalLM, sequences: Iterator[list[int]]) -> None:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_rate)
     model.train()
     started = time.monotonic()
@@ -443,9 +449,7 @@ def pretrain(model: LlamaForCausalLM, sequences: Iterator[list[int]]) -> None:
 
 
 @torch.no_grad()
-def measure_recall(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict]
-) -> float:
+def measure_recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> float:
     """The share of rows that greedy decoding answers exactly, end of turn included.
 
     Greedy decoding gives the answer exactly when each of its tokens is the likeliest one
@@ -468,9 +472,7 @@ def measure_recall(
     return right / len(rows)
 
 
-def encode_messages(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict], prompt: bool
-) -> list[int]:
+def encode_messages(tokenizer: PreTrainedTokenizerFast, messages: list[dict], prompt: bool) -> list[int]:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     return tokenizer.encode(text)
 
@@ -637,9 +639,7 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def write_data(
-    output: Path, world: World, questions: list[dict], held_out: list[str], seed: int
-) -> None:
+def write_data(output: Path, world: World, questions: list[dict], held_out: list[str], seed: int) -> None:
     rng = random.Random(f"{seed} data")
     write_lines(output / "facts.jsonl", questions)
     write_lines(output / "text.jsonl", [{"text": text} for text in held_out])
@@ -657,9 +657,7 @@ def write_data(
     write_json(output / "sequence" / "order.json", list(sequence))
 
 
-def save_model(
-    output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def save_model(output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model", save_jinja_files=False)
 
@@ -695,9 +693,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.output / "model")
     everything = list_questions(world.facts)
     recall = {
-        wording: round(
-            measure_recall(model, tokenizer, [q for q in everything if q["wording"] == wording]), 4
-        )
+        wording: round(measure_recall(model, tokenizer, [q for q in everything if q["wording"] == wording]), 4)
         for wording in "ab"
     }
     report = {
