@@ -3,9 +3,9 @@
     python scripts/benchmark_sft.py --model FOLDER --rows FILE.jsonl                 a real model, on this machine
     python scripts/benchmark_sft.py --shape 1b --rows FILE.jsonl                     random weights, where a GPU is at hand
 
-Rows are {"prompt": str, "completion": str}. The three commands take turns, so that a machine whose speed drifts is fair to all;
-the table gives medians over the rounds and, for ratios, the median of the ratios within a round with their range. Prints
-Markdown.
+Rows have `messages`, of which the first two turns serve, or `prompt` and `completion`. The three commands take turns, so that a
+machine whose speed drifts is fair to all; the table gives medians over the rounds and, for ratios, the median of the ratios
+within a round with their range. Prints Markdown.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.shape:
             arguments.model = make_random_model(arguments.shape, Path(folder) / "model")
+        arguments.rows = write_plain_rows(Path(arguments.rows), Path(folder) / "rows.jsonl")
         share = plan_share(arguments)
         rounds = []
         for number in range(arguments.repeats):
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", help="a Hugging Face folder")
     start.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
-    parser.add_argument("--rows", required=True, help="JSONL with prompt and completion")
+    parser.add_argument("--rows", required=True, help="JSONL with messages, or with prompt and completion")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
@@ -71,6 +72,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this file runs itself with it
     return parser.parse_args()
+
+
+def write_plain_rows(source: Path, target: Path) -> str:
+    """The rows as plain prompt and completion, so that no chat template can make a difference."""
+    with target.open("w", encoding="utf-8") as file:
+        for line in source.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if "messages" in row:
+                turns = [message["content"] for message in row["messages"] if message["role"] != "system"]
+                row = {"prompt": turns[0] + "\n", "completion": turns[1]}
+            file.write(json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) + "\n")
+    return str(target)
 
 
 def hft_settings(arguments: argparse.Namespace, share: float) -> list[str]:
