@@ -98,11 +98,21 @@ def read_start_dtype(section: ModelSection, folder: Path) -> torch.dtype:
 
 
 def read_header(file: Path) -> dict[str, dict]:
-    """Names, dtypes, shapes and byte offsets of the tensors in a safetensors file, without reading them."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
+    """Names, dtypes, shapes and byte offsets of the tensors in a safetensors file, without reading them.
+
+    Raises:
+        ModelError: the file is not one, or is shorter than its header says.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (struct.error, ValueError, MemoryError):
+        raise ModelError(f"{file} is damaged: its header does not read") from None
     header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if file.stat().st_size != expected:
+        raise ModelError(f"{file} is damaged: it has {file.stat().st_size:,} bytes, and its header says {expected:,}")
     return header
 
 
@@ -178,14 +188,20 @@ def save_checkpoint(
 
 
 class CheckpointReader:
-    """Tensors of a checkpoint's files by parameter name, one at a time."""
+    """Tensors of a checkpoint's files by parameter name, one at a time.
+
+    Raises:
+        ModelError: a file is damaged, or a parameter is in none.
+    """
 
     def __init__(self, folder: Path, names: tuple[str, ...]):
         self.files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
         self.model = None
         if any(name not in self.files for name in names):
             # A family whose files have another layout than its modules, such as experts fused on loading.
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            self.model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            if missing := sorted(set(names) & set(loading["missing_keys"])):
+                raise ModelError(f"{folder} lacks {len(missing)} parameters, the first is {missing[0]}")
 
     def read(self, name: str) -> torch.Tensor:
         if self.model is not None:

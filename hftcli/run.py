@@ -198,7 +198,7 @@ class RoundResult(Section):
     peak_memory_bytes: int
     """Peak memory of rank 0: of the GPU's allocator, or the process's resident set where there is none."""
     gradient_bytes: int
-    """Bytes of gradients on rank 0 in a step."""
+    """Bytes of gradients on rank 0 in a step; 0 where DeepSpeed keeps them to itself."""
     optimizer_bytes: int
     """Bytes of optimizer state on rank 0."""
     updates: dict[str, float]

@@ -124,10 +124,10 @@ class RoundCallback(TrainerCallback):
     def on_log(
         self, args: SFTConfig, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
+        self.num_tokens = int(logs.get("num_tokens", self.num_tokens))
         if "loss" not in logs:
             return
         self.loss = float(logs["loss"])
-        self.num_tokens = int(logs.get("num_tokens", 0))
         if self.reporter.is_first:
             with self.reporter.round.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

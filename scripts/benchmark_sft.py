@@ -66,7 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     start.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
     parser.add_argument("--rows", required=True, help="JSONL with messages, or with prompt and completion")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="sequences in an optimizer step")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sequences in a forward pass")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--activation-checkpointing", action="store_true")
@@ -95,7 +96,9 @@ def hft_settings(arguments: argparse.Namespace, share: float) -> list[str]:
         "freeze.trainable_fraction": share,
         "train.max_steps": arguments.steps,
         "train.global_batch_size": arguments.batch,
-        "train.per_device_train_batch_size": arguments.batch,
+        "train.per_device_train_batch_size": arguments.micro_batch,
+        "train.learning_rate": 2e-5,
+        "train.logging_steps": 1,
         "train.packing": "true",
         "train.activation_checkpointing": str(arguments.activation_checkpointing).lower(),
         "launch.num_processes": 1,
@@ -134,6 +137,7 @@ def measure_bare(arguments: argparse.Namespace) -> Measurement:
     """Run this file in a process of its own, as the bare script."""
     command = [sys.executable, __file__, "--bare", "--model", arguments.model, "--rows", arguments.rows]
     command += ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
+    command += ["--micro-batch", str(arguments.micro_batch)]
     command += ["--max-length", str(arguments.max_length)]
     command += ["--activation-checkpointing"] if arguments.activation_checkpointing else []
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -156,7 +160,8 @@ def run_bare(arguments: argparse.Namespace) -> None:
         max_steps=arguments.steps,
         learning_rate=2e-5,
         warmup_steps=0.03,
-        per_device_train_batch_size=arguments.batch,
+        per_device_train_batch_size=arguments.micro_batch,
+        gradient_accumulation_steps=arguments.batch // arguments.micro_batch,
         packing=True,
         max_length=arguments.max_length,
         activation_checkpointing=arguments.activation_checkpointing,
@@ -217,7 +222,8 @@ def print_table(rounds: list[dict[str, Measurement]], share: float, arguments: a
         return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
 
     print(
-        f"{Path(arguments.model).name}, {arguments.steps} steps of {arguments.batch} x {arguments.max_length} tokens, "
+        f"{Path(arguments.model).name}, {arguments.steps} steps of {arguments.batch} x {arguments.max_length} tokens "
+        f"in micro-batches of {arguments.micro_batch}, "
         f"medians of {len(rounds)} interleaved rounds; ratios: median (range) within a round\n"
     )
     print("| | tokens/s | s/step | gradients MiB | optimizer MiB | peak memory MiB |")

@@ -152,3 +152,22 @@ def test_experts_that_files_keep_apart_are_compared_as_the_model_has_them(tmp_pa
     assert any("experts" in name for name in plan.frozen)
     assert verify_checkpoint(tmp_path / "start", tmp_path / "end", plan, {}).passed
     assert len(verify_checkpoint(tmp_path / "start", tmp_path / "start", plan, {}).unmoved) == len(plan.trained)
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty"])
+def test_a_damaged_checkpoint_is_named(folder, tmp_path, damage):
+    whole = (folder / "model.safetensors").read_bytes()
+    damaged = {"cut": whole[:-1], "header": b"x" * 64, "empty": b""}[damage]
+    (tmp_path / "model.safetensors").write_bytes(damaged)
+    with pytest.raises(ModelError, match="model.safetensors is damaged"):
+        verify_checkpoint(folder, tmp_path, draw(folder), {})
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_named(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    name = draw(folder).frozen[0]
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ModelError, match=f"lacks 1 parameters, the first is {name}"):
+        verify_checkpoint(folder, tmp_path, draw(folder), {})
