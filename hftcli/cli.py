@@ -82,7 +82,9 @@ def plan(
     from hftcli.models import describe_model
 
     if model is not None:
-        overrides = [f"model.path={json.dumps(model)}", *(overrides or ())]
+        # What the quick start sets for its tiny model does not suit another one.
+        plain = ["train.bf16=true", "launch.num_processes=null"] if recipe is None else []
+        overrides = [f"model.path={json.dumps(model)}", *plain, *(overrides or ())]
     resolved = _load_recipe(recipe, overrides, None, num_processes)
     start = runners.resolve_start(resolved.model.path)
     described = describe_model(start.path)

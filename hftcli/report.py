@@ -75,7 +75,7 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
     lines = [
         f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained "
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
-        f"{result.num_steps} steps, mean loss {result.train_loss:.3f}, {result.seconds['training']:.1f} s "
+        f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {result.seconds['training']:.1f} s "
         f"({speed:,.0f} tokens/s), peak memory {_format_bytes(result.peak_memory_bytes)}",
         _describe_verification(result.verification),
     ]
@@ -83,10 +83,11 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
 
 
 def _make_score_table(scores: Scores) -> Table:
-    """Exact match in points and likelihood, before and after."""
-    table = Table(title="what the model knew, in points (share of exact answers x 100)", title_justify="left")
-    for heading in ("task", "before", "after", "change", "nats/token before", "after"):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
+    """Exact match in points and negative log-likelihood in nats per token, before and after."""
+    title = "what the model knew: exact answers in points (0 to 100), nll in nats per token"
+    table = Table(title=title, title_justify="left")
+    for heading in ("task", "before", "after", "change", "nll before", "nll after"):
+        table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading == "task")
     for name, before in scores.before.items():
         after = scores.after[name]
         change = 100 * (after.exact_match - before.exact_match)

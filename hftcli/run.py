@@ -187,6 +187,8 @@ class RoundResult(Section):
     """Of the freeze plan."""
     rank_fingerprints: tuple[str, ...]
     """The plan's fingerprint as each rank computed it."""
+    precision: Literal["float32", "bfloat16"]
+    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the GPU has it."""
     num_steps: int
     """Optimizer steps taken."""
     train_loss: float

@@ -128,6 +128,7 @@ def run_round(round_: Round) -> None:
     result = RoundResult(
         fingerprint=plan.fingerprint,
         rank_fingerprints=fingerprints,
+        precision="bfloat16" if is_mixed(spec) else "float32",
         num_steps=trainer.state.global_step,
         train_loss=outcome.training_loss,
         num_tokens=callback.num_tokens,
