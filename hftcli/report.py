@@ -72,11 +72,12 @@ def print_run(run: Run) -> None:
 def _describe_round(round_: Round, result: RoundResult) -> str:
     plan = round_.read_plan()
     speed = result.num_tokens / result.seconds["training"] if result.seconds["training"] else 0.0
+    seconds = f"{result.seconds['training']:.1f} s ({speed:,.0f} tokens/s)"
     lines = [
         f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained "
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
-        f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {result.seconds['training']:.1f} s "
-        f"({speed:,.0f} tokens/s), peak memory {_format_bytes(result.peak_memory_bytes)}",
+        f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
+        f"peak memory {_format_bytes(result.peak_memory_bytes)}",
         _describe_verification(result.verification),
     ]
     return "\n".join(lines)
