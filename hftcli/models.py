@@ -134,6 +134,12 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
             values.data = values.data.to(start_dtype).to(held_dtype)
         if mixed and not sharded and not parameter.requires_grad:
             values.data = values.data.to(torch.bfloat16)
+    head = model.get_output_embeddings().weight
+    if is_partitioned(head):
+        from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+        # TRL's loss reads the head's weight outside of the head's own forward pass, where ZeRO 3 would not gather it.
+        register_external_parameter(model, head)
     return model
 
 

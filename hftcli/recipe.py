@@ -118,7 +118,8 @@ class LaunchSection(Section):
     process."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights."""
+    """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights. 0
+    shards nothing, and is for float32 only."""
 
 
 class EvalSection(Section):

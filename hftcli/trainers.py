@@ -66,7 +66,16 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig:
 
 
 def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
-    """DeepSpeed's settings; `auto` is filled in by transformers from the training arguments."""
+    """DeepSpeed's settings; `auto` is filled in by transformers from the training arguments.
+
+    Raises:
+        InputError: stage 0 in bfloat16, where DeepSpeed keeps no float32 masters and small updates would be lost.
+    """
+    if is_mixed(spec) and spec.launch.zero_stage == 0:
+        raise InputError(
+            "launch.zero_stage 0 in bfloat16 trains without float32 masters, so that small updates are lost",
+            "set launch.zero_stage: 1, which keeps them and shards them, or train.bf16: false",
+        )
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",

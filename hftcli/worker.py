@@ -88,7 +88,8 @@ def run_round(round_: Round) -> None:
 
     # 4. Train, with the tasks scored before the first step.
     def score() -> dict[str, Score]:
-        with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=is_mixed(spec)):
+        casts = is_mixed(spec) and not is_sharded(spec)  # DeepSpeed holds its weights in bfloat16
+        with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=casts):
             return {
                 name: score_rows(
                     trainer.model_wrapped, rows, args.device, args.process_index, args.world_size,
