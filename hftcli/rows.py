@@ -20,7 +20,7 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from hftcli.errors import DataError
-from hftcli.recipe import PACKAGE, DataSection
+from hftcli.recipe import PACKAGE, QUICK_START, DataSection
 from hftcli.run import Source
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -89,7 +89,7 @@ def find_file(data: DataSection) -> Path | None:
         DataError: the path can only mean a file, and there is none.
     """
     path = Path(data.path).expanduser()
-    if not path.exists() and path.parts[:1] == ("tinyworld",):
+    if data.path.startswith(f"{QUICK_START}/"):  # a folder of the user's own by that name is ./tinyworld
         path = PACKAGE / path
     if path.is_dir():
         path = _choose_file(path, data.split)

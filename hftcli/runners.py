@@ -93,7 +93,7 @@ def resolve_start(path: str) -> Start:
     Raises:
         ModelError: no such folder, a run that is not finished, or a family that is not in the table.
     """
-    if path == QUICK_START and not Path(path).exists():
+    if path == QUICK_START:  # a folder of the user's own by that name is ./tinyworld
         path = str(PACKAGE / QUICK_START / "model")
     folder = Path(path)
     if Run(folder).recipe_path.exists():
@@ -142,7 +142,8 @@ def describe_launch(round_: Round) -> str:
 
 def _make_absolute(path: str) -> str:
     """A prepared round can be launched from any folder."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    is_local = Path(path).exists() and not path.startswith(f"{QUICK_START}/")
+    return str(Path(path).resolve()) if is_local else path
 
 
 def _find_version(package: str) -> str:

@@ -74,6 +74,13 @@ def test_data_of_real_rows(hft, settings, shared):
     assert 0 < found["num_trained_tokens"] < found["num_tokens"] <= 256 * found["num_sequences"]
 
 
+def test_a_folder_called_tinyworld_does_not_hide_the_embedded_one(hft, tmp_path, monkeypatch):
+    (tmp_path / "tinyworld" / "skill").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "1,091,200 parameters" in hft("plan").stdout
+    assert json.loads(hft("data", "--json").stdout)["num_rows"] > 1000
+
+
 def test_help_names_the_commands_and_no_command_is_an_error(hft):
     shown = hft("--help").stdout
     for command in ("sft", "plan", "data", "verify"):
