@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hftcli.errors import RecipeError
+from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 
 PACKAGE = Path(__file__).parent
@@ -23,7 +24,6 @@ QUICK_START = "tinyworld"  # the model and data that ship with the package
 QUICK_START_RECIPES = {"sft": "tinyworld", "dpo": "tinyworld-dpo"}
 
 Objective = Literal["sft", "dpo"]
-ReferenceMode = Literal["precompute", "shared", "full"]
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",

@@ -160,6 +160,8 @@ def print_plan(budget: Budget, as_json: bool) -> None:
     memory = Table("per device", "this plan", "full fine-tuning", "ratio", title=f"{precision}, {stage}", title_justify="left")
     for name, half in _memory_parts(budget.half).items():
         full = _memory_parts(budget.full)[name]
+        if not full:  # no reference
+            continue
         memory.add_row(name.removesuffix("_bytes"), _format_bytes(half), _format_bytes(full), f"{half / full:.3f}")
     console.print(memory)
     console.print("Activations and buffers come on top.", highlight=False)

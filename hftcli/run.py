@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from hftcli.errors import InputError
+from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan, FreezeRule
 from hftcli.recipe import (
     DataSection,
@@ -34,7 +35,6 @@ from hftcli.recipe import (
     ModelSection,
     Objective,
     Recipe,
-    ReferenceMode,
     Section,
     TrainSection,
     dump_recipe,

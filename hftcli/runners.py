@@ -141,6 +141,7 @@ def make_budget(recipe: Recipe, start: Start, model_type: str, parameters: Seque
         precision="mixed" if recipe.train.bf16 else "float32",
         num_processes=recipe.launch.num_processes or max(count_gpus(), 1),
         zero_stage=recipe.launch.zero_stage,
+        reference=recipe.reference,
     )
 
 
