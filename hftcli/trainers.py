@@ -79,13 +79,18 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
 
 def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
     """DeepSpeed's settings; `auto` is filled in by transformers from the training arguments."""
+    zero: dict[str, Any] = {"stage": spec.launch.zero_stage}
+    if spec.objective == "dpo":
+        # ZeRO 3 fetches ahead what the pass before it used. After scoring, which calls the head, TRL's loss, which only reads
+        # its weight, would take the fetched weight for its own, and the backward pass would find it gone.
+        zero["stage3_prefetch_bucket_size"] = 0
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": is_mixed(spec)},
-        "zero_optimization": {"stage": spec.launch.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
