@@ -15,7 +15,7 @@ from hftcli import __version__
 from hftcli.errors import HftError
 
 if TYPE_CHECKING:
-    from hftcli.recipe import Recipe
+    from hftcli.recipe import Objective, Recipe
 
 app = typer.Typer(
     help="Fine-tune language models without making them forget, and see what they forgot.",
@@ -58,15 +58,19 @@ def sft(
     dry_run: DryRunOption = False,
 ) -> None:
     """Supervised fine-tuning; with no recipe, the built-in quick start."""
-    from hftcli import report, runners
+    _run_single(_load_recipe(recipe, overrides, output, num_processes, "sft"), dry_run)
 
-    resolved = _load_recipe(recipe, overrides, output, num_processes)
-    if dry_run:
-        print(runners.describe_launch(runners.prepare_sft(resolved)[1]))
-        return
-    with report.show_progress() as on_progress:
-        run = runners.run_sft(resolved, on_progress)
-    report.print_run(run)
+
+@app.command()
+def dpo(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Direct preference optimization; with no recipe, the built-in quick start."""
+    _run_single(_load_recipe(recipe, overrides, output, num_processes, "dpo"), dry_run)
 
 
 @app.command()
@@ -93,17 +97,23 @@ def plan(
 
 @app.command()
 def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """What the data are: format, counts, lengths, and a sample with its trained tokens in colour."""
+    """What the data are: format, counts, lengths, and a sample with its trained tokens in colour.
+
+    A recipe with a section `dpo` has preference pairs.
+    """
     from hftcli import report, runners
     from hftcli.chat import set_chat_template
-    from hftcli.data import decode_sample, default_cache, prepare_dataset
+    from hftcli.data import decode_samples, default_cache, prepare_dataset, prepare_pairs
     from hftcli.models import fetch_checkpoint, load_tokenizer
 
     resolved = _load_recipe(recipe, overrides, None, None)
     tokenizer = load_tokenizer(fetch_checkpoint(runners.resolve_start(resolved.model.path).path))
     set_chat_template(tokenizer, resolved.model.chat_template)
-    dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
-    report.print_data(summary, decode_sample(dataset, tokenizer, 0), as_json)
+    if resolved.objective == "sft":
+        dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
+    else:
+        dataset, summary = prepare_pairs(resolved.data, tokenizer, default_cache())
+    report.print_data(summary, decode_samples(dataset, tokenizer, 0), as_json)
 
 
 @app.command()
@@ -126,9 +136,26 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-def _load_recipe(recipe: str | None, overrides: list[str] | None, output: Path | None, num_processes: int | None) -> "Recipe":
+def _load_recipe(
+    recipe: str | None,
+    overrides: list[str] | None,
+    output: Path | None,
+    num_processes: int | None,
+    objective: "Objective | None" = None,
+) -> "Recipe":
     from hftcli.recipe import load_recipe
 
     extra = [f"output={json.dumps(str(output))}"] if output else []
     extra += [f"launch.num_processes={num_processes}"] if num_processes else []
-    return load_recipe(recipe, [*(overrides or ()), *extra])
+    return load_recipe(recipe, [*(overrides or ()), *extra], objective)
+
+
+def _run_single(recipe: "Recipe", dry_run: bool) -> None:
+    from hftcli import report, runners
+
+    if dry_run:
+        print(runners.describe_launch(runners.prepare_single(recipe)[1]))
+        return
+    with report.show_progress() as on_progress:
+        run = runners.run_single(recipe, on_progress)
+    report.print_run(run)

@@ -1,7 +1,9 @@
-"""Rows turned into the tokens that TRL's SFTTrainer takes as they are.
+"""Rows turned into the tokens that TRL's SFTTrainer and DPOTrainer take as they are.
 
     row (rows.py) -> text, and which of its characters are trained (chat.py) -> tokens and labels -> cut to max_length
         -> rows with nothing left to learn dropped -> packed, where asked -> cached on disk
+
+A preference pair goes the same way twice, once with each answer, and comes out as the tokens of the prompt and of both answers.
 
 Every format goes this one way. A token is trained when it covers a trained character, so one that straddles a border belongs to
 the completion.
@@ -37,9 +39,17 @@ IGNORED = -100  # the label of a token that is not trained
 BATCH_SIZE = 1000  # rows tokenized at once; the tokenizer spreads them over the cores
 REPORT_NAME = "report.json"
 SHAPING_CODE = ("rows.py", "chat.py", "data.py")  # a change in one of them is a change of the tokens
-TOKEN_FEATURES = datasets.Features(
-    input_ids=datasets.List(datasets.Value("int32")), labels=datasets.List(datasets.Value("int32"))
-)
+TOKENS = datasets.List(datasets.Value("int32"))
+TOKEN_FEATURES = datasets.Features(input_ids=TOKENS, labels=TOKENS)
+PAIR_FEATURES = datasets.Features(prompt_ids=TOKENS, chosen_ids=TOKENS, rejected_ids=TOKENS)
+
+
+Tokens = tuple[list[int], np.ndarray]  # ids, and labels (T,)
+Progress = Callable[[int, int], None]  # called with what is done, and with all that there is
+
+
+def ignore_progress(done: int, total: int) -> None:
+    pass
 
 
 def prepare_dataset(
@@ -47,7 +57,7 @@ def prepare_dataset(
     train: TrainSection,
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = ignore_progress,
 ) -> tuple[Dataset, DataReport]:
     """Turn rows into sequences of `input_ids` and `labels` (and `seq_lengths`, when packed), or find them in the cache.
 
@@ -59,28 +69,86 @@ def prepare_dataset(
         DataError: a row or a file is not what it should be.
         ModelError: the tokenizer or its chat template does not serve.
     """
+
+    def make() -> tuple[Dataset, dict[str, Any]]:
+        rows, format_name = load_rows(data)
+        tokens, counts = tokenize_dataset(rows, data, train, tokenizer, on_progress)
+        sequences = _pack(tokens, data.max_length) if train.packing else tokens
+        return sequences, {"format": format_name, "num_rows": len(rows), "num_sequences": len(sequences), **counts}
+
+    options = train.model_dump(include={"packing", "assistant_only_loss", "completion_only_loss"})
+    return _find_or_make(data, options, tokenizer, cache, make)
+
+
+def prepare_pairs(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path, on_progress: Progress = ignore_progress
+) -> tuple[Dataset, DataReport]:
+    """Turn preference rows into `prompt_ids`, `chosen_ids` and `rejected_ids`; otherwise as `prepare_dataset`."""
+
+    def make() -> tuple[Dataset, dict[str, Any]]:
+        rows, format_name = load_rows(data, "dpo")
+        pairs, counts = tokenize_pairs(rows, data, tokenizer, on_progress)
+        return pairs, {"format": format_name, "num_rows": len(rows), "num_sequences": 2 * len(pairs), **counts}
+
+    pairs, report = _find_or_make(data, {"objective": "dpo"}, tokenizer, cache, make)
+    if report.num_identical:
+        logger.warning(
+            "%s: the cut to data.max_length %d makes the answers of %d pairs the same; %s",
+            describe_place(data),
+            data.max_length,
+            report.num_identical,
+            "they are dropped" if data.drop_identical else "they teach nothing; raise it, or set data.drop_identical: true",
+        )
+    return pairs, report
+
+
+def deal_pairs(pairs: Dataset, batch_tokens: int, num_ranks: int) -> list[list[int]]:
+    """Rows of pairs of like length together; each batch is shared by all ranks, so that they make the same number of passes.
+
+    Args:
+        batch_tokens: padded tokens of one rank's part, both answers counted.
+    """
+    columns = [[len(ids) for ids in pairs[name]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    lengths = [prompt + max(answers) for prompt, *answers in zip(*columns, strict=True)]
+    ordered = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batches = []
+    while ordered:
+        size = max(batch_tokens // (2 * lengths[ordered[0]]), 1) * num_ranks
+        batches.append(ordered[:size])
+        ordered = ordered[size:]
+    return batches
+
+
+def _find_or_make(
+    data: DataSection,
+    options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    make: Callable[[], tuple[Dataset, dict[str, Any]]],
+) -> tuple[Dataset, DataReport]:
+    """A dataset and its report from the cache, or made and put there.
+
+    Args:
+        options: what shapes the tokens besides the data and the tokenizer.
+        make: gives the dataset and what its report says of it.
+    """
     datasets.disable_progress_bars()  # hft shows its own
     sources = find_sources(data)
-    key = make_key(data, train, tokenizer, sources)
+    key = make_key(data, options, tokenizer, sources)
     entry = cache / key
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{key}.lock"):  # the ranks of a round come here together: the first works, the others wait
         if not (entry / REPORT_NAME).exists():
-            rows, format_name = load_rows(data)
-            tokens, counts = tokenize_dataset(rows, data, train, tokenizer, on_progress)
-            sequences = _pack(tokens, data.max_length) if train.packing else tokens
-            report = DataReport(
-                format=format_name, num_rows=len(rows), num_sequences=len(sequences), sources=sources, key=key, **counts
-            )
-            _write_entry(entry, sequences, report)
+            dataset, counts = make()
+            _write_entry(entry, dataset, DataReport(sources=sources, key=key, **counts))
         report = read_model(entry / REPORT_NAME, DataReport)
         # The same bytes may have been read at another place.
         return datasets.load_from_disk(str(entry)), report.model_copy(update={"sources": sources})
 
 
-def default_cache() -> Path:
-    """Where tokens are kept: `$HFT_CACHE`, or `~/.cache/hft`."""
-    return Path(os.environ.get("HFT_CACHE", "~/.cache/hft")).expanduser() / "tokens"
+def default_cache(kind: str = "tokens") -> Path:
+    """Where tokens, or things of another kind, are kept: `$HFT_CACHE`, or `~/.cache/hft`."""
+    return Path(os.environ.get("HFT_CACHE", "~/.cache/hft")).expanduser() / kind
 
 
 def check_positions(max_length: int, max_positions: int | None) -> None:
@@ -92,15 +160,28 @@ def check_positions(max_length: int, max_positions: int | None) -> None:
         )
 
 
-def decode_sample(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, index: int) -> list[tuple[str, bool]]:
-    """The text of one sequence in pieces, each with whether it is trained; together they are the whole text."""
+def decode_samples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, index: int) -> dict[str, list[tuple[str, bool]]]:
+    """The text of one sequence, or of one pair's two, in pieces, each with whether it is trained."""
     row = dataset[index]
-    trained = [label != IGNORED for label in row["labels"]]
+    if "labels" in row:
+        return {"sample": decode_pieces(row["input_ids"], [label != IGNORED for label in row["labels"]], tokenizer)}
+    return {
+        name: decode_pieces(
+            row["prompt_ids"] + row[f"{name}_ids"],
+            [False] * len(row["prompt_ids"]) + [True] * len(row[f"{name}_ids"]),
+            tokenizer,
+        )
+        for name in ("chosen", "rejected")
+    }
+
+
+def decode_pieces(ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Text in pieces, each with whether it is trained; together they are the whole text."""
     pieces, done = [], ""
-    for end in range(1, len(trained) + 1):
-        if end == len(trained) or trained[end] != trained[end - 1]:
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[end - 1]:
             # Decoded from the start each time: a decoder may treat the beginning of a text unlike its middle.
-            text = tokenizer.decode(row["input_ids"][:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
             pieces.append((text[len(done) :], trained[end - 1]))
             done = text
     return pieces
@@ -111,7 +192,7 @@ def tokenize_dataset(
     data: DataSection,
     train: TrainSection,
     tokenizer: PreTrainedTokenizerBase,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = ignore_progress,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Tokenize canonical rows, cut them to `data.max_length` and drop those that lose every trained token.
 
@@ -145,12 +226,82 @@ def tokenize_dataset(
             f"{place}: none of the {len(rows)} rows has a trained token among its first {data.max_length} tokens",
             "raise data.max_length",
         )
-    percentiles = {f"p{share}": int(np.percentile(lengths, share, method="nearest")) for share in (50, 90, 99)}
     return datasets.concatenate_datasets(parts), {
         **counts,
         "num_dropped": len(rows) - counts["num_used"],
-        "length_percentiles": {**percentiles, "max": max(lengths)},
+        "length_percentiles": measure_percentiles(lengths),
     }
+
+
+def measure_percentiles(lengths: list[int]) -> dict[str, int]:
+    percentiles = {f"p{share}": int(np.percentile(lengths, share, method="nearest")) for share in (50, 90, 99)}
+    return {**percentiles, "max": max(lengths)}
+
+
+def tokenize_pairs(
+    rows: Dataset, data: DataSection, tokenizer: PreTrainedTokenizerBase, on_progress: Progress = ignore_progress
+) -> tuple[Dataset, dict[str, Any]]:
+    """Tokenize canonical pairs and cut them to `data.max_length`; those whose prompt leaves no room for an answer are dropped.
+
+    Returns:
+        The tokens of the pairs that are left, and the counts of a `DataReport`.
+    """
+    template, place = find_template(tokenizer), describe_place(data)
+    kept: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    lengths: list[int] = []
+    num_truncated = num_identical = 0
+    for start in range(0, len(rows), BATCH_SIZE):
+        on_progress(start, len(rows))
+        batch = rows.skip(start).take(BATCH_SIZE).to_list()
+        answered = [
+            tokenize_rows(
+                [{"prompt": row["prompt"], "completion": row[name]} for row in batch],
+                place, start + 1, tokenizer, template, TrainSection(),
+            )
+            for name in ("chosen", "rejected")
+        ]  # fmt: skip
+        if start == 0 and is_conversation(batch[0]):
+            _warn_if_endless(answered[0][0][1], tokenizer)
+        for chosen, rejected in zip(*answered, strict=True):
+            prompt, *answers = split_pair(chosen, rejected)
+            room = max(data.max_length - len(prompt), 0)
+            cut = [answer[:room] for answer in answers]
+            lengths += [len(prompt) + len(answer) for answer in answers]
+            if not room:
+                continue
+            is_identical = cut[0] == cut[1]
+            num_identical += is_identical
+            if is_identical and data.drop_identical:
+                continue
+            num_truncated += cut != answers
+            for name, ids in zip(kept, (prompt, *cut), strict=True):
+                kept[name].append(ids)
+    on_progress(len(rows), len(rows))
+    num_used, num_trained = len(kept["prompt_ids"]), sum(map(len, kept["chosen_ids"] + kept["rejected_ids"]))
+    if not num_used:
+        raise DataError(
+            f"{place}: none of the {len(rows)} pairs has two answers among its first {data.max_length} tokens",
+            "raise data.max_length",
+        )
+    return Dataset.from_dict(kept, features=PAIR_FEATURES), {
+        "num_used": num_used,
+        "num_dropped": len(rows) - num_used,
+        "num_truncated": num_truncated,
+        "num_identical": num_identical,
+        "num_tokens": 2 * sum(map(len, kept["prompt_ids"])) + num_trained,
+        "num_trained_tokens": num_trained,
+        "length_percentiles": measure_percentiles(lengths),
+    }
+
+
+def split_pair(chosen: Tokens, rejected: Tokens) -> tuple[list[int], list[int], list[int]]:
+    """The tokens that both sequences begin with and neither trains, and the rest of each up to its last trained token."""
+    (chosen_ids, chosen_labels), (rejected_ids, rejected_labels) = chosen, rejected
+    trained = [(labels != IGNORED).nonzero()[0] for labels in (chosen_labels, rejected_labels)]
+    border = min(trained[0][0], trained[1][0])
+    # A token may straddle the border in one of them only.
+    border = next((i for i in range(border) if chosen_ids[i] != rejected_ids[i]), int(border))
+    return chosen_ids[:border], chosen_ids[border : trained[0][-1] + 1], rejected_ids[border : trained[1][-1] + 1]
 
 
 def tokenize_rows(
@@ -160,7 +311,7 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     template: Template | None,
     train: TrainSection,
-) -> list[tuple[list[int], np.ndarray]]:
+) -> list[Tokens]:
     """Token ids and labels of canonical rows, whole.
 
     Args:
@@ -192,7 +343,7 @@ def tokenize_answer(prompt: str | Messages, answer: str, tokenizer: PreTrainedTo
     return ids, labels.tolist()
 
 
-def label_tokens(rendering: Rendering, encoding: tokenizers.Encoding) -> tuple[list[int], np.ndarray]:
+def label_tokens(rendering: Rendering, encoding: tokenizers.Encoding) -> Tokens:
     """Token ids, and labels (T,): the ids of tokens that cover a trained character, `IGNORED` for the others."""
     ids = np.array(encoding.ids)
     starts, ends = np.array(encoding.offsets).T
@@ -243,13 +394,15 @@ def _pack(tokens: Dataset, max_length: int) -> Dataset:
     return pack_dataset(tokens, max_length, "bfd", {"keep_in_memory": True})
 
 
-def make_key(data: DataSection, train: TrainSection, tokenizer: PreTrainedTokenizerBase, sources: tuple[Source, ...]) -> str:
+def make_key(
+    data: DataSection, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources: tuple[Source, ...]
+) -> str:
     """A hash of all that shapes the tokens. What it left out would be trained on stale."""
     template = find_template(tokenizer)
     shaping = {
         "sources": [source.fingerprint for source in sources],
         "data": data.model_dump(exclude={"path"}),
-        "train": train.model_dump(include={"packing", "assistant_only_loss", "completion_only_loss"}),
+        "options": options,
         "tokenizer": get_backend(tokenizer).to_str(),
         "special_tokens": tokenizer.special_tokens_map,
         "template": template and template.source,

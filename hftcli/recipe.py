@@ -10,16 +10,24 @@ import importlib.util
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hftcli.errors import RecipeError
+from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 
 PACKAGE = Path(__file__).parent
-QUICK_START = "tinyworld"  # the recipe, model and data that ship with the package
+QUICK_START = "tinyworld"  # the model and data that ship with the package
+QUICK_START_RECIPES = {"sft": "tinyworld", "dpo": "tinyworld-dpo"}
+
+Objective = Literal["sft", "dpo"]
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+    "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -53,14 +61,20 @@ class DataSection(Section):
     """Split of a hub dataset, or of a folder with one file per split."""
 
     max_length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens in one sequence. Longer rows are cut at the end; rows that lose every trained token are dropped and counted."""
+    """Tokens in one sequence. Longer rows are cut at the end; rows that lose every trained token are dropped and counted. With
+    DPO, a prompt with one of its answers is a sequence."""
 
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Use the first so many rows; null uses all."""
 
+    drop_identical: bool = False
+    """DPO: drop the pairs whose answers the cut to `data.max_length` makes the same. Otherwise they are counted, warned of, and
+    kept: they teach nothing."""
+
 
 class TrainSection(Section):
-    """Names are those of transformers' TrainingArguments and TRL's SFTConfig; any other field of theirs may be given too."""
+    """Names are those of transformers' TrainingArguments and TRL's SFTConfig; any other field of theirs may be given too. With
+    DPO, those of TRL's DPOConfig are given under `dpo`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -83,11 +97,11 @@ class TrainSection(Section):
     """Decoupled weight decay, on what trains only."""
 
     global_batch_size: Annotated[int, Field(ge=1)] = 32
-    """Sequences per optimizer step over all processes. Gradient accumulation is derived from it, so that a recipe means the
-    same on 1 and on 64 GPUs."""
+    """Sequences, or pairs, per optimizer step over all processes. Gradient accumulation is derived from it, so that a recipe
+    means the same on 1 and on 64 GPUs."""
 
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 4
-    """Sequences per forward pass of one process."""
+    """Sequences, or pairs, per forward pass of one process."""
 
     packing: bool = False
     """Lay several conversations into one sequence of `data.max_length` tokens; attention never crosses their borders."""
@@ -112,6 +126,27 @@ class TrainSection(Section):
     """Steps between rows of metrics.jsonl."""
 
 
+class DpoSection(Section):
+    """Names are those of TRL's DPOConfig; any other field of it may be given too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to the reference: the reward of an answer is beta times the logarithm of how much likelier
+    the model finds it than the reference does."""
+
+    loss_type: LossType | tuple[LossType, ...] = "sigmoid"
+    """The loss on a pair's rewards, or several that are added; `sigmoid` is that of the DPO paper (arXiv 2305.18290, equation
+    7)."""
+
+    loss_weights: tuple[float, ...] | None = None
+    """The weight of each of several losses; null weighs each 1."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs whose answers are taken to be the wrong way round; counts for the losses `robust`, `exo_pair`, `aot`
+    and `aot_unpaired`."""
+
+
 class LaunchSection(Section):
     num_processes: Annotated[int, Field(ge=1)] | None = None
     """Processes on this machine: one per GPU, or CPU ranks where there is none; null takes every visible GPU, or one
@@ -122,9 +157,26 @@ class LaunchSection(Section):
     shards nothing, and is for float32 only."""
 
 
+class PairsSection(Section):
+    path: str | None = None
+    """DPO: held-out preference pairs, as under `data.path`, on which reward accuracy, margin and KL to the reference are
+    measured; null measures none."""
+
+    name: str | None = None
+    """Configuration of a hub dataset."""
+
+    split: str = "test"
+    """Split of a hub dataset, or of a folder with one file per split."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Use the first so many pairs; null uses all."""
+
+
 class EvalSection(Section):
     tasks: tuple[str, ...] = ()
     """Tasks to score before and after each round, such as `tinyworld/facts`."""
+
+    pairs: PairsSection = PairsSection()
 
 
 class Recipe(Section):
@@ -135,13 +187,23 @@ class Recipe(Section):
     freeze: FreezeRule = FreezeRule()
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
+    dpo: DpoSection | None = None
+    """Preference optimization. A recipe with this section is one for `hft dpo`, which fills it in where it is not given."""
+    reference: ReferenceMode | None = None
+    """Where DPO's reference comes from: `precompute` (the default) asks the untouched model once about all pairs and keeps its
+    answers on disk, so that no second model exists in training; `shared` is the model with the trained half as it was, of which
+    a copy is kept; `full` is a second model. All three give the same losses."""
     eval: EvalSection = EvalSection()
     output: str | None = None
     """Folder of the run; null gives `runs/<name of the recipe>`."""
 
+    @property
+    def objective(self) -> Objective:
+        return "sft" if self.dpo is None else "dpo"
+
 
 # Names that are gone from transformers or TRL, or that hft derives, with what to use instead.
-REPLACED_TRAIN_KEYS = {
+REPLACED_KEYS = {
     "max_seq_length": "data.max_length",
     "max_length": "data.max_length",
     "max_prompt_length": "data.max_length",
@@ -154,26 +216,34 @@ REPLACED_TRAIN_KEYS = {
     "deepspeed": "launch.zero_stage",
     "model_init_kwargs": "the keys of model",
     "fp16": "train.bf16",
+    "precompute_ref_log_probs": "reference: precompute",
 }
-# Fields of the trainer that would have no effect, because hft does that work or sets them itself.
-OWN_TRAIN_KEYS = {
+# Fields of the trainers that would have no effect, because hft does that work or sets them itself.
+OWN_KEYS = {
     "dataset_kwargs", "dataset_num_proc", "ddp_backend", "disable_tqdm", "eval_packing", "eval_steps", "eval_strategy",
-    "load_best_model_at_end", "logging_nan_inf_filter", "push_to_hub", "resume_from_checkpoint", "save_steps",
-    "save_strategy", "save_total_limit", "use_cpu",
+    "load_best_model_at_end", "logging_nan_inf_filter", "pad_token", "padding_free", "precompute_ref_batch_size", "push_to_hub",
+    "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit", "truncation_mode", "trust_remote_code",
+    "use_cpu",
 }  # fmt: skip
+# Keys of the one objective that would have no effect under the other.
+FOREIGN_KEYS = {
+    "sft": ("dpo", "reference", "data.drop_identical", "eval.pairs"),
+    "dpo": ("train.packing", "train.assistant_only_loss", "train.completion_only_loss"),
+}
 
 
-def load_recipe(path: Path | str | None, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objective: Objective | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
         path: a YAML file, the name of a recipe that ships with hft, or None for the quick start.
         overrides: `key.path=value` strings; the value is YAML.
+        objective: what the recipe is for; None takes what its sections say.
 
     Raises:
         RecipeError: naming every fault at once.
     """
-    path = find_recipe(path)
+    path = find_recipe(path, objective or "sft")
     source = _Source(path)
     values = source.values
     for override in overrides:
@@ -182,12 +252,19 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = ()) -> Recip
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError("\n".join(_describe_fault(fault, source) for fault in error.errors())) from None
-    faults = list(_check_train_keys(recipe, source))
+    objective = objective or recipe.objective
+    faults = [*_check_foreign_keys(recipe, objective, source), *_check_trainer_keys(recipe, objective, source)]
     if faults:
         raise RecipeError("\n".join(faults))
-    if recipe.output is None:
-        recipe = recipe.model_copy(update={"output": f"runs/{path.stem}"})
-    return recipe
+    return _resolve(recipe, objective, path)
+
+
+def _resolve(recipe: Recipe, objective: Objective, path: Path) -> Recipe:
+    """Fill in what follows from the objective and the file."""
+    found: dict[str, Any] = {"output": recipe.output or f"runs/{path.stem}"}
+    if objective == "dpo":
+        found |= {"dpo": recipe.dpo or DpoSection(), "reference": recipe.reference or "precompute"}
+    return recipe.model_copy(update=found)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -201,10 +278,15 @@ def list_recipes() -> list[Path]:
     return sorted(file for folder in folders if folder.is_dir() for file in folder.glob("*.yaml"))
 
 
-def find_recipe(path: Path | str | None) -> Path:
+def find_recipe(path: Path | str | None, objective: Objective = "sft") -> Path:
+    """The file that a path or name means; None means the objective's quick start.
+
+    Raises:
+        RecipeError: there is none.
+    """
     shipped = {file.stem: file for file in list_recipes()}
     if path is None:
-        return shipped[QUICK_START]
+        return shipped[QUICK_START_RECIPES[objective]]
     if Path(path).is_file():
         return Path(path)
     if str(path) in shipped:
@@ -284,33 +366,70 @@ def _describe_unknown_key(place: str, keys: tuple, known: Iterable[str]) -> str:
     return f"{place}: unknown key '{keys[-1]}'{section}{hint}"
 
 
+def open_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, be it an optional one; None where it holds a value."""
+    kinds = get_args(annotation) or (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _section_fields(keys: tuple) -> list[str]:
     model: Any = Recipe
     for key in keys:
-        model = model.model_fields[key].annotation
+        model = open_section(model.model_fields[key].annotation)
     return list(model.model_fields)
 
 
-def _check_train_keys(recipe: Recipe, source: _Source) -> Iterable[str]:
-    """Keys under `train` that are not hft's own must be fields of TRL's SFTConfig."""
-    for key in recipe.train.model_extra:
-        keys = ("train", key)
-        if key in REPLACED_TRAIN_KEYS:
-            yield f"{source.place(keys)}: train.{key} is not a key of hft: use {REPLACED_TRAIN_KEYS[key]}"
-        elif key in OWN_TRAIN_KEYS:
-            yield f"{source.place(keys)}: train.{key} would have no effect: hft sets it itself or does that work"
-        elif key not in (known := read_training_fields()):
-            yield _describe_unknown_key(source.place(keys), keys, [*TrainSection.model_fields, *known])
+def _check_foreign_keys(recipe: Recipe, objective: Objective, source: _Source) -> Iterable[str]:
+    """Settings of the other objective."""
+    for key in FOREIGN_KEYS[objective]:
+        section: Any = recipe
+        *parents, name = key.split(".")
+        for parent in parents:
+            section = getattr(section, parent)
+        if getattr(section, name) != type(section).model_fields[name].default:
+            yield f"{source.place(tuple(key.split('.')))}: {key} would have no effect under `hft {objective}`: drop it"
+
+
+def _check_trainer_keys(recipe: Recipe, objective: Objective, source: _Source) -> Iterable[str]:
+    """Keys that are not hft's own must be fields of the trainer's arguments, each in its section."""
+    known = _find_trainer_keys(objective)
+    for section, fields in known.items():
+        given = getattr(recipe, section)
+        for key in given.model_extra if given else ():
+            place, name = source.place((section, key)), f"{section}.{key}"
+            elsewhere = [other for other in known if key in known[other]]
+            if key in REPLACED_KEYS:
+                yield f"{place}: {name} is not a key of hft: use {REPLACED_KEYS[key]}"
+            elif key in OWN_KEYS:
+                yield f"{place}: {name} would have no effect: hft sets it itself or does that work"
+            elif not elsewhere:
+                yield _describe_unknown_key(place, (section, key), fields)
+            elif key not in fields:
+                yield f"{place}: {name} is not a key of hft: use {elsewhere[0]}.{key}"
+    if recipe.dpo and recipe.dpo.model_extra.get("sync_ref_model") and recipe.reference != "full":
+        yield f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model: set reference: full"
+
+
+def _find_trainer_keys(objective: Objective) -> dict[str, list[str]]:
+    """By section, hft's keys and then the trainer's."""
+    train = [*TrainSection.model_fields, *read_fields(*SHARED_ARGUMENTS)]
+    if objective == "sft":
+        return {"train": [*train, *read_fields(SFT_ARGUMENTS)]}
+    return {"train": train, "dpo": [*DpoSection.model_fields, *(read_fields(DPO_ARGUMENTS) - set(train))]}
+
+
+SHARED_ARGUMENTS = ("transformers/training_args.py", "trl/trainer/base_config.py")
+SFT_ARGUMENTS, DPO_ARGUMENTS = "trl/trainer/sft_config.py", "trl/trainer/dpo_config.py"
 
 
 @cache
-def read_training_fields() -> frozenset[str]:
-    """The fields of TRL's SFTConfig, read from the installed sources: importing them would import torch."""
+def read_fields(*files: str) -> frozenset[str]:
+    """The fields of a trainer's arguments, read from the installed sources: importing them would import torch."""
     fields = set()
-    for package, file in (("transformers", "training_args.py"), ("trl", "trainer/base_config.py"),
-                          ("trl", "trainer/sft_config.py")):  # fmt: skip
-        source = Path(importlib.util.find_spec(package).origin).parent / file
+    for file in files:
+        package, _, path = file.partition("/")
+        source = Path(importlib.util.find_spec(package).origin).parent / path
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 fields |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
-    return frozenset(fields) - REPLACED_TRAIN_KEYS.keys()
+    return frozenset(fields) - REPLACED_KEYS.keys()

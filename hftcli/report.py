@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hftcli.freezing.budget import Budget, Memory
-from hftcli.run import DataReport, Round, RoundResult, Run, Scores, Verification
+from hftcli.run import DataReport, PairScores, Round, RoundResult, Run, Scores, Verification
 from hftcli.run import Progress as Place
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -65,6 +65,8 @@ def print_run(run: Run) -> None:
         console.print(_describe_round(round_, result), highlight=False, soft_wrap=True)
         if scores is not None and scores.before:
             console.print(_make_score_table(scores))
+        if result.pairs is not None:
+            console.print(_make_pair_table(result.pairs))
     console.print(f"model  {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
     console.print(f"check  hft verify {run.folder}", highlight=False, soft_wrap=True)
 
@@ -96,6 +98,24 @@ def _make_score_table(scores: Scores) -> Table:
             name, f"{100 * before.exact_match:.1f}", f"{100 * after.exact_match:.1f}", f"{change:+.1f}",
             f"{before.nll:.3f}", f"{after.nll:.3f}",
         )  # fmt: skip
+    return table
+
+
+def _make_pair_table(scores: PairScores) -> Table:
+    """What became of held-out preference pairs, shares in points."""
+    table = Table("", "before", "after", title=f"{scores.before.num_pairs} held-out pairs", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, show in (
+        (
+            "reward accuracy, points",
+            lambda score: f"{100 * score.reward_accuracy:.1f} ± {100 * score.reward_accuracy_error:.1f}",
+        ),
+        ("reward margin", lambda score: f"{score.reward_margin:.3f}"),
+        ("chosen likelier, points", lambda score: f"{100 * score.likelihood_accuracy:.1f}"),
+        ("KL to the reference, nats/token", lambda score: f"{score.kl:.4f}"),
+    ):
+        table.add_row(name, show(scores.before), show(scores.after))
     return table
 
 
@@ -142,6 +162,8 @@ def print_plan(budget: Budget, as_json: bool) -> None:
     memory = Table("per device", "this plan", "full fine-tuning", "ratio", title=f"{precision}, {stage}", title_justify="left")
     for name, half in _memory_parts(budget.half).items():
         full = _memory_parts(budget.full)[name]
+        if not full:  # no reference
+            continue
         memory.add_row(name.removesuffix("_bytes"), _format_bytes(half), _format_bytes(full), f"{half / full:.3f}")
     console.print(memory)
     console.print("Activations and buffers come on top.", highlight=False)
@@ -151,10 +173,11 @@ def _memory_parts(memory: Memory) -> dict[str, int]:
     return {**asdict(memory), "total_bytes": memory.total_bytes}
 
 
-def print_data(summary: DataReport, sample: list[tuple[str, bool]], as_json: bool) -> None:
-    """Counts, lengths, and one sequence with its trained tokens in colour."""
+def print_data(summary: DataReport, samples: Mapping[str, list[tuple[str, bool]]], as_json: bool) -> None:
+    """Counts, lengths, and one sequence, or one pair's two, with the trained tokens in colour."""
     if as_json:
-        print_json({**summary.model_dump(mode="json"), "sample": [{"text": t, "trained": b} for t, b in sample]})
+        shown = {name: [{"text": t, "trained": b} for t, b in pieces] for name, pieces in samples.items()}
+        print_json({**summary.model_dump(mode="json"), **shown})
         return
     console = Console()
     table = Table(show_header=False)
@@ -162,7 +185,8 @@ def print_data(summary: DataReport, sample: list[tuple[str, bool]], as_json: boo
     for name, value in (
         ("format", summary.format),
         ("rows", f"{summary.num_rows:,}; used {summary.num_used:,}, dropped {summary.num_dropped:,}, "
-                 f"cut {summary.num_truncated:,}"),
+                 f"cut {summary.num_truncated:,}" + (f", made the same by the cut {summary.num_identical:,}"
+                                                     if summary.num_identical else "")),
         ("sequences", f"{summary.num_sequences:,}"),
         ("tokens", f"{summary.num_tokens:,}; trained {summary.num_trained_tokens:,} "
                    f"({summary.num_trained_tokens / summary.num_tokens:.1%})"),
@@ -171,12 +195,13 @@ def print_data(summary: DataReport, sample: list[tuple[str, bool]], as_json: boo
     ):  # fmt: skip
         table.add_row(name, value)
     console.print(table)
-    text = Text()
-    for part, trained in sample:
-        text.append(part, style="bold green" if trained else "dim")
     marks = "trained in green" if console.color_system else "trained between ⟦ ⟧"
-    console.print(f"first sequence, {marks}:", highlight=False)
-    console.print(text if console.color_system else "".join(f"⟦{t}⟧" if b else t for t, b in sample), markup=False)
+    for name, pieces in samples.items():
+        console.print(f"first {name}, {marks}:", highlight=False)
+        text = Text()
+        for part, trained in pieces:
+            text.append(part, style="bold green" if trained else "dim")
+        console.print(text if console.color_system else "".join(f"⟦{t}⟧" if b else t for t, b in pieces), markup=False)
 
 
 def print_verification(found: Mapping[str, Verification], as_json: bool) -> None:

@@ -1,12 +1,14 @@
 """Where rows are, and the formats people write them in.
 
-A row comes out in one of two canonical forms: `{"messages": [{"role", "content"}, ...]}`, or `{"prompt", "completion"}`, both
-plain text or both messages. Every fault names the file, the row and the field.
+A row comes out in one of three canonical forms: `{"messages": [{"role", "content"}, ...]}`; `{"prompt", "completion"}`, both
+plain text or both messages; or, for preferences, `{"prompt", "chosen", "rejected"}`, all plain text or all messages. Every
+fault names the file, the row and the field.
 """
 
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from hftcli.errors import DataError
-from hftcli.recipe import PACKAGE, QUICK_START, DataSection
+from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Objective
 from hftcli.run import Source
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -41,11 +43,12 @@ def find_sources(data: DataSection) -> tuple[Source, ...]:
     return (Source(path=str(file), fingerprint=digest, num_bytes=file.stat().st_size),)
 
 
-def load_rows(data: DataSection) -> tuple[Dataset, str]:
+def load_rows(data: DataSection, objective: Objective = "sft") -> tuple[Dataset, str]:
     """Read rows and bring them into canonical form.
 
     Returns:
-        The rows (columns `messages`, or `prompt` and `completion`), and the name of the format they had.
+        The rows (columns `messages`, or `prompt` and `completion`, or `prompt`, `chosen` and `rejected`), and the name of the
+        format they had.
 
     Raises:
         DataError: naming the file, the row and the field.
@@ -57,7 +60,7 @@ def load_rows(data: DataSection) -> tuple[Dataset, str]:
         raise DataError(f"{place}: there are no rows in it")
     with naming_row(place, 1):
         _check_type(first, dict, "a row")
-        format_name = detect_format(list(first))
+        format_name = detect_format(list(first), objective)
     rows = []
     for number, row in enumerate(chain([first], found), start=1):
         with naming_row(place, number):
@@ -174,17 +177,21 @@ def read_parquet(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: not a Parquet file: {error}") from None
 
 
-def detect_format(columns: list[str]) -> str:
-    """The first format whose columns are all there.
+def detect_format(columns: list[str], objective: Objective = "sft") -> str:
+    """The first format of the objective whose columns are all there.
 
     Raises:
         DataError: none is.
     """
-    for name, known in FORMATS.items():
+    formats = {name: known for name, known in FORMATS.items() if known.objective == objective}
+    for name, known in formats.items():
         if set(known.columns) <= set(columns):
             return name
-    known = "; ".join(f"{name}: {', '.join(known.columns)}" for name, known in FORMATS.items())
-    raise DataError(f"the columns {', '.join(columns)} are of no known format", f"rename them to one of these: {known}")
+    message = f"the columns {', '.join(columns)} are of no known format"
+    if objective == "sft" and {"chosen", "rejected"} <= set(columns):
+        raise DataError(f"{message} for `hft sft`: they are preference pairs", "train on them with `hft dpo`")
+    known = "; ".join(f"{name}: {', '.join(known.columns)}" for name, known in formats.items())
+    raise DataError(f"{message} for `hft {objective}`", f"rename them to one of these: {known}")
 
 
 def convert_row(row: Row, format_name: str) -> Row:
@@ -234,6 +241,72 @@ def convert_prompt_answer(row: Row) -> Row:
 
 def convert_question_answer(row: Row) -> Row:
     return make_conversation(read_text(row.get("question"), "question"), read_text(row.get("answer"), "answer"))
+
+
+def convert_pair(row: Row) -> Row:
+    """An explicit prompt; answers that repeat it, as UltraFeedback's do, are whole conversations."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if isinstance(prompt, str) and isinstance(chosen, str):
+        return check_pair({name: read_text(row.get(name), name) for name in ("prompt", "chosen", "rejected")})
+    if isinstance(prompt, str) and isinstance(chosen, list) and len(chosen) > 1:
+        pair = convert_implicit_pair(row)
+        if prompt not in (message["content"] for message in pair["prompt"]):
+            raise DataError("field 'prompt' differs from the prompt within 'chosen' and 'rejected'")
+        return pair
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = read_messages(prompt, "prompt")
+    return check_pair(
+        {"prompt": prompt, "chosen": read_answer(chosen, "chosen"), "rejected": read_answer(rejected, "rejected")}
+    )
+
+
+def convert_implicit_pair(row: Row) -> Row:
+    """Two whole conversations that part at their last turn, as messages or as hh-rlhf writes them."""
+    turns = {name: _read_conversation(row.get(name), name) for name in ("chosen", "rejected")}
+    if turns["chosen"][:-1] != turns["rejected"][:-1]:
+        raise DataError("'chosen' and 'rejected' differ in their prompt, not only in the answer", "drop the row, or mend it")
+    if len(turns["chosen"]) == 1:
+        raise DataError("'chosen' and 'rejected' have no prompt", "give a field 'prompt'")
+    return check_pair({"prompt": turns["chosen"][:-1], **{name: messages[-1:] for name, messages in turns.items()}})
+
+
+def convert_sharegpt_pair(row: Row) -> Row:
+    prompt = read_messages(row.get("conversations"), "conversations", "from", "value", SHAREGPT_ROLES)
+    answers = {name: read_answer(row.get(name), name, "from", "value", SHAREGPT_ROLES) for name in ("chosen", "rejected")}
+    return check_pair({"prompt": prompt, **answers})
+
+
+def read_answer(
+    value: Any, name: str, role_key: str = "role", content_key: str = "content", roles: dict[str, str] = ROLES
+) -> Messages:
+    """One turn of the assistant: its text, its message, or a list with its message."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": read_text(value, name)}]
+    messages = read_messages([value] if isinstance(value, dict) else value, name, role_key, content_key, roles)
+    if len(messages) > 1 or messages[0]["role"] != "assistant":
+        found = ", ".join(message["role"] for message in messages)
+        raise DataError(f"field '{name}' has the turns {found}, expected one turn of the assistant")
+    return messages
+
+
+def _read_conversation(value: Any, name: str) -> Messages:
+    if isinstance(value, str):
+        parts = re.split(r"\n\n(Human|Assistant): ?", read_text(value, name))
+        if parts[0].strip() or len(parts) == 1:
+            raise DataError(f"field '{name}' is text that does not start with a turn of hh-rlhf", "give a field 'prompt'")
+        roles = {"Human": "user", "Assistant": "assistant"}
+        value = [{"role": roles[role], "content": text.strip()} for role, text in zip(parts[1::2], parts[2::2], strict=True)]
+    return check_conversation(read_messages(value, name))
+
+
+def check_pair(pair: Row) -> Row:
+    """A canonical pair whose answers are not the same."""
+    if isinstance(pair["prompt"], list) and pair["prompt"][-1]["role"] == "assistant":
+        raise DataError("the prompt ends with the assistant's turn, and the answers are another one", "join the two turns")
+    if pair["chosen"] == pair["rejected"]:
+        raise DataError("fields 'chosen' and 'rejected' are equal: there is no preference to learn", "drop the row")
+    return pair
 
 
 def make_conversation(question: str, answer: str) -> Row:
@@ -294,10 +367,11 @@ READERS = {".json": read_json, ".jsonl": read_json, ".parquet": read_parquet}
 
 @dataclass(frozen=True)
 class Format:
-    """How people write rows: the columns it is known by, and the way to canonical form."""
+    """How people write rows: the columns it is known by, the way to canonical form, and what is trained on them."""
 
     columns: tuple[str, ...]
     convert: Callable[[Row], Row]
+    objective: Objective = "sft"
 
 
 FORMATS = {
@@ -307,4 +381,7 @@ FORMATS = {
     "alpaca": Format(("instruction", "output"), convert_alpaca),
     "prompt-answer": Format(("prompt", "answer"), convert_prompt_answer),
     "question-answer": Format(("question", "answer"), convert_question_answer),
+    "sharegpt-pair": Format(("conversations", "chosen", "rejected"), convert_sharegpt_pair, "dpo"),
+    "prompt-pair": Format(("prompt", "chosen", "rejected"), convert_pair, "dpo"),
+    "conversation-pair": Format(("chosen", "rejected"), convert_implicit_pair, "dpo"),
 }

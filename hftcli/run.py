@@ -26,8 +26,19 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from hftcli.errors import InputError
+from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan, FreezeRule
-from hftcli.recipe import DataSection, LaunchSection, ModelSection, Recipe, Section, TrainSection, dump_recipe
+from hftcli.recipe import (
+    DataSection,
+    DpoSection,
+    LaunchSection,
+    ModelSection,
+    Objective,
+    Recipe,
+    Section,
+    TrainSection,
+    dump_recipe,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -35,7 +46,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class RoundSpec(Section):
     """One training pass: one objective, one dataset, one starting checkpoint, one freeze rule."""
 
-    objective: Literal["sft"]
+    objective: Objective
     """What is optimized."""
     index: int
     """Place of the round in the history of the model, from 0: every round draws another half."""
@@ -51,6 +62,12 @@ class RoundSpec(Section):
     """Processes and sharding, `num_processes` resolved."""
     tasks: tuple[str, ...]
     """Tasks to score before and after."""
+    dpo: DpoSection | None = None
+    """Settings of preference optimization; null with another objective."""
+    reference: ReferenceMode | None = None
+    """Where the reference of preference optimization comes from; null with another objective."""
+    pairs: DataSection | None = None
+    """Held-out preference pairs to measure on before and after; null measures none."""
 
     @property
     def num_accumulation_steps(self) -> int:
@@ -71,7 +88,7 @@ class RoundSpec(Section):
 
 
 class Progress(Section):
-    phase: Literal["starting", "tokenizing", "loading", "scoring", "training", "saving", "verifying"]
+    phase: Literal["starting", "tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying"]
     """What the worker does now."""
     done: int = 0
     """Units of the phase that are done: steps, rows, batches."""
@@ -122,6 +139,45 @@ class Score(Section):
     """Questions asked."""
 
 
+class PairScore(Section):
+    """What a model makes of preference pairs, beside the reference: the model as it was before the round."""
+
+    reward_accuracy: float
+    """Share of pairs whose chosen answer has the higher implicit reward, beta (log p - log p of the reference), in [0, 1];
+    equal rewards count one half, so that the reference itself has 0.5."""
+    reward_accuracy_error: float
+    """Standard error of `reward_accuracy` over the pairs."""
+    reward_margin: float
+    """Mean reward of the chosen answer over the rejected one."""
+    likelihood_accuracy: float
+    """Share of pairs whose chosen answer is the likelier one as a whole, with no reference."""
+    kl: float
+    """KL(reference || model), nats per answer token, estimated from tokens that the reference draws at every place."""
+    num_pairs: int
+    """Pairs measured."""
+
+
+class PairScores(Section):
+    before: PairScore
+    """Before the round, where the model is the reference."""
+    after: PairScore
+    """After it."""
+
+
+class ReferenceReport(Section):
+    """What the reference of preference optimization was."""
+
+    mode: ReferenceMode
+    """Where it came from."""
+    key: str | None
+    """Name of the precomputed log-probabilities in the cache: a hash of the start's weights, the tokens, the precision and the
+    options; null with another mode."""
+    is_reused: bool
+    """Whether they were there already."""
+    num_bytes: int
+    """Bytes that the reference takes on rank 0 while training."""
+
+
 class Scores(Section):
     before: dict[str, Score]
     """Score on each task before the round."""
@@ -153,6 +209,8 @@ class DataReport(Section):
     """Rows left out because the cut to `data.max_length` took all of their trained tokens."""
     num_truncated: int
     """Rows trained on without their end, which the cut took."""
+    num_identical: int = 0
+    """Preference pairs whose answers the cut made the same."""
     num_sequences: int
     """Sequences: rows, or packs of rows."""
     num_tokens: int
@@ -209,6 +267,10 @@ class RoundResult(Section):
     """Frozen parts identical, trained parts moved."""
     data: DataReport
     """What the data were: format, counts, hashes."""
+    reference: ReferenceReport | None = None
+    """What the reference of preference optimization was; null with another objective."""
+    pairs: PairScores | None = None
+    """Held-out preference pairs before and after; null where there are none."""
     hardware: Hardware
     """What the worker ran on."""
 

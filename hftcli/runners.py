@@ -11,12 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hftcli import __version__
-from hftcli.errors import ModelError, VerificationError
+from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
 from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
-from hftcli.recipe import PACKAGE, QUICK_START, Recipe
+from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Recipe
 from hftcli.run import Manifest, Progress, Round, RoundResult, RoundSpec, Run, write_model
 from hftcli.tasks import check_tasks
 
@@ -32,23 +32,23 @@ class Start:
     parent: str | None = None
 
 
-def run_sft(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -> Run:
-    """Supervised fine-tuning: one round.
+def run_single(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -> Run:
+    """Supervised fine-tuning or preference optimization: one round.
 
     Raises:
         HftError: see errors.py; what was finished before is kept.
     """
-    run, round_ = prepare_sft(recipe)
+    run, round_ = prepare_single(recipe)
     finish_round(run, round_, on_progress)
     return run
 
 
-def prepare_sft(recipe: Recipe) -> tuple[Run, Round]:
+def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     """Check what can be checked without a model, and write the run's and the round's files."""
     start = resolve_start(recipe.model.path)
     check_tasks(recipe.eval.tasks)
     spec = RoundSpec(
-        objective="sft",
+        objective=recipe.objective,
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path}),
         data=recipe.data.model_copy(update={"path": _make_absolute(recipe.data.path)}),
@@ -56,15 +56,37 @@ def prepare_sft(recipe: Recipe) -> tuple[Run, Round]:
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
         tasks=recipe.eval.tasks,
+        dpo=recipe.dpo,
+        reference=recipe.reference,
+        pairs=make_pairs_section(recipe),
     )
+    check_reference(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
     run = Run(Path(recipe.output))
     run.claim(recipe, make_manifest(start.parent))
-    round_ = run.round("00-sft")
+    round_ = run.round(f"00-{recipe.objective}")
     round_.folder.mkdir(parents=True, exist_ok=True)
     if not round_.result_path.exists():
         write_model(round_.spec_path, spec)
     return run, round_
+
+
+def make_pairs_section(recipe: Recipe) -> DataSection | None:
+    """The held-out pairs, to be cut as the training pairs are."""
+    pairs = recipe.eval.pairs
+    if pairs.path is None:
+        return None
+    return DataSection(**pairs.model_dump() | {"path": _make_absolute(pairs.path)}, max_length=recipe.data.max_length)
+
+
+def check_reference(spec: RoundSpec) -> None:
+    """Raises: InputError: the launch cannot carry the reference."""
+    if spec.reference == "shared" and spec.launch.num_processes > 1 and spec.launch.zero_stage == 3:
+        raise InputError(
+            "reference: shared lays the trained half as it was into whole parameters, and under launch.zero_stage 3 each "
+            "process holds only pieces of them",
+            "set reference: precompute, which needs no second model at any stage, or launch.zero_stage: 2",
+        )
 
 
 def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress], None]) -> RoundResult:
@@ -119,6 +141,7 @@ def make_budget(recipe: Recipe, start: Start, model_type: str, parameters: Seque
         precision="mixed" if recipe.train.bf16 else "float32",
         num_processes=recipe.launch.num_processes or max(count_gpus(), 1),
         zero_stage=recipe.launch.zero_stage,
+        reference=recipe.reference,
     )
 
 

@@ -4,18 +4,22 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback, TrainerControl, TrainerState
-from trl import SFTConfig
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from trl import DPOConfig, DPOTrainer, SFTConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hftcli.errors import InputError, TrainingError
+from hftcli.references import Reference
 from hftcli.run import Progress, Round, RoundSpec, write_model
 
-OWN_KEYS = {"global_batch_size", "assistant_only_loss", "completion_only_loss"}  # spent before the trainer exists
+SPENT_KEYS = {"global_batch_size", "assistant_only_loss", "completion_only_loss"}  # before the trainer exists
 
 
 def is_mixed(spec: RoundSpec) -> bool:
@@ -28,7 +32,7 @@ def is_sharded(spec: RoundSpec) -> bool:
     return spec.launch.num_processes > 1
 
 
-def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig:
+def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOConfig:
     """Translate a round's spec for TRL. With several processes, this is where they join.
 
     Raises:
@@ -36,25 +40,33 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig:
     """
     has_gpu = torch.cuda.is_available()
     values: dict[str, Any] = {
-        **spec.train.model_dump(exclude=OWN_KEYS),
+        **spec.train.model_dump(exclude=SPENT_KEYS),
         "output_dir": str(folder),
         "bf16": is_mixed(spec),
         "use_cpu": not has_gpu,
         "gradient_accumulation_steps": spec.num_accumulation_steps,
         "max_length": spec.data.max_length,
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows come tokenized
         "dataloader_pin_memory": has_gpu,
         "save_strategy": "no",  # the worker writes the checkpoint
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
         "disable_tqdm": True,
     }
     values.setdefault("report_to", "none")
+    if spec.objective == "sft":
+        kind = SFTConfig
+        values["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows come tokenized
+    else:
+        kind = DPOConfig
+        del values["packing"]
+        values |= spec.dpo.model_dump(mode="json")
+        # TRL then loads no second model; the log-probabilities come from hft's reference.
+        values["precompute_ref_log_probs"] = spec.reference != "full"
     if is_sharded(spec):
         values["deepspeed"] = make_deepspeed_config(spec)
         if not has_gpu:
             values["ddp_backend"] = "gloo"
     try:
-        args = SFTConfig(**values)
+        args = kind(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"train: TRL refuses these settings: {error}") from None
     if is_sharded(spec):
@@ -88,6 +100,68 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
     }
 
 
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """Keeps the pairs' places in the dataset, by which their precomputed log-probabilities are found."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**super().torch_call(examples), "row": torch.tensor([example["row"] for example in examples])}
+
+
+class PairTrainer(DPOTrainer):
+    """TRL's DPOTrainer on pairs that come tokenized, with one of hft's references.
+
+    Args:
+        dataset: `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        reference: None leaves the reference to TRL, which asks `ref_model`.
+        ref_model: the second model, where there is one.
+
+    Raises:
+        InputError: settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DPOConfig,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        reference: Reference | None,
+        ref_model: PreTrainedModel | None,
+    ):
+        self.reference = reference
+        try:
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                data_collator=PairCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
+                train_dataset=dataset.add_column("row", list(range(len(dataset)))),
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"dpo: TRL refuses these settings: {error}") from error
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs = dict(inputs)
+        rows_B = inputs.pop("row")
+        if self.reference is not None:
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference.score(self, inputs, rows_B)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized and cut already
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # TRL would do it here, under a key that is the same for different models under ZeRO 3
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "row"]
+
+
 class Reporter:
     """Tells the front where the worker is; only rank 0 speaks."""
 
@@ -114,24 +188,38 @@ class RoundCallback(TrainerCallback):
         self.num_tokens = 0
         self.gradient_bytes = 0
 
-    def on_train_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.reporter.is_first:
             self.reporter.round.metrics_path.write_text("")
         self.score_start()
         self.reporter.report("training", 0, state.max_steps)
 
     def on_pre_optimizer_step(
-        self, args: SFTConfig, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **kwargs: Any
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: Any,
     ) -> None:
         if not self.gradient_bytes:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
 
-    def on_step_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.reporter.report("training", state.global_step, state.max_steps, self.loss)
 
     def on_log(
-        self, args: SFTConfig, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
     ) -> None:
         self.num_tokens = int(logs.get("num_tokens", self.num_tokens))
         if "loss" not in logs:

@@ -18,18 +18,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from hftcli.chat import set_chat_template
-from hftcli.data import check_positions, default_cache, prepare_dataset
+from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs
 from hftcli.errors import HftError, TrainingError
-from hftcli.evaluate import score_rows, tokenize_task
+from hftcli.evaluate import Reading, read_pairs, score_pairs, score_rows, tokenize_task
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.models import (
     describe_model,
     fetch_checkpoint,
     gather_weights,
+    is_partitioned,
     load_model,
     load_tokenizer,
     measure_updates,
@@ -37,9 +40,23 @@ from hftcli.models import (
     save_checkpoint,
     verify_checkpoint,
 )
-from hftcli.run import Failure, Hardware, Round, RoundResult, Score, Scores, write_model
+from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
+from hftcli.run import (
+    DataReport,
+    Failure,
+    Hardware,
+    PairScores,
+    ReferenceReport,
+    Round,
+    RoundResult,
+    RoundSpec,
+    Score,
+    Scores,
+    write_model,
+)
 from hftcli.tasks import load_task
 from hftcli.trainers import (
+    PairTrainer,
     Reporter,
     RoundCallback,
     is_mixed,
@@ -48,6 +65,8 @@ from hftcli.trainers import (
     measure_optimizer_bytes,
     silence_libraries,
 )
+
+PHASES = ("tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying")
 
 
 def run_round(round_: Round) -> None:
@@ -73,9 +92,8 @@ def run_round(round_: Round) -> None:
     # 2. Rows to tokens, once for all ranks.
     with clock.measure("tokenizing"):
         reporter.report("tokenizing")
-        dataset, data_report = prepare_dataset(
-            spec.data, spec.train, tokenizer, default_cache(), lambda *count: reporter.report("tokenizing", *count)
-        )
+        dataset, data_report = prepare_rows(spec, tokenizer, reporter)
+        pairs = prepare_pairs(spec.pairs, tokenizer, default_cache())[0] if spec.pairs else None
 
     # 3. The ranks join, agree on the plan, and load the start with one half frozen.
     args = make_training_arguments(spec, round_.folder)
@@ -85,10 +103,15 @@ def run_round(round_: Round) -> None:
     with clock.measure("loading"):
         reporter.report("loading")
         model = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec))
+        second = None
+        if spec.reference == "full":
+            second = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec)).requires_grad_(False)
+        reference = make_reference(spec, start, data_report, reporter)
 
-    # 4. Train, with the tasks scored before the first step.
+    # 4. Train, with the tasks scored and the reference taken before the first step.
+    casts = is_mixed(spec) and not is_sharded(spec)  # DeepSpeed holds its weights in bfloat16
+
     def score() -> dict[str, Score]:
-        casts = is_mixed(spec) and not is_sharded(spec)  # DeepSpeed holds its weights in bfloat16
         with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=casts):
             return {
                 name: score_rows(
@@ -98,12 +121,33 @@ def run_round(round_: Round) -> None:
                 for name, rows in tasks.items()
             }  # fmt: skip
 
+    def read(start: list[Reading] | None = None) -> list[Reading]:
+        with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=casts):
+            return read_pairs(
+                trainer.model_wrapped, pairs, args.device, args.process_index, args.world_size, start,
+                lambda *count: reporter.report("scoring", *count),
+            )  # fmt: skip
+
     before: dict[str, Score] = {}
-    callback = RoundCallback(reporter, lambda: before.update(score()))
-    trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+    read_before: list[Reading] = []
+
+    def measure_start() -> None:
+        before.update(score())
+        if pairs is not None:
+            read_before.extend(read())
+        if reference is not None:
+            with clock.measure("referencing"):
+                reporter.report("referencing")
+                reference.prepare(trainer)
+
+    callback = RoundCallback(reporter, measure_start)
+    if spec.objective == "sft":
+        trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+    else:
+        trainer = PairTrainer(model, args, dataset, tokenizer, [callback], reference, second)
     with clock.measure("training"):
         outcome = trainer.train()
-    clock.seconds["training"] -= clock.seconds["scoring"]
+    clock.seconds["training"] -= clock.seconds["scoring"] + clock.seconds["referencing"]
 
     # 5. Save, verify against the start, score again. Every rank gathers; rank 0 writes.
     with clock.measure("saving"):
@@ -118,6 +162,12 @@ def run_round(round_: Round) -> None:
             weights = {name: values.to(dtype) for name, values in weights.items()}
             save_checkpoint(trainer.model, tokenizer, weights, round_.checkpoint)
     after = score()
+    pair_scores = None
+    if pairs is not None:
+        pair_scores = PairScores(
+            before=score_pairs(read_before, read_before, spec.dpo.beta, args.device, args.world_size),
+            after=score_pairs(read(read_before), read_before, spec.dpo.beta, args.device, args.world_size),
+        )
     if not reporter.is_first:
         return
     with clock.measure("verifying"):
@@ -140,16 +190,50 @@ def run_round(round_: Round) -> None:
         updates=updates,
         verification=verification,
         data=data_report,
+        reference=describe_reference(spec, reference, second),
+        pairs=pair_scores,
         hardware=describe_hardware(args.world_size),
     )
     write_model(round_.result_path, result)
+
+
+def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> tuple[Dataset, DataReport]:
+    """The tokens of the rows to train on."""
+
+    def show(done: int, total: int) -> None:
+        reporter.report("tokenizing", done, total)
+
+    if spec.objective == "sft":
+        return prepare_dataset(spec.data, spec.train, tokenizer, default_cache(), show)
+    return prepare_pairs(spec.data, tokenizer, default_cache(), show)
+
+
+def make_reference(spec: RoundSpec, start: Path, data: DataReport, reporter: Reporter) -> Reference | None:
+    """What stands in for a second model; None where there is one, or nothing to refer to."""
+    if spec.reference == "shared":
+        return SharedReference()
+    if spec.reference == "precompute":
+        # The weights are read whole for the key, which rank 0 alone needs.
+        key = make_reference_key(spec, start, data.key, is_mixed(spec)) if reporter.is_first else ""
+        path = default_cache("references") / f"{key}.safetensors"
+        return PrecomputedReference(path, lambda *count: reporter.report("referencing", *count))
+    return None
+
+
+def describe_reference(spec: RoundSpec, reference: Reference | None, second: PreTrainedModel | None) -> ReferenceReport | None:
+    if spec.reference is None:
+        return None
+    if reference is None:
+        held = [value.ds_tensor if is_partitioned(value) else value for value in second.parameters()]
+        return ReferenceReport(mode="full", key=None, is_reused=False, num_bytes=sum(value.nbytes for value in held))
+    return ReferenceReport(mode=spec.reference, key=reference.key, is_reused=reference.is_reused, num_bytes=reference.num_bytes)
 
 
 class Clock:
     """Wall-clock seconds by phase."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("tokenizing", "loading", "scoring", "training", "saving", "verifying"), 0.0)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from hftcli.recipe import Recipe
+from hftcli.recipe import Recipe, open_section
 from hftcli.run import RoundResult
 
 README = Path(__file__).parent.parent / "README.md"
@@ -22,8 +22,8 @@ def describe_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[
     """Key, default and documentation of every field, sections opened up."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from describe_keys(field.annotation, f"{key}.")
+        if section := open_section(field.annotation):
+            yield from describe_keys(section, f"{key}.")
         else:
             default = "required" if field.default is PydanticUndefined else f"`{format_default(field.default)}`"
             yield key, default, " ".join((field.description or "").split())

@@ -65,3 +65,26 @@ def test_a_budget_is_the_plan_beside_full_fine_tuning():
     budget = Budget(plan, precision="mixed", num_processes=8, zero_stage=2)
     assert budget.half == Memory(2000, 100, 600)
     assert budget.full == Memory(2000, 250, 1500)
+
+
+@pytest.mark.parametrize(
+    ("precision", "num_processes", "zero_stage", "shared", "full"),
+    [
+        ("float32", 1, 2, 4 * 400, 4000),
+        ("mixed", 1, 2, 4 * 400, 2 * 600 + 4 * 400),
+        ("mixed", 8, 2, 2 * 400, 2000),
+        ("mixed", 8, 3, None, 250),
+    ],
+)
+def test_a_reference_costs_a_copy_of_what_trains_or_a_second_model(precision, num_processes, zero_stage, shared, full):
+    def estimate(reference: str | None) -> Memory:
+        return estimate_memory(
+            NUM_PARAMETERS, NUM_TRAINABLE, precision=precision, num_processes=num_processes, zero_stage=zero_stage,
+            reference=reference,
+        )  # fmt: skip
+
+    assert estimate("precompute") == estimate(None)
+    assert estimate("full").reference_bytes == full
+    assert estimate("full").total_bytes == estimate(None).total_bytes + full
+    if shared is not None:  # refused under ZeRO 3
+        assert estimate("shared").reference_bytes == shared

@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hftcli import data as room
 from hftcli.chat import CHAT_TEMPLATES, Template, find_assistant_spans, find_template, set_chat_template
-from hftcli.data import IGNORED, check_positions, decode_sample, default_cache, make_key, prepare_dataset, tokenize_answer
+from hftcli.data import IGNORED, check_positions, decode_samples, default_cache, prepare_dataset, tokenize_answer
 from hftcli.errors import DataError, ModelError
 from hftcli.recipe import PACKAGE, DataSection, TrainSection
 from hftcli.rows import FORMATS, convert_row, detect_format, find_sources, load_rows
@@ -301,7 +301,7 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, known in FORMATS.items() if known.objective == "sft"])
 def test_format(name: str, tmp_path: Path):
     row, expected = EXAMPLES[name]
     if isinstance(expected, str):
@@ -399,7 +399,7 @@ def test_bad_row_is_named(format_name: str, row: Any, message: str, tmp_path: Pa
 def test_unknown_columns_are_listed_with_the_known_ones(tmp_path: Path):
     with pytest.raises(DataError, match="row 1: the columns input, target are of no known format") as caught:
         load_rows(write_jsonl(tmp_path / "rows.jsonl", [{"input": "a", "target": "b"}]))
-    assert all(name in caught.value.fix for name in FORMATS)
+    assert all(name in caught.value.fix for name in EXAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -527,6 +527,7 @@ def test_rows_are_cut_and_dropped_and_counted(tokenizer: PreTrainedTokenizerBase
         "num_used": 2,
         "num_dropped": 2,
         "num_truncated": 1,
+        "num_identical": 0,
         "num_sequences": 2,
         "num_tokens": 18,
         "num_trained_tokens": 6 + 2,
@@ -603,7 +604,7 @@ def test_whatever_shapes_the_tokens_changes_the_key(tokenizer: PreTrainedTokeniz
     keys = []
 
     def add_key(data: DataSection, train: TrainSection) -> None:
-        keys.append(make_key(data, train, tokenizer, find_sources(data)))
+        keys.append(prepare_dataset(data, train, tokenizer, tmp_path / "cache")[1].key)
 
     add_key(data, train)
     for change in ({"max_length": 64}, {"max_examples": 1}, {"split": "test"}):
@@ -647,7 +648,8 @@ def test_sample_is_the_whole_text_in_pieces(minimind: PreTrainedTokenizerBase, t
     data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CONVERSATION}])
     dataset, _ = prepare_dataset(data, TrainSection(), minimind, tmp_path / "cache")
     pieces = groupby(lay_out_chatml(), key=lambda piece: piece[1])
-    assert decode_sample(dataset, minimind, 0) == [("".join(text for text, _ in group), trained) for trained, group in pieces]
+    expected = [("".join(text for text, _ in group), trained) for trained, group in pieces]
+    assert decode_samples(dataset, minimind, 0) == {"sample": expected}
 
 
 @pytest.mark.parametrize("model", ["stories15M", "stories260K"])
@@ -655,7 +657,7 @@ def test_sample_of_a_sentencepiece_vocabulary(model: str, shared: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / model)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Once: 你", "completion": " upon  a 好"}])
     dataset, _ = prepare_dataset(data, TrainSection(), tokenizer, tmp_path / "cache")
-    assert decode_sample(dataset, tokenizer, 0) == [("<s> Once: 你", False), (" upon  a 好</s>", True)]
+    assert decode_samples(dataset, tokenizer, 0) == {"sample": [("<s> Once: 你", False), (" upon  a 好</s>", True)]}
 
 
 # ---- Real data -----------------------------------------------------------------------------------

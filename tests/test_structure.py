@@ -23,7 +23,7 @@ FLOORS = [
     ["runners"],
     ["cli"],
 ]
-BELOW = ["models", "rows", "chat", "data", "trainers", "evaluate", "worker"]  # torch is imported here
+BELOW = ["models", "rows", "chat", "data", "references", "trainers", "evaluate", "worker"]  # torch is imported here
 
 
 def read_imports(path: Path, top_level_only: bool) -> set[str]:

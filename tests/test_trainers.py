@@ -8,9 +8,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from hftcli.data import prepare_dataset
 from hftcli.errors import InputError
 from hftcli.freezing.selection import FreezeRule
-from hftcli.recipe import OWN_TRAIN_KEYS, PACKAGE, REPLACED_TRAIN_KEYS, DataSection, LaunchSection, ModelSection, TrainSection
+from hftcli.recipe import OWN_KEYS, PACKAGE, REPLACED_KEYS, DataSection, LaunchSection, ModelSection, TrainSection
 from hftcli.run import RoundSpec
-from hftcli.trainers import OWN_KEYS, make_training_arguments
+from hftcli.trainers import SPENT_KEYS, make_training_arguments
 
 
 def make_spec(**train: object) -> RoundSpec:
@@ -39,8 +39,8 @@ def test_what_hft_sets_itself_cannot_be_given(tmp_path):
         "dataset_kwargs",
     }
     assert own <= plain.keys()
-    assert own <= OWN_TRAIN_KEYS | REPLACED_TRAIN_KEYS.keys()
-    assert TrainSection.model_fields.keys() >= OWN_KEYS
+    assert own <= OWN_KEYS | REPLACED_KEYS.keys()
+    assert TrainSection.model_fields.keys() >= SPENT_KEYS
 
 
 def test_accumulation_follows_from_the_global_batch(tmp_path):

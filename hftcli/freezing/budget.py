@@ -1,4 +1,4 @@
-"""What a freeze plan costs: the bytes that each device holds for weights, gradients and AdamW's state.
+"""What a freeze plan costs: the bytes that each device holds for weights, gradients, AdamW's state and DPO's reference.
 
 The count is that of the ZeRO paper (arXiv 1910.02054, sections 3.1 and 5): with mixed precision, a weight that trains
 costs 16 bytes, and each stage of ZeRO spreads one more part of them over the devices. A frozen weight costs only
@@ -11,6 +11,7 @@ from typing import Literal
 from hftcli.freezing.selection import FreezePlan
 
 Precision = Literal["float32", "mixed"]
+ReferenceMode = Literal["precompute", "shared", "full"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,11 @@ class Memory:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    reference_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.reference_bytes
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,26 @@ class Budget:
     precision: Precision
     num_processes: int
     zero_stage: int
+    reference: ReferenceMode | None = None
 
     @property
     def half(self) -> Memory:
         """What the plan costs."""
-        return self._estimate(self.plan.num_trainable)
+        return self._estimate(self.plan.num_trainable, self.reference)
 
     @property
     def full(self) -> Memory:
-        """What it would cost to train every weight."""
-        return self._estimate(self.plan.num_parameters)
+        """What it would cost to train every weight, with a second model where DPO needs a reference."""
+        return self._estimate(self.plan.num_parameters, self.reference and "full")
 
-    def _estimate(self, num_trainable: int) -> Memory:
+    def _estimate(self, num_trainable: int, reference: ReferenceMode | None) -> Memory:
         return estimate_memory(
             self.plan.num_parameters,
             num_trainable,
             precision=self.precision,
             num_processes=self.num_processes,
             zero_stage=self.zero_stage,
+            reference=reference,
         )
 
 
@@ -62,6 +66,7 @@ def estimate_memory(
     precision: Precision,
     num_processes: int,
     zero_stage: int,
+    reference: ReferenceMode | None = None,
 ) -> Memory:
     """Bytes on each device for training with AdamW.
 
@@ -74,6 +79,7 @@ def estimate_memory(
         num_processes: devices that share the work. More than one means DeepSpeed, which keeps masters apart from the
             weights; on one device a weight that trains is its own master.
         zero_stage: what DeepSpeed spreads over the devices: 1 the optimizer's state, 2 also gradients, 3 also weights.
+        reference: DPO's: a copy of what trains (`shared`), a second model (`full`), or some bytes a pair (`precompute`).
     """
     num_frozen = num_parameters - num_trainable
     if precision == "float32":
@@ -89,8 +95,12 @@ def estimate_memory(
         """One device's part, rounded up, where the stage spreads it."""
         return -(-num_bytes // num_processes) if zero_stage >= first_stage else num_bytes
 
+    # The copy of what trains is held as the weights are.
+    trained_bytes = (4 if precision == "float32" or num_processes == 1 else 2) * num_trainable
+    references = {"shared": trained_bytes, "full": share(weights, first_stage=3)}
     return Memory(
         weights_bytes=share(weights, first_stage=3),
         gradients_bytes=share(gradients, first_stage=2),
         optimizer_bytes=share(optimizer, first_stage=1),
+        reference_bytes=references.get(reference, 0),
     )
