@@ -15,6 +15,8 @@ SHARED = ROOT.parent / "shared"
 
 # Before any test starts a process: nothing is fetched, and nothing is left in the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are tiny: a second thread gains nothing, and waits badly on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,7 @@ def test_what_the_plan_froze_is_what_the_files_keep(one_process, shared):
     assert not any(torch.equal(start[name], end[name]) for name in plan.trained)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_two_ranks_agree_with_one_process(hft, settings, small, one_process, tmp_path, stage):
     run = tmp_path / "two"
     small = small | {"launch.zero_stage": stage, "train.per_device_train_batch_size": 4}
