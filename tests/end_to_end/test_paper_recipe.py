@@ -14,14 +14,15 @@ def test_tulu_on_a_real_model(hft, settings, shared, tmp_path):
         "model.path": shared / "models" / "MiniMind2-Small",
         "data.path": shared / "data" / "sft" / "alpaca_en_demo.jsonl",
         "data.max_length": 256,
-        "train.max_steps": 30,
+        "data.max_examples": 40,
+        "train.max_steps": 20,  # four to a pass over the data, so that passes compare the same rows
         "train.global_batch_size": 8,
-        "train.per_device_train_batch_size": 4,
+        "train.per_device_train_batch_size": 2,
     }
     hft("sft", "--recipe", "tulu", "--output", tmp_path / "run", *settings(change))
     round_ = Round(tmp_path / "run" / "rounds" / "00-sft")
     losses = [row["loss"] for row in round_.read_metrics()]
-    assert mean(losses[-5:]) < mean(losses[:5]) - 0.2
+    assert mean(losses[-4:]) < mean(losses[:4]) - 0.3
     tokenizer = AutoTokenizer.from_pretrained(round_.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(round_.checkpoint)
     asked = [{"role": "user", "content": "Name three colours."}]
