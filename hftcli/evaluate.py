@@ -61,7 +61,7 @@ def score_rows(
     if num_ranks > 1:
         torch.distributed.all_reduce(totals)
     num_exact, nats, num_tokens = totals.tolist()
-    return Score(exact_match=num_exact / len(rows), nll=nats / num_tokens, num_examples=len(rows))
+    return Score(score=num_exact / len(rows), lenient=None, nll=nats / num_tokens, num_examples=len(rows))
 
 
 def _deal_batches(rows: Sequence[Row], num_ranks: int) -> list[list[Row]]:

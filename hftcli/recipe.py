@@ -19,11 +19,11 @@ from hftcli.errors import RecipeError
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 
+Objective = Literal["sft", "dpo", "continual"]
 PACKAGE = Path(__file__).parent
 QUICK_START = "tinyworld"  # the model and data that ship with the package
-QUICK_START_RECIPES = {"sft": "tinyworld", "dpo": "tinyworld-dpo"}
+QUICK_START_RECIPES: dict[Objective, str] = {"sft": "tinyworld", "dpo": "tinyworld-dpo", "continual": "tinyworld-continual"}
 
-Objective = Literal["sft", "dpo"]
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -51,8 +51,11 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    path: str
+    path: str | None = None
     """A JSON, JSONL or Parquet file, a folder of them, a hub dataset, or `tinyworld/skill`."""
+
+    root: str | None = None
+    """Continual learning: the folder with one folder for each task, `<task>/{train,eval,test}.json`; tinyworld needs none."""
 
     name: str | None = None
     """Configuration of a hub dataset."""
@@ -65,7 +68,7 @@ class DataSection(Section):
     DPO, a prompt with one of its answers is a sequence."""
 
     max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Use the first so many rows; null uses all."""
+    """Use the first so many rows, of each task; null uses all."""
 
     drop_identical: bool = False
     """DPO: drop the pairs whose answers the cut to `data.max_length` makes the same. Otherwise they are counted, warned of, and
@@ -174,16 +177,121 @@ class PairsSection(Section):
 
 class EvalSection(Section):
     tasks: tuple[str, ...] = ()
-    """Tasks to score before and after each round, such as `tinyworld/facts`."""
+    """Tasks to score before and after each round, such as `tinyworld/facts`. With continual learning they stand beside those of
+    the sequence: what the model knew besides."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Ask the first so many questions of each task; null asks all."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Temperature at which answers are drawn; 0 takes the likeliest token at every place. Null is 0, or the protocol's."""
 
     pairs: PairsSection = PairsSection()
+
+
+class ContinualSection(Section):
+    tasks: str | tuple[str, ...] = QUICK_START
+    """A benchmark (`tinyworld`, `trace`, `standard`), or a list of tasks: folders under `data.root`, or tasks of a benchmark
+    such as `trace/FOMC`."""
+
+    order: str | None = None
+    """Which of the benchmark's orders; null takes its first, or that of the list."""
+
+    protocol: Literal["paper", "scripts"] | None = None
+    """Whose epochs for each task and whose decoding: those of the benchmark's paper, or of its scripts where they differ. Null
+    takes `train.num_train_epochs` for each task, and the likeliest token at every place."""
+
+
+class ReplaySection(Section):
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of each earlier task's training rows that is trained on again."""
+
+    when: Literal["mixed", "after"] = "mixed"
+    """Mixed in among the rows of the task, in every epoch, or one pass after the task, as TRACE does."""
+
+    extra: str | None = None
+    """A task under `data.root` whose training rows all join the replayed ones in every round, as TRACE's `Lima`."""
+
+
+class EwcSection(Section):
+    strength: Annotated[float, Field(gt=0)] = 400.0
+    """Lambda of arXiv 1612.00796, equation 3: the weight of the quadratic penalty."""
+
+    num_examples: Annotated[int, Field(ge=1)] = 256
+    """Training rows of a task on which its Fisher information is estimated, at the end of its round."""
+
+
+class GemSection(Section):
+    num_examples: Annotated[int, Field(ge=1)] = 256
+    """Training rows of each earlier task that are remembered."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Remembered rows of each earlier task whose gradient is taken in a step."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    """Gamma of arXiv 1706.08840, section 3: how far the projection leans to the earlier tasks."""
+
+
+class AgemSection(Section):
+    num_examples: Annotated[int, Field(ge=1)] = 256
+    """Training rows of each earlier task that are remembered."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Remembered rows, of all earlier tasks together, whose gradient is taken in a step."""
+
+
+class LoraSection(Section):
+    r: Annotated[int, Field(ge=1)] = 8
+    """Rank of the adapters."""
+
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: an adapter adds `lora_alpha / r` times its product."""
+
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout before an adapter."""
+
+    target_modules: tuple[str, ...] | None = None
+    """Last parts of the names of the linear layers that take adapters, such as `q_proj`; null takes all that the freeze plan
+    trains in the layers."""
+
+
+class OloraSection(LoraSection):
+    orthogonality: Annotated[float, Field(ge=0)] = 0.5
+    """Lambda 1 of arXiv 2310.14152, equation 8: the weight of the overlap with the adapters of the earlier tasks."""
+
+
+class MethodSection(Section):
+    """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `ewc: {}`."""
+
+    replay: ReplaySection | None = None
+    """Train on rows of earlier tasks again."""
+
+    ewc: EwcSection | None = None
+    """Elastic weight consolidation (arXiv 1612.00796)."""
+
+    gem: GemSection | None = None
+    """Gradient episodic memory (arXiv 1706.08840)."""
+
+    agem: AgemSection | None = None
+    """Averaged gradient episodic memory (arXiv 1812.00420)."""
+
+    lora: LoraSection | None = None
+    """One low-rank adapter that is trained through all tasks."""
+
+    olora: OloraSection | None = None
+    """A low-rank adapter for each task, orthogonal to the earlier ones (arXiv 2310.14152)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods that are on."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
 
 
 class Recipe(Section):
     """One YAML file, resolved."""
 
     model: ModelSection
-    data: DataSection
+    data: DataSection = DataSection()
     freeze: FreezeRule = FreezeRule()
     train: TrainSection = TrainSection()
     launch: LaunchSection = LaunchSection()
@@ -194,12 +302,16 @@ class Recipe(Section):
     answers on disk, so that no second model exists in training; `shared` is the model with the trained half as it was, of which
     a copy is kept; `full` is a second model. All three give the same losses."""
     eval: EvalSection = EvalSection()
+    continual: ContinualSection | None = None
+    """Learning task after task. A recipe with this section is one for `hft continual`, which fills it in where it is not
+    given."""
+    method: MethodSection = MethodSection()
     output: str | None = None
     """Folder of the run; null gives `runs/<name of the recipe>`."""
 
     @property
     def objective(self) -> Objective:
-        return "sft" if self.dpo is None else "dpo"
+        return "continual" if self.continual else "dpo" if self.dpo else "sft"
 
 
 # Names that are gone from transformers or TRL, or that hft derives, with what to use instead.
@@ -227,8 +339,27 @@ OWN_KEYS = {
 }  # fmt: skip
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
-    "sft": ("dpo", "reference", "data.drop_identical", "eval.pairs"),
-    "dpo": ("train.packing", "train.assistant_only_loss", "train.completion_only_loss"),
+    "sft": ("dpo", "reference", "data.drop_identical", "data.root", "eval.pairs", "continual", "method"),
+    "dpo": (
+        "train.packing",
+        "train.assistant_only_loss",
+        "train.completion_only_loss",
+        "data.root",
+        "continual",
+        "method",
+    ),
+    "continual": (
+        "dpo",
+        "reference",
+        "data.path",
+        "data.name",
+        "data.split",
+        "data.drop_identical",
+        "eval.pairs",
+        "train.packing",
+        "train.assistant_only_loss",
+        "train.completion_only_loss",
+    ),
 }
 
 
@@ -253,7 +384,10 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objectiv
     except ValidationError as error:
         raise RecipeError("\n".join(_describe_fault(fault, source) for fault in error.errors())) from None
     objective = objective or recipe.objective
-    faults = [*_check_foreign_keys(recipe, objective, source), *_check_trainer_keys(recipe, objective, source)]
+    faults = []
+    if objective != "continual" and recipe.data.path is None:
+        faults.append(f"{source.place(('data',))}: data.path is missing")
+    faults += [*_check_foreign_keys(recipe, objective, source), *_check_trainer_keys(recipe, objective, source)]
     if faults:
         raise RecipeError("\n".join(faults))
     return _resolve(recipe, objective, path)
@@ -262,6 +396,8 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objectiv
 def _resolve(recipe: Recipe, objective: Objective, path: Path) -> Recipe:
     """Fill in what follows from the objective and the file."""
     found: dict[str, Any] = {"output": recipe.output or f"runs/{path.stem}"}
+    if objective == "continual":
+        found["continual"] = recipe.continual or ContinualSection()
     if objective == "dpo":
         found |= {"dpo": recipe.dpo or DpoSection(), "reference": recipe.reference or "precompute"}
     return recipe.model_copy(update=found)
@@ -413,7 +549,7 @@ def _check_trainer_keys(recipe: Recipe, objective: Objective, source: _Source) -
 def _find_trainer_keys(objective: Objective) -> dict[str, list[str]]:
     """By section, hft's keys and then the trainer's."""
     train = [*TrainSection.model_fields, *read_fields(*SHARED_ARGUMENTS)]
-    if objective == "sft":
+    if objective != "dpo":
         return {"train": [*train, *read_fields(SFT_ARGUMENTS)]}
     return {"train": train, "dpo": [*DpoSection.model_fields, *(read_fields(DPO_ARGUMENTS) - set(train))]}
 

@@ -93,9 +93,9 @@ def _make_score_table(scores: Scores) -> Table:
         table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading == "task")
     for name, before in scores.before.items():
         after = scores.after[name]
-        change = 100 * (after.exact_match - before.exact_match)
+        change = 100 * (after.score - before.score)
         table.add_row(
-            name, f"{100 * before.exact_match:.1f}", f"{100 * after.exact_match:.1f}", f"{change:+.1f}",
+            name, f"{100 * before.score:.1f}", f"{100 * after.score:.1f}", f"{change:+.1f}",
             f"{before.nll:.3f}", f"{after.nll:.3f}",
         )  # fmt: skip
     return table

@@ -32,6 +32,7 @@ from hftcli.recipe import (
     DataSection,
     DpoSection,
     LaunchSection,
+    MethodSection,
     ModelSection,
     Objective,
     Recipe,
@@ -41,6 +42,30 @@ from hftcli.recipe import (
 )
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class EarlierRound(Section):
+    """What a method may need of a round before."""
+
+    task: str
+    """What it trained on."""
+    folder: str
+    """Where it is."""
+
+
+class Scoring(Section):
+    """What a round measures of a model's answers."""
+
+    before: tuple[str, ...] = ()
+    """Tasks scored before the round."""
+    after: tuple[str, ...] = ()
+    """Tasks scored after it."""
+    likelihood: tuple[str, ...] = ()
+    """Tasks of which only the likelihood of the answers is measured after it."""
+    max_examples: int | None = None
+    """The first so many questions of each task; null asks all."""
+    temperature: float = 0.0
+    """Temperature at which answers are drawn; 0 takes the likeliest token at every place."""
 
 
 class RoundSpec(Section):
@@ -60,8 +85,14 @@ class RoundSpec(Section):
     """The trainer's settings."""
     launch: LaunchSection
     """Processes and sharding, `num_processes` resolved."""
-    tasks: tuple[str, ...]
+    scoring: Scoring
     """Tasks to score before and after."""
+    task: str | None = None
+    """The task whose training rows are the data, under `data.root`; null where `data.path` names the rows."""
+    method: MethodSection = MethodSection()
+    """How old knowledge is defended besides freezing."""
+    earlier: tuple[EarlierRound, ...] = ()
+    """The rounds of the same run before this one, in order."""
     dpo: DpoSection | None = None
     """Settings of preference optimization; null with another objective."""
     reference: ReferenceMode | None = None
@@ -131,8 +162,10 @@ class Verification(Section):
 class Score(Section):
     """What a model scores on one task."""
 
-    exact_match: float
-    """Share of answers that greedy decoding gives to the letter, in [0, 1]."""
+    score: float | None
+    """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
+    lenient: float | None
+    """By a metric that overlooks the form of the answer, in [0, 1]; null where there is none."""
     nll: float
     """Negative log-likelihood of the answers, nats per token."""
     num_examples: int

@@ -17,7 +17,7 @@ from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
 from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Recipe
-from hftcli.run import Manifest, Progress, Round, RoundResult, RoundSpec, Run, write_model
+from hftcli.run import Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -55,7 +55,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
-        tasks=recipe.eval.tasks,
+        scoring=Scoring(before=recipe.eval.tasks, after=recipe.eval.tasks),
         dpo=recipe.dpo,
         reference=recipe.reference,
         pairs=make_pairs_section(recipe),

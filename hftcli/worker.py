@@ -87,7 +87,7 @@ def run_round(round_: Round) -> None:
     plan = make_plan(assign_roles(description.model_type, description.parameters), spec.freeze, spec.index)
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
-    tasks = {name: tokenize_task(load_task(name), tokenizer) for name in spec.tasks}
+    tasks = {name: tokenize_task(load_task(name), tokenizer) for name in spec.scoring.after}
 
     # 2. Rows to tokens, once for all ranks.
     with clock.measure("tokenizing"):

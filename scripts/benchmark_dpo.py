@@ -2,7 +2,7 @@
 
     python scripts/benchmark_dpo.py --model FOLDER --pairs FILE.jsonl
 
-Pairs are {"prompt": messages, "chosen": messages, "rejected": messages}, as TRL takes them. All commands train the same ones
+Pairs are {"prompt": messages, "chosen": text, "rejected": text}. All commands train the same ones
 for the same epochs in batches of one size, and take turns, so that a machine whose speed drifts is fair to all. The time is
 that of training with the pass of the reference. The table gives medians over the rounds and, for ratios, the median of the
 ratios within a round with their range. Prints Markdown.
@@ -132,6 +132,8 @@ def run_bare(arguments: argparse.Namespace) -> None:
     from trl import DPOConfig, DPOTrainer
 
     rows = [json.loads(line) for line in Path(arguments.pairs).read_text().splitlines()[: arguments.num_pairs]]
+    for row in rows:
+        row |= {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
     gpu = has_gpu()
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),

@@ -35,7 +35,7 @@ def train(output: Path, rate: str, share: str, seed: int) -> dict[str, float]:
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     subprocess.run([sys.executable, "-m", "hftcli", "sft", "--output", str(output), *options], check=True, capture_output=True)
     after = json.loads((output / "rounds" / "00-sft" / "scores.json").read_text(encoding="utf-8"))["after"]
-    return {task: 100 * after[task]["exact_match"] for task in TASKS}
+    return {task: 100 * after[task]["score"] for task in TASKS}
 
 
 def summarize(points: list[float]) -> str:

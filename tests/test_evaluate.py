@@ -27,7 +27,7 @@ def test_exact_match_is_what_greedy_decoding_gives(embedded):
         generated = model.generate(input_ids=prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
         right += tokenizer.decode(generated) == example.answer + tokenizer.eos_token
     assert 0 < right < len(examples)
-    assert score_rows(model, tokenize_task(Task("both", examples), tokenizer), CPU).exact_match == right / len(examples)
+    assert score_rows(model, tokenize_task(Task("both", examples), tokenizer), CPU).score == right / len(examples)
 
 
 def test_likelihood_is_that_of_one_answer_at_a_time(embedded):

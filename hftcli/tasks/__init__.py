@@ -1,24 +1,10 @@
 """Benchmarks: one short file each; a task is a name and its examples."""
 
 import difflib
-from dataclasses import dataclass
 
 from hftcli.errors import InputError
 from hftcli.tasks import tinyworld
-from hftcli.tasks.examples import Example
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark dataset.
-
-    Attributes:
-        name: `benchmark/task`.
-        examples: the questions with their answers.
-    """
-
-    name: str
-    examples: tuple[Example, ...]
+from hftcli.tasks.examples import Task
 
 
 def list_tasks() -> list[str]:
