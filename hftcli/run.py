@@ -85,7 +85,7 @@ class RoundSpec(Section):
     """The trainer's settings."""
     launch: LaunchSection
     """Processes and sharding, `num_processes` resolved."""
-    scoring: Scoring
+    scoring: Scoring = Scoring()
     """Tasks to score before and after."""
     task: str | None = None
     """The task whose training rows are the data, under `data.root`; null where `data.path` names the rows."""

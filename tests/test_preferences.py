@@ -39,7 +39,7 @@ def make_trainer(folder: Path, mode: str, **dpo: object) -> PairTrainer:
     spec = RoundSpec(
         objective="dpo", index=0, model=ModelSection(path=str(START)), data=DataSection(path="d", max_length=32),
         freeze=FreezeRule(), train=TrainSection(bf16=False, global_batch_size=4), launch=LaunchSection(num_processes=1),
-        tasks=(), dpo=DpoSection(**{"beta": BETA} | dpo), reference=mode,
+        dpo=DpoSection(**{"beta": BETA} | dpo), reference=mode,
     )  # fmt: skip
     described = describe_model(str(START))
     plan = make_plan(assign_roles(described.model_type, described.parameters), spec.freeze, 0)
