@@ -74,6 +74,42 @@ def dpo(
 
 
 @app.command()
+def continual(
+    recipe: RecipeOption = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="A benchmark (tinyworld, trace, standard), or tasks, with commas between.")
+    ] = None,
+    order: Annotated[str | None, typer.Option("--order", help="Which of the benchmark's orders.")] = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
+    from hftcli import report, runners
+
+    given = [f"continual.tasks={json.dumps(tasks.split(',') if ',' in tasks else tasks)}"] if tasks else []
+    given += [f"continual.order={json.dumps(order)}"] if order else []
+    resolved = _load_recipe(recipe or _find_task_recipe(tasks), [*given, *(overrides or ())], output, num_processes, "continual")
+    run = runners.prepare_continual(resolved)
+    report.print_sequence(run.read_manifest().sequence)
+    if dry_run:
+        for round_ in run.rounds:
+            print(runners.describe_launch(round_))
+        return
+    with report.show_progress() as on_progress:
+        matrix = runners.finish_continual(run, on_progress)
+    report.print_continual(run, matrix)
+
+
+def _find_task_recipe(tasks: str | None) -> str | None:
+    """The shipped recipe that is called as the benchmark; None leaves the quick start's."""
+    from hftcli.recipe import QUICK_START, list_recipes
+
+    return tasks if tasks != QUICK_START and tasks in {file.stem for file in list_recipes()} else None
+
+
+@app.command()
 def plan(
     recipe: RecipeOption = None,
     overrides: SetOption = None,

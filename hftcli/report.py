@@ -67,8 +67,22 @@ def print_run(run: Run) -> None:
             console.print(_make_score_table(scores))
         if result.pairs is not None:
             console.print(_make_pair_table(result.pairs))
-    console.print(f"model  {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
-    console.print(f"check  hft verify {run.folder}", highlight=False, soft_wrap=True)
+    _print_end(run, console)
+
+
+def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
+    """What every round trained, the forgetting matrix with its metrics, and where the last model is."""
+    console = Console()
+    for round_ in run.rounds:
+        console.print(_describe_round(round_, round_.read_result()), highlight=False, soft_wrap=True)
+    print_matrix(matrix, as_json=False)
+    console.print(f"figure  {run.figures / 'forgetting.svg'}", highlight=False, soft_wrap=True)
+    _print_end(run, console)
+
+
+def _print_end(run: Run, console: Console) -> None:
+    console.print(f"model   {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
+    console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
 
 
 def _describe_round(round_: Round, result: RoundResult) -> str:

@@ -40,6 +40,7 @@ from hftcli.recipe import (
     TrainSection,
     dump_recipe,
 )
+from hftcli.tasks.check import SequenceReport
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -323,6 +324,8 @@ class Manifest(Section):
     """Operating system and machine."""
     parent: str | None
     """Folder of the run that this one starts from."""
+    sequence: SequenceReport | None = None
+    """What the data of a sequence of tasks are; null without one."""
     rounds: dict[str, RoundResult] = Field(default_factory=dict)
     """Results of the finished rounds, by name."""
 
@@ -372,6 +375,8 @@ class Run:
 
     recipe_path = property(lambda self: self.folder / "recipe.yaml")
     manifest_path = property(lambda self: self.folder / "manifest.json")
+    matrix_path = property(lambda self: self.folder / "forgetting.json")
+    figures = property(lambda self: self.folder / "figures")
 
     @property
     def rounds(self) -> list[Round]:
@@ -381,6 +386,9 @@ class Run:
     @property
     def last_finished(self) -> Round | None:
         return next((round_ for round_ in reversed(self.rounds) if round_.result_path.exists()), None)
+
+    def read_manifest(self) -> Manifest:
+        return read_model(self.manifest_path, Manifest)
 
     def round(self, name: str) -> Round:
         return Round(self.folder / "rounds" / name)
@@ -411,7 +419,7 @@ class Run:
 
     def record(self, round_: Round, result: RoundResult) -> None:
         """Take a finished round into the manifest."""
-        manifest = read_model(self.manifest_path, Manifest)
+        manifest = self.read_manifest()
         rounds = {**manifest.rounds, round_.name: result}
         write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
 
