@@ -279,7 +279,7 @@ class RoundResult(Section):
     rank_fingerprints: tuple[str, ...]
     """The plan's fingerprint as each rank computed it."""
     precision: Literal["float32", "bfloat16"]
-    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the GPU has it."""
+    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the device has it."""
     num_steps: int
     """Optimizer steps taken."""
     train_loss: float
