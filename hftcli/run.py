@@ -3,6 +3,7 @@
     runs/<name>/            Run
       recipe.yaml             the recipe, resolved
       manifest.json           Manifest: what a stranger needs to repeat the run
+      forgetting.json         ForgettingMatrix: scores after every round of a continual run
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
         freeze_plan.json        FreezePlan: which parameters train
@@ -372,6 +373,7 @@ class Run:
 
     recipe_path = property(lambda self: self.folder / "recipe.yaml")
     manifest_path = property(lambda self: self.folder / "manifest.json")
+    matrix_path = property(lambda self: self.folder / "forgetting.json")
 
     @property
     def rounds(self) -> list[Round]:
@@ -416,11 +418,15 @@ class Run:
         write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_model(path: Path, model: BaseModel) -> None:
