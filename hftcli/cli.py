@@ -165,6 +165,29 @@ def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round
         raise typer.Exit(3)
 
 
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A continual run's folder, or a matrix file.")],
+    as_json: JsonOption = False,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw the matrix into this .svg or .png file.")] = None,
+) -> None:
+    """The forgetting matrix and its metrics: what was learned, and what became of it.
+
+    A matrix file is {"tasks": [...], "scores": [[...], ...]}: row 0 the base model, values in [0, 1] or null.
+    """
+    from hftcli.figures import check_figure_path, draw_matrix
+    from hftcli.forgetting import read_matrix
+    from hftcli.report import print_matrix
+
+    matrix = read_matrix(path)
+    if figure:
+        check_figure_path(figure)
+    print_matrix(matrix, as_json)
+    if figure:
+        draw_matrix(matrix, figure)
+        print(f"figure  {figure}", file=sys.stderr)
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

@@ -119,8 +119,8 @@ class TrainSection(Section):
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more compute."""
 
     bf16: bool = True
-    """Compute in bfloat16 on GPUs that have it, with float32 masters for what trains. Processes without a GPU compute in
-    float32."""
+    """Compute in bfloat16 where the GPU, or without one the processor, has it, with float32 masters for what trains; elsewhere
+    in float32."""
 
     seed: int = 42
     """Order of the data, dropout. The halves have a seed of their own, `freeze.seed`."""

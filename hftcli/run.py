@@ -3,6 +3,7 @@
     runs/<name>/            Run
       recipe.yaml             the recipe, resolved
       manifest.json           Manifest: what a stranger needs to repeat the run
+      forgetting.json         ForgettingMatrix: scores after every round of a continual run
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
         freeze_plan.json        FreezePlan: which parameters train
@@ -280,7 +281,7 @@ class RoundResult(Section):
     rank_fingerprints: tuple[str, ...]
     """The plan's fingerprint as each rank computed it."""
     precision: Literal["float32", "bfloat16"]
-    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the GPU has it."""
+    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the device has it."""
     num_steps: int
     """Optimizer steps taken."""
     train_loss: float
@@ -424,11 +425,15 @@ class Run:
         write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_model(path: Path, model: BaseModel) -> None:

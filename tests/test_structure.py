@@ -16,6 +16,8 @@ FLOORS = [
     ["freezing.budget"],
     ["recipe"],
     ["run"],
+    ["forgetting"],
+    ["figures"],
     ["tasks.examples"],
     ["tasks.tinyworld"],
     ["tasks"],
@@ -81,9 +83,9 @@ def test_every_module_says_what_it_is_for():
 
 
 def test_every_field_in_a_file_is_documented():
-    from hftcli import recipe, run
+    from hftcli import forgetting, recipe, run
 
-    for room in (recipe, run):
+    for room in (recipe, run, forgetting):
         for name, value in vars(room).items():
             if isinstance(value, type) and issubclass(value, recipe.Section) and value.__module__ == room.__name__:
                 for field, info in value.model_fields.items():
