@@ -17,8 +17,11 @@ FLOORS = [
     ["recipe"],
     ["run"],
     ["tasks.examples"],
-    ["tasks.tinyworld"],
+    ["tasks.metrics"],
+    ["tasks.folder"],
+    ["tasks.tinyworld", "tasks.trace", "tasks.standard"],
     ["tasks"],
+    ["tasks.check"],
     ["launch", "report"],
     ["runners"],
     ["cli"],
@@ -82,8 +85,9 @@ def test_every_module_says_what_it_is_for():
 
 def test_every_field_in_a_file_is_documented():
     from hftcli import recipe, run
+    from hftcli.tasks import check, folder
 
-    for room in (recipe, run):
+    for room in (recipe, run, check, folder):
         for name, value in vars(room).items():
             if isinstance(value, type) and issubclass(value, recipe.Section) and value.__module__ == room.__name__:
                 for field, info in value.model_fields.items():
