@@ -79,13 +79,15 @@ def _split_sentences(text: str) -> list[list[str]]:
 
 def _find_common(one: list[str], other: list[str]) -> list[str]:
     """A longest common subsequence, backwards; of several, the one that the package finds."""
-    if set(one).isdisjoint(other):
-        return []
+    words = set(other)
     table = [[0] * (len(other) + 1)]
     for word in one:
-        above, row = table[-1], [0]
-        for column, candidate in enumerate(other):
-            row.append(above[column] + 1 if word == candidate else max(above[column + 1], row[column]))
+        above = row = table[-1]
+        if word in words:
+            row = [left := 0]
+            for candidate, diagonal, up in zip(other, above, above[1:], strict=False):
+                left = diagonal + 1 if word == candidate else max(up, left)
+                row.append(left)
         table.append(row)
     found, row, column = [], len(one), len(other)
     while row and column:
@@ -122,7 +124,7 @@ def sari(prediction: str, example: Example) -> float:
     simplify is the whole prompt with its instruction, as TRACE scores it.
     """
     texts = (example.prompt, prediction, example.answer)
-    source, written, wanted = (_tokenize_13a(text.lower()).split(" ") for text in texts)
+    source, written, wanted = (tokenize_13a(text.lower()).split(" ") for text in texts)
     return fmean(
         fmean(scores) for scores in zip(*(_score_operations(source, written, wanted, n) for n in range(1, 5)), strict=True)
     )
@@ -154,7 +156,7 @@ def _mean_harmonically(one: float, other: float) -> float:
     return 2 * one * other / (one + other) if one or other else 0.0
 
 
-def _tokenize_13a(text: str) -> str:
+def tokenize_13a(text: str) -> str:
     """mteval-v13a's tokens with one blank between them, as sacrebleu makes them."""
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, character in _ENTITIES.items():
