@@ -15,12 +15,15 @@ FLOORS = [
     ["freezing.selection"],
     ["freezing.budget"],
     ["recipe"],
+    ["tasks.examples"],
+    ["tasks.metrics"],
+    ["tasks.folder"],
+    ["tasks.tinyworld", "tasks.trace", "tasks.standard"],
+    ["tasks"],
+    ["tasks.check"],
     ["run"],
     ["forgetting"],
     ["figures"],
-    ["tasks.examples"],
-    ["tasks.tinyworld"],
-    ["tasks"],
     ["launch", "report"],
     ["runners"],
     ["cli"],
@@ -84,8 +87,9 @@ def test_every_module_says_what_it_is_for():
 
 def test_every_field_in_a_file_is_documented():
     from hftcli import forgetting, recipe, run
+    from hftcli.tasks import check, folder
 
-    for room in (recipe, run, forgetting):
+    for room in (recipe, run, forgetting, check, folder):
         for name, value in vars(room).items():
             if isinstance(value, type) and issubclass(value, recipe.Section) and value.__module__ == room.__name__:
                 for field, info in value.model_fields.items():

@@ -1,6 +1,8 @@
-"""One question of a benchmark, and what a benchmark's tasks have in common."""
+"""One question of a benchmark, a task's questions, and what a benchmark says of its tasks."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "eval", "test"]
@@ -41,3 +43,41 @@ class Task:
     metric: str = "exact_match"
     max_new_tokens: int | None = None
     cut: Cut = "middle"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How somebody ran a benchmark's sequence.
+
+    Attributes:
+        epochs: by task, the passes over its rows when all weights train.
+        temperature: at which answers were drawn; 0 takes the likeliest token at every place.
+    """
+
+    epochs: Mapping[str, float]
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark's file says of it. Tasks go by their short names here.
+
+    Attributes:
+        tasks: what may be scored.
+        extra: what may be trained on only.
+        orders: the sequences, the usual one first.
+        locate: task, `data.root` and split -> the file that must be there; None where the task has no such split.
+        load: task and that file -> the task.
+        source: where the rows come from and how they must lie; None where they ship with hft.
+        protocols: by name.
+        num_rows: by task, the official numbers of rows in train, eval and test.
+    """
+
+    tasks: tuple[str, ...]
+    orders: Mapping[str, tuple[str, ...]]
+    locate: Callable[[str, Path, Split], Path | None]
+    load: Callable[[str, Path], Task]
+    source: str | None = None
+    extra: tuple[str, ...] = ()
+    protocols: Mapping[str, Protocol] = field(default_factory=dict)
+    num_rows: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
