@@ -87,12 +87,15 @@ def continual(
 ) -> None:
     """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
     from hftcli import report, runners
+    from hftcli.tasks.check import format_report
 
-    given = [f"continual.tasks={json.dumps(tasks.split(',') if ',' in tasks else tasks)}"] if tasks else []
+    given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
     given += [f"continual.order={json.dumps(order)}"] if order else []
-    resolved = _load_recipe(recipe or _find_task_recipe(tasks), [*given, *(overrides or ())], output, num_processes, "continual")
+    resolved = _load_recipe(
+        recipe or _find_task_recipe(tasks), [*given, *(overrides or ())], output, num_processes, "continual"
+    )
     run = runners.prepare_continual(resolved)
-    report.print_sequence(run.read_manifest().sequence)
+    print(format_report(run.read_manifest().sequence))
     if dry_run:
         for round_ in run.rounds:
             print(runners.describe_launch(round_))

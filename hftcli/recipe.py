@@ -194,7 +194,7 @@ class ContinualSection(Section):
     """A benchmark (`tinyworld`, `trace`, `standard`), or a list of tasks: folders under `data.root`, or tasks of a benchmark
     such as `trace/FOMC`."""
 
-    order: str | None = None
+    order: Annotated[str, Field(coerce_numbers_to_str=True)] | None = None
     """Which of the benchmark's orders; null takes its first, or that of the list."""
 
     protocol: Literal["paper", "scripts"] | None = None

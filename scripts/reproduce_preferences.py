@@ -67,7 +67,9 @@ def measure(rows: list[str], seed: int, arguments: argparse.Namespace) -> dict:
         }
         options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         output = Path(folder) / "run"
-        subprocess.run([sys.executable, "-m", "hftcli", "dpo", "--output", str(output), *options], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "hftcli", "dpo", "--output", str(output), *options], check=True, capture_output=True
+        )
         return json.loads((output / "rounds" / "00-dpo" / "result.json").read_text())["pairs"]["after"]
 
 
