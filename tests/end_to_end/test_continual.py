@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,7 @@ def finished(hft, settings, tmp_path_factory) -> Path:
 def test_every_round_starts_from_the_one_before_with_another_half(hft, finished):
     rounds = Run(finished).rounds
     assert [round_.name for round_ in rounds] == ["00-newcomers", "01-topic", "02-reverse"]
-    for before, after in zip(rounds, rounds[1:], strict=False):
+    for before, after in pairwise(rounds):
         assert after.read_spec().model.path == str(before.checkpoint.resolve())
     assert len({round_.read_plan().fingerprint for round_ in rounds}) == 3
     hft("verify", finished)
@@ -92,7 +93,7 @@ def kill_while_training(command: list[str], folder: Path) -> None:
         (["--tasks", "trace", "--set", "model.path=tinyworld", "--set", "data.root=nowhere"], "nowhere"),
         (["--set", "data.path=rows.jsonl"], "data.path would have no effect under `hft continual`"),
         (["--set", "method.ewd={}"], "did you mean 'ewc'"),
-        (["--set", "method.gem={}", "--num-processes", "2"], "ZeRO"),
+        (["--set", "method.gem={}", "--num-processes", "2", "--set", "train.per_device_train_batch_size=16"], "ZeRO"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(hft, tmp_path, options, expected):
