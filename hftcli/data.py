@@ -4,17 +4,19 @@
         -> rows with nothing left to learn dropped -> packed, where asked -> cached on disk
 
 A preference pair goes the same way twice, once with each answer, and comes out as the tokens of the prompt and of both answers.
+A question of a task goes this way too, but where it is too long it loses a part of its body, and never its answer or its end.
 
 Every format goes this one way. A token is trained when it covers a trained character, so one that straddles a border belongs to
 the completion.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ from trl import pack_dataset
 from hftcli.chat import Rendering, Template, find_template, render_row
 from hftcli.errors import DataError, ModelError
 from hftcli.recipe import DataSection, TrainSection
-from hftcli.rows import Messages, Row, describe_place, find_sources, is_conversation, load_rows, naming_row
+from hftcli.rows import Row, describe_place, find_sources, is_conversation, load_rows, naming_row
 from hftcli.run import DataReport, Source, read_model, write_model
+from hftcli.tasks.examples import Cut, Example, Task
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,25 @@ def prepare_dataset(
         return sequences, {"format": format_name, "num_rows": len(rows), "num_sequences": len(sequences), **counts}
 
     options = train.model_dump(include={"packing", "assistant_only_loss", "completion_only_loss"})
-    return _find_or_make(data, options, tokenizer, cache, make)
+    return _find_or_make(find_sources(data), data, options, tokenizer, cache, make)
+
+
+def prepare_task(
+    task: Task, data: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path, on_progress: Progress = ignore_progress
+) -> tuple[Dataset, DataReport]:
+    """Turn a task's questions with their answers into `input_ids` and `labels`; otherwise as `prepare_dataset`.
+
+    Args:
+        task: with the examples to train on, all of which are taken.
+    """
+
+    def make() -> tuple[Dataset, dict[str, Any]]:
+        tokens, counts = tokenize_training(task, data.max_length, tokenizer, on_progress)
+        return tokens, {"format": "task", "num_rows": len(task.examples), "num_sequences": len(tokens), **counts}
+
+    examples = json.dumps([dataclasses.astuple(example) for example in task.examples])
+    source = Source(path=task.name, fingerprint=hashlib.sha256(examples.encode()).hexdigest(), num_bytes=None)
+    return _find_or_make((source,), data, {"cut": task.cut}, tokenizer, cache, make)
 
 
 def prepare_pairs(
@@ -90,7 +111,7 @@ def prepare_pairs(
         pairs, counts = tokenize_pairs(rows, data, tokenizer, on_progress)
         return pairs, {"format": format_name, "num_rows": len(rows), "num_sequences": 2 * len(pairs), **counts}
 
-    pairs, report = _find_or_make(data, {"objective": "dpo"}, tokenizer, cache, make)
+    pairs, report = _find_or_make(find_sources(data), data, {"objective": "dpo"}, tokenizer, cache, make)
     if report.num_identical:
         logger.warning(
             "%s: the cut to data.max_length %d makes the answers of %d pairs the same; %s",
@@ -109,17 +130,28 @@ def deal_pairs(pairs: Dataset, batch_tokens: int, num_ranks: int) -> list[list[i
         batch_tokens: padded tokens of one rank's part, both answers counted.
     """
     columns = [[len(ids) for ids in pairs[name]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    lengths = [prompt + max(answers) for prompt, *answers in zip(*columns, strict=True)]
+    lengths = [2 * (prompt + max(answers)) for prompt, *answers in zip(*columns, strict=True)]
+    return deal_rows(lengths, batch_tokens, num_ranks)
+
+
+def deal_rows(lengths: Sequence[int], batch_tokens: int, num_ranks: int) -> list[list[int]]:
+    """Rows of like length together; each batch is shared by all ranks, so that they make the same number of passes.
+
+    Args:
+        lengths: tokens of each row.
+        batch_tokens: padded tokens of one rank's part.
+    """
     ordered = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches = []
     while ordered:
-        size = max(batch_tokens // (2 * lengths[ordered[0]]), 1) * num_ranks
+        size = max(batch_tokens // lengths[ordered[0]], 1) * num_ranks
         batches.append(ordered[:size])
         ordered = ordered[size:]
     return batches
 
 
 def _find_or_make(
+    sources: tuple[Source, ...],
     data: DataSection,
     options: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
@@ -129,11 +161,11 @@ def _find_or_make(
     """A dataset and its report from the cache, or made and put there.
 
     Args:
+        sources: where the rows come from, hashed.
         options: what shapes the tokens besides the data and the tokenizer.
         make: gives the dataset and what its report says of it.
     """
     datasets.disable_progress_bars()  # hft shows its own
-    sources = find_sources(data)
     key = make_key(data, options, tokenizer, sources)
     entry = cache / key
     cache.mkdir(parents=True, exist_ok=True)
@@ -334,13 +366,137 @@ def tokenize_rows(
     return tokenized
 
 
-def tokenize_answer(prompt: str | Messages, answer: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a question and its answer, as in training: the answer and its end have labels."""
-    completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-    row = {"prompt": prompt, "completion": completion}
-    rendering = render_row(row, tokenizer, find_template(tokenizer), TrainSection())
-    ids, labels = label_tokens(rendering, get_backend(tokenizer).encode(rendering.text, add_special_tokens=rendering.is_plain))
-    return ids, labels.tolist()
+def tokenize_training(
+    task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase, on_progress: Progress = ignore_progress
+) -> tuple[Dataset, dict[str, Any]]:
+    """Tokenize a task's questions with their answers; those that do not fit without their body are dropped.
+
+    Returns:
+        The tokens of the questions that are left, and the counts of a `DataReport`.
+
+    Raises:
+        DataError: none is left.
+    """
+    kept: dict[str, list] = {"input_ids": [], "labels": []}
+    lengths: list[int] = []
+    num_truncated = num_trained = 0
+    for start in range(0, len(task.examples), BATCH_SIZE):
+        on_progress(start, len(task.examples))
+        rows, whole = tokenize_examples(task.examples[start : start + BATCH_SIZE], task.cut, max_length, tokenizer)
+        for (ids, labels), length in zip(rows, whole, strict=True):
+            lengths.append(length)
+            if len(ids) > max_length:
+                continue
+            kept["input_ids"].append(ids)
+            kept["labels"].append(labels)
+            num_truncated += len(ids) < length
+            num_trained += int((labels != IGNORED).sum())
+    on_progress(len(task.examples), len(task.examples))
+    if not kept["input_ids"]:
+        shortest = min(range(len(lengths)), key=lengths.__getitem__)
+        raise DataError(
+            f"task {task.name}: none of the {len(lengths)} questions fits in {max_length} tokens with its answer, even without "
+            f"its body; the shortest, row {shortest + 1}, has {lengths[shortest]} tokens",
+            "raise data.max_length",
+        )
+    return Dataset.from_dict(kept, features=TOKEN_FEATURES), {
+        "num_used": len(kept["input_ids"]),
+        "num_dropped": len(lengths) - len(kept["input_ids"]),
+        "num_truncated": num_truncated,
+        "num_tokens": sum(map(len, kept["input_ids"])),
+        "num_trained_tokens": num_trained,
+        "length_percentiles": measure_percentiles(lengths),
+    }
+
+
+def tokenize_examples(
+    examples: Sequence[Example], cut: Cut, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Tokens], list[int]]:
+    """Token ids and labels of questions with their answers, as in training: the answer and its end have labels.
+
+    Plain prompts lose what `max_length` asks for of their body, and of nothing else. What does not fit without its body stays
+    longer than `max_length`, and so does a conversation.
+
+    Returns:
+        The tokens of each question, and how many it has before the cut.
+
+    Raises:
+        ModelError: the tokenizer or its chat template does not serve.
+    """
+    template = find_template(tokenizer)
+
+    def render(example: Example) -> Rendering:
+        completion = example.answer
+        if not isinstance(example.prompt, str):
+            completion = [{"role": "assistant", "content": example.answer}]
+        return render_row({"prompt": example.prompt, "completion": completion}, tokenizer, template, TrainSection())
+
+    return _fit_examples(examples, cut, max_length, tokenizer, render)
+
+
+def tokenize_prompts(
+    examples: Sequence[Example], cut: Cut, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Token ids of the questions alone, cut as `tokenize_examples` cuts them, ready to be answered.
+
+    They are tokenized without their answers, which must not show in them.
+    """
+    template = find_template(tokenizer)
+
+    def render(example: Example) -> Rendering:
+        if isinstance(example.prompt, str):
+            return Rendering(example.prompt, [], is_plain=True)
+        return Rendering(template.render(example.prompt, add_generation_prompt=True), [], is_plain=False)
+
+    rows, _ = _fit_examples(examples, cut, max_length, tokenizer, render)
+    return [ids for ids, _ in rows]
+
+
+def _fit_examples(
+    examples: Sequence[Example],
+    cut: Cut,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    render: Callable[[Example], Rendering],
+) -> tuple[list[Tokens], list[int]]:
+    backend = get_backend(tokenizer)
+    rows: list[Tokens] = [([], np.array([], dtype=int))] * len(examples)
+    lengths = [0] * len(examples)
+    pending = dict(enumerate(examples))
+    while pending:  # after the first cut, the tokens where the rest is joined may be a few more than counted
+        renderings = [render(example) for example in pending.values()]
+        texts = [rendering.text for rendering in renderings]
+        encodings = backend.encode_batch(texts, add_special_tokens=renderings[0].is_plain)
+        longer = {}
+        for (index, example), rendering, encoding in zip(pending.items(), renderings, encodings, strict=True):
+            rows[index] = label_tokens(rendering, encoding)
+            length = len(rows[index][0])
+            lengths[index] = lengths[index] or length
+            if length > max_length and rendering.is_plain:
+                shorter = cut_body(example, cut, encoding.offsets, length - max_length)
+                if shorter != example:
+                    longer[index] = shorter
+        pending = longer
+    return rows, lengths
+
+
+def cut_body(example: Example, cut: Cut, offsets: Sequence[tuple[int, int]], num_over: int) -> Example:
+    """A plain question without so many tokens of its body, or without its body where that has no more.
+
+    Args:
+        offsets: the characters of each token of a text that begins with the prompt.
+        num_over: tokens to take away, at least 1.
+    """
+    first, last = example.body or (0, len(example.prompt))
+    inside = [(start, end) for start, end in offsets if first <= start < end <= last]
+    gone = (first, last)
+    if num_over < len(inside):
+        kept = len(inside) - num_over
+        skipped = {"start": 0, "middle": kept // 2, "end": kept}[cut]
+        run = inside[skipped : skipped + num_over]
+        gone = (run[0][0], run[-1][1])
+    prompt = example.prompt[: gone[0]] + example.prompt[gone[1] :]
+    return dataclasses.replace(example, prompt=prompt, body=(first, last - (gone[1] - gone[0])))
 
 
 def label_tokens(rendering: Rendering, encoding: tokenizers.Encoding) -> Tokens:
@@ -401,7 +557,7 @@ def make_key(
     template = find_template(tokenizer)
     shaping = {
         "sources": [source.fingerprint for source in sources],
-        "data": data.model_dump(exclude={"path"}),
+        "data": data.model_dump(exclude={"path", "root"}),
         "options": options,
         "tokenizer": get_backend(tokenizer).to_str(),
         "special_tokens": tokenizer.special_tokens_map,

@@ -1,91 +1,287 @@
-"""Scoring one model on tasks and on preference pairs, by likelihood: no text is generated.
+"""Scoring one model on tasks and on preference pairs.
 
-Greedy decoding gives an answer to the letter exactly when, with the right answer fed in, every one of its tokens (the end token
-included) is the most likely at its place. So one forward pass gives both the exact match and the likelihood.
+By likelihood: greedy decoding gives an answer to the letter exactly when, with the right answer fed in, every one of its tokens
+(the end token included) is the most likely at its place. So one forward pass gives both the exact match and the likelihood.
+
+By generation, where a task's metric reads what the model writes: left-padded batches with a cache, which a row leaves once its
+answer has ended.
+
+Shapes: B rows of a batch, T tokens, V vocabulary, N places of answers or rows of a task, S tokens that are generated.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hftcli.data import IGNORED, Progress, deal_pairs, ignore_progress, tokenize_answer
-from hftcli.errors import ModelError
-from hftcli.run import PairScore, Score
+from hftcli.data import IGNORED, Progress, Tokens, deal_pairs, deal_rows, ignore_progress, tokenize_examples, tokenize_prompts
+from hftcli.errors import DataError, ModelError
+from hftcli.run import PairScore, Prediction, Score
 from hftcli.tasks import Task
+from hftcli.tasks.metrics import METRICS
+
+logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 8192  # padded tokens in a forward pass
+CACHED_TOKENS = 16384  # places in the cache of a batch that is generated: 8 GiB for Llama-2-7B in 16 bits
 NUM_DRAWS = 8  # tokens that the reference draws at every place of an answer, to estimate its KL to the model
+SAMPLING_SEED = 0  # of the draws of answers: a temperature gives the same answers every time
+NOTHING = -1  # where an answer has ended
 
 Row = tuple[list[int], list[int]]  # token ids, and labels that are ids where the answer is
 
 
-def tokenize_task(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """A task's questions with their answers, laid out as in training.
+@dataclass(frozen=True)
+class TokenizedTask:
+    """A task as a model meets it.
+
+    Attributes:
+        rows: the questions with their answers, laid out as in training.
+        prompts: the questions alone, with room left for an answer; none where nothing is generated.
+        num_new_tokens: where an answer that has not ended is cut; 0 where nothing is generated.
+        end_ids: tokens that end an answer.
+    """
+
+    task: Task
+    rows: list[Row]
+    prompts: list[list[int]]
+    num_new_tokens: int
+    end_ids: list[int]
+
+
+def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+    """Tokenize a task's questions.
+
+    Args:
+        max_length: tokens of a plain question with its answer, be it the right one or the model's. The body is cut to it, then
+            the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most half of it.
 
     Raises:
+        DataError: a question does not fit, even without its body.
         ModelError: the task asks in conversations, and the tokenizer has no chat template.
     """
     try:
-        return [tokenize_answer(example.prompt, example.answer, tokenizer) for example in task.examples]
+        tokens, _ = tokenize_examples(task.examples, task.cut, max_length, tokenizer)
     except ModelError as error:
         raise ModelError(f"task {task.name}: {error.message}", error.fix) from None
+    num_new_tokens = 0 if task.max_new_tokens is None else min(task.max_new_tokens, max_length // 2)
+    room = max_length - num_new_tokens
+    if num_new_tokens < (task.max_new_tokens or 0):
+        logger.warning(
+            "%s: answers are cut at %d tokens, half of data.max_length, and not at %d",
+            task.name, num_new_tokens, task.max_new_tokens,
+        )  # fmt: skip
+    prompts = tokenize_prompts(task.examples, task.cut, room, tokenizer) if num_new_tokens else []
+    rows = []
+    for example, (ids, labels) in zip(task.examples, tokens, strict=True):
+        length = max_length if isinstance(example.prompt, str) else len(ids)
+        rows.append((ids[:length], labels[:length].tolist()))
+    for number, (_, labels) in enumerate(rows, start=1):
+        if labels.count(IGNORED) == len(labels):
+            raise _describe_overlong(task, number, f"is longer than data.max_length, {max_length} tokens")
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) > room:
+            raise _describe_overlong(
+                task, number, f"has {len(prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
+            )
+    return TokenizedTask(task, rows, prompts, num_new_tokens, find_ends(tokens, tokenizer))
+
+
+def _describe_overlong(task: Task, number: int, fault: str) -> DataError:
+    return DataError(f"task {task.name}: question {number}, even without its body, {fault}", "raise data.max_length")
+
+
+def find_ends(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token, and what ends an answer in training where that is a special token too."""
+    _, labels = rows[0]
+    last = int(labels[labels != IGNORED][-1])
+    special = {last} & set(tokenizer.get_added_vocab().values())
+    return sorted(special | ({tokenizer.eos_token_id} - {None}))
 
 
 @torch.no_grad()
-def score_rows(
+def score_task(
+    model: PreTrainedModel,
+    asked: TokenizedTask,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    rank: int = 0,
+    num_ranks: int = 1,
+    temperature: float = 0.0,
+    is_read_only: bool = False,
+    on_batch: Progress = ignore_progress,
+) -> tuple[Score, list[Prediction]]:
+    """Score a model on a task; the questions are dealt out over the ranks, which must all call this together.
+
+    Args:
+        model: left in the mode it came in. Where answers are generated, its weights are whole and it makes passes of its own on
+            each rank.
+        temperature: at which answers are drawn; 0 takes the likeliest token at every place.
+        is_read_only: whether only the likelihood of the right answers is measured.
+        on_batch: called with batches done and in all.
+
+    Returns:
+        The score, and what became of each question, in order; the same on all ranks.
+    """
+    generates = bool(asked.prompts) and not is_read_only
+    was_training = model.training
+    model.eval()
+    readings_N3 = read_answers(model, asked.rows, device, rank, num_ranks, on_batch)
+    answers: Sequence[list[int] | None] = [None] * len(asked.rows)
+    if generates:
+        answers = generate_answers(model, asked, device, rank, num_ranks, temperature, on_batch)
+    model.train(was_training)
+    predictions = []
+    for index, ((nats, num_tokens, is_exact), answer) in enumerate(zip(readings_N3.tolist(), answers, strict=True)):
+        text, score, lenient = None, None if is_read_only else is_exact, None
+        if answer is not None:
+            metric, example = METRICS[asked.task.metric], asked.task.examples[index]
+            text = decode_answer(asked.prompts[index], answer, tokenizer)
+            score = metric.strict(text, example)
+            lenient = metric.lenient(text, example)
+        predictions.append(
+            Prediction(
+                index=index, prediction=text, score=score, lenient=lenient, nll=nats / num_tokens, num_tokens=int(num_tokens)
+            )
+        )
+    nats, num_tokens, _ = readings_N3.sum(0).tolist()
+    return Score(
+        score=_average([prediction.score for prediction in predictions]),
+        lenient=_average([prediction.lenient for prediction in predictions]),
+        nll=nats / num_tokens,
+        num_examples=len(predictions),
+    ), predictions
+
+
+def _average(scores: list[float | None]) -> float | None:
+    return None if None in scores else math.fsum(scores) / len(scores)
+
+
+def read_answers(
     model: torch.nn.Module,
     rows: Sequence[Row],
     device: torch.device,
     rank: int = 0,
     num_ranks: int = 1,
     on_batch: Progress = ignore_progress,
-) -> Score:
-    """Score a model on a task's rows; they are dealt out over the ranks, which must all call this together.
+) -> torch.Tensor:
+    """Feed a model the right answers.
 
     Args:
-        model: maps `input_ids` and `attention_mask` (B, T) to `logits` (B, T, V); left in the mode it came in.
-        on_batch: called with batches done and in all.
+        model: maps `input_ids` and `attention_mask` (B, T) to `logits` (B, T, V).
+
+    Returns:
+        (N, 3) in float64, on all ranks: nats of each answer, its tokens, and 1 where greedy decoding gives it exactly.
     """
-    batches = _deal_batches(rows, num_ranks)
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # exact answers, nats, answer tokens
-    was_training = model.training
-    model.eval()
+    readings_N3 = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
+    batches = deal_rows([len(ids) for ids, _ in rows], BATCH_TOKENS, num_ranks)
     for index, batch in enumerate(batches):
-        totals += _score_batch(model, batch[rank::num_ranks] or batch[:1], bool(batch[rank::num_ranks]), device)
+        own = batch[rank::num_ranks]
+        # A rank that has no row of its own passes only so that ZeRO 3 can gather.
+        logits_NV, targets_N, is_answer_BT = _predict_answers(model, [rows[row] for row in own or batch[:1]], device)
+        if own:
+            place_N = is_answer_BT.nonzero()[:, 0]
+            nats_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double()
+            nats_B = nats_N.new_zeros(len(own)).index_add(0, place_N, nats_N)
+            is_right_BT = torch.ones_like(is_answer_BT)
+            is_right_BT[is_answer_BT] = logits_NV.argmax(-1) == targets_N
+            readings_N3[own] = torch.stack([nats_B, is_answer_BT.sum(-1).double(), is_right_BT.all(-1).double()], dim=-1)
         on_batch(index + 1, len(batches))
-    model.train(was_training)
     if num_ranks > 1:
-        torch.distributed.all_reduce(totals)
-    num_exact, nats, num_tokens = totals.tolist()
-    return Score(score=num_exact / len(rows), lenient=None, nll=nats / num_tokens, num_examples=len(rows))
+        torch.distributed.all_reduce(readings_N3)
+    return readings_N3.cpu()
 
 
-def _deal_batches(rows: Sequence[Row], num_ranks: int) -> list[list[Row]]:
-    """Rows of like length together; each batch is shared by all ranks, so that they make the same number of passes."""
-    ordered = sorted(rows, key=lambda row: len(row[0]), reverse=True)
-    batches = []
-    while ordered:
-        size = max(BATCH_TOKENS // len(ordered[0][0]), 1) * num_ranks
-        batches.append(ordered[:size])
-        ordered = ordered[size:]
-    return batches
+def generate_answers(
+    model: PreTrainedModel,
+    asked: TokenizedTask,
+    device: torch.device,
+    rank: int = 0,
+    num_ranks: int = 1,
+    temperature: float = 0.0,
+    on_batch: Progress = ignore_progress,
+) -> list[list[int]]:
+    """Let a model answer a task's questions, with nothing of its `generation_config`, so that no checkpoint brings rules along.
+
+    Returns:
+        Token ids of each answer without its end, on all ranks.
+    """
+    answers_NS = torch.zeros(len(asked.prompts), asked.num_new_tokens, dtype=torch.long, device=device)
+    # One number for each place of each answer: what is drawn does not depend on the batch or the rank.
+    generator = torch.Generator().manual_seed(SAMPLING_SEED)
+    uniforms_NS = torch.rand(answers_NS.shape, dtype=torch.float64, generator=generator).to(device)
+    batches = deal_rows([len(prompt) + asked.num_new_tokens for prompt in asked.prompts], CACHED_TOKENS, num_ranks)
+    for index, batch in enumerate(batches):
+        if own := batch[rank::num_ranks]:
+            prompts = [asked.prompts[row] for row in own]
+            answers_NS[own] = _generate_batch(model, prompts, asked.end_ids, uniforms_NS[own], temperature)
+        on_batch(index + 1, len(batches))
+    if num_ranks > 1:
+        torch.distributed.all_reduce(answers_NS)
+    return [[token for token in answer if token != NOTHING] for answer in answers_NS.tolist()]
 
 
-def _score_batch(model: torch.nn.Module, rows: list[Row], counts: bool, device: torch.device) -> torch.Tensor:
-    """Exact answers, nats and answer tokens of a batch, as (3,) float64.
+def _generate_batch(
+    model: PreTrainedModel, prompts: list[list[int]], end_ids: list[int], uniforms_BS: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Answers (B, S): token ids, and `NOTHING` from the end token on."""
+    device, longest = uniforms_BS.device, max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, longest - len(prompt) :] = 1
+    ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    ends = torch.tensor(end_ids, device=device)
+    answers_BS = torch.full(uniforms_BS.shape, NOTHING, device=device)
+    going = torch.arange(len(prompts), device=device)  # rows whose answer has not ended
+    cache = DynamicCache(config=model.config)
+    for step in range(uniforms_BS.shape[1]):
+        logits_BTV = model(
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits  # fmt: skip
+        tokens_B = choose_tokens(logits_BTV[:, -1].float(), uniforms_BS[going, step], temperature)
+        goes_on_B = ~torch.isin(tokens_B, ends)
+        if not goes_on_B.all():
+            going, tokens_B, mask_BT, positions_BT = (
+                part[goes_on_B] for part in (going, tokens_B, mask_BT, positions_BT)
+            )  # fmt: skip
+            if not len(going):
+                break
+            cache.batch_select_indices(goes_on_B.nonzero()[:, 0])
+        answers_BS[going, step] = tokens_B
+        ids_BT, positions_BT = tokens_B[:, None], positions_BT[:, -1:] + 1
+        mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+    return answers_BS
+
+
+def choose_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Token ids (B,): the likeliest, or drawn by the inverse of the distribution function.
 
     Args:
-        counts: False for a rank that has no row of its own and passes only so that ZeRO 3 can gather.
+        uniforms_B: in [0, 1), float64; one number decides one draw.
+        temperature: what the logits are divided by; 0 takes the likeliest.
     """
-    logits_NV, targets_N, is_answer_BT = _predict_answers(model, rows, device)
-    nats = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
-    is_right_BT = torch.ones_like(is_answer_BT)
-    is_right_BT[is_answer_BT] = logits_NV.argmax(-1) == targets_N
-    return counts * torch.stack([is_right_BT.all(-1).sum().double(), nats.double(), is_answer_BT.sum().double()])
+    if not temperature:
+        return logits_BV.argmax(-1)
+    reached_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
+    drawn_B1 = torch.searchsorted(reached_BV, uniforms_B[:, None] * reached_BV[:, -1:], right=True)
+    return drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+
+
+def decode_answer(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that an answer adds to its prompt: alone, it would lose the space that some decoders take from a beginning."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return decode(prompt + answer)[len(decode(prompt)) :]
 
 
 def _predict_answers(
@@ -100,8 +296,13 @@ def _predict_answers(
         input_ids_BT[row, : len(ids)] = torch.tensor(ids)
         labels_BT[row, : len(ids)] = torch.tensor(labels)
         mask_BT[row, : len(ids)] = 1
-    logits_BTV = model(input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False).logits
-    targets_BT = labels_BT[:, 1:].to(device)
+    # Places before the first answer of the batch need no logits, which would take most of the time and memory.
+    first = (labels_BT != IGNORED).any(0).nonzero()[0, 0].item()
+    logits_BTV = model(
+        input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False,
+        logits_to_keep=longest - first + 1,
+    ).logits  # fmt: skip
+    targets_BT = labels_BT[:, first:].to(device)
     is_answer_BT = targets_BT != IGNORED
     return logits_BTV[:, :-1][is_answer_BT].float(), targets_BT[is_answer_BT], is_answer_BT
 

@@ -12,6 +12,7 @@
         worker.log              all that the processes print
         checkpoint/             a plain Hugging Face folder
         scores.json             Scores: the round's tasks before and after
+        predictions/            a Prediction per question and line: before/trace--FOMC.jsonl, after/trace--FOMC.jsonl
         failure.json            Failure: why the worker stopped, if it did
         result.json             RoundResult: written last; it means done
 
@@ -20,6 +21,7 @@ Files are written under a temporary name and renamed, so that a reader never mee
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,6 +46,7 @@ from hftcli.recipe import (
 from hftcli.tasks.check import SequenceReport
 
 Model = TypeVar("Model", bound=BaseModel)
+Moment = Literal["before", "after"]  # of a round
 
 
 class EarlierRound(Section):
@@ -174,6 +177,23 @@ class Score(Section):
     """Questions asked."""
 
 
+class Prediction(Section):
+    """What became of one question of a task."""
+
+    index: int
+    """Its place in the task, from 0."""
+    prediction: str | None
+    """What the model answered; null where nothing is generated."""
+    score: float | None
+    """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
+    lenient: float | None
+    """By a metric that overlooks the form of the answer, in [0, 1]; null where nothing is generated."""
+    nll: float
+    """Negative log-likelihood of the right answer, nats per token."""
+    num_tokens: int
+    """Tokens of the right answer, its end included."""
+
+
 class PairScore(Section):
     """What a model makes of preference pairs, beside the reference: the model as it was before the round."""
 
@@ -224,11 +244,11 @@ class Source(Section):
     """Where rows came from."""
 
     path: str
-    """The file, or the hub id."""
+    """The file, the hub id, or the task."""
     fingerprint: str
-    """sha256 of the file's bytes; of a hub dataset, the fingerprint that `datasets` gives it."""
+    """sha256 of the file's bytes or the task's examples; of a hub dataset, the fingerprint that `datasets` gives it."""
     num_bytes: int | None
-    """Size of the file; null for a hub dataset."""
+    """Size of the file; null for a hub dataset and a task."""
 
 
 class DataReport(Section):
@@ -241,9 +261,10 @@ class DataReport(Section):
     num_used: int
     """Rows trained on."""
     num_dropped: int
-    """Rows left out because the cut to `data.max_length` took all of their trained tokens."""
+    """Rows left out because the cut to `data.max_length` took all of their trained tokens; of a task, those that do not fit
+    without their body either."""
     num_truncated: int
-    """Rows trained on without their end, which the cut took."""
+    """Rows trained on without their end, which the cut took; of a task, without a part of their body."""
     num_identical: int = 0
     """Preference pairs whose answers the cut made the same."""
     num_sequences: int
@@ -344,6 +365,7 @@ class Round:
     log_path = property(lambda self: self.folder / "worker.log")
     checkpoint = property(lambda self: self.folder / "checkpoint")
     scores_path = property(lambda self: self.folder / "scores.json")
+    predictions = property(lambda self: self.folder / "predictions")
     failure_path = property(lambda self: self.folder / "failure.json")
     result_path = property(lambda self: self.folder / "result.json")
 
@@ -363,6 +385,19 @@ class Round:
 
     def read_scores(self) -> Scores | None:
         return read_model(self.scores_path, Scores) if self.scores_path.exists() else None
+
+    def predictions_path(self, moment: Moment, task: str) -> Path:
+        return self.predictions / moment / f"{task.replace('/', '--')}.jsonl"
+
+    def write_predictions(self, moment: Moment, task: str, predictions: Sequence[Prediction]) -> None:
+        path = self.predictions_path(moment, task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(prediction.model_dump_json() + "\n" for prediction in predictions))
+
+    def read_predictions(self, moment: Moment, task: str) -> list[Prediction]:
+        """Raises: FileNotFoundError: the task was not scored at that moment."""
+        lines = self.predictions_path(moment, task).read_text(encoding="utf-8").splitlines()
+        return [Prediction.model_validate_json(line) for line in lines]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]

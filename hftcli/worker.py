@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
+from trl.models import unwrap_model_for_generation
 
 from hftcli.chat import set_chat_template
-from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs
+from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
 from hftcli.errors import HftError, TrainingError
-from hftcli.evaluate import Reading, read_pairs, score_pairs, score_rows, tokenize_task
+from hftcli.evaluate import Reading, TokenizedTask, read_pairs, score_pairs, score_task, tokenize_task
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.models import (
@@ -45,6 +46,7 @@ from hftcli.run import (
     DataReport,
     Failure,
     Hardware,
+    Moment,
     PairScores,
     ReferenceReport,
     Round,
@@ -87,7 +89,13 @@ def run_round(round_: Round) -> None:
     plan = make_plan(assign_roles(description.model_type, description.parameters), spec.freeze, spec.index)
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
-    tasks = {name: tokenize_task(load_task(name), tokenizer) for name in spec.scoring.after}
+    scoring = spec.scoring
+    asked = {
+        name: tokenize_task(
+            load_task(name, spec.data.root, "test", scoring.max_examples), spec.data.max_length, tokenizer
+        )
+        for name in dict.fromkeys(scoring.before + scoring.after + scoring.likelihood)
+    }  # fmt: skip
 
     # 2. Rows to tokens, once for all ranks.
     with clock.measure("tokenizing"):
@@ -111,15 +119,21 @@ def run_round(round_: Round) -> None:
     # 4. Train, with the tasks scored and the reference taken before the first step.
     casts = is_mixed(spec) and not is_sharded(spec)  # DeepSpeed holds its weights in bfloat16
 
-    def score() -> dict[str, Score]:
-        with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=casts):
-            return {
-                name: score_rows(
-                    trainer.model_wrapped, rows, args.device, args.process_index, args.world_size,
-                    lambda *count: reporter.report("scoring", *count),
-                )
-                for name, rows in tasks.items()
-            }  # fmt: skip
+    def score(moment: Moment, names: tuple[str, ...], read_only: tuple[str, ...] = ()) -> dict[str, Score]:
+        with (
+            clock.measure("scoring"),
+            torch.autocast(args.device.type, torch.bfloat16, enabled=casts),
+            open_model(trainer, [asked[name] for name in names]) as opened,
+        ):
+            scores = {}
+            for name in names + read_only:
+                scores[name], predictions = score_task(
+                    opened, asked[name], tokenizer, args.device, args.process_index, args.world_size, scoring.temperature,
+                    name in read_only, lambda *count: reporter.report("scoring", *count),
+                )  # fmt: skip
+                if reporter.is_first:
+                    round_.write_predictions(moment, name, predictions)
+        return scores
 
     def read(start: list[Reading] | None = None) -> list[Reading]:
         with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=casts):
@@ -132,7 +146,7 @@ def run_round(round_: Round) -> None:
     read_before: list[Reading] = []
 
     def measure_start() -> None:
-        before.update(score())
+        before.update(score("before", scoring.before))
         if pairs is not None:
             read_before.extend(read())
         if reference is not None:
@@ -161,7 +175,7 @@ def run_round(round_: Round) -> None:
             updates = measure_updates(weights, start, dtype, plan)
             weights = {name: values.to(dtype) for name, values in weights.items()}
             save_checkpoint(trainer.model, tokenizer, weights, round_.checkpoint)
-    after = score()
+    after = score("after", scoring.after, scoring.likelihood)
     pair_scores = None
     if pairs is not None:
         pair_scores = PairScores(
@@ -203,9 +217,22 @@ def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, reporter: 
     def show(done: int, total: int) -> None:
         reporter.report("tokenizing", done, total)
 
+    if spec.task is not None:
+        task = load_task(spec.task, spec.data.root, "train", spec.data.max_examples)
+        return prepare_task(task, spec.data, tokenizer, default_cache(), show)
     if spec.objective == "sft":
         return prepare_dataset(spec.data, spec.train, tokenizer, default_cache(), show)
     return prepare_pairs(spec.data, tokenizer, default_cache(), show)
+
+
+@contextmanager
+def open_model(trainer: SFTTrainer | DPOTrainer, tasks: list[TokenizedTask]) -> Iterator[torch.nn.Module]:
+    """The model as scoring these tasks needs it: answers are generated with weights that are whole on every rank."""
+    if not any(task.prompts for task in tasks):
+        yield trainer.model_wrapped
+        return
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as whole:
+        yield whole
 
 
 def make_reference(spec: RoundSpec, start: Path, data: DataReport, reporter: Reporter) -> Reference | None:

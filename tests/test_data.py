@@ -1,11 +1,13 @@
 """Rows to tokens: what is trained, counted token by token; formats; faults; packing; the cache."""
 
+import dataclasses
 import json
 import logging
 import os
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import trl
@@ -17,10 +19,20 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hftcli import data as room
 from hftcli.chat import CHAT_TEMPLATES, Template, find_assistant_spans, find_template, set_chat_template
-from hftcli.data import IGNORED, check_positions, decode_samples, default_cache, prepare_dataset, tokenize_answer
+from hftcli.data import (
+    IGNORED,
+    check_positions,
+    decode_samples,
+    default_cache,
+    prepare_dataset,
+    prepare_task,
+    tokenize_examples,
+    tokenize_prompts,
+)
 from hftcli.errors import DataError, ModelError
 from hftcli.recipe import PACKAGE, DataSection, TrainSection
 from hftcli.rows import FORMATS, convert_row, detect_format, find_sources, load_rows
+from hftcli.tasks.examples import Cut, Example, Task
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
@@ -266,12 +278,109 @@ def test_answer_is_laid_out_as_in_training(tokenizer: PreTrainedTokenizerBase, t
         {"messages": [*ROW["messages"], {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ]
     [first, second] = tokenize(rows, tokenizer, tmp_path)
-    assert tokenize_answer(ROW["messages"][:1], "Hello", tokenizer) == first
-    ids, labels = tokenize_answer(rows[1]["messages"][:3], "b", tokenizer)
+    examples = (Example(ROW["messages"][:1], "Hello"), Example(rows[1]["messages"][:3], "b"))
+    assert tokenize_whole(examples[:1], tokenizer) == [first]
+    [_, (ids, labels)] = tokenize_whole(examples, tokenizer)
     assert ids == second[0]
     assert read_trained(ids, labels, tokenizer) == "b<|im_end|>"
-    [plain] = tokenize([{"prompt": "a:", "answer": " b"}], tokenizer, tmp_path)
-    assert tokenize_answer("a:", " b", tokenizer) == plain
+    prompts = tokenize_prompts(examples, "middle", 8, tokenizer)  # conversations are not cut
+    assert prompts == [first[0][: -len("Hello") - 2], ids[: -len("b") - 2]]  # an end token and a line feed follow
+    plain = tokenize([{"prompt": "a:", "answer": " b"}], tokenizer, tmp_path)
+    assert tokenize_whole([Example("a:", " b")], tokenizer) == plain
+
+
+def tokenize_whole(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+    return [(ids, labels.tolist()) for ids, labels in tokenize_examples(examples, "middle", 10_000, tokenizer)[0]]
+
+
+# ---- Tasks ---------------------------------------------------------------------------------------
+
+INSTRUCTION, CUE = "Sum it up.\nText:\n", "\nSummary:"
+
+
+def make_long(body: str, answer: str = "A") -> Example:
+    return Example(INSTRUCTION + body + CUE, answer, (len(INSTRUCTION), len(INSTRUCTION + body)))
+
+
+BODIES = {
+    "words": "".join(f"word{number} " for number in range(900)),
+    "unbroken": "abcdefghij" * 400,
+    "signs": "你好世界，🙂🙂 Ünïcödé\n" * 200,
+}
+
+
+@pytest.mark.parametrize("cut", get_args(Cut))
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("name", ["stories260K", "stories15M", "MiniMind2-Small"])
+def test_a_cut_keeps_instruction_cue_answer_and_end(name: str, body: str, cut: Cut, shared: Path):
+    """Byte-level and SentencePiece vocabularies, characters of several tokens, words that the cut breaks."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / name)
+    text, max_length = BODIES[body], 100
+    [(ids, labels)], [length] = tokenize_examples([make_long(text)], cut, max_length, tokenizer)
+    assert length > max_length
+    assert max_length - 4 <= len(ids) <= max_length  # no more than a character of several tokens too short
+    kept = tokenizer.decode([token for token in ids if token != tokenizer.bos_token_id])
+    assert kept.startswith(INSTRUCTION)
+    assert kept.endswith(CUE + "A" + tokenizer.eos_token)
+    assert read_trained(ids, labels.tolist(), tokenizer) == "A" + tokenizer.eos_token
+    left = kept[len(INSTRUCTION) : -len(CUE + "A" + tokenizer.eos_token)]
+    half = len(left) // 3
+    assert {
+        "start": text.endswith(left),
+        "middle": text.startswith(left[:half]) and text.endswith(left[-half:]),
+        "end": text.startswith(left),
+    }[cut]
+    [ids] = tokenize_prompts([make_long(text)], cut, max_length, tokenizer)
+    assert max_length - 4 <= len(ids) <= max_length
+    asked = tokenizer.decode([token for token in ids if token != tokenizer.bos_token_id])
+    assert asked.startswith(INSTRUCTION)
+    assert asked.endswith(CUE)
+
+
+def test_a_middle_is_cut_from_the_middle(tokenizer: PreTrainedTokenizerBase):
+    """Counted by hand, one token a byte: 2 + 10 + 2 with an answer of 1 and an end."""
+    example = Example("[:0123456789:]", "A", (2, 12))
+    room = {10: "[:0189:]", 9: "[:089:]", 7: "[:9:]", 6: "[::]", 5: "[::]", 16: "[:0123456789:]"}
+    for max_length, prompt in room.items():
+        [(ids, _)], [length] = tokenize_examples([example], "middle", max_length, tokenizer)
+        assert (tokenizer.decode(ids), length) == (prompt + "A<|im_end|>", 16)
+    for cut, prompt in {"start": "[:6789:]", "end": "[:0123:]"}.items():
+        [(ids, _)], _ = tokenize_examples([example], cut, 10, tokenizer)
+        assert tokenizer.decode(ids) == prompt + "A<|im_end|>"
+    [anywhere], _ = tokenize_examples([Example("0123456789", "A")], "middle", 6, tokenizer)
+    assert tokenizer.decode(anywhere[0]) == "0189A<|im_end|>"
+
+
+def test_rows_of_a_task_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    whole, long, never = Example("[:]", "A", (2, 2)), make_long("x" * 100), Example("[:]", "A" * 60, (2, 2))
+    data = DataSection(max_length=40)
+    tokens, report = prepare_task(Task("a/b", (whole, long, never)), data, tokenizer, tmp_path)
+    assert tokens["input_ids"] == [ids for ids, _ in tokenize_whole([whole], tokenizer)] + [tokens[1]["input_ids"]]
+    assert len(tokens[1]["input_ids"]) == 40
+    counts = report.model_dump(exclude={"sources", "key", "length_percentiles"})
+    assert counts == {
+        "format": "task", "num_rows": 3, "num_used": 2, "num_dropped": 1, "num_truncated": 1, "num_identical": 0,
+        "num_sequences": 2, "num_tokens": 5 + 40, "num_trained_tokens": 2 + 2,
+    }  # fmt: skip
+    assert report.length_percentiles["max"] == len(INSTRUCTION + CUE) + 100 + 2
+    assert report.sources[0].path == "a/b"
+    with pytest.raises(DataError, match=r"task a/b: none of the 1 questions fits in 40 tokens .* the shortest, row 1, has 64"):
+        prepare_task(Task("a/b", (never,)), data, tokenizer, tmp_path)
+
+
+def test_the_cache_knows_a_task_by_all_that_shapes_its_tokens(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    example = make_long("x" * 100)
+    other = dataclasses.replace(example, body=(0, 1))
+
+    def key(*examples: Example, cut: Cut = "middle", **values: Any) -> str:
+        return prepare_task(Task("a/b", examples, cut=cut), DataSection(max_length=60, **values), tokenizer, tmp_path)[1].key
+
+    first = key(example)
+    assert key(example, root="elsewhere") == first
+    keys = [key(example, example), key(example, cut="start"), key(dataclasses.replace(example, answer="B"))]
+    keys.append(prepare_task(Task("a/b", (other,)), DataSection(max_length=200), tokenizer, tmp_path)[1].key)
+    keys.append(prepare_task(Task("a/b", (example,)), DataSection(max_length=200), tokenizer, tmp_path)[1].key)
+    assert len({first, *keys}) == 6
 
 
 def test_turn_without_end_token_is_said(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture):
