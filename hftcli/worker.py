@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from hftcli.chat import set_chat_template
-from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs
+from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
 from hftcli.errors import HftError, TrainingError
 from hftcli.evaluate import Reading, read_pairs, score_pairs, score_rows, tokenize_task
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.methods import make_methods
 from hftcli.models import (
     describe_model,
     fetch_checkpoint,
@@ -59,6 +59,7 @@ from hftcli.trainers import (
     PairTrainer,
     Reporter,
     RoundCallback,
+    TaskTrainer,
     is_mixed,
     is_sharded,
     make_training_arguments,
@@ -84,7 +85,11 @@ def run_round(round_: Round) -> None:
     start = fetch_checkpoint(spec.model.path)
     description = describe_model(str(start))
     check_positions(spec.data.max_length, description.max_positions)
-    plan = make_plan(assign_roles(description.model_type, description.parameters), spec.freeze, spec.index)
+    units = assign_roles(description.model_type, description.parameters)
+    plan = make_plan(units, spec.freeze, spec.index)
+    methods = make_methods(spec)
+    for method in methods:
+        plan = method.narrow_plan(plan, units)
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
     tasks = {name: tokenize_task(load_task(name), tokenizer) for name in spec.scoring.after}
@@ -93,6 +98,12 @@ def run_round(round_: Round) -> None:
     with clock.measure("tokenizing"):
         reporter.report("tokenizing")
         dataset, data_report = prepare_rows(spec, tokenizer, reporter)
+        rows = {spec.task: dataset}
+        for name in dict.fromkeys(name for method in methods for name in method.needed_tasks):
+            task = load_task(name, spec.data.root, "train", spec.data.max_examples)
+            rows[name], _ = prepare_task(task, spec.data, tokenizer, default_cache())
+        for method in methods:
+            dataset = method.prepare_rows(dataset, rows)
         pairs = prepare_pairs(spec.pairs, tokenizer, default_cache())[0] if spec.pairs else None
 
     # 3. The ranks join, agree on the plan, and load the start with one half frozen.
@@ -103,6 +114,8 @@ def run_round(round_: Round) -> None:
     with clock.measure("loading"):
         reporter.report("loading")
         model = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec))
+        for method in methods:
+            method.prepare_model(model, plan, start, is_mixed(spec), is_sharded(spec))
         second = None
         if spec.reference == "full":
             second = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec)).requires_grad_(False)
@@ -142,7 +155,7 @@ def run_round(round_: Round) -> None:
 
     callback = RoundCallback(reporter, measure_start)
     if spec.objective == "sft":
-        trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+        trainer = TaskTrainer(model, args, dataset, tokenizer, [callback], methods)
     else:
         trainer = PairTrainer(model, args, dataset, tokenizer, [callback], reference, second)
     with clock.measure("training"):
@@ -152,6 +165,8 @@ def run_round(round_: Round) -> None:
     # 5. Save, verify against the start, score again. Every rank gathers; rank 0 writes.
     with clock.measure("saving"):
         reporter.report("saving")
+        for method in methods:
+            method.finish(trainer, round_)
         dtype = read_start_dtype(spec.model, start)
         updates, weights = {}, {}
         for name, values in gather_weights(trainer.model, is_sharded(spec)):
