@@ -166,10 +166,11 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
 def gather_weights(model: PreTrainedModel, sharded: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter, whole, on the CPU: float32 masters where there are any. All ranks must walk through it together."""
     for name, parameter in model.named_parameters():
-        yield name, _read_master(parameter, sharded).detach().to("cpu", copy=True)
+        yield name, read_master(parameter, sharded).detach().to("cpu", copy=True)
 
 
-def _read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
+def read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
+    """A parameter, whole: its float32 master where there is one. All ranks must call this together."""
     if not sharded:
         return parameter
     from deepspeed.runtime.zero import GatheredParameters

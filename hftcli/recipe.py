@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from hftcli.errors import RecipeError
 from hftcli.freezing.budget import ReferenceMode
@@ -285,6 +286,22 @@ class MethodSection(Section):
     def names(self) -> tuple[str, ...]:
         """The methods that are on."""
         return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "MethodSection":
+        for first, second, reason in CLASHING_METHODS:
+            if first in self.names and second in self.names:
+                raise PydanticCustomError("clashing_methods", f"{first} and {second} do not go together: {reason}: drop one")
+        return self
+
+
+# Pairs of methods that contradict each other, and why.
+CLASHING_METHODS = (
+    ("gem", "agem", "agem is gem with one constraint in place of one for each task"),
+    ("lora", "olora", "the one carries a single adapter on, the other begins a new one for each task"),
+    ("ewc", "lora", "ewc holds the weights of the model, and lora leaves them and trains others"),
+    ("ewc", "olora", "ewc holds the weights of the model, and olora leaves them and trains others"),
+)
 
 
 class Recipe(Section):

@@ -11,6 +11,8 @@
         metrics.jsonl           a row per logging step, with the trainer's own keys
         worker.log              all that the processes print
         checkpoint/             a plain Hugging Face folder
+        adapter/                the low-rank adapters, in PEFT's form, where a method trains them
+        method/                 what a method leaves to the rounds that follow
         scores.json             Scores: the round's tasks before and after
         predictions/            a Prediction per question and line: before/trace--FOMC.jsonl, after/trace--FOMC.jsonl
         failure.json            Failure: why the worker stopped, if it did
@@ -364,6 +366,8 @@ class Round:
     metrics_path = property(lambda self: self.folder / "metrics.jsonl")
     log_path = property(lambda self: self.folder / "worker.log")
     checkpoint = property(lambda self: self.folder / "checkpoint")
+    adapter = property(lambda self: self.folder / "adapter")
+    fisher_path = property(lambda self: self.folder / "method" / "ewc.safetensors")
     scores_path = property(lambda self: self.folder / "scores.json")
     predictions = property(lambda self: self.folder / "predictions")
     failure_path = property(lambda self: self.folder / "failure.json")

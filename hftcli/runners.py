@@ -23,7 +23,7 @@ from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, Rou
 from hftcli.tasks import check_tasks, find_sequence
 from hftcli.tasks.check import check_sequence
 
-PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
+PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             ),
         )
         spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
+        check_method(spec)
         specs.append(spec)
     manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
     run.claim(recipe, manifest)
@@ -181,6 +182,24 @@ def check_reference(spec: RoundSpec) -> None:
             "process holds only pieces of them",
             "set reference: precompute, which needs no second model at any stage, or launch.zero_stage: 2",
         )
+
+
+def check_method(spec: RoundSpec) -> None:
+    """Raises: InputError: the launch cannot carry one of the methods."""
+    num_processes, zero_stage = spec.launch.num_processes, spec.launch.zero_stage
+    for name in spec.method.names:
+        if name in ("gem", "agem") and num_processes > 1:
+            raise InputError(
+                f"method.{name} changes the gradient between the backward pass and the step, and with {num_processes} "
+                "processes ZeRO has taken it apart by then",
+                "set launch.num_processes: 1, or defend what was learned with method.replay or method.ewc",
+            )
+        if name in ("ewc", "lora", "olora") and num_processes > 1 and zero_stage == 3:
+            needs = "measures every weight on its own" if name == "ewc" else "is merged into whole weights"
+            raise InputError(
+                f"method.{name} {needs}, and under launch.zero_stage 3 each process holds only pieces of them",
+                "set launch.zero_stage: 2",
+            )
 
 
 def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress], None]) -> RoundResult:

@@ -12,10 +12,11 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from trl import DPOConfig, DPOTrainer, SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hftcli.errors import InputError, TrainingError
+from hftcli.methods import Method
 from hftcli.references import Reference
 from hftcli.run import Progress, Round, RoundSpec, write_model
 
@@ -106,6 +107,57 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
+
+
+class TaskTrainer(SFTTrainer):
+    """TRL's SFTTrainer on rows that come tokenized, with methods: their terms in its loss, their hand on its gradients."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        methods: list[Method],
+    ):
+        for method in methods:
+            method.set_arguments(args)
+        self.methods = methods
+        super().__init__(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+        self.add_callback(MethodCallback(self))
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # With the number of tokens in a step, TRL's loss is that of the step, and its parts are added up.
+        num_parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        for method in self.methods:
+            penalty = method.compute_penalty()
+            if penalty is not None:
+                self._metrics["train"]["penalty"].append(penalty.item())
+                loss = loss + penalty / num_parts
+        return loss
+
+
+class MethodCallback(TrainerCallback):
+    """Calls the methods of a trainer before the first step, and between the last backward pass of a step and the step."""
+
+    def __init__(self, trainer: TaskTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.trainer.methods:
+            method.start(self.trainer)
+
+    def on_pre_optimizer_step(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.trainer.methods:
+            method.change_gradient(self.trainer)
 
 
 @dataclass

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOTrainer, SFTTrainer
 from trl.models import unwrap_model_for_generation
 
 from hftcli.chat import set_chat_template
@@ -29,6 +28,7 @@ from hftcli.errors import HftError, TrainingError
 from hftcli.evaluate import Reading, TokenizedTask, read_pairs, score_pairs, score_task, tokenize_task
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.methods import make_methods
 from hftcli.models import (
     describe_model,
     fetch_checkpoint,
@@ -61,6 +61,7 @@ from hftcli.trainers import (
     PairTrainer,
     Reporter,
     RoundCallback,
+    TaskTrainer,
     is_mixed,
     is_sharded,
     make_training_arguments,
@@ -86,7 +87,11 @@ def run_round(round_: Round) -> None:
     start = fetch_checkpoint(spec.model.path)
     description = describe_model(str(start))
     check_positions(spec.data.max_length, description.max_positions)
-    plan = make_plan(assign_roles(description.model_type, description.parameters), spec.freeze, spec.index)
+    units = assign_roles(description.model_type, description.parameters)
+    plan = make_plan(units, spec.freeze, spec.index)
+    methods = make_methods(spec)
+    for method in methods:
+        plan = method.narrow_plan(plan, units)
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
     scoring = spec.scoring
@@ -101,6 +106,12 @@ def run_round(round_: Round) -> None:
     with clock.measure("tokenizing"):
         reporter.report("tokenizing")
         dataset, data_report = prepare_rows(spec, tokenizer, reporter)
+        rows = {spec.task: dataset}
+        for name in dict.fromkeys(name for method in methods for name in method.needed_tasks):
+            task = load_task(name, spec.data.root, "train", spec.data.max_examples)
+            rows[name], _ = prepare_task(task, spec.data, tokenizer, default_cache())
+        for method in methods:
+            dataset = method.prepare_rows(dataset, rows)
         pairs = prepare_pairs(spec.pairs, tokenizer, default_cache())[0] if spec.pairs else None
 
     # 3. The ranks join, agree on the plan, and load the start with one half frozen.
@@ -111,6 +122,8 @@ def run_round(round_: Round) -> None:
     with clock.measure("loading"):
         reporter.report("loading")
         model = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec))
+        for method in methods:
+            method.prepare_model(model, plan, start, is_mixed(spec), is_sharded(spec))
         second = None
         if spec.reference == "full":
             second = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec)).requires_grad_(False)
@@ -156,7 +169,7 @@ def run_round(round_: Round) -> None:
 
     callback = RoundCallback(reporter, measure_start)
     if spec.objective == "sft":
-        trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+        trainer = TaskTrainer(model, args, dataset, tokenizer, [callback], methods)
     else:
         trainer = PairTrainer(model, args, dataset, tokenizer, [callback], reference, second)
     with clock.measure("training"):
@@ -166,6 +179,8 @@ def run_round(round_: Round) -> None:
     # 5. Save, verify against the start, score again. Every rank gathers; rank 0 writes.
     with clock.measure("saving"):
         reporter.report("saving")
+        for method in methods:
+            method.finish(trainer, round_)
         dtype = read_start_dtype(spec.model, start)
         updates, weights = {}, {}
         for name, values in gather_weights(trainer.model, is_sharded(spec)):
@@ -226,7 +241,7 @@ def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, reporter: 
 
 
 @contextmanager
-def open_model(trainer: SFTTrainer | DPOTrainer, tasks: list[TokenizedTask]) -> Iterator[torch.nn.Module]:
+def open_model(trainer: TaskTrainer | PairTrainer, tasks: list[TokenizedTask]) -> Iterator[torch.nn.Module]:
     """The model as scoring these tasks needs it: answers are generated with weights that are whole on every rank."""
     if not any(task.prompts for task in tasks):
         yield trainer.model_wrapped

@@ -28,7 +28,11 @@ FLOORS = [
     ["runners"],
     ["cli"],
 ]
-BELOW = ["models", "rows", "chat", "data", "references", "trainers", "evaluate", "worker"]  # torch is imported here
+METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
+BELOW = [  # torch is imported here
+    *["models", "rows", "chat", "data", "references", *(f"methods.{name}" for name in METHODS), "methods"],
+    *["trainers", "evaluate", "worker"],
+]
 
 
 def read_imports(path: Path, top_level_only: bool) -> set[str]:

@@ -146,19 +146,35 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> Free
     if not chosen:
         raise ModelError(f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share")
 
-    trained_units = [unit for unit in units if unit in chosen]
-    content = {
-        "rule": rule,
-        "round_index": round_index,
-        "trained": _list_parameters(trained_units),
-        "frozen": _list_parameters(unit for unit in units if unit not in chosen),
-        "num_parameters": sum(unit.num_parameters for unit in units),
-        "num_trainable": sum(unit.num_parameters for unit in trained_units),
-        "num_units": len(inside),
-        "num_trainable_units": len(chosen.intersection(inside)),
-        "roles": _count_roles(units, chosen),
+    return _write_plan(units, {parameter.name for unit in chosen for parameter in unit.parameters}, rule, round_index)
+
+
+def narrow_plan(plan: FreezePlan, units: Sequence[Unit], target_modules: Sequence[str] | None) -> FreezePlan:
+    """What of a plan low-rank adapters can train: the matrices of the linear layers in attention and mlp, without biases.
+
+    Args:
+        units: those that the plan was made of.
+        target_modules: last parts of the names of the layers that take adapters, such as `q_proj`; None takes all.
+
+    Raises:
+        ModelError: there are none.
+    """
+    trained = set(plan.trained)
+    linear = {
+        parameter.name: unit.name.rpartition(".")[2]
+        for unit in units
+        if unit.role in ("attention", "mlp")
+        for parameter in unit.parameters
+        if parameter.name in trained and len(parameter.shape) == 2
     }
-    return FreezePlan(**content, fingerprint=_hash_content(content))
+    narrowed = {name for name, module in linear.items() if target_modules is None or module in target_modules}
+    if not narrowed:
+        raise ModelError(
+            f"no adapter would train: target_modules is {', '.join(target_modules or ()) or 'null'}, and the linear layers "
+            f"that the freeze plan trains are {', '.join(dict.fromkeys(linear.values())) or 'none'}",
+            "name some of these",
+        )
+    return _write_plan(units, narrowed, plan.rule, plan.round_index)
 
 
 def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int) -> set[Unit]:
@@ -222,11 +238,33 @@ def _weigh(item: Sequence[Unit], rule: FreezeRule) -> int:
     return 1 if rule.balance == "units" else sum(unit.num_parameters for unit in item)
 
 
-def _list_parameters(units: Iterable[Unit]) -> tuple[str, ...]:
-    return tuple(parameter.name for unit in units for parameter in unit.parameters)
+def _write_plan(units: Sequence[Unit], trained: set[str], rule: FreezeRule, round_index: int) -> FreezePlan:
+    parameters = [parameter for unit in units for parameter in unit.parameters]
+    inside = [unit for unit in units if unit.layer is not None]
+    content = {
+        "rule": rule,
+        "round_index": round_index,
+        "trained": tuple(parameter.name for parameter in parameters if parameter.name in trained),
+        "frozen": tuple(parameter.name for parameter in parameters if parameter.name not in trained),
+        "num_parameters": sum(parameter.num_elements for parameter in parameters),
+        "num_trainable": _count_trained(units, trained),
+        "num_units": len(inside),
+        "num_trainable_units": _count_trained_units(inside, trained),
+        "roles": _count_roles(units, trained),
+    }
+    return FreezePlan(**content, fingerprint=_hash_content(content))
 
 
-def _count_roles(units: Iterable[Unit], chosen: set[Unit]) -> dict[str, RoleCount]:
+def _count_trained(units: Iterable[Unit], trained: set[str]) -> int:
+    """Weights of these units that train."""
+    return sum(parameter.num_elements for unit in units for parameter in unit.parameters if parameter.name in trained)
+
+
+def _count_trained_units(units: Iterable[Unit], trained: set[str]) -> int:
+    return sum(any(parameter.name in trained for parameter in unit.parameters) for unit in units)
+
+
+def _count_roles(units: Iterable[Unit], trained: set[str]) -> dict[str, RoleCount]:
     """Counts by role, in the order in which the model first has them."""
     members: dict[str, list[Unit]] = {}
     for unit in units:
@@ -234,9 +272,9 @@ def _count_roles(units: Iterable[Unit], chosen: set[Unit]) -> dict[str, RoleCoun
     return {
         role: RoleCount(
             num_units=len(group),
-            num_trainable_units=len(chosen.intersection(group)),
+            num_trainable_units=_count_trained_units(group, trained),
             num_parameters=sum(unit.num_parameters for unit in group),
-            num_trainable=sum(unit.num_parameters for unit in chosen.intersection(group)),
+            num_trainable=_count_trained(group, trained),
         )
         for role, group in members.items()
     }
