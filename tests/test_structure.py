@@ -28,7 +28,8 @@ FLOORS = [
     ["runners"],
     ["cli"],
 ]
-BELOW = ["models", "rows", "chat", "data", "references", "trainers", "evaluate", "worker"]  # torch is imported here
+# Torch is imported here.
+BELOW = ["deltas", "models", "arithmetic", "rows", "chat", "data", "references", "trainers", "evaluate", "worker"]
 
 
 def read_imports(path: Path, top_level_only: bool) -> set[str]:
