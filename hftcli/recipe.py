@@ -190,6 +190,12 @@ class EvalSection(Section):
     pairs: PairsSection = PairsSection()
 
 
+class CheckpointSection(Section):
+    format: Literal["full", "delta"] = "full"
+    """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what trained and the identity of the start, about half
+    as large. hft reads both alike, and `hft merge` makes the one out of the other."""
+
+
 class ContinualSection(Section):
     tasks: str | tuple[str, ...] = QUICK_START
     """A benchmark (`tinyworld`, `trace`, `standard`), or a list of tasks: folders under `data.root`, or tasks of a benchmark
@@ -318,6 +324,7 @@ class Recipe(Section):
     """Where DPO's reference comes from: `precompute` (the default) asks the untouched model once about all pairs and keeps its
     answers on disk, so that no second model exists in training; `shared` is the model with the trained half as it was, of which
     a copy is kept; `full` is a second model. All three give the same losses."""
+    checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     continual: ContinualSection | None = None
     """Learning task after task. A recipe with this section is one for `hft continual`, which fills it in where it is not

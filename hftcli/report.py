@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
 from hftcli.freezing.budget import Budget, Memory
-from hftcli.run import DataReport, PairScores, Round, RoundResult, Run, Scores, Verification
+from hftcli.run import DELTA_NAME, DataReport, MergeManifest, PairScores, Round, RoundResult, Run, Scores, Verification
 from hftcli.run import Progress as Place
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -99,8 +100,24 @@ def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
 
 
 def _print_end(run: Run, console: Console) -> None:
-    console.print(f"model   {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
+    checkpoint = run.last_finished.checkpoint
+    console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
+    if (checkpoint / DELTA_NAME).exists():
+        console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
     console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
+
+
+def print_merge(manifest: MergeManifest, output: Path) -> None:
+    """What a model was made of, and where it is."""
+    console = Console()
+    for role, identity in manifest.inputs.items():
+        console.print(f"{role:<6} {identity.path}", highlight=False, soft_wrap=True)
+    if manifest.plan is not None:
+        plan = manifest.plan
+        num_reset = plan.num_parameters - plan.num_trainable
+        share = f"{num_reset / plan.num_parameters:.1%} of {plan.num_parameters:,} weights"
+        console.print(f"reset  {share} are back at the base, plan {plan.short_fingerprint}", highlight=False, soft_wrap=True)
+    console.print(f"model  {output}", highlight=False, soft_wrap=True)
 
 
 def _describe_round(round_: Round, result: RoundResult) -> str:

@@ -10,7 +10,7 @@
         progress.json           Progress: where the worker is
         metrics.jsonl           a row per logging step, with the trainer's own keys
         worker.log              all that the processes print
-        checkpoint/             a plain Hugging Face folder
+        checkpoint/             a plain Hugging Face folder, or a delta: what trained, and delta.json (DeltaRecord)
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
         scores.json             Scores: the round's tasks before and after
@@ -34,6 +34,7 @@ from hftcli.errors import InputError
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan, FreezeRule
 from hftcli.recipe import (
+    CheckpointSection,
     DataSection,
     DpoSection,
     LaunchSection,
@@ -49,6 +50,9 @@ from hftcli.tasks.check import SequenceReport
 
 Model = TypeVar("Model", bound=BaseModel)
 Moment = Literal["before", "after"]  # of a round
+
+DELTA_NAME = "delta.json"  # its presence tells a delta checkpoint from a full one
+MERGE_NAME = "merge.json"
 
 
 class EarlierRound(Section):
@@ -92,6 +96,8 @@ class RoundSpec(Section):
     """The trainer's settings."""
     launch: LaunchSection
     """Processes and sharding, `num_processes` resolved."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """How the outcome is kept."""
     scoring: Scoring = Scoring()
     """Tasks to score before and after."""
     task: str | None = None
@@ -331,6 +337,51 @@ class RoundResult(Section):
     """Held-out preference pairs before and after; null where there are none."""
     hardware: Hardware
     """What the worker ran on."""
+
+
+class CheckpointIdentity(Section):
+    """Which checkpoint it was, to the byte."""
+
+    path: str
+    """Its folder, where it was seen."""
+    files: dict[str, str]
+    """SHA-256 of its config, of its weight files, and of delta.json where it is a delta itself."""
+
+
+class DeltaRecord(Section):
+    """What a delta checkpoint lacks, and where that is."""
+
+    version: Literal[1] = 1
+    """Version of this form."""
+    base: CheckpointIdentity
+    """The round's start, which holds every tensor that this checkpoint does not; may be a delta itself."""
+    fingerprint: str
+    """Of the round's freeze plan."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Data type of the checkpoint; what comes from the base is rounded to it."""
+    tensors: tuple[str, ...]
+    """Names of the parameters stored here: those that trained, and any other whose bytes are not the base's."""
+
+
+class MergeManifest(Section):
+    """How a model was made out of the weights of others."""
+
+    kind: Literal["delta", "interpolation", "reset"]
+    """A delta laid over its base, the mean of two models, or a tuned model with one half back at its base."""
+    command: tuple[str, ...]
+    """The command line."""
+    created: str
+    """UTC time."""
+    version: str
+    """Version of hft."""
+    inputs: dict[str, CheckpointIdentity]
+    """What it was made of: `base`, and `delta` or `tuned`."""
+    weight: float | None = None
+    """Of an interpolation: the share A of the tuned model in (1 - A) base + A tuned, in [0, 1]."""
+    plan: FreezePlan | None = None
+    """Of a reset: the frozen parameters are back at the base, the trained ones are the tuned model's."""
+    files: dict[str, str]
+    """SHA-256 of the config and the weight files that were written."""
 
 
 class Manifest(Section):

@@ -58,6 +58,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
+        checkpoint=recipe.checkpoint,
         scoring=Scoring(before=recipe.eval.tasks, after=recipe.eval.tasks),
         dpo=recipe.dpo,
         reference=recipe.reference,
@@ -98,6 +99,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             freeze=recipe.freeze,
             train=recipe.train.model_copy(update=epochs),
             launch=resolve_launch(recipe.launch),
+            checkpoint=recipe.checkpoint,
             task=task,
             method=recipe.method,
             earlier=tuple(

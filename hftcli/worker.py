@@ -39,6 +39,7 @@ from hftcli.models import (
     measure_updates,
     read_start_dtype,
     save_checkpoint,
+    save_delta,
     verify_checkpoint,
 )
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
@@ -189,7 +190,10 @@ def run_round(round_: Round) -> None:
         if reporter.is_first:
             updates = measure_updates(weights, start, dtype, plan)
             weights = {name: values.to(dtype) for name, values in weights.items()}
-            save_checkpoint(trainer.model, tokenizer, weights, round_.checkpoint)
+            if spec.checkpoint.format == "delta":
+                save_delta(trainer.model, tokenizer, weights, round_.checkpoint, start, plan)
+            else:
+                save_checkpoint(trainer.model, tokenizer, weights, round_.checkpoint)
     after = score("after", scoring.after, scoring.likelihood)
     pair_scores = None
     if pairs is not None:

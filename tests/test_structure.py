@@ -30,8 +30,8 @@ FLOORS = [
 ]
 METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
 BELOW = [  # torch is imported here
-    *["models", "rows", "chat", "data", "references", *(f"methods.{name}" for name in METHODS), "methods"],
-    *["trainers", "evaluate", "worker"],
+    *["deltas", "models", "arithmetic", "rows", "chat", "data", "references"],
+    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "evaluate", "worker"],
 ]
 
 
