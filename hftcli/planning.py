@@ -101,14 +101,12 @@ def fit_round(spec: RoundSpec, budget: Budget, memory_bytes: int) -> tuple[Round
 
 
 def list_checkpointing(num_layers: int) -> Iterator[int | None]:
-    """From no layer computed again to all of them; of the intervals that come to as many layers, one."""
+    """From no layer computed again to all of them; of the intervals that come to as many layers, the smallest.
+
+    The smallest interval ends lowest: the highest layers are computed again while all below them is still kept.
+    """
     yield None
-    seen = 0
-    for every in range(num_layers, 0, -1):
-        count = -(-num_layers // every)
-        if count > seen:
-            seen = count
-            yield every
+    yield from {-(-num_layers // every): every for every in range(num_layers, 0, -1)}.values()
 
 
 def _apply_fit(spec: RoundSpec, size: int, every: int | None) -> RoundSpec:

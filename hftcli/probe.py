@@ -7,7 +7,8 @@ those of TRL's trainer.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from weakref import WeakSet
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,28 +23,37 @@ from hftcli.recipe import Recipe
 from hftcli.trainers import measure_optimizer_bytes
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A tensor in a graph; it goes with its node."""
+
+    tensor: torch.Tensor
+
+
 class SavedTensors:
-    """Bytes of the tensors that autograd keeps, by storage; those of a model's parameters are not counted."""
+    """The tensors that a graph keeps for its backward pass; those of a model's parameters are not counted."""
 
     def __init__(self, model: torch.nn.Module):
         self.own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given out again
+        self.kept: WeakSet[Kept] = WeakSet()
 
     @property
     def num_bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
+        """Bytes that are kept now, every storage once."""
+        storages = [kept.tensor.untyped_storage() for kept in self.kept]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for address, size in sizes.items() if address not in self.own)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Count what is kept inside; leaves with nothing changed."""
+        """Count what the graph keeps that is built inside."""
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.own:
-                self.storages[storage.data_ptr()] = storage
-            return tensor
+        def pack(tensor: torch.Tensor) -> Kept:
+            kept = Kept(tensor.detach())  # a node that held its own output would never go
+            self.kept.add(kept)
+            return kept
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
             yield
 
 
