@@ -7,7 +7,7 @@ from hftcli.errors import InputError
 from hftcli.freezing.activations import Arithmetic, Attention, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.selection import FreezePlan
-from hftcli.recipe import Recipe
+from hftcli.recipe import Recipe, TrainSection
 from hftcli.run import FitReport, RoundSpec
 
 
@@ -64,15 +64,12 @@ def find_attention(implementation: str | None) -> Attention:
     return "eager" if implementation == "eager" else "sdpa"
 
 
-def fit_round(spec: RoundSpec, budget: Budget, memory_bytes: int) -> tuple[RoundSpec, FitReport]:
-    """Choose the micro-batch and the checkpointing of a round: least is computed again, then most sequences go at once.
+def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int) -> FitReport:
+    """The micro-batch and the checkpointing for a memory: least is computed again, then most sequences go at once.
 
     Args:
-        budget: the round's, with activations counted.
+        budget: that of the recipe or the round.
         memory_bytes: what one device may use.
-
-    Returns:
-        The round with the choice in place of `fit`, and the choice.
 
     Raises:
         InputError: nothing fits, or the model's activations are not counted.
@@ -82,22 +79,38 @@ def fit_round(spec: RoundSpec, budget: Budget, memory_bytes: int) -> tuple[Round
             f"train.fit: the activations of model_type {budget.network.model_type!r} are not counted",
             "set train.per_device_train_batch_size and train.activation_checkpointing by hand",
         )
-    per_process = spec.train.global_batch_size // spec.launch.num_processes
-    most = min(per_process, spec.train.per_device_train_batch_size)
+    per_process = source.train.global_batch_size // budget.num_processes
+    most = min(per_process, source.train.per_device_train_batch_size)
     sizes = [size for size in range(most, 0, -1) if per_process % size == 0]
+    needed = 0
     for every in list_checkpointing(budget.network.num_layers):
         for size in sizes:
-            work = replace(budget.work, num_sequences=size * count_sequences(spec), checkpoint_every=every)
+            work = replace(budget.work, num_sequences=size * count_sequences(source), checkpoint_every=every)
             needed = replace(budget, work=work).half.high_bytes
             if needed <= memory_bytes:
-                return _apply_fit(spec, size, every), FitReport(
+                return FitReport(
                     per_device_train_batch_size=size, checkpoint_every=every, needed_bytes=needed, memory_bytes=memory_bytes
                 )
     raise InputError(
-        f"train.fit: one sequence of {spec.data.max_length} tokens with every layer checkpointed needs {needed:,} bytes on a "
-        f"device, and there are {memory_bytes:,}",
-        "lower data.max_length, use more processes with launch.zero_stage 2 or 3, or a smaller model",
+        f"train.fit: a micro-batch of 1 with {source.data.max_length} tokens and every layer checkpointed needs {needed:,} "
+        f"bytes on a device, and there are {memory_bytes:,}",
+        "lower data.max_length, use more processes with launch.zero_stage 2 or 3, or take a smaller model",
     )
+
+
+def apply_fit(train: TrainSection, fit: FitReport) -> TrainSection:
+    """The settings with the choice in place of `fit`."""
+    every = fit.checkpoint_every
+    found = {
+        "fit": None,
+        "memory_bytes": None,
+        "per_device_train_batch_size": fit.per_device_train_batch_size,
+        "activation_checkpointing": every is not None,
+    }
+    if every is not None:
+        kwargs = train.model_extra.get("activation_checkpointing_kwargs") or {}
+        found["activation_checkpointing_kwargs"] = {**kwargs, "every_n_layers": every}
+    return TrainSection(**{**train.model_dump(), **found})
 
 
 def list_checkpointing(num_layers: int) -> Iterator[int | None]:
@@ -107,16 +120,3 @@ def list_checkpointing(num_layers: int) -> Iterator[int | None]:
     """
     yield None
     yield from {-(-num_layers // every): every for every in range(num_layers, 0, -1)}.values()
-
-
-def _apply_fit(spec: RoundSpec, size: int, every: int | None) -> RoundSpec:
-    found = {
-        "fit": None,
-        "memory_bytes": None,
-        "per_device_train_batch_size": size,
-        "activation_checkpointing": every is not None,
-    }
-    if every is not None:
-        kwargs = spec.train.model_extra.get("activation_checkpointing_kwargs") or {}
-        found["activation_checkpointing_kwargs"] = {**kwargs, "every_n_layers": every}
-    return spec.model_copy(update={"train": type(spec.train)(**{**spec.train.model_dump(), **found})})

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from hftcli.freezing.activations import Workload
-from hftcli.freezing.budget import Budget, Measurement
+from hftcli.freezing.budget import Budget, MeasuredStep
 from hftcli.freezing.selection import FreezePlan
 from hftcli.models import freeze_model, halve_frozen
 from hftcli.planning import find_arithmetic
@@ -57,7 +57,7 @@ class SavedTensors:
             yield
 
 
-def check_budget(recipe: Recipe, path: str, budget: Budget) -> tuple[Budget, tuple[Budget, Measurement]]:
+def check_budget(recipe: Recipe, path: str, budget: Budget) -> tuple[Budget, tuple[Budget, MeasuredStep]]:
     """Measure a budget's micro-batch in one process here, as this machine computes.
 
     Returns:
@@ -82,7 +82,7 @@ def make_random_model(path: str, attn_implementation: str | None) -> PreTrainedM
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
-def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> Measurement:
+def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> MeasuredStep:
     """Train two steps on random tokens and count in the second.
 
     Args:
@@ -118,7 +118,7 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
         if device.type == "cuda":
             torch.cuda.synchronize()
         step_s = time.perf_counter() - started
-    return Measurement(
+    return MeasuredStep(
         weights_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         gradients_bytes=gradients_bytes,
         optimizer_bytes=measure_optimizer_bytes(optimizer),

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
 from hftcli.freezing.activations import Activations, Flops
-from hftcli.freezing.budget import Budget, Measurement, Memory
+from hftcli.freezing.budget import Budget, MeasuredStep, Memory
 from hftcli.run import (
     DELTA_NAME,
     DataReport,
@@ -189,7 +189,7 @@ def _make_pair_table(scores: PairScores) -> Table:
     return table
 
 
-def print_plan(budget: Budget, checked: tuple[Budget, Measurement] | None, as_json: bool) -> None:
+def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_json: bool) -> None:
     """Units and parameters per role, and memory per device and FLOPs per token beside full fine-tuning.
 
     Args:
@@ -273,7 +273,7 @@ def _make_flops_table(half: dict[str, float], full: dict[str, float]) -> Table:
     return table
 
 
-def _make_measurement_table(budget: Budget, measured: Measurement) -> Table:
+def _make_measurement_table(budget: Budget, measured: MeasuredStep) -> Table:
     """A measurement on this machine beside the budget of the same, before its correction."""
     title = f"one process on this machine, in {budget.work.arithmetic}, a step of {measured.step_s:.2f} s"
     table = Table("", "estimated", "measured", "ratio", title=title, title_justify="left")

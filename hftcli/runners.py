@@ -19,7 +19,7 @@ from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
 from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
-from hftcli.planning import make_budget
+from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_sequence
@@ -252,11 +252,20 @@ def resolve_start(path: str) -> Start:
 
 
 def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int) -> Budget:
-    """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's."""
+    """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's.
+
+    With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's memory is to decide,
+    that which is given.
+    """
     units = assign_roles(model_type, parameters)
     plan = make_plan(units, recipe.freeze, start.num_rounds)
     num_processes = recipe.launch.num_processes or max(count_gpus(), 1)
-    return make_budget(recipe, Network(model_type, units, num_heads), plan, num_processes, recipe.train.bf16)
+    network = Network(model_type, units, num_heads)
+    budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)
+    if recipe.train.fit is None or recipe.train.memory_bytes is None:
+        return budget
+    train = apply_fit(recipe.train, choose_fit(recipe, budget, recipe.train.memory_bytes))
+    return make_budget(recipe.model_copy(update={"train": train}), network, plan, num_processes, recipe.train.bf16)
 
 
 def make_manifest(parent: str | None) -> Manifest:

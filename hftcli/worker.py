@@ -43,7 +43,7 @@ from hftcli.models import (
     save_delta,
     verify_checkpoint,
 )
-from hftcli.planning import fit_round, make_budget
+from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
 from hftcli.run import (
     DataReport,
@@ -96,7 +96,7 @@ def run_round(round_: Round) -> None:
     methods = make_methods(spec)
     for method in methods:
         plan = method.narrow_plan(plan, units)
-    spec, fit = choose_fit(spec, Network(description.model_type, units, description.num_heads), plan)
+    spec, fit = fit_round(spec, Network(description.model_type, units, description.num_heads), plan)
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
     scoring = spec.scoring
@@ -259,7 +259,7 @@ def open_model(trainer: TaskTrainer | PairTrainer, tasks: list[TokenizedTask]) -
         yield whole
 
 
-def choose_fit(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:
+def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:
     """The round with its micro-batch and checkpointing chosen, where it asks for that.
 
     Raises:
@@ -275,7 +275,8 @@ def choose_fit(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[Rou
         devices = range(torch.cuda.device_count())
         memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
     budget = make_budget(spec, network, plan, spec.launch.num_processes, is_mixed(spec))
-    return fit_round(spec, budget, memory_bytes)
+    fit = choose_fit(spec, budget, memory_bytes)
+    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
 
 
 def make_reference(spec: RoundSpec, start: Path, data: DataReport, reporter: Reporter) -> Reference | None:

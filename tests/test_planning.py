@@ -10,10 +10,10 @@ from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.models import describe_model
-from hftcli.planning import find_arithmetic, find_attention, fit_round, list_checkpointing, make_budget
+from hftcli.planning import apply_fit, choose_fit, find_arithmetic, find_attention, list_checkpointing, make_budget
 from hftcli.recipe import PACKAGE, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
-from hftcli.run import RoundSpec
-from hftcli.worker import choose_fit
+from hftcli.run import FitReport, RoundSpec
+from hftcli.worker import fit_round
 
 
 def make_spec(**train: object) -> RoundSpec:
@@ -34,12 +34,18 @@ def budget_of(spec: RoundSpec, network: Network) -> Budget:
     return make_budget(spec, network, make_plan(network.units, spec.freeze, 0), 1, mixed=False)
 
 
+def fit_to(budget: Budget, memory_bytes: int) -> tuple[RoundSpec, FitReport]:
+    spec = make_spec()
+    fit = choose_fit(spec, budget, memory_bytes)
+    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
+
+
 def need(budget: Budget, size: int, every: int | None) -> int:
     return replace(budget, work=replace(budget.work, num_sequences=size, checkpoint_every=every)).half.high_bytes
 
 
 def test_the_largest_divisor_of_the_batch_where_memory_is_plenty(network):
-    spec, fit = fit_round(make_spec(), budget_of(make_spec(), network), 2**40)
+    spec, fit = fit_to(budget_of(make_spec(), network), 2**40)
     assert (fit.per_device_train_batch_size, fit.checkpoint_every) == (6, None)  # 8 and 7 do not divide 12
     assert spec.train.fit is None
     assert spec.train.per_device_train_batch_size == 6
@@ -49,7 +55,7 @@ def test_the_largest_divisor_of_the_batch_where_memory_is_plenty(network):
 
 def test_less_memory_means_smaller_batches_before_checkpointing(network):
     budget = budget_of(make_spec(), network)
-    _, fit = fit_round(make_spec(), budget, need(budget, 3, None))
+    _, fit = fit_to(budget, need(budget, 3, None))
     assert (fit.per_device_train_batch_size, fit.checkpoint_every) == (3, None)
     assert fit.needed_bytes == fit.memory_bytes
 
@@ -58,7 +64,7 @@ def test_the_least_checkpointing_that_fits(network):
     budget = budget_of(make_spec(), network)
     memory_bytes = need(budget, 1, 3)
     assert memory_bytes < need(budget, 1, 6) < need(budget, 1, None)
-    spec, fit = fit_round(make_spec(), budget, memory_bytes)
+    spec, fit = fit_to(budget, memory_bytes)
     assert (fit.per_device_train_batch_size, fit.checkpoint_every) == (1, 3)
     assert spec.train.activation_checkpointing
     assert spec.train.model_extra["activation_checkpointing_kwargs"] == {"every_n_layers": 3}
@@ -69,26 +75,26 @@ def test_half_fits_where_full_fine_tuning_must_checkpoint(network):
     half = budget_of(make_spec(), network)
     memory_bytes = need(half, 1, None)
     full = replace(half, plan=make_plan(network.units, FreezeRule(trainable_fraction=1), 0))
-    assert fit_round(make_spec(), half, memory_bytes)[1].checkpoint_every is None
-    assert fit_round(make_spec(), full, memory_bytes)[1].checkpoint_every is not None
+    assert choose_fit(make_spec(), half, memory_bytes).checkpoint_every is None
+    assert choose_fit(make_spec(), full, memory_bytes).checkpoint_every is not None
 
 
 def test_what_does_not_fit_is_refused(network):
-    with pytest.raises(InputError, match="one sequence of 128 tokens with every layer checkpointed needs"):
-        fit_round(make_spec(), budget_of(make_spec(), network), 1000)
+    with pytest.raises(InputError, match="a micro-batch of 1 with 128 tokens and every layer checkpointed needs"):
+        choose_fit(make_spec(), budget_of(make_spec(), network), 1000)
     unknown = replace(network, model_type="gpt2")
     with pytest.raises(InputError, match="activations of model_type 'gpt2' are not counted"):
-        fit_round(make_spec(), budget_of(make_spec(), unknown), 2**40)
+        choose_fit(make_spec(), budget_of(make_spec(), unknown), 2**40)
 
 
 def test_the_worker_asks_for_a_limit_where_there_is_no_gpu(network, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     plan = make_plan(network.units, FreezeRule(), 0)
     with pytest.raises(InputError, match="there is no GPU"):
-        choose_fit(make_spec(), network, plan)
-    assert choose_fit(make_spec(memory_bytes=2**40), network, plan)[1].memory_bytes == 2**40
+        fit_round(make_spec(), network, plan)
+    assert fit_round(make_spec(memory_bytes=2**40), network, plan)[1].memory_bytes == 2**40
     plain = make_spec().model_copy(update={"train": TrainSection()})
-    assert choose_fit(plain, network, plan) == (plain, None)
+    assert fit_round(plain, network, plan) == (plain, None)
 
 
 def test_a_pair_is_two_sequences(network):

@@ -55,7 +55,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class MeasuredStep:
     """What two steps on this machine held, in one process.
 
     Attributes:
