@@ -586,6 +586,9 @@ def _check_fit(recipe: Recipe, source: _Source) -> Iterable[str]:
     if recipe.train.fit == "auto" and recipe.train.activation_checkpointing:
         place = source.place(("train", "activation_checkpointing"))
         yield f"{place}: train.activation_checkpointing is what train.fit chooses: drop one of the two"
+    for name in set(recipe.method.names) - {"replay"}:
+        if recipe.train.fit == "auto":
+            yield f"{source.place(('train', 'fit'))}: train.fit does not count what method.{name} holds: drop one of the two"
 
 
 def _find_trainer_keys(objective: Objective) -> dict[str, list[str]]:
