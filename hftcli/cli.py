@@ -118,9 +118,10 @@ def plan(
     overrides: SetOption = None,
     model: Annotated[str | None, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")] = None,
     num_processes: ProcessesOption = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take two steps here and correct the estimate.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What trains, what is frozen, and the memory per device, beside full fine-tuning."""
+    """What trains, what is frozen, and the memory and compute per device, beside full fine-tuning."""
     from hftcli import report, runners
     from hftcli.models import describe_model
 
@@ -131,7 +132,13 @@ def plan(
     resolved = _load_recipe(recipe, overrides, None, num_processes)
     start = runners.resolve_start(resolved.model.path)
     described = describe_model(start.path)
-    report.print_plan(runners.make_budget(resolved, start, described.model_type, described.parameters), as_json)
+    budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
+    checked = None
+    if measure:
+        from hftcli.probe import check_budget
+
+        budget, checked = check_budget(resolved, start.path, budget)
+    report.print_plan(budget, checked, as_json)
 
 
 @app.command()

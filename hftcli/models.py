@@ -37,6 +37,7 @@ class ModelDescription:
     parameters: tuple[Parameter, ...]
     max_positions: int | None
     num_layers: int
+    num_heads: int
 
 
 def describe_model(path: str) -> ModelDescription:
@@ -57,6 +58,7 @@ def describe_model(path: str) -> ModelDescription:
         parameters=tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters()),
         max_positions=text_config.to_dict().get("max_position_embeddings"),
         num_layers=text_config.num_hidden_layers,
+        num_heads=text_config.num_attention_heads,
     )
 
 
@@ -142,8 +144,8 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         values = parameter.ds_tensor if is_partitioned(parameter) else parameter
         if start_dtype != held_dtype:
             values.data = values.data.to(start_dtype).to(held_dtype)
-        if mixed and not sharded and not parameter.requires_grad:
-            values.data = values.data.to(torch.bfloat16)
+    if mixed and not sharded:
+        halve_frozen(model)
     head = model.get_output_embeddings().weight
     if is_partitioned(head):
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
@@ -204,6 +206,13 @@ def freeze_model(model: PreTrainedModel, plan: FreezePlan) -> None:
         raise ModelError(f"the freeze plan is of another model: {len(odd)} parameters differ, the first is {odd[0]}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def halve_frozen(model: PreTrainedModel) -> None:
+    """Hold in bfloat16 what is frozen: it needs no float32 master."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:

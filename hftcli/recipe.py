@@ -105,7 +105,15 @@ class TrainSection(Section):
     means the same on 1 and on 64 GPUs."""
 
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 4
-    """Sequences, or pairs, per forward pass of one process."""
+    """Sequences, or pairs, per forward pass of one process; with `fit: auto`, the most that it may choose."""
+
+    fit: Literal["auto"] | None = None
+    """`auto` chooses the least activation checkpointing (none, every so many layers, all) that the device's memory carries by
+    the budget of `hft plan`, and with it the largest micro-batch that divides the global batch. Null takes
+    `per_device_train_batch_size` and `activation_checkpointing` as they are given."""
+
+    memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """With `fit: auto`: bytes that one device may use; null takes the GPU's memory, and must be given where there is no GPU."""
 
     packing: bool = False
     """Lay several conversations into one sequence of `data.max_length` tokens; attention never crosses their borders."""
@@ -412,6 +420,7 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objectiv
     if objective != "continual" and recipe.data.path is None:
         faults.append(f"{source.place(('data',))}: data.path is missing")
     faults += [*_check_foreign_keys(recipe, objective, source), *_check_trainer_keys(recipe, objective, source)]
+    faults += _check_fit(recipe, source)
     if faults:
         raise RecipeError("\n".join(faults))
     return _resolve(recipe, objective, path)
@@ -568,6 +577,18 @@ def _check_trainer_keys(recipe: Recipe, objective: Objective, source: _Source) -
                 yield f"{place}: {name} is not a key of hft: use {elsewhere[0]}.{key}"
     if recipe.dpo and recipe.dpo.model_extra.get("sync_ref_model") and recipe.reference != "full":
         yield f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model: set reference: full"
+
+
+def _check_fit(recipe: Recipe, source: _Source) -> Iterable[str]:
+    """Settings of the fit that would have no effect."""
+    if recipe.train.fit is None and recipe.train.memory_bytes is not None:
+        yield f"{source.place(('train', 'memory_bytes'))}: train.memory_bytes would have no effect: set train.fit: auto"
+    if recipe.train.fit == "auto" and recipe.train.activation_checkpointing:
+        place = source.place(("train", "activation_checkpointing"))
+        yield f"{place}: train.activation_checkpointing is what train.fit chooses: drop one of the two"
+    for name in set(recipe.method.names) - {"replay"}:
+        if recipe.train.fit == "auto":
+            yield f"{source.place(('train', 'fit'))}: train.fit does not count what method.{name} holds: drop one of the two"
 
 
 def _find_trainer_keys(objective: Objective) -> dict[str, list[str]]:

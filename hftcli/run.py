@@ -120,6 +120,8 @@ class RoundSpec(Section):
         Raises:
             InputError: the global batch does not divide.
         """
+        if self.train.fit == "auto" and self.train.global_batch_size % self.launch.num_processes == 0:
+            return self.train.global_batch_size // self.launch.num_processes  # the most: the worker chooses the micro-batch
         batch = self.train.per_device_train_batch_size * self.launch.num_processes
         if self.train.global_batch_size % batch:
             raise InputError(
@@ -302,6 +304,19 @@ class Hardware(Section):
     """Memory of the machine."""
 
 
+class FitReport(Section):
+    """What `train.fit: auto` chose."""
+
+    per_device_train_batch_size: int
+    """Sequences, or pairs, per forward pass of one process."""
+    checkpoint_every: int | None
+    """Every so many layers keep their input alone and are computed again; 1 is all of them, null none."""
+    needed_bytes: int
+    """What the budget says that this takes on one device, with all that it counts as possible."""
+    memory_bytes: int
+    """What there is."""
+
+
 class RoundResult(Section):
     """What a finished round leaves to the next one and to the report."""
 
@@ -335,6 +350,8 @@ class RoundResult(Section):
     """What the reference of preference optimization was; null with another objective."""
     pairs: PairScores | None = None
     """Held-out preference pairs before and after; null where there are none."""
+    fit: FitReport | None = None
+    """What `train.fit: auto` chose; null where it is off."""
     hardware: Hardware
     """What the worker ran on."""
 

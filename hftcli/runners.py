@@ -14,10 +14,12 @@ from hftcli import __version__
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.figures import draw_matrix
 from hftcli.forgetting import ForgettingMatrix
+from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
 from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
+from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_sequence
@@ -249,15 +251,21 @@ def resolve_start(path: str) -> Start:
     return Start(path)
 
 
-def make_budget(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter]) -> Budget:
-    """What the recipe's next round would train, and its memory on the recipe's devices, which need not be this machine's."""
-    return Budget(
-        plan=make_plan(assign_roles(model_type, parameters), recipe.freeze, start.num_rounds),
-        precision="mixed" if recipe.train.bf16 else "float32",
-        num_processes=recipe.launch.num_processes or max(count_gpus(), 1),
-        zero_stage=recipe.launch.zero_stage,
-        reference=recipe.reference,
-    )
+def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int) -> Budget:
+    """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's.
+
+    With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's memory is to decide,
+    that which is given.
+    """
+    units = assign_roles(model_type, parameters)
+    plan = make_plan(units, recipe.freeze, start.num_rounds)
+    num_processes = recipe.launch.num_processes or max(count_gpus(), 1)
+    network = Network(model_type, units, num_heads)
+    budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)
+    if recipe.train.fit is None or recipe.train.memory_bytes is None:
+        return budget
+    train = apply_fit(recipe.train, choose_fit(recipe, budget, recipe.train.memory_bytes))
+    return make_budget(recipe.model_copy(update={"train": train}), network, plan, num_processes, recipe.train.bf16)
 
 
 def make_manifest(parent: str | None) -> Manifest:

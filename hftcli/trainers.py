@@ -20,7 +20,13 @@ from hftcli.methods import Method
 from hftcli.references import Reference
 from hftcli.run import Progress, Round, RoundSpec, write_model
 
-SPENT_KEYS = {"global_batch_size", "assistant_only_loss", "completion_only_loss"}  # before the trainer exists
+SPENT_KEYS = {
+    "global_batch_size",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "fit",
+    "memory_bytes",
+}  # before the trainer exists
 
 
 def is_mixed(spec: RoundSpec) -> bool:
@@ -61,6 +67,15 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         "disable_tqdm": True,
     }
     values.setdefault("report_to", "none")
+    if spec.train.activation_checkpointing:
+        kwargs = spec.train.model_extra.get("activation_checkpointing_kwargs") or {}
+        if kwargs.get("use_reentrant"):
+            raise InputError(
+                "train.activation_checkpointing_kwargs.use_reentrant is true: reentrant checkpoints leave layers above frozen "
+                "ones without a gradient",
+                "drop it",
+            )
+        values["activation_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}
     if spec.objective == "sft":
         kind = SFTConfig
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows come tokenized
@@ -209,6 +224,7 @@ class PairTrainer(DPOTrainer):
         rows_B = inputs.pop("row")
         if self.reference is not None:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference.score(self, inputs, rows_B)
+        checkpoint_layers(self.model, self.args)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -220,6 +236,22 @@ class PairTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, "row"]
+
+
+def checkpoint_layers(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:
+    """Set up activation checkpointing anew, without the hook that gives the embeddings' output a gradient.
+
+    transformers adds the hook for reentrant checkpoints. With others it is not needed, and where the lowest layers are frozen
+    it would have them keep a graph, recompute, and pass gradients down to nobody. TRL sets checkpointing up anew after it
+    asked a reference, with the hook and without `every_n_layers`.
+    """
+    if not args.activation_checkpointing:
+        return
+    kwargs = dict(args.activation_checkpointing_kwargs)
+    own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    model.disable_input_require_grads()
+    model.activation_checkpointing_enable(kwargs, **own)
+    model.disable_input_require_grads()
 
 
 class Reporter:
@@ -249,11 +281,17 @@ class RoundCallback(TrainerCallback):
         self.gradient_bytes = 0
 
     def on_train_begin(
-        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
     ) -> None:
         if self.reporter.is_first:
             self.reporter.round.metrics_path.write_text("")
         self.score_start()
+        checkpoint_layers(model, args)
         self.reporter.report("training", 0, state.max_steps)
 
     def on_pre_optimizer_step(

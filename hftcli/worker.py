@@ -24,8 +24,9 @@ from trl.models import unwrap_model_for_generation
 
 from hftcli.chat import set_chat_template
 from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
-from hftcli.errors import HftError, TrainingError
+from hftcli.errors import HftError, InputError, TrainingError
 from hftcli.evaluate import Reading, TokenizedTask, read_pairs, score_pairs, score_task, tokenize_task
+from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.methods import make_methods
@@ -42,10 +43,12 @@ from hftcli.models import (
     save_delta,
     verify_checkpoint,
 )
+from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
 from hftcli.run import (
     DataReport,
     Failure,
+    FitReport,
     Hardware,
     Moment,
     PairScores,
@@ -93,6 +96,7 @@ def run_round(round_: Round) -> None:
     methods = make_methods(spec)
     for method in methods:
         plan = method.narrow_plan(plan, units)
+    spec, fit = fit_round(spec, Network(description.model_type, units, description.num_heads), plan)
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
     scoring = spec.scoring
@@ -225,6 +229,7 @@ def run_round(round_: Round) -> None:
         data=data_report,
         reference=describe_reference(spec, reference, second),
         pairs=pair_scores,
+        fit=fit,
         hardware=describe_hardware(args.world_size),
     )
     write_model(round_.result_path, result)
@@ -252,6 +257,26 @@ def open_model(trainer: TaskTrainer | PairTrainer, tasks: list[TokenizedTask]) -
         return
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as whole:
         yield whole
+
+
+def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:
+    """The round with its micro-batch and checkpointing chosen, where it asks for that.
+
+    Raises:
+        InputError: nothing fits, or there is neither a GPU nor `train.memory_bytes`.
+    """
+    if spec.train.fit is None:
+        return spec, None
+    memory_bytes = spec.train.memory_bytes
+    if memory_bytes is None:
+        if not torch.cuda.is_available():
+            raise InputError("train.fit: auto reads the GPU's memory, and there is no GPU", "set train.memory_bytes")
+        # All ranks must choose alike, so the smallest device of the machine counts, and nothing that changes.
+        devices = range(torch.cuda.device_count())
+        memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    budget = make_budget(spec, network, plan, spec.launch.num_processes, is_mixed(spec))
+    fit = choose_fit(spec, budget, memory_bytes)
+    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
 
 
 def make_reference(spec: RoundSpec, start: Path, data: DataReport, reporter: Reporter) -> Reference | None:

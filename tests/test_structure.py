@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hftcli"
 FLOORS = [
     ["errors"],
     ["freezing.roles"],
-    ["freezing.selection"],
+    ["freezing.selection", "freezing.activations"],
     ["freezing.budget"],
     ["recipe"],
     ["tasks.examples"],
@@ -22,6 +22,7 @@ FLOORS = [
     ["tasks"],
     ["tasks.check"],
     ["run"],
+    ["planning"],
     ["forgetting"],
     ["figures"],
     ["launch", "report"],
@@ -31,7 +32,7 @@ FLOORS = [
 METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
 BELOW = [  # torch is imported here
     *["deltas", "models", "arithmetic", "rows", "chat", "data", "references"],
-    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "evaluate", "worker"],
+    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "evaluate", "probe", "worker"],
 ]
 
 
