@@ -94,8 +94,13 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
     except (TypeError, ValueError) as error:
         raise InputError(f"train: TRL refuses these settings: {error}") from None
     if is_sharded(spec):
+        import deepspeed.ops
         from deepspeed import init_distributed
 
+        if not has_gpu:
+            # DeepSpeed would compile a kernel for inference between CPU ranks first, for a minute; where such a build was killed
+            # before, its lock stays, and every later run would wait for it forever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
         init_distributed(dist_backend="nccl" if has_gpu else "gloo")
     return args
