@@ -98,8 +98,8 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         from deepspeed import init_distributed
 
         if not has_gpu:
-            # DeepSpeed would compile a kernel for inference between CPU ranks first, for a minute; where such a build was killed
-            # before, its lock stays, and every later run would wait for it forever.
+            # DeepSpeed would first compile a kernel for inference between CPU ranks, for a minute; where such a build was
+            # killed, its lock stays, and every later run would wait for it forever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
         init_distributed(dist_backend="nccl" if has_gpu else "gloo")
