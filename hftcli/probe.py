@@ -20,7 +20,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.models import freeze_model, halve_frozen
 from hftcli.planning import find_arithmetic
 from hftcli.recipe import Recipe
-from hftcli.trainers import measure_optimizer_bytes
+from hftcli.trainers import has_bfloat16, measure_optimizer_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def check_budget(recipe: Recipe, path: str, budget: Budget) -> tuple[Budget, tup
     Returns:
         The budget, corrected, and the measurement with the budget that it belongs to: one process on this machine.
     """
-    mixed = recipe.train.bf16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    mixed = recipe.train.bf16 and has_bfloat16()
     work = replace(budget.work, arithmetic=find_arithmetic(mixed, 1))
     here = replace(budget, precision="mixed" if mixed else "float32", num_processes=1, reference=None, work=work)
     model = make_random_model(path, recipe.model.attn_implementation)
