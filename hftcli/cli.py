@@ -371,8 +371,8 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
 
     findings = doctor.check_packages()
     try:
-        from hftcli.models import describe_model
         from hftcli.machine import probe_machine
+        from hftcli.models import describe_model
 
         probe = probe_machine()
     except (ImportError, OSError) as error:

@@ -317,7 +317,7 @@ def suggest_launch(budget: Budget, rank_bytes: int) -> str:
     if budget.reference in ("shared", "full"):
         changes.append(("reference: precompute", replace(budget, reference="precompute")))
     if budget.work is not None:
-        fitted = replace(budget, work=replace(budget.work, num_sequences=1, checkpoint_every=1))
+        fitted = replace(budget, work=replace(budget.work, num_sequences=2 if budget.reference else 1, checkpoint_every=1))
         changes.append(("train.fit: auto, which takes a micro-batch and activation checkpointing that fit", fitted))
         budget = fitted
     if budget.num_processes > 1:

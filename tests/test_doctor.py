@@ -9,11 +9,26 @@ import pytest
 
 from hftcli import __version__, doctor
 from hftcli.doctor import Finding, HostReport, Probe
+from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
-from hftcli.freezing.roles import Parameter, Unit
+from hftcli.freezing.roles import Parameter, Unit, assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.hosts import Host
 from hftcli.recipe import LaunchSection, SlurmSection, load_recipe
+
+
+def make_llama(num_layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> list[Parameter]:
+    """The parameters of a Llama, untied."""
+    shapes = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
+    for index in range(num_layers):
+        layer = f"model.layers.{index}"
+        shapes |= {f"{layer}.self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
+        shapes |= {f"{layer}.self_attn.{name}_proj": (keys, hidden) for name in "kv"}
+        shapes |= {f"{layer}.mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj": (hidden, inner)}
+        shapes |= {f"{layer}.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    return [Parameter(f"{name}.weight", shape) for name, shape in shapes.items()]
+
 
 HOST = Host("worker-1", 8, "hosts:2")
 REPORT = HostReport(versions={"hft": "1", "torch": "2"}, num_gpus=8, device_bytes=80 * 10**9, sees_file=True)
@@ -134,6 +149,21 @@ def test_what_does_not_fit_comes_with_the_smallest_change_that_does(budget):
     assert doctor.suggest_launch(budget, 1) == "a smaller model"
     assert doctor.suggest_launch(replace(budget, reference="full"), 3500).startswith("reference: precompute")
     assert "cannot be seen from here" in doctor.check_memory(budget, None).message
+
+
+def test_a_smaller_micro_batch_is_proposed_where_activations_are_what_is_too_large():
+    units = assign_roles("llama", make_llama(num_layers=2, hidden=64, inner=128, keys=64, vocabulary=100))
+    budget = Budget(
+        make_plan(units, FreezeRule(), 0), precision="float32", num_processes=1, zero_stage=2,
+        network=Network("llama", units, 4), work=Workload(64, 512),
+    )  # fmt: skip
+    least = replace(budget, work=Workload(1, 512, checkpoint_every=1)).half.high_bytes
+    assert doctor.check_memory(budget, budget.half.high_bytes).status == "ok"
+    assert doctor.check_memory(budget, budget.half.total_bytes).status == "warning"
+    found = doctor.check_memory(budget, least)
+    assert found.status == "fault"
+    assert found.fix.startswith("train.fit: auto")
+    assert not doctor.suggest_launch(budget, least - 1).startswith("train.fit: auto")
 
 
 def test_memory_of_a_rank(monkeypatch):

@@ -267,16 +267,32 @@ def slurm(tmp_path, monkeypatch) -> Iterator[None]:
             daemon.wait()
 
 
-@pytest.mark.usefixtures("slurm")
-def test_a_job_of_slurm_runs_the_round(hft, settings, one_machine, tmp_path):
-    run = tmp_path / "run"
-    recipe = settings(SHORT | {"launch.slurm.gres": "none"})
-    job = hft("sft", "--output", run, "--num-processes", 2, "--slurm", "--submit", *recipe).stdout.strip()
-    deadline = time.monotonic() + 400
+def wait_for_job(job: str, run: Path) -> str:
+    """What a job printed, once it has come to a good end."""
+    deadline = time.monotonic() + 900
     while _run("squeue", "-h", "-j", job).stdout.strip():
         assert time.monotonic() < deadline, (run / f"slurm-{job}.log").read_text()
         time.sleep(1)
     log = (run / f"slurm-{job}.log").read_text()
     assert "JobState=COMPLETED" in _run("scontrol", "show", "job", job).stdout, log
+    return log
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_job_of_slurm_runs_the_round(hft, settings, one_machine, tmp_path):
+    run = tmp_path / "run"
+    recipe = settings(SHORT | {"launch.slurm.gres": "none"})
+    job = hft("sft", "--output", run, "--num-processes", 2, "--slurm", "--submit", *recipe).stdout.strip()
+    log = wait_for_job(job, run)
     assert losses(run) == losses(one_machine)
     assert "verified" in log
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_job_of_slurm_runs_round_after_round(hft, settings, tmp_path):
+    run = tmp_path / "run"
+    recipe = {"launch.slurm.gres": "none", "train.max_steps": 2, "eval.max_examples": 4}
+    shown = hft("continual", "--output", run, "--slurm", "--submit", *settings(recipe)).stdout
+    job = shown.splitlines()[-1]
+    wait_for_job(job, run)
+    assert len(list(run.glob("rounds/*/result.json"))) == len(list(run.glob("rounds/*/round.json"))) > 1
