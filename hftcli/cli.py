@@ -5,6 +5,8 @@ command opens a model or its data in this process.
 """
 
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +17,9 @@ from hftcli import __version__
 from hftcli.errors import HftError, InputError
 
 if TYPE_CHECKING:
+    from hftcli.doctor import Finding
     from hftcli.recipe import Objective, Recipe
+    from hftcli.run import Run
 
 app = typer.Typer(
     help="Fine-tune language models without making them forget, and see what they forgot.",
@@ -29,7 +33,10 @@ app = typer.Typer(
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder of the run.")]
-ProcessesOption = Annotated[int | None, typer.Option("--num-processes", help="Processes on this machine.")]
+ProcessesOption = Annotated[int | None, typer.Option("--num-processes", help="Processes on each machine.")]
+HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="The machines, in DeepSpeed's format, over ssh.")]
+SlurmOption = Annotated[bool, typer.Option("--slurm", help="Write the batch script of the run, to be queued with sbatch.")]
+SubmitOption = Annotated[bool, typer.Option("--submit", help="With --slurm: queue it.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Prepare and check, print the launch command, stop.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -55,10 +62,14 @@ def sft(
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Supervised fine-tuning; with no recipe, the built-in quick start."""
-    _run_single(_load_recipe(recipe, overrides, output, num_processes, "sft"), dry_run)
+    extra = [*(overrides or ()), *_place_run(hostfile, slurm, submit, dry_run)]
+    _run_single(_load_recipe(recipe, extra, output, num_processes, "sft"), dry_run, slurm, submit)
 
 
 @app.command()
@@ -67,10 +78,14 @@ def dpo(
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Direct preference optimization; with no recipe, the built-in quick start."""
-    _run_single(_load_recipe(recipe, overrides, output, num_processes, "dpo"), dry_run)
+    extra = [*(overrides or ()), *_place_run(hostfile, slurm, submit, dry_run)]
+    _run_single(_load_recipe(recipe, extra, output, num_processes, "dpo"), dry_run, slurm, submit)
 
 
 @app.command()
@@ -83,6 +98,9 @@ def continual(
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
@@ -91,14 +109,12 @@ def continual(
 
     given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
     given += [f"continual.order={json.dumps(order)}"] if order else []
-    resolved = _load_recipe(
-        recipe or _find_task_recipe(tasks), [*given, *(overrides or ())], output, num_processes, "continual"
-    )
-    run = runners.prepare_continual(resolved)
+    given += [*(overrides or ()), *_place_run(hostfile, slurm, submit, dry_run)]
+    resolved = _load_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, "continual")
+    run = runners.prepare_continual(_check_place(resolved, dry_run, slurm))
     print(format_report(run.read_manifest().sequence))
-    if dry_run:
-        for round_ in run.rounds:
-            print(runners.describe_launch(round_))
+    if dry_run or slurm:
+        _print_launch(run, "continual", dry_run, slurm, submit)
         return
     with report.show_progress() as on_progress:
         matrix = runners.finish_continual(run, on_progress)
@@ -251,6 +267,26 @@ def reset(
     report.print_merge(arithmetic.reset_half(_fetch(base), _fetch(tuned), rule, output), output)
 
 
+@app.command()
+def doctor(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."""
+    from hftcli import report
+
+    extra = [*(overrides or ()), *_place_run(hostfile)]
+    resolved = _load_recipe(recipe, extra, output, num_processes) if recipe or extra or num_processes else None
+    findings = _examine(resolved, is_model_given=recipe is not None)
+    report.print_findings(findings, as_json)
+    if any(finding.status == "fault" for finding in findings):
+        raise typer.Exit(2)
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -280,12 +316,90 @@ def _fetch(path: str) -> Path:
     return fetch_checkpoint(resolve_start(path).path)
 
 
-def _run_single(recipe: "Recipe", dry_run: bool) -> None:
+def _place_run(hostfile: Path | None, slurm: bool = False, submit: bool = False, dry_run: bool = False) -> list[str]:
+    """Where a run is to be, as overrides of its recipe."""
+    if submit and (dry_run or not slurm):
+        raise InputError("--submit queues the script that --slurm writes", "give it with --slurm, and without --dry-run")
+    return [f"launch.hostfile={json.dumps(str(hostfile))}"] if hostfile else []
+
+
+def _check_place(recipe: "Recipe", dry_run: bool, use_slurm: bool) -> "Recipe":
+    """The recipe with Slurm's section where it is asked for; without an allocation, nothing is begun that needs one."""
+    from hftcli import slurm
+
+    if use_slurm:
+        return slurm.add_section(recipe)
+    if not dry_run:
+        slurm.check_allocation(recipe.launch, os.environ)
+    return recipe
+
+
+def _run_single(recipe: "Recipe", dry_run: bool, use_slurm: bool, submit: bool) -> None:
     from hftcli import report, runners
 
-    if dry_run:
-        print(runners.describe_launch(runners.prepare_single(recipe)[1]))
+    recipe = _check_place(recipe, dry_run, use_slurm)
+    if dry_run or use_slurm:
+        _print_launch(runners.prepare_single(recipe)[0], recipe.objective, dry_run, use_slurm, submit)
         return
     with report.show_progress() as on_progress:
         run = runners.run_single(recipe, on_progress)
     report.print_run(run)
+
+
+def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, submit: bool) -> None:
+    """Show what would run a prepared run's rounds, or write the batch script and queue it."""
+    from hftcli import runners, slurm
+
+    if use_slurm:
+        script = slurm.write_script(run, command, run.rounds[0].read_spec().launch)
+        if dry_run:
+            print(f"# {script}\n{script.read_text(encoding='utf-8')}")
+        elif submit:
+            print(slurm.submit(script))
+        else:
+            print(f"sbatch {shlex.quote(str(script))}")
+    if dry_run:
+        for round_ in run.rounds:
+            print(runners.describe_launch(round_))
+
+
+def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
+    """Every check that can be made; one that fails does not keep the others from being made."""
+    from hftcli import doctor, launch, runners
+    from hftcli.doctor import Finding
+    from hftcli.hosts import read_hostfile
+
+    findings = doctor.check_packages()
+    try:
+        from hftcli.machine import probe_machine
+        from hftcli.models import describe_model
+
+        probe = probe_machine()
+    except (ImportError, OSError) as error:
+        return [*findings, Finding("torch", "fault", f"does not load: {error}", "install hft and what it needs again")]
+    findings += [*doctor.check_devices(probe, recipe), doctor.check_ops(probe)]
+    if recipe is None:
+        return findings
+    try:
+        resolved = launch.resolve_launch(recipe.launch)
+    except InputError as error:
+        return [*findings, Finding("launch", "fault", error.message, error.fix)]
+    findings += (launchers := doctor.check_launcher(resolved))
+    reports = []
+    if resolved.hostfile and all(finding.status == "ok" for finding in launchers):
+        folder = doctor.find_existing(Path(recipe.output))
+        found, reports = doctor.check_hosts(read_hostfile(resolved.hostfile), resolved.num_processes, folder)
+        findings += found
+    if not is_model_given:
+        return findings
+    try:
+        start = runners.resolve_start(recipe.model.path)
+        described = describe_model(start.path)
+        budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
+    except InputError as error:
+        return [*findings, Finding("model", "fault", error.message, error.fix)]
+    return [
+        *findings,
+        doctor.check_disk(recipe, Path(start.path), budget.plan.num_parameters),
+        doctor.check_memory(budget, doctor.share_memory(resolved, reports)),
+    ]

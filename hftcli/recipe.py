@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from hftcli.errors import RecipeError
@@ -159,14 +159,62 @@ class DpoSection(Section):
     and `aot_unpaired`."""
 
 
+def _refuse_sexagesimal(value: Any) -> Any:
+    """YAML 1.1 reads 8:00:00 as the number 28800, which sbatch would take for minutes."""
+    if isinstance(value, int):
+        raise ValueError("write it in quotes, such as '8:00:00', since YAML reads a time as a number")
+    return value
+
+
+SlurmWord = Annotated[str, Field(pattern=r"^\S+$")]
+
+
+class SlurmSection(Section):
+    """What the batch script of `--slurm` asks of Slurm. Nodes and processes are those of `launch`."""
+
+    partition: SlurmWord | None = None
+    """Partition to run in; null takes the site's own choice."""
+
+    account: SlurmWord | None = None
+    """Account to charge; null takes the user's own."""
+
+    time: Annotated[SlurmWord | None, BeforeValidator(_refuse_sexagesimal)] = None
+    """Time limit, as sbatch takes it (`8:00:00`, `2-00:00:00`); null takes the partition's."""
+
+    gres: SlurmWord | None = None
+    """Devices of each node, as sbatch's `--gres` takes them; null asks for `gpu:N`, one for each process, and `none` for CPU
+    ranks."""
+
+    signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 300
+    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again."""
+
+    options: tuple[Annotated[str, Field(pattern=r"^-.*$")], ...] = ()
+    """Other options of sbatch, each as on its command line: `--qos=long`."""
+
+
 class LaunchSection(Section):
     num_processes: Annotated[int, Field(ge=1)] | None = None
-    """Processes on this machine: one per GPU, or CPU ranks where there is none; null takes every visible GPU, or one
-    process."""
+    """Processes on each machine: one per GPU, or CPU ranks where there is none; null takes the hostfile's slots, or every
+    visible GPU, or one process."""
+
+    num_nodes: Annotated[int, Field(ge=1)] | None = None
+    """Machines: those that Slurm gives, or on which `torchrun` starts a prepared round by hand; null takes the hostfile's, or
+    one."""
+
+    hostfile: str | None = None
+    """The machines, in DeepSpeed's format (`host slots=8`), each reached over ssh from this one; null runs on this machine."""
+
+    slurm: SlurmSection | None = None
+    """Launch with Slurm's srun. `--slurm` fills it in where it is not given, and writes the batch script."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights. 0
     shards nothing, and is for float32 only."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes on all machines, once `num_processes` and `num_nodes` are resolved."""
+        return (self.num_processes or 1) * (self.num_nodes or 1)
 
 
 class PairsSection(Section):

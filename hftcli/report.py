@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hftcli.doctor import Finding
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, MeasuredStep, Memory
@@ -315,6 +316,22 @@ def _memory_parts(memory: Memory) -> dict[str, int]:
 def _flops_parts(step: tuple[Activations, Flops] | None) -> dict[str, float] | None:
     """By kind; None where they are not counted."""
     return step and {**asdict(step[1]), "total": step[1].total}
+
+
+def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
+    """What the doctor found, a line each, with its fix below."""
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    styles = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        console.print(
+            Text.assemble((f"{finding.status:8}", styles[finding.status]), f"{finding.check:{width}}  {finding.message}")
+        )
+        if finding.fix:
+            console.print(Text(f"{'':8}{'':{width}}  fix: {finding.fix}"))
 
 
 def print_data(summary: DataReport, samples: Mapping[str, list[tuple[str, bool]]], as_json: bool) -> None:

@@ -4,6 +4,7 @@
       recipe.yaml             the recipe, resolved
       manifest.json           Manifest: what a stranger needs to repeat the run
       forgetting.json         ForgettingMatrix: scores after every round of a continual run
+      job.sh                  the batch script of `--slurm`
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
         freeze_plan.json        FreezePlan: which parameters train
@@ -95,7 +96,7 @@ class RoundSpec(Section):
     train: TrainSection
     """The trainer's settings."""
     launch: LaunchSection
-    """Processes and sharding, `num_processes` resolved."""
+    """Processes and sharding, `num_processes` and `num_nodes` resolved."""
     checkpoint: CheckpointSection = CheckpointSection()
     """How the outcome is kept."""
     scoring: Scoring = Scoring()
@@ -120,14 +121,14 @@ class RoundSpec(Section):
         Raises:
             InputError: the global batch does not divide.
         """
-        if self.train.fit == "auto" and self.train.global_batch_size % self.launch.num_processes == 0:
-            return self.train.global_batch_size // self.launch.num_processes  # the most: the worker chooses the micro-batch
-        batch = self.train.per_device_train_batch_size * self.launch.num_processes
+        if self.train.fit == "auto" and self.train.global_batch_size % self.launch.num_ranks == 0:
+            return self.train.global_batch_size // self.launch.num_ranks  # the most: the worker chooses the micro-batch
+        batch = self.train.per_device_train_batch_size * self.launch.num_ranks
         if self.train.global_batch_size % batch:
             raise InputError(
                 f"train.global_batch_size is {self.train.global_batch_size}, not a multiple of "
                 f"train.per_device_train_batch_size x processes = {self.train.per_device_train_batch_size} x "
-                f"{self.launch.num_processes} = {batch}",
+                f"{self.launch.num_ranks} = {batch}",
                 "change one of the three so that it divides",
             )
         return self.train.global_batch_size // batch
@@ -485,6 +486,7 @@ class Run:
     manifest_path = property(lambda self: self.folder / "manifest.json")
     matrix_path = property(lambda self: self.folder / "forgetting.json")
     figures = property(lambda self: self.folder / "figures")
+    script_path = property(lambda self: self.folder / "job.sh")
 
     @property
     def rounds(self) -> list[Round]:

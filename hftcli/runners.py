@@ -1,8 +1,10 @@
 """From a recipe to a finished run: rounds are prepared as files, launched one after another, and read back."""
 
 import json
+import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hftcli import __version__
+from hftcli.cluster import describe_nodes, make_nodes
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.figures import draw_matrix
 from hftcli.forgetting import ForgettingMatrix
@@ -18,9 +21,10 @@ from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
-from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
+from hftcli.hosts import collect_environment
+from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
 from hftcli.planning import apply_fit, choose_fit, make_budget
-from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Recipe
+from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_sequence
 from hftcli.tasks.check import check_sequence
@@ -180,7 +184,7 @@ def make_pairs_section(recipe: Recipe) -> DataSection | None:
 
 def check_reference(spec: RoundSpec) -> None:
     """Raises: InputError: the launch cannot carry the reference."""
-    if spec.reference == "shared" and spec.launch.num_processes > 1 and spec.launch.zero_stage == 3:
+    if spec.reference == "shared" and spec.launch.num_ranks > 1 and spec.launch.zero_stage == 3:
         raise InputError(
             "reference: shared lays the trained half as it was into whole parameters, and under launch.zero_stage 3 each "
             "process holds only pieces of them",
@@ -190,7 +194,7 @@ def check_reference(spec: RoundSpec) -> None:
 
 def check_method(spec: RoundSpec) -> None:
     """Raises: InputError: the launch cannot carry one of the methods."""
-    num_processes, zero_stage = spec.launch.num_processes, spec.launch.zero_stage
+    num_processes, zero_stage = spec.launch.num_ranks, spec.launch.zero_stage
     for name in spec.method.names:
         if name in ("gem", "agem") and num_processes > 1:
             raise InputError(
@@ -259,7 +263,7 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     """
     units = assign_roles(model_type, parameters)
     plan = make_plan(units, recipe.freeze, start.num_rounds)
-    num_processes = recipe.launch.num_processes or max(count_gpus(), 1)
+    num_processes = count_ranks(recipe.launch)
     network = Network(model_type, units, num_heads)
     budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)
     if recipe.train.fit is None or recipe.train.memory_bytes is None:
@@ -280,10 +284,25 @@ def make_manifest(parent: str | None) -> Manifest:
 
 
 def describe_launch(round_: Round) -> str:
-    """The command that would run a prepared round, as one would type it."""
-    launch = round_.read_spec().launch
-    environment = [f"{key}={value}" for key, value in worker_environment(launch).items()]
-    return " ".join([*environment, *worker_command(round_.folder, launch, find_free_port())])
+    """The command that would run a prepared round, on every host of a hostfile, as one would type it.
+
+    Raises:
+        InputError: a faulty hostfile or `.deepspeed_env`, or several machines with no way to reach them.
+    """
+    launch, environment = round_.read_spec().launch, worker_environment(round_.read_spec().launch)
+    if launch.hostfile:
+        nodes = make_nodes(round_.folder, launch, find_free_port(), collect_environment({**os.environ, **environment}))
+        return describe_nodes(nodes)
+    if launch.num_nodes > 1 and not launch.slurm:
+        return f"# on each of the {launch.num_nodes} machines\n{_describe_torchrun(round_, launch)}"
+    assignments = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
+    return " ".join([*assignments, shlex.join(worker_command(round_.folder, launch, find_free_port()))])
+
+
+def _describe_torchrun(round_: Round, launch: LaunchSection) -> str:
+    options = f"--nnodes {launch.num_nodes} --nproc_per_node {launch.num_processes}"
+    place = "--node_rank NODE_RANK --master_addr MASTER_ADDR --master_port MASTER_PORT"
+    return f"torchrun {options} {place} -m hftcli.worker {shlex.quote(str(round_.folder))}"
 
 
 def _make_absolute(path: str) -> str:

@@ -44,15 +44,21 @@ def has_bfloat16() -> bool:
 
 def is_sharded(spec: RoundSpec) -> bool:
     """Whether DeepSpeed holds the model."""
-    return spec.launch.num_processes > 1
+    return spec.launch.num_ranks > 1
 
 
 def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOConfig:
     """Translate a round's spec for TRL. With several processes, this is where they join.
 
     Raises:
-        InputError: a value under `train` that TRL does not take.
+        InputError: a value under `train` that TRL does not take, or another number of ranks than the round is prepared for.
     """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks != spec.launch.num_ranks:  # started by hand: the global batch would be another one
+        raise InputError(
+            f"{folder} is prepared for {spec.launch.num_ranks} ranks, and {num_ranks} were started",
+            "start as many, or prepare it again with another launch.num_processes or launch.num_nodes",
+        )
     has_gpu = torch.cuda.is_available()
     values: dict[str, Any] = {
         **spec.train.model_dump(exclude=SPENT_KEYS),

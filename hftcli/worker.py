@@ -274,7 +274,7 @@ def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[Roun
         # All ranks must choose alike, so the smallest device of the machine counts, and nothing that changes.
         devices = range(torch.cuda.device_count())
         memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
-    budget = make_budget(spec, network, plan, spec.launch.num_processes, is_mixed(spec))
+    budget = make_budget(spec, network, plan, spec.launch.num_ranks, is_mixed(spec))
     fit = choose_fit(spec, budget, memory_bytes)
     return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
 

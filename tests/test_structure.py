@@ -25,14 +25,19 @@ FLOORS = [
     ["planning"],
     ["forgetting"],
     ["figures"],
-    ["launch", "report"],
+    ["hosts"],
+    ["slurm"],
+    ["launch"],
+    ["cluster"],
+    ["doctor"],
+    ["report"],
     ["runners"],
     ["cli"],
 ]
 METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
 BELOW = [  # torch is imported here
     *["deltas", "models", "arithmetic", "rows", "chat", "data", "references"],
-    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "evaluate", "probe", "worker"],
+    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "evaluate", "probe", "machine", "worker"],
 ]
 
 
