@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 import torch
 
 from hftcli.doctor import Probe
+from hftcli.trainers import has_bfloat16
 
 
 def probe_machine() -> Probe:
@@ -14,7 +15,7 @@ def probe_machine() -> Probe:
     return Probe(
         cuda=torch.version.cuda,
         num_devices=torch.cuda.device_count() if has_gpu else 0,
-        has_bfloat16=has_gpu and torch.cuda.is_bf16_supported(),
+        has_bfloat16=has_bfloat16(),
         ops=probe_ops(),
     )
 
