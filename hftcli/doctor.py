@@ -120,7 +120,8 @@ def check_devices(probe: Probe, recipe: Recipe | None) -> list[Finding]:
     """GPUs that the driver lists, against those that torch can use."""
     listed = count_gpus()
     if listed == 0:
-        return [Finding("devices", "ok", f"no GPU: CPU ranks in float32, {os.cpu_count()} cores")]
+        precision = "bfloat16" if probe.has_bfloat16 else "float32"
+        return [Finding("devices", "ok", f"no GPU: CPU ranks, {precision} at most, {os.cpu_count()} cores")]
     if probe.cuda is None:
         message = f"{listed} GPUs, but this torch is a CPU build"
         return [Finding("devices", "fault", message, "install the CUDA build of torch (https://pytorch.org)")]
