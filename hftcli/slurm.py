@@ -42,10 +42,12 @@ cd {folder} || exit
 
 # Slurm signals this shell alone; `wait` returns at each signal, and the run is still writing its checkpoint then.
 front=
-trap 'signalled=1; [ -z "$front" ] || kill -USR1 "$front"' USR1
-trap 'signalled=1; [ -z "$front" ] || kill -TERM "$front"' TERM
+early=
+trap 'signalled=1; early=USR1; [ -z "$front" ] || kill -USR1 "$front"' USR1
+trap 'signalled=1; early=TERM; [ -z "$front" ] || kill -TERM "$front"' TERM
 {command} &
 front=$!
+[ -z "$early" ] || kill -"$early" "$front"
 signalled=1
 while [ -n "$signalled" ]; do
     signalled=
