@@ -132,10 +132,20 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
     """Load the start and freeze what the plan freezes, before any optimizer can exist.
 
     Args:
-        mixed: compute in bfloat16: what is frozen is held in bfloat16, what trains in float32.
+        mixed: compute in bfloat16: what is frozen is held in bfloat16 where it comes in it, what trains in float32.
         sharded: DeepSpeed holds the model and makes the float32 masters itself.
+
+    Raises:
+        ModelError: the frozen half would be rounded.
     """
     start_dtype = read_start_dtype(section, folder)
+    keeps_bits = start_dtype == torch.bfloat16 or not plan.frozen
+    if mixed and sharded and not keeps_bits:
+        raise ModelError(
+            f"{folder} has {str(start_dtype).removeprefix('torch.')} weights, and DeepSpeed in bfloat16 holds the frozen half "
+            "in bfloat16, which would round it",
+            "set model.dtype: bfloat16, which rounds the start once, before the round, or train.bf16: false",
+        )
     held_dtype = torch.bfloat16 if mixed and sharded else torch.float32
     model = load_weights(folder, held_dtype, section.attn_implementation)
     model.config.dtype = start_dtype
@@ -144,7 +154,7 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         values = parameter.ds_tensor if is_partitioned(parameter) else parameter
         if start_dtype != held_dtype:
             values.data = values.data.to(start_dtype).to(held_dtype)
-    if mixed and not sharded:
+    if mixed and not sharded and keeps_bits:
         halve_frozen(model)
     head = model.get_output_embeddings().weight
     if is_partitioned(head):

@@ -8,9 +8,15 @@ from hftcli.trainers import has_bfloat16
 pytestmark = pytest.mark.skipif(not has_bfloat16(), reason="neither a GPU nor this processor has bfloat16")
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_round_in_bfloat16_keeps_the_frozen_half_and_moves_the_other(hft, settings, tmp_path, share):
-    change = {"train.bf16": "true", "train.max_steps": 10, "model.dtype": "bfloat16", "freeze.trainable_fraction": share}
+@pytest.mark.parametrize(("share", "dtype"), [(0.5, "bfloat16"), (0.5, "float32"), (1.0, "bfloat16")])
+def test_a_round_in_bfloat16_keeps_the_frozen_half_and_moves_the_other(hft, settings, tmp_path, share, dtype):
+    change = {
+        "train.bf16": "true",
+        "train.max_steps": 5,
+        "eval.tasks": "[]",
+        "model.dtype": dtype,
+        "freeze.trainable_fraction": share,
+    }
     hft("sft", "--output", tmp_path / "run", *settings(change))
     result = Round(tmp_path / "run" / "rounds" / "00-sft").read_result()
     assert result.precision == "bfloat16"
@@ -19,3 +25,10 @@ def test_a_round_in_bfloat16_keeps_the_frozen_half_and_moves_the_other(hft, sett
     plan = Round(tmp_path / "run" / "rounds" / "00-sft").read_plan()
     assert result.gradient_bytes == 4 * plan.num_trainable
     assert result.optimizer_bytes == 8 * plan.num_trainable
+
+
+def test_deepspeed_may_not_round_the_frozen_half(hft, settings, tmp_path):
+    change = {"train.bf16": "true", "train.per_device_train_batch_size": 16, "model.dtype": "float32"}
+    error = hft("sft", "--output", tmp_path / "run", "--num-processes", 2, *settings(change), code=2).stderr
+    assert "DeepSpeed in bfloat16 holds the frozen half in bfloat16" in error
+    assert "model.dtype: bfloat16" in error
