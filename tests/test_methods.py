@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +22,7 @@ from hftcli.methods import make_methods
 from hftcli.methods.agem import project_on_plane
 from hftcli.methods.ewc import Ewc, QuadraticPenalty, sum_squared_gradients
 from hftcli.methods.gem import project_on_cone, solve_dual
-from hftcli.methods.lora import read_adapter
+from hftcli.methods.lora import read_adapter, write_adapter
 from hftcli.methods.method import draw_rows
 from hftcli.methods.olora import measure_overlap
 from hftcli.methods.replay import order_passes
@@ -319,6 +319,41 @@ def test_adapters_train_the_matrices_of_the_layers_that_the_plan_trains():
         narrow_plan(plan, units, ("query",))
 
 
+def halve(folder: Path) -> Path:
+    """The embedded model in bfloat16."""
+    AutoModelForCausalLM.from_pretrained(START, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(START).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_goes_on_in_float32_beside_weights_in_bfloat16(tmp_path):
+    start, earlier = halve(tmp_path / "start"), Round(tmp_path / "00-a")
+    spec = make_spec({"lora": {}}, (("a", earlier.folder),)).model_copy(update={"model": ModelSection(path=str(start))})
+    described = describe_model(str(start))
+    units = assign_roles(described.model_type, described.parameters)
+    (method,) = make_methods(spec)
+    plan = method.narrow_plan(make_plan(units, spec.freeze, 1), units)
+    name = plan.trained[0].removesuffix(".weight")
+    num_outputs, num_inputs = next(one.shape for unit in units for one in unit.parameters if one.name == plan.trained[0])
+    adapter = {name: (torch.randn(8, num_inputs), torch.randn(num_outputs, 8))}
+    earlier.folder.mkdir()
+    write_model(earlier.spec_path, spec)
+    write_adapter(adapter, LoraConfig(r=8), start, earlier.adapter)
+    model = load_model(spec.model, start, plan, mixed=True, sharded=False)
+    method.prepare_model(model, plan, start, mixed=True, sharded=False)
+    layer = method.layers[name]
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    for part, expected in zip((layer.lora_A, layer.lora_B), adapter[name], strict=True):
+        assert torch.equal(part["default"].weight, expected)
+        assert part["default"].weight.requires_grad
+    adapted = {f"{name}.weight" for name in method.layers}
+    assert adapted == set(plan.trained)
+    assert {".".join(name.split(".")[-3:]) for name, value in model.named_parameters() if value.requires_grad} == {
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+    }
+
+
 # In the trainer
 
 
@@ -438,13 +473,6 @@ def test_ewc_adds_up_what_the_rounds_measure(tmp_path, processes):
 def test_rounds_with_a_method_are_verified(tmp_path, method):
     rounds = run_rounds(tmp_path, method)
     assert all(round_.read_result().num_steps >= 4 for round_ in rounds)
-
-
-def halve(folder: Path) -> Path:
-    """The embedded model in bfloat16."""
-    AutoModelForCausalLM.from_pretrained(START, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(START).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow
