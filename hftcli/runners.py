@@ -120,8 +120,8 @@ def prepare_continual(recipe: Recipe) -> Run:
                 temperature=temperature,
             ),
         )
-        spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         check_method(spec)
+        spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         specs.append(spec)
     manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
     run.claim(recipe, manifest)
