@@ -26,7 +26,7 @@ from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_lau
 from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
-from hftcli.tasks import check_tasks, find_sequence
+from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence
 from hftcli.tasks.check import check_sequence
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -120,8 +120,8 @@ def prepare_continual(recipe: Recipe) -> Run:
                 temperature=temperature,
             ),
         )
-        spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         check_method(spec)
+        spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         specs.append(spec)
     manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
     run.claim(recipe, manifest)
@@ -193,7 +193,10 @@ def check_reference(spec: RoundSpec) -> None:
 
 
 def check_method(spec: RoundSpec) -> None:
-    """Raises: InputError: the launch cannot carry one of the methods."""
+    """Raises: InputError: the launch cannot carry one of the methods, or the rows that one needs are not there."""
+    if spec.method.replay and spec.method.replay.extra:
+        find_benchmark(spec.method.replay.extra, "method.replay.extra")
+        find_rows(spec.method.replay.extra, spec.data.root, "train")
     num_processes, zero_stage = spec.launch.num_ranks, spec.launch.zero_stage
     for name in spec.method.names:
         if name in ("gem", "agem") and num_processes > 1:

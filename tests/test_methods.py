@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,19 +17,21 @@ from hftcli.data import TOKEN_FEATURES
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan, narrow_plan
+from hftcli.launch import launch_round
 from hftcli.methods import make_methods
 from hftcli.methods.agem import project_on_plane
 from hftcli.methods.ewc import Ewc, QuadraticPenalty, sum_squared_gradients
 from hftcli.methods.gem import project_on_cone, solve_dual
-from hftcli.methods.lora import read_adapter
+from hftcli.methods.lora import read_adapter, write_adapter
 from hftcli.methods.method import draw_rows
 from hftcli.methods.olora import measure_overlap
 from hftcli.methods.replay import order_passes
 from hftcli.models import describe_model, load_model, verify_checkpoint
 from hftcli.recipe import PACKAGE, DataSection, EwcSection, LaunchSection, MethodSection, ModelSection, TrainSection
-from hftcli.run import EarlierRound, Round, RoundSpec
+from hftcli.run import EarlierRound, Round, RoundSpec, write_model
 from hftcli.runners import check_method
 from hftcli.trainers import TaskTrainer, make_training_arguments
+from hftcli.worker import run_round
 
 START = PACKAGE / "tinyworld" / "model"
 
@@ -317,6 +319,41 @@ def test_adapters_train_the_matrices_of_the_layers_that_the_plan_trains():
         narrow_plan(plan, units, ("query",))
 
 
+def halve(folder: Path) -> Path:
+    """The embedded model in bfloat16."""
+    AutoModelForCausalLM.from_pretrained(START, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(START).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_goes_on_in_float32_beside_weights_in_bfloat16(tmp_path):
+    start, earlier = halve(tmp_path / "start"), Round(tmp_path / "00-a")
+    spec = make_spec({"lora": {}}, (("a", earlier.folder),)).model_copy(update={"model": ModelSection(path=str(start))})
+    described = describe_model(str(start))
+    units = assign_roles(described.model_type, described.parameters)
+    (method,) = make_methods(spec)
+    plan = method.narrow_plan(make_plan(units, spec.freeze, 1), units)
+    name = plan.trained[0].removesuffix(".weight")
+    num_outputs, num_inputs = next(one.shape for unit in units for one in unit.parameters if one.name == plan.trained[0])
+    adapter = {name: (torch.randn(8, num_inputs), torch.randn(num_outputs, 8))}
+    earlier.folder.mkdir()
+    write_model(earlier.spec_path, spec)
+    write_adapter(adapter, LoraConfig(r=8), start, earlier.adapter)
+    model = load_model(spec.model, start, plan, mixed=True, sharded=False)
+    method.prepare_model(model, plan, start, mixed=True, sharded=False)
+    layer = method.layers[name]
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    for part, expected in zip((layer.lora_A, layer.lora_B), adapter[name], strict=True):
+        assert torch.equal(part["default"].weight, expected)
+        assert part["default"].weight.requires_grad
+    adapted = {f"{name}.weight" for name in method.layers}
+    assert adapted == set(plan.trained)
+    assert {".".join(name.split(".")[-3:]) for name, value in model.named_parameters() if value.requires_grad} == {
+        "lora_A.default.weight",
+        "lora_B.default.weight",
+    }
+
+
 # In the trainer
 
 
@@ -394,13 +431,10 @@ def test_the_penalty_counts_once_in_a_step_however_it_is_accumulated(tmp_path):
 # In rounds
 
 
-def run_rounds(folder: Path, method: dict, start: Path = START, num_rounds: int = 2, **launch: object) -> list[Round]:
-    """Short rounds on the embedded sequence, one after another."""
-    from hftcli.launch import launch_round
-    from hftcli.run import write_model
-
-    tasks = ["tinyworld/newcomers", "tinyworld/topic", "tinyworld/reverse"][:num_rounds]
-    rounds = [Round(folder / f"{place:02d}") for place in range(num_rounds)]
+def run_rounds(folder: Path, method: dict, start: Path = START, **launch: object) -> list[Round]:
+    """Two short rounds on the embedded sequence, one from the other."""
+    tasks = ["tinyworld/newcomers", "tinyworld/topic"]
+    rounds = [Round(folder / f"{place:02d}") for place in range(2)]
     for place, round_ in enumerate(rounds):
         spec = RoundSpec(
             objective="sft", index=place, data=DataSection(max_length=64, max_examples=64), task=tasks[place],
@@ -411,7 +445,11 @@ def run_rounds(folder: Path, method: dict, start: Path = START, num_rounds: int 
         )  # fmt: skip
         round_.folder.mkdir(parents=True)
         write_model(round_.spec_path, spec)
-        assert launch_round(round_, spec.launch, lambda progress: None).verification.passed
+        if spec.launch.num_processes == 1:
+            run_round(round_)
+        else:
+            launch_round(round_, spec.launch, lambda progress: None)
+        assert round_.read_result().verification.passed
     return rounds
 
 
@@ -437,19 +475,12 @@ def test_rounds_with_a_method_are_verified(tmp_path, method):
     assert all(round_.read_result().num_steps >= 4 for round_ in rounds)
 
 
-def halve(folder: Path) -> Path:
-    """The embedded model in bfloat16."""
-    AutoModelForCausalLM.from_pretrained(START, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(START).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_adapter_goes_through_all_rounds(tmp_path, processes):
     """In bfloat16: what trains is the first start plus one product, what is frozen keeps its bytes, adapters and all."""
     start = halve(tmp_path / "start")
-    rounds = run_rounds(tmp_path, {"lora": {}}, start, 3, num_processes=processes, zero_stage=2)
+    rounds = run_rounds(tmp_path, {"lora": {}}, start, num_processes=processes, zero_stage=2)
     base = load_file(start / "model.safetensors")
     seen = set()
     for place, round_ in enumerate(rounds):
@@ -462,8 +493,8 @@ def test_one_adapter_goes_through_all_rounds(tmp_path, processes):
         previous = rounds[place - 1].checkpoint if place else start
         assert verify_checkpoint(previous, round_.checkpoint, round_.read_plan(), {}).violations == ()
     # An adapter that is met again went on from where it was.
-    last, before = (read_adapter(round_.adapter) for round_ in (rounds[2], rounds[1]))
-    again = {name.removesuffix(".weight") for name in rounds[2].read_plan().trained} & before.keys()
+    before, last = (read_adapter(round_.adapter) for round_ in rounds)
+    again = {name.removesuffix(".weight") for name in rounds[1].read_plan().trained} & before.keys()
     assert again
     for name in again:
         assert (last[name][0] - before[name][0]).norm() < 0.5 * before[name][0].norm()

@@ -68,10 +68,10 @@ class Lora(Method):
         for name, layer in self.layers.items():
             for place, part in enumerate((layer.lora_A, layer.lora_B)):
                 weight = part[ADAPTER].weight
+                if not sharded:
+                    weight.data = weight.data.float()  # the master; DeepSpeed makes it by itself, out of what it is given
                 if name in self.last:
                     weight.data.copy_(self.last[name][place])
-                if not sharded:
-                    weight.data = weight.data.float()  # the masters, which DeepSpeed makes by itself
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Save the adapters, merge them, and leave the model as if there had been none."""
