@@ -411,6 +411,9 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
         return
     console = Console()
     for name, rows, unit in kinds:
+        if name == "lenient" and rows == matrix.scores:
+            console.print("lenient scores: the same", highlight=False)
+            continue
         console.print(f"{name} scores, {unit.name}; bold after its own round, dim before it:", highlight=False, soft_wrap=True)
         _print_whole(_make_matrix_table(matrix, rows, unit))
         _print_whole(_make_task_table(metrics[name].per_task, unit))

@@ -278,6 +278,7 @@ def test_metrics_are_shown_with_their_definitions(tmp_path):
     text = report(write(tmp_path, {"tasks": TASKS, "scores": ROWS, "lenient": ROWS}), num_columns=200)
     line = next(line for line in text.splitlines() if "Backward transfer" in line).replace("│", " ").split()
     assert line[:3] == ["bwt", "-7.5", "-7.5"]
+    assert "lenient scores: the same" in text
     assert " ".join(line[3:]) == "Backward transfer: mean over i < T of R[T][i] - R[i][i]"
 
 
