@@ -21,7 +21,7 @@ FLOORS = [
     ["tasks.tinyworld", "tasks.trace", "tasks.standard"],
     ["tasks"],
     ["tasks.check"],
-    ["run"],
+    ["run", "statistics"],
     ["planning"],
     ["forgetting"],
     ["figures"],
