@@ -287,6 +287,53 @@ def doctor(
         raise typer.Exit(2)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs.")] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", metavar="KEY=V1,V2,...", help="Run the recipe with each of these values.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Run each setting with so many seeds.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the runs of --recipe, and of their figure.")
+    ] = None,
+    learned: Annotated[
+        list[str] | None, typer.Option("--learned", metavar="TASK", help="A task that measures what was learned.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw learning against forgetting: .svg or .png.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Learning against forgetting: methods at equal learning, over learning rates and seeds.
+
+    Takes finished runs, or a recipe with what to vary: then runs what is missing, and goes on where it stopped.
+    """
+    from hftcli import report, runners
+    from hftcli.comparison import compare_runs, make_grid
+    from hftcli.figures import check_figure_path, draw_frontier
+
+    if recipe is None and (vary or overrides or output):
+        raise InputError("hft compare takes --vary, --set and --output with --recipe only", "name a recipe, or only runs")
+    if figure:
+        check_figure_path(figure)
+    folders = list(runs or ())
+    if recipe is not None:
+        output = output or Path("runs") / f"compare-{Path(recipe).stem}"
+        grid = make_grid(recipe, overrides or (), vary or (), seeds, output)
+        with report.show_progress() as on_progress:
+            for index, resolved in enumerate(grid, start=1):
+                print(f"run {index} of {len(grid)}: {resolved.output}", file=sys.stderr)
+                folders.append(runners.run_recipe(resolved, on_progress).folder)
+        figure = figure or output / "frontier.svg"
+    comparison = compare_runs(folders, learned or ())
+    if figure:
+        draw_frontier(comparison, figure)
+    report.print_comparison(comparison, as_json)
+    if figure:
+        print(f"figure  {figure}", file=sys.stderr)
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

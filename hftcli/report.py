@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hftcli.comparison import Comparison
 from hftcli.doctor import Finding
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
 from hftcli.freezing.activations import Activations, Flops
@@ -32,6 +33,7 @@ from hftcli.run import (
     Verification,
 )
 from hftcli.run import Progress as Place
+from hftcli.statistics import Estimate
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 
@@ -433,6 +435,66 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def print_comparison(comparison: Comparison, as_json: bool) -> None:
+    """A row per setting with its means and 95 % intervals over the seeds, and every two methods at equal learning."""
+    if as_json:
+        print_json(describe_comparison(comparison))
+        return
+    console = Console()
+    console.print(f"learning   mean gain on {', '.join(comparison.learned)}", highlight=False, soft_wrap=True)
+    console.print(f"forgetting mean loss on {', '.join(comparison.known)}", highlight=False, soft_wrap=True)
+    table = _make_number_table("method", "learning rate", "seeds", "learning", "forgetting", "")
+    table.title, table.title_justify = "points, means over seeds with 95 % intervals; * on the frontier", "left"
+    for method in comparison.methods:
+        for index, setting in enumerate(method.settings):
+            table.add_row(
+                Text(method.name), f"{setting.learning_rate:g}", f"{len(setting.points)}",
+                *(_show_estimate(estimate) for estimate in (setting.learning, setting.forgetting)),
+                "*" if index in method.frontier else "",
+            )  # fmt: skip
+    _print_whole(table)
+    for difference in comparison.differences:
+        console.print(difference.sentence, highlight=False, soft_wrap=True)
+
+
+def describe_comparison(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON has it; gains, losses and differences are shares."""
+    return {
+        "learned": comparison.learned,
+        "known": comparison.known,
+        "methods": {
+            method.name: [
+                {
+                    "learning_rate": setting.learning_rate,
+                    "is_on_frontier": index in method.frontier,
+                    "learning": asdict(setting.learning),
+                    "forgetting": asdict(setting.forgetting),
+                    "runs": [
+                        {
+                            "run": point.name,
+                            "seeds": point.seed,
+                            "learning": point.learning,
+                            "forgetting": point.forgetting,
+                            "learned": point.learned,
+                            "lost": point.lost,
+                        }
+                        for point in setting.points
+                    ],
+                }
+                for index, setting in enumerate(method.settings)
+            ]
+            for method in comparison.methods
+        },
+        "differences": [{**asdict(difference), "sentence": difference.sentence} for difference in comparison.differences],
+    }
+
+
+def _show_estimate(estimate: Estimate) -> str:
+    if estimate.low is None:
+        return POINTS.show(estimate.mean)
+    return f"{POINTS.show(estimate.mean)} ± {POINTS.show(estimate.high - estimate.mean)}"
 
 
 def _list_kinds(matrix: ForgettingMatrix) -> list[tuple[str, tuple[Row, ...], Unit]]:

@@ -52,6 +52,19 @@ def run_single(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -
     return run
 
 
+def run_recipe(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -> Run:
+    """Whatever a recipe asks for, from where it stopped.
+
+    Raises:
+        HftError: see errors.py; what was finished before is kept.
+    """
+    if recipe.objective != "continual":
+        return run_single(recipe, on_progress)
+    run = prepare_continual(recipe)
+    finish_continual(run, on_progress)
+    return run
+
+
 def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     """Check what can be checked without a model, and write the run's and the round's files."""
     start = resolve_start(recipe.model.path)

@@ -82,8 +82,8 @@ class Transitions:
             lost = max(0, n10 / n - (1 - a)(1 - b) / (k - 1))        won = max(0, n01 / n - (1 - a)(1 - b) / (k - 1))
 
         with n10 items right before and wrong after, n01 the reverse, accuracies a before and b after, and k choices. Who
-        guesses an unknown item is right with probability 1/k, so a share (1 - a) / (k - 1) of all items was guessed right before; a
-        share 1 - b of these is wrong after, if the two guesses are independent.
+        guesses at an unknown item is right with probability 1/k, so a share (1 - a) / (k - 1) of all items was guessed right
+        before; a share 1 - b of these is wrong after, if the two guesses are independent.
 
         Args:
             num_choices: answers to choose from, 2 or more.

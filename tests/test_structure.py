@@ -23,7 +23,7 @@ FLOORS = [
     ["tasks.check"],
     ["run", "statistics"],
     ["planning"],
-    ["forgetting"],
+    ["forgetting", "comparison"],
     ["figures"],
     ["hosts"],
     ["slurm"],
