@@ -109,7 +109,7 @@ def draw_frontier(comparison: Comparison, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=UNSEEN[1], linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(frameon=False, fontsize=9, loc="best")
     figure.supxlabel(
         "small: runs; large: means over seeds with 95 % intervals; lines: frontiers. Better is right and down.",
         fontsize=9, color=MUTED,

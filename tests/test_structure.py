@@ -23,7 +23,7 @@ FLOORS = [
     ["tasks.check"],
     ["run", "statistics"],
     ["planning"],
-    ["forgetting", "comparison"],
+    ["forgetting", "comparison", "items"],
     ["figures"],
     ["hosts"],
     ["slurm"],
@@ -31,6 +31,7 @@ FLOORS = [
     ["cluster"],
     ["doctor"],
     ["report"],
+    ["page"],
     ["runners"],
     ["cli"],
 ]
