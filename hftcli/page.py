@@ -5,6 +5,7 @@ The figures are SVG and CSS inside the page, so that they take its colours and i
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hftcli.errors import InputError
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, compute_metrics, read_matrix
-from hftcli.freezing.roles import Parameter, Unit, assign_roles
+from hftcli.freezing.roles import FAMILIES, Parameter, Unit, assign_roles
 from hftcli.freezing.selection import FreezePlan
 from hftcli.items import ItemChange, read_item_changes
 from hftcli.recipe import Recipe, load_recipe
@@ -86,7 +87,8 @@ def _list_facts(
     yield "training", _format_seconds(sum(result.seconds["training"] for _, result in rounds))
     yield "peak memory", format_bytes(max(result.peak_memory_bytes for _, result in rounds))
     passed = all(result.verification.passed for _, result in rounds)
-    yield "frozen half", "bit for bit as it was" if passed else "NOT as it was"
+    is_full = all(not plan.frozen for plan in plans)
+    yield "frozen", "nothing" if is_full else "bit for bit as it was" if passed else "NOT as it was: see hft verify"
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ class Picture:
         squares: x, y, width, height, whether it trained, and what it is, for a pointer that rests on it.
         labels: x, y and text.
         columns: unit names by role.
-        outside: unit names outside the layers, and whether they trained.
+        outside: roles outside the layers, and whether they trained.
     """
 
     name: str
@@ -277,14 +279,17 @@ class Picture:
 
 def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
     """Without squares where the round's checkpoint is gone, which says what family the model is of."""
-    units = _read_units(round_, plan)
+    config = round_.checkpoint / "config.json"
+    model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
+    names = (*plan.trained, *plan.frozen)
+    units = assign_roles(model_type, [Parameter(name, ()) for name in names]) if model_type else ()
     trained = set(plan.trained)
 
     def trains(unit: Unit) -> bool:
         return unit.parameters[0].name in trained
 
     layers = sorted({unit.layer for unit in units if unit.layer is not None})
-    inside = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: LAYER_ROLES.index(unit.role))
+    inside = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: _find_place(model_type, unit))
     by_role = {
         role: list(dict.fromkeys(_shorten_unit(unit) for unit in members))
         for role, members in groupby(inside, key=lambda unit: unit.role)
@@ -316,16 +321,15 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
         squares=squares,
         labels=tuple(labels),
         columns=tuple((role, ", ".join(columns)) for role, columns in by_role.items()),
-        outside=tuple((f"{unit.role} {unit.name}", trains(unit)) for unit in units if unit.layer is None),
+        outside=tuple((unit.role, trains(unit)) for unit in units if unit.layer is None),
     )
 
 
-def _read_units(round_: Round, plan: FreezePlan) -> tuple[Unit, ...]:
-    config = round_.checkpoint / "config.json"
-    if not config.exists():
-        return ()
-    model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"]
-    return assign_roles(model_type, [Parameter(name, ()) for name in (*plan.trained, *plan.frozen)])
+def _find_place(model_type: str, unit: Unit) -> tuple[int, int]:
+    """Of a unit's column: by role, and then as the family's entry lists its units."""
+    listed = re.findall(r"\w+", FAMILIES[model_type][unit.role])
+    short = _shorten_unit(unit)
+    return LAYER_ROLES.index(unit.role), next(place for place, word in enumerate(listed) if short.startswith(word))
 
 
 def _shorten_unit(unit: Unit) -> str:
