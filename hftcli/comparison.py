@@ -4,6 +4,7 @@ A setting is what a run's recipe says besides its seeds; a method is what a sett
 less forgetting may just have learned less, so methods are compared at equal learning, along their frontiers.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -15,12 +16,13 @@ import yaml
 
 from hftcli.errors import InputError, RecipeError
 from hftcli.recipe import Recipe, load_recipe
-from hftcli.run import Round, RoundResult, Run, Score
+from hftcli.run import MERGE_NAME, MergeManifest, Round, RoundResult, Run, Score, read_model
 from hftcli.statistics import EqualLearning, Estimate, compare_at_equal_learning, estimate_mean, find_frontier
 
 SEED_KEYS = ("train.seed", "freeze.seed")
 RATE_KEY = "train.learning_rate"
 FULL = "full"
+EVALUATION_NAME = "evaluation.json"  # beside the merge.json of a model that was made
 # Where a run was written, and what is held to be equal by its outcome: the data by their hashes, the tasks by their names.
 UNTOLD_KEYS = ("output", "data.path", "data.root")
 
@@ -171,24 +173,33 @@ def compare_runs(folders: Sequence[Path], learned: Sequence[str] = ()) -> Compar
 
 
 def read_point(folder: Path, learned: Sequence[str] = ()) -> Point:
-    """What a finished run learned and lost.
+    """What a finished run learned and lost, or a model that `hft reset` or `hft merge` made of one.
+
+    Such a model stands for the run's own where `hft eval --output FOLDER/evaluation.json` has scored it.
 
     Raises:
-        InputError: no run, not finished, or nothing in it measures learning or forgetting.
+        InputError: neither, not finished, or nothing in it measures learning or forgetting.
     """
-    run = Run(folder)
+    made = _read_made(folder) if (folder / MERGE_NAME).exists() else None
+    run = made.run if made else Run(folder)
     if not run.recipe_path.exists():
-        raise InputError(f"{folder} is no run: it has no {run.recipe_path.name}", "give folders that hft made with --output")
+        raise InputError(
+            f"{run.folder} is no run: it has no {run.recipe_path.name}", "give folders that hft made with --output"
+        )
     recipe = load_recipe(run.recipe_path)
     results = {round_: round_.read_result() for round_ in run.rounds}
     unfinished = [round_.name for round_, result in results.items() if result is None]
     if unfinished or not results:
         raise InputError(
-            f"{folder} is not finished: {', '.join(unfinished) or 'no round'} has not run to its end",
+            f"{run.folder} is not finished: {', '.join(unfinished) or 'no round'} has not run to its end",
             "run its recipe again: it goes on where it stopped",
         )
-    read = _read_sequence if len(results) > 1 else _read_single
-    gains, losses, num_examples = read(folder, recipe, results, learned)
+    if len(results) == 1:
+        gains, losses, num_examples = _read_single(folder, recipe, results, learned, made)
+    elif made:
+        raise InputError(f"{folder} is made of a run of {len(results)} rounds", "compare models that are made of runs of one")
+    else:
+        gains, losses, num_examples = _read_sequence(folder, results, learned)
     if not gains:
         raise InputError(
             f"{folder}: none of its tasks ({', '.join(losses) or 'none'}) asks for what was trained on",
@@ -196,10 +207,12 @@ def read_point(folder: Path, learned: Sequence[str] = ()) -> Point:
         )
     if not losses:
         raise InputError(f"{folder}: nothing that was known before was scored", "name such tasks under eval.tasks")
+    values = {key: value for key, value in _flatten(recipe.model_dump(mode="json")).items() if key not in UNTOLD_KEYS}
+    title = _name_method(recipe)
     return Point(
         name=str(folder),
-        values={key: value for key, value in _flatten(recipe.model_dump(mode="json")).items() if key not in UNTOLD_KEYS},
-        title=_name_method(recipe),
+        values=values | (made.values if made else {}),
+        title=f"{title}, {made.title}" if made else title,
         learned=gains,
         lost=losses,
         alike={
@@ -211,27 +224,75 @@ def read_point(folder: Path, learned: Sequence[str] = ()) -> Point:
     )
 
 
+@dataclass(frozen=True)
+class Made:
+    """A model that was made of a run's.
+
+    Attributes:
+        run: whose model it was made of.
+        title: how, in a word or two.
+        values: how, by keys like those of a recipe.
+        after: its scores by task.
+    """
+
+    run: Run
+    title: str
+    values: Mapping[str, Any]
+    after: Mapping[str, Score]
+
+
+def _read_made(folder: Path) -> Made:
+    """Raises: InputError: it was not made of a run's model, or it is not scored."""
+    manifest = read_model(folder / MERGE_NAME, MergeManifest)
+    tuned = manifest.inputs.get("tuned")
+    if tuned is None:
+        raise InputError(f"{folder} is a delta laid over its base, which the run itself stands for", "give the run")
+    path = folder / EVALUATION_NAME
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        after = {name: Score.model_validate(score) for name, score in tasks.items()}
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is not scored: it has no {path.name}", f"hft eval --model {folder} --tasks ... --output {path}"
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is not what hft eval writes: {error}") from None
+    title = "reset" if manifest.weight is None else f"averaged {manifest.weight:g}"
+    rule = _flatten(manifest.plan.rule.model_dump(mode="json"), "reset") if manifest.plan else {}
+    values = {"made": title} | {key: value for key, value in rule.items() if key != "reset.seed"}
+    return Made(Run(Path(tuned.path).parents[2]), title, values, after)  # RUN/rounds/00-sft/checkpoint
+
+
 Measures = tuple[dict[str, float], dict[str, float], dict[str, int]]  # gains, losses, questions
 
 
-def _read_single(folder: Path, recipe: Recipe, results: Mapping[Round, RoundResult], learned: Sequence[str]) -> Measures:
+def _read_single(
+    folder: Path, recipe: Recipe, results: Mapping[Round, RoundResult], learned: Sequence[str], made: Made | None
+) -> Measures:
     """Of a run with one round: the task whose rows were trained on, or the held-out pairs, against the other tasks."""
     ((round_, result),) = results.items()
     scores = round_.read_scores()
-    changes = {name: scores.after[name].score - before.score for name, before in scores.before.items()}
+    before, after = scores.before, made.after if made else scores.after
+    for name, score in before.items():
+        if name not in after or after[name].num_examples != score.num_examples:
+            raise InputError(
+                f"{folder}: {name} was not scored as before the run, on {score.num_examples} questions",
+                f"hft eval --tasks {','.join(before)}",
+            )
+    changes = {name: after[name].score - score.score for name, score in before.items()}
     if unknown := [name for name in learned if name not in changes]:
         raise InputError(f"{folder}: --learned {unknown[0]} is none of its tasks: {', '.join(changes) or 'none'}")
     trained = tuple(learned) or (round_.read_spec().task or recipe.data.path,)
     gains = {name: change for name, change in changes.items() if name in trained}
     losses = {name: -change for name, change in changes.items() if name not in trained}
-    num_examples = {name: score.num_examples for name, score in scores.before.items()}
-    if result.pairs is not None and not learned:
+    num_examples = {name: score.num_examples for name, score in before.items()}
+    if result.pairs is not None and not learned and not made:
         gains["reward accuracy"] = result.pairs.after.reward_accuracy - result.pairs.before.reward_accuracy
         num_examples["reward accuracy"] = result.pairs.after.num_pairs
     return gains, losses, num_examples
 
 
-def _read_sequence(folder: Path, recipe: Recipe, results: Mapping[Round, RoundResult], learned: Sequence[str]) -> Measures:
+def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: Sequence[str]) -> Measures:
     """Of a continual run: what each task gained in its own round, against what was lost since of it and of the other tasks."""
     if learned:
         raise InputError(f"{folder}: --learned has no effect on a run of several tasks, which trains on each", "drop it")
@@ -298,9 +359,11 @@ def _group_points(points: Sequence[Point]) -> tuple[Method, ...]:
 
 
 def _name_method(recipe: Recipe) -> str:
-    """`full`, `half`, `half + replay`."""
-    share = recipe.freeze.trainable_fraction
-    return " + ".join(({1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}"), *recipe.method.names))
+    """`full`, `half`, `half + replay`; `lora` where adapters are on everything."""
+    share, names = recipe.freeze.trainable_fraction, recipe.method.names
+    if share == 1 and {"lora", "olora"} & set(names):
+        return " + ".join(names)
+    return " + ".join(({1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}"), *names))
 
 
 def _tell_apart(points: Sequence[Point], varying: Sequence[str]) -> list[str]:

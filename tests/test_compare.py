@@ -5,75 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+from written_runs import FACTS, REWORDED, SKILL, write_run
 
 from hftcli.comparison import compare_runs, make_grid, read_point
 from hftcli.errors import InputError, RecipeError
 from hftcli.figures import draw_frontier
-from hftcli.recipe import load_recipe
-from hftcli.run import (
-    DataReport,
-    Hardware,
-    PairScore,
-    PairScores,
-    RoundResult,
-    RoundSpec,
-    Run,
-    Score,
-    Scores,
-    Source,
-    Verification,
-    write_model,
-)
-from hftcli.runners import make_manifest
+from hftcli.report import print_comparison
+from hftcli.run import CheckpointIdentity, MergeManifest, PairScore, PairScores, write_model
 
-FACTS, REWORDED, SKILL = "tinyworld/facts", "tinyworld/facts-reworded", "tinyworld/skill"
 RATES = ("3e-4", "5e-4", "7e-4")
-
-
-def write_run(
-    folder: Path,
-    *overrides: str,
-    rows: tuple[dict[str, float], ...] = ({FACTS: 1.0, SKILL: 0.0}, {FACTS: 0.7, SKILL: 0.9}),
-    tasks: tuple[str | None, ...] = (None,),
-    objective: str = "sft",
-    fingerprint: str = "0f",
-    pairs: PairScores | None = None,
-    is_finished: bool = True,
-) -> Path:
-    """The files that a finished run leaves, with these scores: of the start, then after each round."""
-    recipe = load_recipe(None, [*overrides, f"output={folder}"], objective)
-    run = Run(folder)
-    run.claim(recipe, make_manifest(None))
-    for index, task in enumerate(tasks):
-        round_ = run.round(f"{index:02d}-{objective}")
-        round_.folder.mkdir(parents=True)
-        spec = RoundSpec(
-            objective="dpo" if objective == "dpo" else "sft", index=index, model=recipe.model, data=recipe.data,
-            freeze=recipe.freeze, train=recipe.train, launch=recipe.launch, task=task,
-        )  # fmt: skip
-        write_model(round_.spec_path, spec)
-        before, after = (
-            {name: Score(score=value, lenient=None, nll=1.0, num_examples=100) for name, value in row.items()}
-            for row in (rows[0] if index == 0 else {}, rows[index + 1])
-        )
-        write_model(round_.scores_path, Scores(before=before, after=after))
-        if is_finished:
-            write_model(round_.result_path, make_result(fingerprint, pairs))
-    return folder
-
-
-def make_result(fingerprint: str, pairs: PairScores | None) -> RoundResult:
-    data = DataReport(
-        format="messages", num_rows=10, num_used=10, num_dropped=0, num_truncated=0, num_sequences=10, num_tokens=100,
-        num_trained_tokens=50, length_percentiles={"p50": 10}, key="0",
-        sources=(Source(path="/data/train.jsonl", fingerprint=fingerprint, num_bytes=1),),
-    )  # fmt: skip
-    return RoundResult(
-        fingerprint="0", rank_fingerprints=("0",), precision="float32", num_steps=1, train_loss=1.0, num_tokens=100,
-        seconds={"training": 1.0}, peak_memory_bytes=1, gradient_bytes=0, optimizer_bytes=0, updates={}, data=data, pairs=pairs,
-        verification=Verification(num_frozen=1, num_trained=1, violations=(), unmoved=()),
-        hardware=Hardware(device="cpu", num_processes=1, num_cores=1, num_threads=1, memory_bytes=1),
-    )  # fmt: skip
 
 
 def write_grid(folder: Path, num_seeds: int = 3, gap: float = 0.1) -> list[Path]:
@@ -178,11 +118,52 @@ def test_methods_and_settings_are_told_apart(tmp_path):
         assert [len(setting.points) for setting in method.settings] == [3, 3, 3]
 
 
+def test_adapters_everywhere_are_called_by_their_method(tmp_path):
+    lora = ("method.lora={}", "freeze.trainable_fraction=1.0")
+    runs = [
+        write_run(tmp_path / name, *settings, objective="continual", tasks=(SKILL,))
+        for name, settings in {"half": (), "lora": lora, "half-lora": lora[:1]}.items()
+    ]
+    assert [method.name for method in compare_runs(runs).methods] == ["half", "lora", "half + lora"]
+
+
 def test_methods_of_one_name_carry_what_differs(tmp_path):
     names = ("balance=units", "balance=weights")
     runs = [write_run(tmp_path / name, f"freeze.{name}") for name in names]
     found = [method.name for method in compare_runs(runs).methods]
     assert found == ["half (freeze.balance=units)", "half (freeze.balance=weights)"]
+
+
+def write_made(folder: Path, run: Path, scores: dict[str, float], **how: object) -> Path:
+    """The files that `hft merge` or `hft reset`, and then `hft eval`, leave of a run's model."""
+    folder.mkdir()
+    tuned = CheckpointIdentity(path=str(run / "rounds" / "00-sft" / "checkpoint"), files={})
+    manifest = MergeManifest(command=(), created="", version="", inputs={"base": tuned, "tuned": tuned}, files={}, **how)
+    write_model(folder / "merge.json", manifest)
+    tasks = {name: {"score": score, "lenient": None, "nll": 1.0, "num_examples": 100} for name, score in scores.items()}
+    (folder / "evaluation.json").write_text(json.dumps({"tasks": tasks, "model": "m"}))
+    return folder
+
+
+def test_made_models_stand_beside_the_runs_that_they_are_made_of(tmp_path):
+    run = write_run(tmp_path / "run", "freeze.trainable_fraction=1.0")
+    made = write_made(tmp_path / "mean", run, {FACTS: 0.9, SKILL: 0.5}, kind="interpolation", weight=0.5)
+    point = read_point(made)
+    assert point.learned == {SKILL: pytest.approx(0.5)}
+    assert point.lost == {FACTS: pytest.approx(0.1)}
+    assert [method.name for method in compare_runs([made, run]).methods] == ["full", "full, averaged 0.5"]
+
+
+def test_made_model_that_is_not_scored_as_its_run_is_refused(tmp_path):
+    made = write_made(tmp_path / "mean", write_run(tmp_path / "run"), {FACTS: 0.9}, kind="interpolation", weight=0.5)
+    with pytest.raises(InputError, match="tinyworld/skill was not scored as before the run, on 100 questions"):
+        read_point(made)
+    (made / "evaluation.json").write_text("{}")
+    with pytest.raises(InputError, match=r"evaluation.json is not what hft eval writes"):
+        read_point(made)
+    (made / "evaluation.json").unlink()
+    with pytest.raises(InputError, match=r"is not scored: it has no evaluation.json"):
+        read_point(made)
 
 
 def test_difference_at_equal_learning_is_said_plainly(tmp_path):
@@ -205,15 +186,11 @@ def test_one_seed_and_no_equal_learning_are_said(tmp_path):
     assert difference.sentence == "half and full never learned equally much: give more values of train.learning_rate"
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_figure_names_methods_and_axes(tmp_path, suffix):
-    path = tmp_path / f"frontier{suffix}"
-    draw_frontier(compare_runs(write_grid(tmp_path / "runs")), path)
-    content = path.read_bytes()
-    if suffix == ".svg":
-        assert all(text in content.decode() for text in (">full<", ">half<", "learning: gain", "forgetting: loss"))
-    else:
-        assert content[:8] == b"\x89PNG\r\n\x1a\n"
+def test_figure_names_methods_and_axes(tmp_path):
+    path = tmp_path / "frontier.svg"
+    draw_frontier(compare_runs(write_grid(tmp_path / "runs", num_seeds=2)), path)
+    content = path.read_text()
+    assert all(text in content for text in (">full<", ">half<", "learning: gain", "forgetting: loss"))
 
 
 def test_grid_is_the_product_with_a_folder_for_each_run(tmp_path):
@@ -251,12 +228,13 @@ def test_fault_in_the_grid_is_named_before_anything_runs(tmp_path, vary, expecte
     assert not (tmp_path / "runs").exists()
 
 
-def test_command_prints_the_table_and_json(hft, tmp_path):
+def test_command_prints_the_table_and_json(hft, tmp_path, capsys):
     runs = write_grid(tmp_path / "runs")
-    shown = hft("compare", *runs, "--figure", tmp_path / "frontier.png").stdout
+    print_comparison(compare_runs(runs), as_json=False)
+    shown = capsys.readouterr().out
     assert "forgets" in shown
     assert "± " in shown
+    found = json.loads(hft("compare", *runs, "--json", "--figure", tmp_path / "frontier.png").stdout)
     assert (tmp_path / "frontier.png").stat().st_size > 1000
-    found = json.loads(hft("compare", *runs, "--json").stdout)
     assert found["differences"][0]["found"]["difference"]["high"] < 0
     assert "with --recipe only" in hft("compare", *runs, "--seeds", "2", "--vary", "train.seed=1", code=2).stderr
