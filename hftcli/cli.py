@@ -285,7 +285,7 @@ def compare(
         with report.show_progress() as on_progress:
             for index, resolved in enumerate(grid, start=1):
                 print(f"run {index} of {len(grid)}: {resolved.output}", file=sys.stderr)
-                folders.append(runners.run_recipe(resolved, on_progress).folder)
+                folders.append(runners.run_recipe(_check_place(resolved, False, False), on_progress).folder)
         figure = figure or output / "frontier.svg"
     comparison = compare_runs(folders, learned or ())
     if figure:

@@ -229,7 +229,7 @@ def test_fault_in_the_grid_is_named_before_anything_runs(tmp_path, vary, expecte
 
 
 def test_command_prints_the_table_and_json(hft, tmp_path, capsys):
-    runs = write_grid(tmp_path / "runs")
+    runs = write_grid(tmp_path / "runs", num_seeds=2)
     print_comparison(compare_runs(runs), as_json=False)
     shown = capsys.readouterr().out
     assert "forgets" in shown

@@ -61,7 +61,7 @@ def make_result(fingerprint: str, pairs: PairScores | None) -> RoundResult:
     )  # fmt: skip
     return RoundResult(
         fingerprint="0", rank_fingerprints=("0",), precision="float32", num_steps=1, train_loss=1.0, num_tokens=100,
-        seconds={"training": 1.0}, peak_memory_bytes=1, gradient_bytes=0, optimizer_bytes=0, updates={}, data=data, pairs=pairs,
-        verification=Verification(num_frozen=1, num_trained=1, violations=(), unmoved=()),
+        seconds={"training": 1.0, "scoring": 1.0}, peak_memory_bytes=1, gradient_bytes=0, optimizer_bytes=0, updates={},
+        data=data, pairs=pairs, verification=Verification(num_frozen=1, num_trained=1, violations=(), unmoved=()),
         hardware=Hardware(device="cpu", num_processes=1, num_cores=1, num_threads=1, memory_bytes=1),
     )  # fmt: skip
