@@ -5,6 +5,7 @@ less forgetting may just have learned less, so methods are compared at equal lea
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -428,7 +429,10 @@ def _read_axis(text: str) -> tuple[str, list[str]]:
 
 
 def _name_folder(settings: Sequence[str], seed: int) -> str:
-    parts = [setting.partition("=") for setting in settings]
-    told = [f"{key.rpartition('.')[2]}={value}" for key, _, value in parts]
-    name = ",".join(told) or "run"
-    return "".join(character if character.isalnum() or character in "=.,_-+" else "-" for character in name) + f"-{seed}"
+    """`trainable_fraction=0.5,learning_rate=3e-4-1`."""
+    told = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        plain = re.sub(r"[^\w.+-]+", "-", value).strip("-")
+        told.append(f"{key.rpartition('.')[2]}={plain}")
+    return f"{','.join(told) or 'run'}-{seed}"

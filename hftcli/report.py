@@ -135,7 +135,8 @@ def _print_end(run: Run, console: Console) -> None:
     console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
     if (checkpoint / DELTA_NAME).exists():
         console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
-    console.print(f"page    {run.page_path}", highlight=False, soft_wrap=True)
+    if run.page_path.exists():
+        console.print(f"page    {run.page_path}", highlight=False, soft_wrap=True)
     console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
 
 
