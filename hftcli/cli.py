@@ -193,25 +193,39 @@ def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="A continual run's folder, or a matrix file.")],
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a matrix file.")],
     as_json: JsonOption = False,
     figure: Annotated[Path | None, typer.Option("--figure", help="Draw the matrix into this .svg or .png file.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write the run's page into this file.")] = None,
 ) -> None:
-    """The forgetting matrix and its metrics: what was learned, and what became of it.
+    """What a run learned and lost; of a continual run, the forgetting matrix and its metrics.
 
     A matrix file is {"tasks": [...], "scores": [[...], ...]}: row 0 the base model, values in [0, 1] or null.
     """
     from hftcli.figures import check_figure_path, draw_matrix
     from hftcli.forgetting import read_matrix
-    from hftcli.report import print_matrix
+    from hftcli.page import write_page
+    from hftcli.report import print_matrix, print_run, print_run_json
+    from hftcli.run import Run, find_rounds
 
-    matrix = read_matrix(path)
+    run = Run(path)
+    is_single = run.recipe_path.exists() and not run.matrix_path.exists()
     if figure:
         check_figure_path(figure)
-    print_matrix(matrix, as_json)
-    if figure:
-        draw_matrix(matrix, figure)
-        print(f"figure  {figure}", file=sys.stderr)
+        if is_single:
+            raise InputError(f"{path} has no forgetting matrix to draw", "give --html: its figures are on its page")
+    if is_single:
+        find_rounds(path)
+        print_run_json(run) if as_json else print_run(run)
+    else:
+        matrix = read_matrix(path)
+        print_matrix(matrix, as_json)
+        if figure:
+            draw_matrix(matrix, figure)
+            print(f"figure  {figure}", file=sys.stderr)
+    if page:
+        write_page(run, page)
+        print(f"page    {page}", file=sys.stderr)
 
 
 @app.command()
@@ -285,6 +299,53 @@ def doctor(
     report.print_findings(findings, as_json)
     if any(finding.status == "fault" for finding in findings):
         raise typer.Exit(2)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs.")] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", metavar="KEY=V1,V2,...", help="Run the recipe with each of these values.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Run each setting with so many seeds.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the runs of --recipe, and of their figure.")
+    ] = None,
+    learned: Annotated[
+        list[str] | None, typer.Option("--learned", metavar="TASK", help="A task that measures what was learned.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw learning against forgetting: .svg or .png.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Learning against forgetting: methods at equal learning, over learning rates and seeds.
+
+    Takes finished runs, or a recipe with what to vary: then runs what is missing, and goes on where it stopped.
+    """
+    from hftcli import report, runners
+    from hftcli.comparison import compare_runs, make_grid
+    from hftcli.figures import check_figure_path, draw_frontier
+
+    if recipe is None and (vary or overrides or output):
+        raise InputError("hft compare takes --vary, --set and --output with --recipe only", "name a recipe, or only runs")
+    if figure:
+        check_figure_path(figure)
+    folders = list(runs or ())
+    if recipe is not None:
+        output = output or Path("runs") / f"compare-{Path(recipe).stem}"
+        grid = make_grid(recipe, overrides or (), vary or (), seeds, output)
+        with report.show_progress() as on_progress:
+            for index, resolved in enumerate(grid, start=1):
+                print(f"run {index} of {len(grid)}: {resolved.output}", file=sys.stderr)
+                folders.append(runners.run_recipe(_check_place(resolved, False, False), on_progress).folder)
+        figure = figure or output / "frontier.svg"
+    comparison = compare_runs(folders, learned or ())
+    if figure:
+        draw_frontier(comparison, figure)
+    report.print_comparison(comparison, as_json)
+    if figure:
+        print(f"figure  {figure}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,15 +5,24 @@ Matplotlib is imported where a figure is drawn, and only its object interface is
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hftcli.comparison import Comparison, Point
 from hftcli.errors import InputError
 from hftcli.forgetting import ForgettingMatrix, compute_metrics
 from hftcli.run import write_bytes
+from hftcli.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = (".svg", ".png")
 # Each scale runs from light to less light in one hue, so that it reads with every kind of colour vision and in grey, and black
 # numbers stand out on all of it.
 SEEN, UNSEEN = ("#eef5fc", "#4292c6"), ("#f8f8f8", "#cccccc")
+# Okabe and Ito's, which differ for every kind of colour vision; markers tell methods apart in grey.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, PAPER, MUTED, OUTLINE = "#000000", "#ffffff", "#555555", "#d55e00"
 
 
@@ -32,7 +41,6 @@ def draw_matrix(matrix: ForgettingMatrix, path: Path) -> None:
         InputError: see check_figure_path.
     """
     check_figure_path(path)
-    from matplotlib import rc_context
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
@@ -68,6 +76,60 @@ def draw_matrix(matrix: ForgettingMatrix, path: Path) -> None:
     bar.ax.tick_params(length=0, labelsize=9)
     bar.set_label("points", fontsize=9)
     figure.supxlabel(_describe(matrix), fontsize=9, color=MUTED)
+    _save(figure, path)
+
+
+def draw_frontier(comparison: Comparison, path: Path) -> None:
+    """Learning against forgetting in points: a dot per run, a mean with its intervals per setting, a line per frontier.
+
+    Raises:
+        InputError: see check_figure_path.
+    """
+    check_figure_path(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 5.0), layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot()
+    for index, method in enumerate(comparison.methods):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        runs = [point for setting in method.settings for point in setting.points]
+        learning, forgetting = ([100 * value for value in values] for values in zip(*map(_place, runs), strict=True))
+        axes.scatter(learning, forgetting, s=14, color=colour, marker=marker, alpha=0.35, linewidth=0)
+        means = [(100 * setting.learning.mean, 100 * setting.forgetting.mean) for setting in method.settings]
+        for setting, (x, y) in zip(method.settings, means, strict=True):
+            widths = [_measure_arms(estimate) for estimate in (setting.learning, setting.forgetting)]
+            axes.errorbar(
+                x, y, xerr=widths[0], yerr=widths[1], color=colour, marker=marker, markersize=7, linewidth=0,
+                elinewidth=0.8, alpha=0.8,
+            )  # fmt: skip
+        line = [means[place] for place in method.frontier]
+        axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=7, linewidth=1.6, label=method.name)
+    axes.set_xlabel("learning: gain on what was trained, points", fontsize=10)
+    axes.set_ylabel("forgetting: loss of what was known, points", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=UNSEEN[1], linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    figure.supxlabel(
+        "small: runs; large: means over seeds with 95 % intervals; lines: frontiers. Better is right and down.",
+        fontsize=9, color=MUTED,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def _place(point: Point) -> tuple[float, float]:
+    return point.learning, point.forgetting
+
+
+def _measure_arms(estimate: Estimate) -> list[list[float]] | None:
+    if estimate.low is None:
+        return None
+    return [[100 * (estimate.mean - estimate.low)], [100 * (estimate.high - estimate.mean)]]
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    from matplotlib import rc_context
+
     image = io.BytesIO()
     # Text stays text, and the same matrix gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hft"}):

@@ -15,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hftcli.comparison import Comparison
 from hftcli.doctor import Finding
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, MeasuredStep, Memory
+from hftcli.items import ItemChange, read_item_changes
 from hftcli.run import (
     DELTA_NAME,
     DataReport,
@@ -32,6 +34,7 @@ from hftcli.run import (
     Verification,
 )
 from hftcli.run import Progress as Place
+from hftcli.statistics import Estimate
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 
@@ -96,10 +99,25 @@ def print_run(run: Run) -> None:
         result, scores = round_.read_result(), round_.read_scores()
         console.print(_describe_round(round_, result), highlight=False, soft_wrap=True)
         if scores is not None and scores.before:
-            console.print(_make_score_table(scores))
+            _print_whole(_make_score_table(scores, read_item_changes(run)))
         if result.pairs is not None:
             console.print(_make_pair_table(result.pairs))
     _print_end(run, console)
+
+
+def print_run_json(run: Run) -> None:
+    """What a run of one round did, as JSON: shares, nats per token, and the questions that were lost and won."""
+    (round_,) = run.rounds
+    result, scores, changes = round_.read_result(), round_.read_scores(), read_item_changes(run)
+    tasks = {
+        name: {
+            "before": before.model_dump(),
+            "after": scores.after[name].model_dump(),
+            "items": asdict(changes[name]) if name in changes else None,
+        }
+        for name, before in scores.before.items()
+    }
+    print_json({"tasks": tasks, **result.model_dump(mode="json", include={"pairs", "num_steps", "train_loss", "seconds"})})
 
 
 def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
@@ -117,6 +135,8 @@ def _print_end(run: Run, console: Console) -> None:
     console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
     if (checkpoint / DELTA_NAME).exists():
         console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
+    if run.page_path.exists():
+        console.print(f"page    {run.page_path}", highlight=False, soft_wrap=True)
     console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
 
 
@@ -141,7 +161,7 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
         f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained "
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
         f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
-        f"peak memory {_format_bytes(result.peak_memory_bytes)}",
+        f"peak memory {format_bytes(result.peak_memory_bytes)}",
         _describe_verification(result.verification),
     ]
     if result.fit is not None:
@@ -152,24 +172,38 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
 def _describe_fit(fit: FitReport) -> str:
     return (
         f"fit: micro-batch {fit.per_device_train_batch_size}, {_name_checkpointed(fit.checkpoint_every)} checkpointed, "
-        f"{_format_bytes(fit.needed_bytes)} of {_format_bytes(fit.memory_bytes)}"
+        f"{format_bytes(fit.needed_bytes)} of {format_bytes(fit.memory_bytes)}"
     )
 
 
-def _make_score_table(scores: Scores) -> Table:
-    """Exact match in points and negative log-likelihood in nats per token, before and after."""
-    title = "what the model knew: exact answers in points (0 to 100), nll in nats per token"
+def _make_score_table(scores: Scores, changes: Mapping[str, ItemChange]) -> Table:
+    """Score in points and negative log-likelihood in nats per token, before and after; what became of the questions."""
+    title = "what the model knew: scores in points (0 to 100), nll in nats per token"
+    if changes:
+        title += ";\nchange with its 95 % interval; lost of those known before, won of the others; p of McNemar's exact test"
     table = Table(title=title, title_justify="left")
-    for heading in ("task", "before", "after", "change", "nll before", "nll after"):
+    headings = ("task", "before", "after", "change", "nll before", "nll after", *(("lost", "won", "p") if changes else ()))
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading == "task")
     for name, before in scores.before.items():
-        after = scores.after[name]
-        change = 100 * (after.score - before.score)
+        after, items = scores.after[name], changes.get(name)
+        change = "" if None in (before.score, after.score) else POINTS.show(after.score - before.score, signed=True)
+        if items and items.change.low is not None:
+            change += f" ({POINTS.show(items.change.low, True)} to {POINTS.show(items.change.high, True)})"
         table.add_row(
-            name, f"{100 * before.score:.1f}", f"{100 * after.score:.1f}", f"{change:+.1f}",
-            f"{before.nll:.3f}", f"{after.nll:.3f}",
+            name, POINTS.show(before.score), POINTS.show(after.score), change, NATS.show(before.nll), NATS.show(after.nll),
+            *describe_transitions(items),
         )  # fmt: skip
     return table
+
+
+def describe_transitions(items: ItemChange | None) -> tuple[str, ...]:
+    """Questions lost of those known, won of the others, and McNemar's p; none where scores have degrees."""
+    if items is None or items.transitions is None:
+        return ()
+    moved = items.transitions
+    p_value = "< 0.001" if items.p_value < 0.001 else f"{items.p_value:.3f}"
+    return f"{moved.num_lost} of {moved.num_known}", f"{moved.num_won} of {moved.num_items - moved.num_known}", p_value
 
 
 def _make_pair_table(scores: PairScores) -> Table:
@@ -177,7 +211,14 @@ def _make_pair_table(scores: PairScores) -> Table:
     table = Table("", "before", "after", title=f"{scores.before.num_pairs} held-out pairs", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, show in (
+    for row in describe_pairs(scores):
+        table.add_row(*row)
+    return table
+
+
+def describe_pairs(scores: PairScores) -> list[tuple[str, str, str]]:
+    """Rows of a table: what was measured of held-out pairs, before and after."""
+    rows = (
         (
             "reward accuracy, points",
             lambda score: f"{100 * score.reward_accuracy:.1f} ± {100 * score.reward_accuracy_error:.1f}",
@@ -185,9 +226,8 @@ def _make_pair_table(scores: PairScores) -> Table:
         ("reward margin", lambda score: f"{score.reward_margin:.3f}"),
         ("chosen likelier, points", lambda score: f"{100 * score.likelihood_accuracy:.1f}"),
         ("KL to the reference, nats/token", lambda score: f"{score.kl:.4f}"),
-    ):
-        table.add_row(name, show(scores.before), show(scores.after))
-    return table
+    )
+    return [(name, show(scores.before), show(scores.after)) for name, show in rows]
 
 
 def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_json: bool) -> None:
@@ -249,7 +289,7 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
     for name, half in _memory_parts(budget.half).items():
         full = full_parts[name]
         if full:  # there may be no reference
-            memory.add_row(MEMORY_ROWS[name], _format_bytes(half), _format_bytes(full), f"{half / full:.3f}")
+            memory.add_row(MEMORY_ROWS[name], format_bytes(half), format_bytes(full), f"{half / full:.3f}")
     console.print(memory)
     if budget.half_step is None:
         console.print(
@@ -290,9 +330,9 @@ def _make_measurement_table(budget: Budget, measured: MeasuredStep) -> Table:
         if measured.peak_bytes is not None:
             rows["in all"] = (memory.total_bytes, measured.peak_bytes)
     else:
-        table.add_row("kept after the forward pass", "", _format_bytes(measured.activations_bytes), "")
+        table.add_row("kept after the forward pass", "", format_bytes(measured.activations_bytes), "")
     for name, (estimated, found) in rows.items():
-        table.add_row(name, _format_bytes(estimated), _format_bytes(found), f"{found / estimated:.3f}")
+        table.add_row(name, format_bytes(estimated), format_bytes(found), f"{found / estimated:.3f}")
     return table
 
 
@@ -438,6 +478,66 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
         )
 
 
+def print_comparison(comparison: Comparison, as_json: bool) -> None:
+    """A row per setting with its means and 95 % intervals over the seeds, and every two methods at equal learning."""
+    if as_json:
+        print_json(describe_comparison(comparison))
+        return
+    console = Console()
+    console.print(f"learning   mean gain on {', '.join(comparison.learned)}", highlight=False, soft_wrap=True)
+    console.print(f"forgetting mean loss on {', '.join(comparison.known)}", highlight=False, soft_wrap=True)
+    table = _make_number_table("method", "learning rate", "seeds", "learning", "forgetting", "")
+    table.title, table.title_justify = "points, means over seeds with 95 % intervals; * on the frontier", "left"
+    for method in comparison.methods:
+        for index, setting in enumerate(method.settings):
+            table.add_row(
+                Text(method.name), f"{setting.learning_rate:g}", f"{len(setting.points)}",
+                *(_show_estimate(estimate) for estimate in (setting.learning, setting.forgetting)),
+                "*" if index in method.frontier else "",
+            )  # fmt: skip
+    _print_whole(table)
+    for difference in comparison.differences:
+        console.print(difference.sentence, highlight=False, soft_wrap=True)
+
+
+def describe_comparison(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON has it; gains, losses and differences are shares."""
+    return {
+        "learned": comparison.learned,
+        "known": comparison.known,
+        "methods": {
+            method.name: [
+                {
+                    "learning_rate": setting.learning_rate,
+                    "is_on_frontier": index in method.frontier,
+                    "learning": asdict(setting.learning),
+                    "forgetting": asdict(setting.forgetting),
+                    "runs": [
+                        {
+                            "run": point.name,
+                            "seeds": point.seed,
+                            "learning": point.learning,
+                            "forgetting": point.forgetting,
+                            "learned": point.learned,
+                            "lost": point.lost,
+                        }
+                        for point in setting.points
+                    ],
+                }
+                for index, setting in enumerate(method.settings)
+            ]
+            for method in comparison.methods
+        },
+        "differences": [{**asdict(difference), "sentence": difference.sentence} for difference in comparison.differences],
+    }
+
+
+def _show_estimate(estimate: Estimate) -> str:
+    if estimate.low is None:
+        return POINTS.show(estimate.mean)
+    return f"{POINTS.show(estimate.mean)} ± {POINTS.show(estimate.high - estimate.mean)}"
+
+
 def _list_kinds(matrix: ForgettingMatrix) -> list[tuple[str, tuple[Row, ...], Unit]]:
     kinds = (("strict", matrix.scores, POINTS), ("lenient", matrix.lenient, POINTS), ("nll", matrix.nll, NATS))
     return [(name, rows, unit) for name, rows, unit in kinds if rows is not None]
@@ -506,7 +606,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _format_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"

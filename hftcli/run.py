@@ -5,6 +5,7 @@
       manifest.json           Manifest: what a stranger needs to repeat the run
       forgetting.json         ForgettingMatrix: scores after every round of a continual run
       job.sh                  the batch script of `--slurm`
+      report.html             the run on one page
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
         freeze_plan.json        FreezePlan: which parameters train
@@ -485,6 +486,7 @@ class Run:
     recipe_path = property(lambda self: self.folder / "recipe.yaml")
     manifest_path = property(lambda self: self.folder / "manifest.json")
     matrix_path = property(lambda self: self.folder / "forgetting.json")
+    page_path = property(lambda self: self.folder / "report.html")
     figures = property(lambda self: self.folder / "figures")
     script_path = property(lambda self: self.folder / "job.sh")
 

@@ -23,6 +23,7 @@ from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
 from hftcli.hosts import collect_environment
 from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
+from hftcli.page import write_page
 from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
@@ -49,6 +50,20 @@ def run_single(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -
     """
     run, round_ = prepare_single(recipe)
     finish_round(run, round_, on_progress)
+    write_page(run, run.page_path)
+    return run
+
+
+def run_recipe(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -> Run:
+    """Whatever a recipe asks for, from where it stopped.
+
+    Raises:
+        HftError: see errors.py; what was finished before is kept.
+    """
+    if recipe.objective != "continual":
+        return run_single(recipe, on_progress)
+    run = prepare_continual(recipe)
+    finish_continual(run, on_progress)
     return run
 
 
@@ -143,6 +158,7 @@ def finish_continual(run: Run, on_progress: Callable[[Round, Progress], None]) -
         matrix = assemble_matrix(run)
         write_model(run.matrix_path, matrix)
         draw_matrix(matrix, run.figures / "forgetting.svg")
+        write_page(run, run.page_path)
     return matrix
 
 

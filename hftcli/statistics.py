@@ -1,0 +1,222 @@
+"""Whether a difference is one: intervals and tests for items, for seeds, and for two methods at equal learning.
+
+All intervals are of 95 %. Items of a task are resampled; seeds are few, so that a mean over them gets the t distribution.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 2000
+MAX_FREEDOM = 1000  # from here on, t is the normal distribution to three digits
+
+Curve = Sequence[tuple[float, float]]  # learning and forgetting, one point per setting
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval; `low` and `high` are None where one value alone says nothing of the spread."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_values: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and (self.low > 0 or self.high < 0)
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The mean over items, with the percentile interval of its bootstrap.
+
+    The values of a paired comparison are the differences of each item: items, not models, are resampled.
+    """
+    items_N = np.asarray(values, dtype=np.float64)
+    if len(items_N) < 2:
+        return Estimate(float(items_N.mean()), None, None, len(items_N))
+    # Equal values are drawn together: how often each is drawn is multinomial, and most scores are 0 or 1.
+    distinct_K, counts_K = np.unique(items_N, return_counts=True)
+    shares_K = counts_K / len(items_N)
+    draws_RK = np.random.default_rng(seed).multinomial(len(items_N), shares_K, size=NUM_RESAMPLES)
+    means_R = draws_RK @ distinct_K / len(items_N)
+    low, high = np.quantile(means_R, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(items_N.mean()), float(low), float(high), len(items_N))
+
+
+def compute_mcnemar(num_lost: int, num_won: int) -> float:
+    """McNemar's exact test: how probable a split at least as uneven is, if losing and winning an item are equally likely.
+
+    Returns:
+        The two-sided p value: 2 P(X <= min(lost, won)) for X ~ Binomial(lost + won, 1/2), at most 1.
+    """
+    num_changed = num_lost + num_won
+    tail = sum(math.comb(num_changed, count) for count in range(min(num_lost, num_won) + 1))
+    return min(2 * tail / 2**num_changed, 1.0)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """How many items were answered right before and after."""
+
+    num_kept: int
+    num_lost: int
+    num_won: int
+    num_never: int
+
+    @property
+    def num_items(self) -> int:
+        return self.num_kept + self.num_lost + self.num_won + self.num_never
+
+    @property
+    def num_known(self) -> int:
+        """Answered right before."""
+        return self.num_kept + self.num_lost
+
+    def adjust_for_chance(self, num_choices: int) -> tuple[float, float]:
+        """Shares of the items that were lost and won, less what guessing would show, after arXiv 2510.17776.
+
+            lost = max(0, n10 / n - (1 - a)(1 - b) / (k - 1))        won = max(0, n01 / n - (1 - a)(1 - b) / (k - 1))
+
+        with n10 items right before and wrong after, n01 the reverse, accuracies a before and b after, and k choices. Who
+        guesses at an unknown item is right with probability 1/k, so a share (1 - a) / (k - 1) of all items was guessed right
+        before; a share 1 - b of these is wrong after, if the two guesses are independent.
+
+        Args:
+            num_choices: answers to choose from, 2 or more.
+        """
+        before, after = self.num_known / self.num_items, (self.num_kept + self.num_won) / self.num_items
+        chance = (1 - before) * (1 - after) / (num_choices - 1)
+        return max(self.num_lost / self.num_items - chance, 0.0), max(self.num_won / self.num_items - chance, 0.0)
+
+
+def count_transitions(before: Sequence[float | None], after: Sequence[float | None]) -> Transitions | None:
+    """The items known before and lost, or won; None where scores have degrees, so that none is simply right."""
+    pairs = list(zip(before, after, strict=True))
+    if any(score not in (0, 1) for pair in pairs for score in pair):
+        return None
+    return Transitions(
+        num_kept=pairs.count((1, 1)), num_lost=pairs.count((1, 0)), num_won=pairs.count((0, 1)), num_never=pairs.count((0, 0))
+    )
+
+
+def estimate_mean(values: Sequence[float]) -> Estimate:
+    """The mean over seeds with its t interval; none with one seed."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count < 2:
+        return Estimate(mean, None, None, count)
+    half = find_t_bound(count - 1) * math.sqrt(_compute_variance(values) / count)
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def estimate_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Mean of the first less that of the second, over seeds that have nothing in common: Welch's t interval."""
+    mean = math.fsum(first) / len(first) - math.fsum(second) / len(second)
+    count = min(len(first), len(second))
+    if count < 2:
+        return Estimate(mean, None, None, count)
+    errors = [_compute_variance(values) / len(values) for values in (first, second)]
+    total = sum(errors)
+    if total == 0:
+        return Estimate(mean, mean, mean, count)
+    spread = sum(error**2 / (len(values) - 1) for error, values in zip(errors, (first, second), strict=True))
+    half = find_t_bound(int(total**2 / spread)) * math.sqrt(total)  # degrees of freedom rounded down: the wider interval
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def _compute_variance(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def find_t_bound(num_free: int) -> float:
+    """The t with P(|T| <= t) = 95 % at so many degrees of freedom, by bisection."""
+    low, high = 1.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _measure_t_inside(middle, min(num_free, MAX_FREEDOM)) < CONFIDENCE:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _measure_t_inside(bound: float, num_free: int) -> float:
+    """P(|T| <= bound): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(bound / math.sqrt(num_free))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    is_odd = num_free % 2
+    term = total = cosine if is_odd else 1.0
+    for step in range(2 + is_odd, num_free - 1, 2):
+        term *= (step - 1) / step * cosine**2
+        total += term
+    if not is_odd:
+        return sine * total
+    return 2 / math.pi * (angle + (sine * total if num_free > 1 else 0.0))
+
+
+def find_frontier(points: Curve) -> list[int]:
+    """Which points no other one beats, learning at least as much and forgetting no more; in the order of learning."""
+    order = sorted(range(len(points)), key=lambda index: (-points[index][0], points[index][1]))
+    frontier: list[int] = []
+    for index in order:
+        if not frontier or points[index][1] < points[frontier[-1]][1]:
+            frontier.append(index)
+    return frontier[::-1]
+
+
+@dataclass(frozen=True)
+class EqualLearning:
+    """How much more the first method forgets than the second, where both learn equally much.
+
+    Attributes:
+        difference: forgetting of the first less that of the second, mean over the range of learning.
+        low, high: the range of learning that every curve of both covers.
+        is_paired: whether the seeds are the same, so that each is compared with itself.
+    """
+
+    difference: Estimate
+    low: float
+    high: float
+    is_paired: bool
+
+
+def compare_at_equal_learning(first: Mapping[object, Curve], second: Mapping[object, Curve]) -> EqualLearning | None:
+    """Compare two methods along their frontiers.
+
+    Every seed gives one curve, straight between its runs; forgetting is averaged over the range of learning that all curves of
+    both methods cover, and the seeds give the interval. Settings of one seed share its draw, so seeds are counted, not runs.
+
+    Args:
+        first: by seed, the runs at the settings of the method's frontier.
+        second: the same of the other method.
+
+    Returns:
+        None where there is no such range.
+    """
+    curves = [*first.values(), *second.values()]
+    low = max(min(learning for learning, _ in curve) for curve in curves)
+    high = min(max(learning for learning, _ in curve) for curve in curves)
+    if low >= high:
+        return None
+    levels = [{seed: _average_between(curve, low, high) for seed, curve in method.items()} for method in (first, second)]
+    is_paired = first.keys() == second.keys()
+    if is_paired:
+        difference = estimate_mean([levels[0][seed] - levels[1][seed] for seed in first])
+    else:
+        difference = estimate_difference(list(levels[0].values()), list(levels[1].values()))
+    return EqualLearning(difference, low, high, is_paired)
+
+
+def _average_between(curve: Curve, low: float, high: float) -> float:
+    """Mean height of a curve that is straight between its points."""
+    by_learning: dict[float, list[float]] = {}
+    for learning, forgetting in curve:
+        by_learning.setdefault(learning, []).append(forgetting)
+    learning_P = np.array(sorted(by_learning))
+    forgetting_P = np.array([np.mean(by_learning[learning]) for learning in learning_P])
+    grid = np.array([low, *learning_P[(learning_P > low) & (learning_P < high)], high])
+    return float(np.trapezoid(np.interp(grid, learning_P, forgetting_P), grid) / (high - low))

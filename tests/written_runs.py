@@ -1,0 +1,67 @@
+"""The files that finished runs leave, written by hand: for tests of what reads runs."""
+
+from pathlib import Path
+
+from hftcli.recipe import load_recipe
+from hftcli.run import (
+    DataReport,
+    Hardware,
+    PairScores,
+    RoundResult,
+    RoundSpec,
+    Run,
+    Score,
+    Scores,
+    Source,
+    Verification,
+    write_model,
+)
+from hftcli.runners import make_manifest
+
+FACTS, REWORDED, SKILL = "tinyworld/facts", "tinyworld/facts-reworded", "tinyworld/skill"
+
+
+def write_run(
+    folder: Path,
+    *overrides: str,
+    rows: tuple[dict[str, float], ...] = ({FACTS: 1.0, SKILL: 0.0}, {FACTS: 0.7, SKILL: 0.9}),
+    tasks: tuple[str | None, ...] = (None,),
+    objective: str = "sft",
+    fingerprint: str = "0f",
+    pairs: PairScores | None = None,
+    is_finished: bool = True,
+) -> Path:
+    """The files that a finished run leaves, with these scores: of the start, then after each round."""
+    recipe = load_recipe(None, [*overrides, f"output={folder}"], objective)
+    run = Run(folder)
+    run.claim(recipe, make_manifest(None))
+    for index, task in enumerate(tasks):
+        round_ = run.round(f"{index:02d}-{objective}")
+        round_.folder.mkdir(parents=True)
+        spec = RoundSpec(
+            objective="dpo" if objective == "dpo" else "sft", index=index, model=recipe.model, data=recipe.data,
+            freeze=recipe.freeze, train=recipe.train, launch=recipe.launch, task=task,
+        )  # fmt: skip
+        write_model(round_.spec_path, spec)
+        before, after = (
+            {name: Score(score=value, lenient=None, nll=1.0, num_examples=100) for name, value in row.items()}
+            for row in (rows[0] if index == 0 else {}, rows[index + 1])
+        )
+        write_model(round_.scores_path, Scores(before=before, after=after))
+        if is_finished:
+            write_model(round_.result_path, make_result(fingerprint, pairs))
+    return folder
+
+
+def make_result(fingerprint: str, pairs: PairScores | None) -> RoundResult:
+    data = DataReport(
+        format="messages", num_rows=10, num_used=10, num_dropped=0, num_truncated=0, num_sequences=10, num_tokens=100,
+        num_trained_tokens=50, length_percentiles={"p50": 10}, key="0",
+        sources=(Source(path="/data/train.jsonl", fingerprint=fingerprint, num_bytes=1),),
+    )  # fmt: skip
+    return RoundResult(
+        fingerprint="0", rank_fingerprints=("0",), precision="float32", num_steps=1, train_loss=1.0, num_tokens=100,
+        seconds={"training": 1.0, "scoring": 1.0}, peak_memory_bytes=1, gradient_bytes=0, optimizer_bytes=0, updates={},
+        data=data, pairs=pairs, verification=Verification(num_frozen=1, num_trained=1, violations=(), unmoved=()),
+        hardware=Hardware(device="cpu", num_processes=1, num_cores=1, num_threads=1, memory_bytes=1),
+    )  # fmt: skip
