@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from hftcli.freezing.selection import make_plan
 from hftcli.hosts import collect_environment
 from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
 from hftcli.planning import apply_fit, choose_fit, make_budget
+from hftcli.processes import passing_signals
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_sequence
@@ -219,8 +221,10 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
     result = round_.read_result()
     if result is None:
         launch = round_.read_spec().launch
-        result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
-        run.record(round_, result)
+        with passing_signals(round_):
+            result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
+            run.record(round_, result)
+    shutil.rmtree(round_.steps, ignore_errors=True)  # nothing goes on from them any more
     if not result.verification.passed:
         raise VerificationError(
             f"{round_.folder}: {len(result.verification.violations)} frozen parameters moved, "
