@@ -224,6 +224,8 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
         with passing_signals(round_):
             result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
             run.record(round_, result)
+    elif round_.name not in run.read_manifest().rounds:  # the front was killed in between
+        run.record(round_, result)
     shutil.rmtree(round_.steps, ignore_errors=True)  # nothing goes on from them any more
     if not result.verification.passed:
         raise VerificationError(

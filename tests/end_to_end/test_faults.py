@@ -25,13 +25,13 @@ PATIENCE_SECONDS = 500.0  # a busy machine is slow, not at fault
 
 
 class Running:
-    """An `hft sft` or `hft dpo` at work."""
+    """An `hft sft`, `hft dpo` or `hft continual` at work, watched in one of its rounds."""
 
-    def __init__(self, run: Path, options: list[str], objective: str = "sft"):
-        command = [sys.executable, "-m", "hftcli", objective, "--output", str(run), *options]
-        self.round = Round(run / "rounds" / f"00-{objective}")
+    def __init__(self, run: Path, options: list[str], command: str, name: str | None):
+        self.round = Round(run / "rounds" / (name or f"00-{command}"))
         self.round.progress_path.unlink(missing_ok=True)  # an earlier start's
-        self.front = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        arguments = [sys.executable, "-m", "hftcli", command, "--output", str(run), *options]
+        self.front = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def find_ranks(self) -> list[psutil.Process]:
         """The processes that train, without the launchers above them."""
@@ -60,8 +60,8 @@ class Running:
 def start(settings) -> Iterator[Callable[..., Running]]:
     started = []
 
-    def launch(run: Path, values: dict[str, object], objective: str = "sft") -> Running:
-        started.append(Running(run, settings(values), objective))
+    def launch(run: Path, values: dict[str, object], command: str = "sft", name: str | None = None) -> Running:
+        started.append(Running(run, settings(values), command, name))
         return started[-1]
 
     yield launch
@@ -257,6 +257,38 @@ def test_preferences_go_on_with_the_reference_that_they_had(start, tmp_path, mod
     assert rounds[1].read_result().resumed_from == 4
     assert_same(*rounds)
     assert rounds[0].read_result().pairs == rounds[1].read_result().pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", ["replay: {when: after}", "replay: {when: mixed}", "ewc: {}", "gem: {}", "agem: {}", "lora: {}", "olora: {}"]
+)
+def test_methods_go_on_as_if_undisturbed(start, tmp_path, method):
+    """Killed in the second round, and asked to stop after its last step, where LoRA has merged its adapters."""
+    values = {
+        "continual.tasks": "[tinyworld/newcomers, tinyworld/topic]",
+        "method": f"{{{method}}}",
+        "data.max_examples": 40,
+        "train.max_steps": 8,
+        "train.logging_steps": 3,
+        "checkpoint.save_steps": 3,
+        "eval.max_examples": 20,
+    }
+    rounds = []
+    for name in ("plain", "killed"):
+        if name == "killed":
+            running = start(tmp_path / name, values, "continual", "01-topic")
+            running.wait_for("training", 4)
+            running.front.kill()
+            running.front.communicate()
+            running = start(tmp_path / name, values, "continual", "01-topic")
+            running.wait_for("saving")
+            running.front.terminate()
+            running.end(75)
+        running = start(tmp_path / name, values, "continual", "01-topic")
+        running.end(0)
+        rounds.append(running.round)
+    assert_same(*rounds)
 
 
 @pytest.mark.slow
