@@ -287,14 +287,16 @@ def clear_remains(round_: Round) -> None:
 def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
     """Raises: InputError: the checkpoint is of another round, plan, data or start; it says which."""
     held, given = manifest.spec.launch, origin.spec.launch
-    if (held.num_processes, held.zero_stage) != (given.num_processes, given.zero_stage):
+    if (held.num_ranks, held.zero_stage) != (given.num_ranks, given.zero_stage):
         raise InputError(
-            f"{folder} was written by {held.num_processes} processes at ZeRO {held.zero_stage}, and this start has "
-            f"{given.num_processes} at ZeRO {given.zero_stage}: each process holds its own piece of the optimizer",
-            f"start it with launch.num_processes: {held.num_processes} and launch.zero_stage: {held.zero_stage}, or begin "
-            "again in another --output",
+            f"{folder} was written by {held.num_ranks} processes at ZeRO {held.zero_stage}, and this start has "
+            f"{given.num_ranks} at ZeRO {given.zero_stage}: each process holds its own piece of the optimizer",
+            f"start it with {held.num_ranks} processes in all and launch.zero_stage: {held.zero_stage}, or begin again in "
+            "another --output",
         )
-    differences = find_differences(manifest.spec.model_dump(mode="json"), origin.spec.model_dump(mode="json"))
+    # Where the ranks are, and how they are reached, changes nothing that they compute.
+    specs = [spec.model_dump(mode="json", exclude={"launch"}) for spec in (manifest.spec, origin.spec)]
+    differences = find_differences(*specs)
     for name, what in (("fingerprint", "the freeze plan"), ("data_key", "the rows"), ("start_key", "the start's weights")):
         if getattr(manifest, name) != getattr(origin, name):
             differences.append(f"{what} ({getattr(manifest, name)[:12]}, now {getattr(origin, name)[:12]})")
