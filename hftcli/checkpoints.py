@@ -24,6 +24,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from hftcli.errors import InputError, Interrupted, TrainingError
 from hftcli.processes import StopRequest, make_interrupted
@@ -182,6 +183,11 @@ class ResumableTrainer(Trainer):
         with torch.no_grad():
             for name, value in trained.items():
                 value.copy_(weights[name])
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        outcome = super()._finalize_training(*args)
+        self._tr_loss.zero_()  # it was added to the sum, and would be again after a stop here
+        return outcome
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks for the end only after a step, and so takes one too many from a checkpoint of the last.
