@@ -34,6 +34,10 @@ test: $(READY) lint ## Run the tests that take less than ten minutes
 test-slow: $(READY) ## Run the longer tests
 	$(BIN)/pytest -m slow
 
+.PHONY: test-faults
+test-faults: $(READY) ## Kill, stop, starve and damage runs, dozens of times
+	$(BIN)/pytest -s tests/test_checkpoints.py tests/end_to_end/test_faults.py
+
 .PHONY: lint
 lint: $(READY) ## Check style
 	$(BIN)/ruff check hftcli tests scripts

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hftcli import __version__
-from hftcli.errors import HftError, InputError
+from hftcli.errors import HftError, InputError, explain_os_error
 
 if TYPE_CHECKING:
     from hftcli.doctor import Finding
@@ -47,13 +47,14 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
     try:
         app()
-    except HftError as error:
-        if show_traceback:
+    except (HftError, OSError) as error:
+        known = error if isinstance(error, HftError) else explain_os_error(error)
+        if show_traceback or known is None:
             raise
-        print(f"hft: {error.message}", file=sys.stderr)
-        if error.fix:
-            print(f"     fix: {error.fix}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(f"hft: {known.message}", file=sys.stderr)
+        if known.fix:
+            print(f"     fix: {known.fix}", file=sys.stderr)
+        sys.exit(known.exit_code)
 
 
 @app.command()

@@ -12,6 +12,14 @@
 A message says where, what was got and what is allowed; `fix` says what to do.
 """
 
+import errno
+
+FULL_BYTES = 1 << 20  # a disk with less than this left is full: not even a worker's last word may fit
+SAVE_MEMORY = (
+    "lower train.per_device_train_batch_size (the global batch stays), set train.activation_checkpointing: true, lower "
+    "data.max_length, or take more processes and a higher launch.zero_stage; `hft plan` shows what a device needs"
+)
+
 
 class HftError(Exception):
     """Root of the tree.
@@ -55,3 +63,19 @@ class VerificationError(HftError):
 
 class Interrupted(HftError):
     exit_code = 75
+
+
+def explain_os_error(error: OSError) -> HftError | None:
+    """What a full disk, or one that takes no writing, means to the user; None for any other error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return make_disk_full(error.filename)
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return InputError(f"{error.filename}: {error.strerror}", "give another --output, or the right to write there")
+    return None
+
+
+def make_disk_full(place: object) -> HftError:
+    return HftError(
+        f"no space is left on the disk of {place}; finished rounds and complete step checkpoints are kept",
+        "free some, then run the same command again",
+    )

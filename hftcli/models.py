@@ -1,5 +1,6 @@
 """Checkpoints: describe, load, freeze, read back, save, and compare byte for byte."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -19,12 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hftcli.deltas import Stack, open_stack, write_delta
+from hftcli.deltas import Stack, hash_checkpoint, open_stack, write_delta
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe import ModelSection
-from hftcli.run import Round, Verification
+from hftcli.run import Round, Verification, find_checkpoint_damage
 
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -38,6 +39,17 @@ class ModelDescription:
     max_positions: int | None
     num_layers: int
     num_heads: int
+
+
+def make_start_key(folder: Path) -> str:
+    """A hash of a checkpoint's weights and config; those of a round must be what the round wrote.
+
+    Raises:
+        ModelError: a file of it is damaged.
+    """
+    if damage := find_checkpoint_damage(folder):
+        raise ModelError(f"{folder} is damaged: {'; '.join(damage)}", "restore it, or run its round again in a new folder")
+    return hashlib.sha256(json.dumps(hash_checkpoint(folder), sort_keys=True).encode()).hexdigest()
 
 
 def describe_model(path: str) -> ModelDescription:
@@ -375,7 +387,8 @@ def verify_round(round_: Round) -> Verification:
         InputError: one of the files is missing or damaged.
     """
     start = fetch_checkpoint(round_.read_spec().model.path)
-    return verify_checkpoint(start, round_.checkpoint, round_.read_plan(), round_.read_result().updates)
+    verification = verify_checkpoint(start, round_.checkpoint, round_.read_plan(), round_.read_result().updates)
+    return verification.model_copy(update={"damaged": tuple(find_checkpoint_damage(round_.checkpoint))})
 
 
 def _is_same(new: torch.Tensor, old: torch.Tensor) -> bool:

@@ -211,10 +211,36 @@ class LaunchSection(Section):
     """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights. 0
     shards nothing, and is for float32 only."""
 
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = 60.0
+    """Minutes without any progress of the worker after which it counts as hung and is ended; null waits for ever. A download of
+    the model does not count."""
+
     @property
     def num_ranks(self) -> int:
         """Processes on all machines, once `num_processes` and `num_nodes` are resolved."""
         return (self.num_processes or 1) * (self.num_nodes or 1)
+
+
+class CheckpointSection(Section):
+    """What a round leaves, and its step checkpoints, from which a stopped one goes on; with both intervals null it has none."""
+
+    format: Literal["full", "delta"] = "full"
+    """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what trained and the identity of the start, about half
+    as large. hft reads both alike, and `hft merge` makes the one out of the other. A step checkpoint is of its own form."""
+
+    save_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between step checkpoints; null goes by the clock alone."""
+
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    """Minutes between step checkpoints; null goes by steps alone. One is also written when a signal stops the run."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Step checkpoints kept: an older one is removed when a newer one is complete, and all when the round is done. With two, a
+    damaged one costs the steps since the one before."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.save_steps is not None or self.save_every_minutes is not None
 
 
 class PairsSection(Section):
@@ -244,12 +270,6 @@ class EvalSection(Section):
     """Temperature at which answers are drawn; 0 takes the likeliest token at every place. Null is 0, or the protocol's."""
 
     pairs: PairsSection = PairsSection()
-
-
-class CheckpointSection(Section):
-    format: Literal["full", "delta"] = "full"
-    """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what trained and the identity of the start, about half
-    as large. hft reads both alike, and `hft merge` makes the one out of the other."""
 
 
 class ContinualSection(Section):
@@ -409,13 +429,14 @@ REPLACED_KEYS = {
     "model_init_kwargs": "the keys of model",
     "fp16": "train.bf16",
     "precompute_ref_log_probs": "reference: precompute",
+    "save_steps": "checkpoint.save_steps",
+    "save_total_limit": "checkpoint.keep",
 }
 # Fields of the trainers that would have no effect, because hft does that work or sets them itself.
 OWN_KEYS = {
     "dataset_kwargs", "dataset_num_proc", "ddp_backend", "disable_tqdm", "eval_packing", "eval_steps", "eval_strategy",
     "load_best_model_at_end", "logging_nan_inf_filter", "pad_token", "padding_free", "precompute_ref_batch_size", "push_to_hub",
-    "resume_from_checkpoint", "save_steps", "save_strategy", "save_total_limit", "truncation_mode", "trust_remote_code",
-    "use_cpu",
+    "resume_from_checkpoint", "save_strategy", "truncation_mode", "trust_remote_code", "use_cpu",
 }  # fmt: skip
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
@@ -625,6 +646,11 @@ def _check_trainer_keys(recipe: Recipe, objective: Objective, source: _Source) -
                 yield f"{place}: {name} is not a key of hft: use {elsewhere[0]}.{key}"
     if recipe.dpo and recipe.dpo.model_extra.get("sync_ref_model") and recipe.reference != "full":
         yield f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model: set reference: full"
+    if recipe.dpo and recipe.dpo.model_extra.get("sync_ref_model") and recipe.checkpoint.is_on:
+        yield (
+            f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model, which step checkpoints do "
+            "not hold: set checkpoint.save_every_minutes: null and no checkpoint.save_steps"
+        )
 
 
 def _check_fit(recipe: Recipe, source: _Source) -> Iterable[str]:

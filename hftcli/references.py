@@ -41,6 +41,12 @@ class Reference(Protocol):
     def prepare(self, trainer: DPOTrainer) -> None:
         """Called by all ranks when the model is where it trains, and untouched."""
 
+    def recall(self) -> torch.Tensor | None:
+        """What a step checkpoint has to keep: what the trained model could not give again."""
+
+    def restore(self, trainer: DPOTrainer, recalled: torch.Tensor | None) -> None:
+        """Called in place of `prepare` where the model comes from a step checkpoint."""
+
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
         """Log-probabilities of a batch's answers; `rows_B` are the pairs' places in the dataset."""
 
@@ -77,6 +83,12 @@ class PrecomputedReference:
         if is_first and not self.is_reused:
             write_log_probs(self.path, self.log_probs_P2)
 
+    def recall(self) -> torch.Tensor:
+        return self.log_probs_P2
+
+    def restore(self, trainer: DPOTrainer, recalled: torch.Tensor) -> None:
+        self.log_probs_P2, self.is_reused = recalled, True
+
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
         chosen_B, rejected_B = self.log_probs_P2[rows_B.cpu()].to(inputs["input_ids"].device).unbind(-1)
         return chosen_B, rejected_B
@@ -96,7 +108,17 @@ class SharedReference:
         return sum(copy.nbytes for _, copy in self.copies)
 
     def prepare(self, trainer: DPOTrainer) -> None:
-        self.copies = [(value, value.detach().clone()) for value in trainer.model.parameters() if value.requires_grad]
+        self.remember(trainer.model)
+
+    def remember(self, model: torch.nn.Module) -> None:
+        """Copy the trained half of a model as it is now."""
+        self.copies = [(value, value.detach().clone()) for value in model.parameters() if value.requires_grad]
+
+    def recall(self) -> None:
+        return None  # the start has it
+
+    def restore(self, trainer: DPOTrainer, recalled: None) -> None:
+        self.copies = [(value, copy.to(value.device)) for value, copy in self.copies]
 
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
         with self._laid_in(), evaluating(trainer.model):

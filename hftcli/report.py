@@ -412,6 +412,7 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
             "num_trained": sum(item.num_trained for item in found.values()),
             "violations": [f"{name}: {item}" for name, one in found.items() for item in one.violations],
             "unmoved": [f"{name}: {item}" for name, one in found.items() for item in one.unmoved],
+            "damaged": [f"{name}: {item}" for name, one in found.items() for item in one.damaged],
             "rounds": {name: item.model_dump(mode="json") for name, item in found.items()},
         }
         print_json(total)
@@ -423,6 +424,8 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
             console.print(f"  frozen, but moved: {parameter}", highlight=False, soft_wrap=True)
         for parameter in verification.unmoved:
             console.print(f"  trained, but did not move: {parameter}", highlight=False, soft_wrap=True)
+        for damage in verification.damaged:
+            console.print(f"  damaged: checkpoint/{damage}", highlight=False, soft_wrap=True)
 
 
 def _describe_verification(verification: Verification) -> str:

@@ -15,6 +15,10 @@
         checkpoint/             a plain Hugging Face folder, or a delta: what trained, and delta.json (DeltaRecord)
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
+        checksums.json          Checksums: size and sha256 of the checkpoint's files
+        steps/40/               a step checkpoint: what a stopped round goes on from; gone when the round is done
+          step.json               StepManifest: written last
+        stop                    there while the front asks its ranks to stop
         scores.json             Scores: the round's tasks before and after
         predictions/            a Prediction per question and line: before/trace--FOMC.jsonl, after/trace--FOMC.jsonl
         failure.json            Failure: why the worker stopped, if it did
@@ -25,11 +29,14 @@ Files are written under a temporary name and renamed, so that a reader never mee
 
 import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
 from hftcli.errors import InputError
@@ -48,6 +55,7 @@ from hftcli.recipe import (
     TrainSection,
     dump_recipe,
 )
+from hftcli.seals import FileSeal, find_damage
 from hftcli.tasks.check import SequenceReport
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -99,7 +107,7 @@ class RoundSpec(Section):
     launch: LaunchSection
     """Processes and sharding, `num_processes` and `num_nodes` resolved."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """How the outcome is kept."""
+    """How the outcome is kept, and when step checkpoints are written."""
     scoring: Scoring = Scoring()
     """Tasks to score before and after."""
     task: str | None = None
@@ -170,10 +178,12 @@ class Verification(Section):
     """Trained parameters whose bytes are the same: must be none."""
     below_resolution: tuple[str, ...] = ()
     """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
+    damaged: tuple[str, ...] = ()
+    """Files of the checkpoint that are not what the round wrote, and how: must be none."""
 
     @property
     def passed(self) -> bool:
-        return not self.violations and not self.unmoved
+        return not self.violations and not self.unmoved and not self.damaged
 
 
 class Score(Section):
@@ -335,7 +345,9 @@ class RoundResult(Section):
     num_tokens: int
     """Tokens seen in training, over all ranks."""
     seconds: dict[str, float]
-    """Wall-clock seconds of each phase."""
+    """Wall-clock seconds of each phase, in the start that finished the round."""
+    resumed_from: int | None = None
+    """Step of the checkpoint that this start went on from; null where it began the round."""
     peak_memory_bytes: int
     """Peak memory of rank 0: of the GPU's allocator, or the process's resident set where there is none."""
     gradient_bytes: int
@@ -403,6 +415,32 @@ class MergeManifest(Section):
     """SHA-256 of the config and the weight files that were written."""
 
 
+class Checksums(Section):
+    """What a checkpoint's files were when they were written."""
+
+    files: dict[str, FileSeal]
+    """Size and hash of each."""
+
+
+class StepManifest(Section):
+    """A step checkpoint: what it holds, and what it may be resumed with. Written last; a folder without it is no checkpoint."""
+
+    step: int
+    """Optimizer steps taken."""
+    spec: RoundSpec
+    """The round."""
+    fingerprint: str
+    """Of the freeze plan: an optimizer restores its state by position, so another half would be corrupted without a word."""
+    data_key: str
+    """Of the tokens trained on, the round's own and those that methods add."""
+    start_key: str
+    """Hash of the start's weights, of which the frozen half is not stored again."""
+    files: dict[str, FileSeal]
+    """Size and hash of every other file."""
+    digest: str = ""
+    """Hash of this file, with this field empty."""
+
+
 class Manifest(Section):
     """What a stranger needs to repeat the run."""
 
@@ -438,6 +476,10 @@ class Round:
     checkpoint = property(lambda self: self.folder / "checkpoint")
     adapter = property(lambda self: self.folder / "adapter")
     fisher_path = property(lambda self: self.folder / "method" / "ewc.safetensors")
+    checksums_path = property(lambda self: self.folder / "checksums.json")
+    steps = property(lambda self: self.folder / "steps")
+    stop_path = property(lambda self: self.folder / "stop")
+    lock_path = property(lambda self: self.folder / ".ranks.lock")  # held by every rank while it lives
     scores_path = property(lambda self: self.folder / "scores.json")
     predictions = property(lambda self: self.folder / "predictions")
     failure_path = property(lambda self: self.folder / "failure.json")
@@ -446,6 +488,19 @@ class Round:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def saved_steps(self) -> list[int]:
+        """Steps with a checkpoint, the last one first."""
+        if not self.steps.is_dir():
+            return []
+        return sorted((int(path.name) for path in self.steps.iterdir() if path.name.isdigit()), reverse=True)
+
+    def describe_kept(self) -> str:
+        """What a stop of this round leaves, for a message."""
+        if steps := self.saved_steps:
+            return f"{self.name} goes on from its checkpoint at step {steps[0]}; finished rounds are untouched"
+        return f"{self.name} has no step checkpoint yet and starts again; finished rounds are untouched"
 
     def read_spec(self) -> RoundSpec:
         return read_model(self.spec_path, RoundSpec)
@@ -489,6 +544,12 @@ class Run:
     page_path = property(lambda self: self.folder / "report.html")
     figures = property(lambda self: self.folder / "figures")
     script_path = property(lambda self: self.folder / "job.sh")
+    holder_path = property(lambda self: self.folder / ".holder")
+
+    @cached_property
+    def lock(self) -> FileLock:
+        """Held from `claim` for as long as this object lives, or the process."""
+        return FileLock(self.folder / ".lock")
 
     @property
     def rounds(self) -> list[Round]:
@@ -506,14 +567,20 @@ class Run:
         return Round(self.folder / "rounds" / name)
 
     def claim(self, recipe: Recipe, manifest: Manifest) -> None:
-        """Make the folder this recipe's run, or find that it already is.
+        """Make the folder this recipe's run, or find that it already is, and hold it.
 
         A run of another recipe that has trained anything is never written over.
 
         Raises:
-            InputError: the folder holds something else.
+            InputError: the folder holds something else, or another `hft` is at work in it.
         """
         text = dump_recipe(recipe)
+        own = {Path(self.lock.lock_file).name, self.holder_path.name}
+        held = self.folder.iterdir() if self.folder.exists() and not self.recipe_path.exists() else ()
+        if any(path.name not in own for path in held):
+            raise InputError(f"{self.folder} is not empty and holds no run", "give another --output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold()
         if self.recipe_path.exists():
             held = self.recipe_path.read_text(encoding="utf-8")
             if held == text and self.manifest_path.exists():
@@ -523,11 +590,18 @@ class Run:
                     f"{self.folder} holds the run of another recipe (differs in {_name_differences(held, text)})",
                     "give another --output, or remove the folder",
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty and holds no run", "give another --output")
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_model(self.manifest_path, manifest)
         write_text(self.recipe_path, text)
+
+    def _hold(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            holder = self.holder_path.read_text(encoding="utf-8") if self.holder_path.exists() else "unknown"
+            raise InputError(
+                f"{self.folder} is in use by another hft, process {holder}", "wait for it or stop it, or give another --output"
+            ) from None
+        write_text(self.holder_path, f"{os.getpid()} on {socket.gethostname()}")
 
     def record(self, round_: Round, result: RoundResult) -> None:
         """Take a finished round into the manifest."""
@@ -566,6 +640,26 @@ def read_model(path: Path, kind: type[Model]) -> Model:
         raise InputError(f"{path} is damaged or of another version of hft: {reason}") from None
 
 
+def find_checkpoint_damage(checkpoint: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, a line for each; of one that no round of hft wrote, nothing is known."""
+    round_ = Round(checkpoint.parent)
+    if checkpoint.name != round_.checkpoint.name or not round_.checksums_path.exists():
+        return []
+    return find_damage(checkpoint, read_model(round_.checksums_path, Checksums).files)
+
+
+def find_differences(held: Any, given: Any) -> list[str]:
+    """Keys whose values differ between two nested mappings, with dots."""
+
+    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+    old, new = flatten(held), flatten(given)
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
 def find_rounds(path: Path) -> list[Round]:
     """The finished rounds that a path means: a round's folder, or a run's.
 
@@ -587,10 +681,4 @@ def find_rounds(path: Path) -> list[Round]:
 def _name_differences(held: str, text: str) -> str:
     import yaml
 
-    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}".lstrip(".")).items()}
-
-    old, new = flatten(yaml.safe_load(held)), flatten(yaml.safe_load(text))
-    return ", ".join(key for key in {**old, **new} if old.get(key) != new.get(key)) or "its form"
+    return ", ".join(find_differences(yaml.safe_load(held), yaml.safe_load(text))) or "its form"

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hftcli.hosts import collect_environment
 from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
 from hftcli.page import write_page
 from hftcli.planning import apply_fit, choose_fit, make_budget
+from hftcli.processes import passing_signals
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence
@@ -238,8 +240,12 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
     result = round_.read_result()
     if result is None:
         launch = round_.read_spec().launch
-        result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
+        with passing_signals(round_):
+            result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
+            run.record(round_, result)
+    elif round_.name not in run.read_manifest().rounds:  # the front was killed in between
         run.record(round_, result)
+    shutil.rmtree(round_.steps, ignore_errors=True)  # nothing goes on from them any more
     if not result.verification.passed:
         raise VerificationError(
             f"{round_.folder}: {len(result.verification.violations)} frozen parameters moved, "

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from hftcli.checkpoints import ResumableTrainer
 from hftcli.errors import InputError, TrainingError
 from hftcli.methods import Method
 from hftcli.references import Reference
-from hftcli.run import Progress, Round, RoundSpec, write_model
+from hftcli.run import Progress, Round, RoundSpec, write_model, write_text
 
 SPENT_KEYS = {
     "global_batch_size",
@@ -68,7 +69,7 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         "gradient_accumulation_steps": spec.num_accumulation_steps,
         "max_length": spec.data.max_length,
         "dataloader_pin_memory": has_gpu,
-        "save_strategy": "no",  # the worker writes the checkpoint
+        "save_strategy": "no",  # checkpoints.py says when
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
         "disable_tqdm": True,
     }
@@ -135,7 +136,7 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
     }
 
 
-class TaskTrainer(SFTTrainer):
+class TaskTrainer(ResumableTrainer, SFTTrainer):
     """TRL's SFTTrainer on rows that come tokenized, with methods: their terms in its loss, their hand on its gradients."""
 
     def __init__(
@@ -194,7 +195,7 @@ class PairCollator(DataCollatorForPreference):
         return {**super().torch_call(examples), "row": torch.tensor([example["row"] for example in examples])}
 
 
-class PairTrainer(DPOTrainer):
+class PairTrainer(ResumableTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs that come tokenized, with one of hft's references.
 
     Args:
@@ -299,8 +300,8 @@ class RoundCallback(TrainerCallback):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        if self.reporter.is_first:
-            self.reporter.round.metrics_path.write_text("")
+        if self.reporter.is_first and (rows := cut_metrics(self.reporter.round, state.global_step)):
+            self.loss, self.num_tokens = rows[-1]["loss"], int(rows[-1]["num_tokens"])
         self.score_start()
         checkpoint_layers(model, args)
         self.reporter.report("training", 0, state.max_steps)
@@ -339,10 +340,19 @@ class RoundCallback(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if not math.isfinite(self.loss):
             raise TrainingError(
-                f"the loss became {self.loss} at step {state.global_step}; the round is stopped and nothing of it is kept. "
-                "The model it started from and all earlier rounds are untouched",
-                "lower train.learning_rate, or look at the data with `hft data`; metrics.jsonl has every step",
+                f"the loss became {self.loss} at step {state.global_step} and the round is stopped; "
+                f"{self.reporter.round.describe_kept()}",
+                "the same command would come to the same point: lower train.learning_rate and give another --output, or look "
+                "at the data with `hft data`; metrics.jsonl has every step",
             )
+
+
+def cut_metrics(round_: Round, step: int) -> list[dict[str, Any]]:
+    """Drop the rows of metrics.jsonl after a step: they come again. Those that are left are returned."""
+    rows = round_.read_metrics() if round_.metrics_path.exists() else []
+    rows = [row for row in rows if row["step"] <= step]
+    write_text(round_.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def measure_optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

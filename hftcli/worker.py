@@ -10,11 +10,12 @@ alone, parameters are frozen before any optimizer exists, and result.json is wri
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
 from hftcli.chat import set_chat_template
+from hftcli.checkpoints import Memory, Origin, StepKeeper, find_step, read_memory
 from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
-from hftcli.errors import HftError, InputError, TrainingError
+from hftcli.errors import FULL_BYTES, SAVE_MEMORY, HftError, InputError, TrainingError, explain_os_error, make_disk_full
 from hftcli.evaluate import Reading, TokenizedTask, read_pairs, score_pairs, score_task, tokenize_task
 from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
@@ -37,6 +39,7 @@ from hftcli.models import (
     is_partitioned,
     load_model,
     load_tokenizer,
+    make_start_key,
     measure_updates,
     read_start_dtype,
     save_checkpoint,
@@ -44,8 +47,10 @@ from hftcli.models import (
     verify_checkpoint,
 )
 from hftcli.planning import apply_fit, choose_fit, make_budget
+from hftcli.processes import StopRequest, hold_round
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
 from hftcli.run import (
+    Checksums,
     DataReport,
     Failure,
     FitReport,
@@ -60,6 +65,7 @@ from hftcli.run import (
     Scores,
     write_model,
 )
+from hftcli.seals import list_files, seal_files
 from hftcli.tasks import load_task
 from hftcli.trainers import (
     PairTrainer,
@@ -76,8 +82,8 @@ from hftcli.trainers import (
 PHASES = ("tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying")
 
 
-def run_round(round_: Round) -> None:
-    """Train one round and leave its checkpoint, scores and result.
+def run_round(round_: Round, stop: StopRequest) -> None:
+    """Train one round and leave its checkpoint, scores and result; where a step checkpoint was left, go on from it.
 
     Raises:
         HftError: see errors.py.
@@ -111,21 +117,25 @@ def run_round(round_: Round) -> None:
     with clock.measure("tokenizing"):
         reporter.report("tokenizing")
         dataset, data_report = prepare_rows(spec, tokenizer, reporter)
-        rows = {spec.task: dataset}
+        rows, keys = {spec.task: dataset}, [data_report.key]
         for name in dict.fromkeys(name for method in methods for name in method.needed_tasks):
             task = load_task(name, spec.data.root, "train", spec.data.max_examples)
-            rows[name], _ = prepare_task(task, spec.data, tokenizer, default_cache())
+            rows[name], report = prepare_task(task, spec.data, tokenizer, default_cache())
+            keys.append(report.key)
         for method in methods:
             dataset = method.prepare_rows(dataset, rows)
         pairs = prepare_pairs(spec.pairs, tokenizer, default_cache())[0] if spec.pairs else None
 
     # 3. The ranks join, agree on the plan, and load the start with one half frozen.
-    args = make_training_arguments(spec, round_.folder)
+    args = make_training_arguments(spec, round_.steps)
     fingerprints = gather_fingerprints(plan, args.world_size)
     if reporter.is_first:
         write_model(round_.plan_path, plan)
     with clock.measure("loading"):
         reporter.report("loading")
+        start_key = make_start_key(start) if reporter.is_first else ""
+        origin = Origin(spec, plan.fingerprint, "+".join(keys), start_key)
+        step = find_step(round_, origin, args)
         model = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec))
         for method in methods:
             method.prepare_model(model, plan, start, is_mixed(spec), is_sharded(spec))
@@ -137,6 +147,10 @@ def run_round(round_: Round) -> None:
     # 4. Train, with the tasks scored and the reference taken before the first step.
     casts = is_mixed(spec) and not is_sharded(spec)  # DeepSpeed holds its weights in bfloat16
 
+    def show(done: int, total: int) -> None:
+        reporter.report("scoring", done, total)
+        keeper.check()
+
     def score(moment: Moment, names: tuple[str, ...], read_only: tuple[str, ...] = ()) -> dict[str, Score]:
         with (
             clock.measure("scoring"),
@@ -147,7 +161,7 @@ def run_round(round_: Round) -> None:
             for name in names + read_only:
                 scores[name], predictions = score_task(
                     opened, asked[name], tokenizer, args.device, args.process_index, args.world_size, scoring.temperature,
-                    name in read_only, lambda *count: reporter.report("scoring", *count),
+                    name in read_only, show,
                 )  # fmt: skip
                 if reporter.is_first:
                     round_.write_predictions(moment, name, predictions)
@@ -156,14 +170,36 @@ def run_round(round_: Round) -> None:
     def read(start: list[Reading] | None = None) -> list[Reading]:
         with clock.measure("scoring"), torch.autocast(args.device.type, torch.bfloat16, enabled=casts):
             return read_pairs(
-                trainer.model_wrapped, pairs, args.device, args.process_index, args.world_size, start,
-                lambda *count: reporter.report("scoring", *count),
+                trainer.model_wrapped, pairs, args.device, args.process_index, args.world_size, start, show
             )  # fmt: skip
 
     before: dict[str, Score] = {}
     read_before: list[Reading] = []
 
+    def recall() -> Memory:
+        return {
+            "sums": trainer.recall_sums(),
+            "before": {name: value.model_dump() for name, value in before.items()},
+            "read_before": [vars(reading) for reading in read_before],
+            "reference": reference.recall() if reference is not None else None,
+            "methods": [method.recall() for method in methods],
+            "gradient_bytes": callback.gradient_bytes,
+        }
+
+    def restore(memory: Memory) -> None:
+        trainer.restore_sums(memory["sums"])
+        before.update({name: Score(**values) for name, values in memory["before"].items()})
+        read_before.extend(Reading(**tensors) for tensors in memory["read_before"])
+        if reference is not None:
+            reference.restore(trainer, memory["reference"])
+        for method, recalled in zip(methods, memory["methods"], strict=True):
+            method.restore(recalled)
+        callback.gradient_bytes = memory["gradient_bytes"]
+
     def measure_start() -> None:
+        if step is not None:
+            restore(read_memory(step, args))
+            return
         before.update(score("before", scoring.before))
         if pairs is not None:
             read_before.extend(read())
@@ -173,17 +209,25 @@ def run_round(round_: Round) -> None:
                 reference.prepare(trainer)
 
     callback = RoundCallback(reporter, measure_start)
+    keeper = StepKeeper(round_, origin, stop, args, recall)
+    callbacks = [callback, keeper]
     if spec.objective == "sft":
-        trainer = TaskTrainer(model, args, dataset, tokenizer, [callback], methods)
+        trainer = TaskTrainer(model, args, dataset, tokenizer, callbacks, methods)
     else:
-        trainer = PairTrainer(model, args, dataset, tokenizer, [callback], reference, second)
+        trainer = PairTrainer(model, args, dataset, tokenizer, callbacks, reference, second)
+    if isinstance(reference, SharedReference):
+        reference.remember(model)  # before a step checkpoint is laid in
     with clock.measure("training"):
-        outcome = trainer.train()
+        outcome = trainer.train(resume_from_checkpoint=str(step) if step else None)
+    with keeper.stopping(trainer):
+        keeper.check()
     clock.seconds["training"] -= clock.seconds["scoring"] + clock.seconds["referencing"]
 
     # 5. Save, verify against the start, score again. Every rank gathers; rank 0 writes.
     with clock.measure("saving"):
         reporter.report("saving")
+        if any(method.leaves_another_model for method in methods):
+            keeper.save_end(trainer)  # a stop comes too late for it afterwards
         for method in methods:
             method.finish(trainer, round_)
         dtype = read_start_dtype(spec.model, start)
@@ -198,12 +242,16 @@ def run_round(round_: Round) -> None:
                 save_delta(trainer.model, tokenizer, weights, round_.checkpoint, start, plan)
             else:
                 save_checkpoint(trainer.model, tokenizer, weights, round_.checkpoint)
-    after = score("after", scoring.after, scoring.likelihood)
+            write_model(round_.checksums_path, Checksums(files=seal_files(round_.checkpoint, list_files(round_.checkpoint))))
+    with keeper.stopping(trainer):
+        keeper.check()
+        after = score("after", scoring.after, scoring.likelihood)
+        read_after = read(read_before) if pairs is not None else None
     pair_scores = None
     if pairs is not None:
         pair_scores = PairScores(
             before=score_pairs(read_before, read_before, spec.dpo.beta, args.device, args.world_size),
-            after=score_pairs(read(read_before), read_before, spec.dpo.beta, args.device, args.world_size),
+            after=score_pairs(read_after, read_before, spec.dpo.beta, args.device, args.world_size),
         )
     if not reporter.is_first:
         return
@@ -221,6 +269,7 @@ def run_round(round_: Round) -> None:
         train_loss=outcome.training_loss,
         num_tokens=callback.num_tokens,
         seconds=clock.seconds,
+        resumed_from=int(step.name) if step else None,
         peak_memory_bytes=measure_peak_memory(),
         gradient_bytes=callback.gradient_bytes,
         optimizer_bytes=measure_optimizer_bytes(trainer.optimizer),
@@ -348,20 +397,43 @@ def describe_hardware(num_ranks: int) -> Hardware:
     )
 
 
+def explain_failure(error: Exception, round_: Round) -> HftError:
+    """What the front shows of an error."""
+    if isinstance(error, HftError):
+        return error
+    if shutil.disk_usage(round_.folder).free < FULL_BYTES:  # each library says it in its own way
+        return make_disk_full(round_.folder)
+    if isinstance(error, OSError) and (known := explain_os_error(error)):
+        return known
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.distributed.DistBackendError) or "closed by peer" in line or "reset by peer" in line:
+        return TrainingError(
+            f"another rank is gone ({line}); {round_.describe_kept()}",
+            f"see {round_.log_path} for what became of it, then run the same command again",
+        )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
+        return TrainingError(f"out of memory: {line}; {round_.describe_kept()}", SAVE_MEMORY)
+    return TrainingError(
+        f"{type(error).__name__}: {line}; {round_.describe_kept()}",
+        f"see the end of {round_.log_path}, or run again with --traceback",
+    )
+
+
 def main() -> None:
     round_ = Round(Path(sys.argv[-1]))
     silence_libraries()
+    stop = StopRequest(round_)
     try:
-        run_round(round_)
+        with hold_round(round_):
+            stop.listen()
+            run_round(round_, stop)
     except Exception as error:
-        known = error if isinstance(error, HftError) else TrainingError(
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; nothing of {round_.name} is kept, "
-            "finished rounds are untouched",
-            f"see the end of {round_.log_path}, or run again with --traceback",
-        )  # fmt: skip
+        stop.ignore()
+        known = explain_failure(error, round_)
         if not round_.failure_path.exists():
             failure = Failure(message=known.message, fix=known.fix, exit_code=known.exit_code, traceback=traceback.format_exc())
-            write_model(round_.failure_path, failure)
+            with suppress(OSError):  # on a full disk, the front sees it for itself
+                write_model(round_.failure_path, failure)
         traceback.print_exc()
         sys.exit(known.exit_code)
 

@@ -87,7 +87,8 @@ def test_gone_and_derived_keys_name_their_successor(tmp_path, key, use):
 
 
 def test_a_setting_without_effect_is_refused(tmp_path):
-    assert "train.save_steps would have no effect" in fail(tmp_path, GOOD + "train: {save_steps: 10}\n")
+    assert "train.eval_steps would have no effect" in fail(tmp_path, GOOD + "train: {eval_steps: 10}\n")
+    assert "train.save_steps is not a key of hft: use checkpoint.save" in fail(tmp_path, GOOD + "train: {save_steps: 1}\n")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "hftcli"
 # From the bottom up: a module may import, at its top, only modules that stand before it. `cli.py` alone may open the lower
 # plane, inside the commands that need it.
 FLOORS = [
-    ["errors"],
+    ["errors", "seals"],
     ["freezing.roles"],
     ["freezing.selection", "freezing.activations"],
     ["freezing.budget"],
@@ -23,7 +23,7 @@ FLOORS = [
     ["tasks.check"],
     ["run", "statistics"],
     ["planning"],
-    ["forgetting", "comparison", "items"],
+    ["processes", "forgetting", "comparison", "items"],
     ["figures"],
     ["hosts"],
     ["slurm"],
@@ -37,7 +37,7 @@ FLOORS = [
 ]
 METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
 BELOW = [  # torch is imported here
-    *["deltas", "models", "arithmetic", "rows", "chat", "data", "references"],
+    *["deltas", "models", "arithmetic", "rows", "chat", "data", "references", "checkpoints"],
     *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "evaluate", "probe", "machine", "worker"],
 ]
 

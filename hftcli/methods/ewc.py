@@ -15,14 +15,16 @@ Shapes: T tokens of a row, N trained tokens, V vocabulary.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from hftcli.data import IGNORED
+from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method, draw_rows
 from hftcli.run import Round
 
@@ -35,6 +37,11 @@ class Ewc(Method):
         self.rows = draw_rows(rows[task], self.section.num_examples, task, self.spec.train.seed)
         return dataset
 
+    def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
+        """Remember where the round starts: a step checkpoint has moved from there."""
+        trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        self.anchors = {name: value.detach().clone() for name, value in trained} if self.last_round is not None else {}
+
     def start(self, trainer: Trainer) -> None:
         self.terms: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
         if self.last_round is None:
@@ -43,7 +50,7 @@ class Ewc(Method):
             for name, parameter in trainer.model.named_parameters():
                 if parameter.requires_grad:
                     fisher = file.get_tensor(name).to(parameter.device)
-                    self.terms.append((parameter, fisher, parameter.detach().clone()))
+                    self.terms.append((parameter, fisher, self.anchors.pop(name).to(parameter.device)))
 
     def compute_penalty(self) -> torch.Tensor | None:
         if not self.terms:

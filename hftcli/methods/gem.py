@@ -12,6 +12,7 @@ Shapes: K earlier tasks. A gradient is a list of tensors, one for each parameter
 """
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ class EpisodicMemory(Method):
         ]
         self.random = random.Random(f"{self.spec.train.seed}/{self.spec.index}")
         return dataset
+
+    def recall(self) -> Any:
+        return self.random.getstate()
+
+    def restore(self, recalled: Any) -> None:
+        self.random.setstate(recalled)
 
     def change_gradient(self, trainer: Trainer) -> None:
         if not self.memories:

@@ -34,6 +34,8 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (R, I) and B (O, R) 
 
 
 class Lora(Method):
+    leaves_another_model = True
+
     def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:
         return narrow_plan(plan, units, self.section.target_modules)
 

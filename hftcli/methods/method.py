@@ -2,16 +2,18 @@
 
 narrow_plan       what trains, before anything is loaded                       lora, olora
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
-prepare_model     the loaded model, before any optimizer exists                lora, olora
+prepare_model     the loaded model, before any optimizer exists                ewc, lora, olora
 set_arguments     the trainer's arguments                                      replay
-start             the model is where it trains, and untouched                  ewc
+start             the model is where it trains                                 ewc, olora
 compute_penalty   a term of the loss                                           ewc, olora
 change_gradient   after the last backward pass of a step, before the step      gem, agem
+recall, restore   what a step checkpoint keeps                                 gem, agem
 finish            after the last step, before the checkpoint is written        ewc, lora, olora
 """
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -28,7 +30,12 @@ class Method:
 
     Args:
         section: the method's own section of the recipe.
+
+    Attributes:
+        leaves_another_model: whether `finish` changes the model, so that it can train no more.
     """
+
+    leaves_another_model = False
 
     def __init__(self, spec: RoundSpec, section: Section):
         self.spec = spec
@@ -69,7 +76,7 @@ class Method:
         """Change the trainer's arguments before the trainer exists."""
 
     def start(self, trainer: Trainer) -> None:
-        """Called once by all ranks before the first step."""
+        """Called once by all ranks before the first step, or before going on from a step checkpoint."""
 
     def compute_penalty(self) -> torch.Tensor | None:
         """What a step's loss has on top, () with a gradient; None for nothing."""
@@ -77,6 +84,12 @@ class Method:
 
     def change_gradient(self, trainer: Trainer) -> None:
         """Change the gradients of a step, which are accumulated and clipped."""
+
+    def recall(self) -> Any:
+        """What a step checkpoint has to keep of what changes in training: numbers, strings and tensors, in tuples and dicts."""
+
+    def restore(self, recalled: Any) -> None:
+        """Take it up again, before `start`. The model is then that of the step, and no more that of the round's start."""
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Called once by all ranks after the last step; rank 0 leaves in the round's folder what later rounds need."""
