@@ -27,8 +27,8 @@ demo: $(READY) ## Fine-tune the built-in model and show what it learned and forg
 	$(BIN)/hft sft --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 .PHONY: test
-test: $(READY) lint ## Run the tests that take less than ten minutes
-	$(BIN)/pytest -m 'not slow'
+test: $(READY) lint ## Run the tests that take less than ten minutes, on all cores
+	$(BIN)/pytest -n auto --dist loadfile -m 'not slow'
 
 .PHONY: test-slow
 test-slow: $(READY) ## Run the longer tests

@@ -8,7 +8,14 @@ from hftcli.trainers import has_bfloat16
 pytestmark = pytest.mark.skipif(not has_bfloat16(), reason="neither a GPU nor this processor has bfloat16")
 
 
-@pytest.mark.parametrize(("share", "dtype"), [(0.5, "bfloat16"), (0.5, "float32"), (1.0, "bfloat16")])
+@pytest.mark.parametrize(
+    ("share", "dtype"),
+    [
+        pytest.param(0.5, "bfloat16", marks=pytest.mark.slow),
+        (0.5, "float32"),
+        pytest.param(1.0, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_round_in_bfloat16_keeps_the_frozen_half_and_moves_the_other(hft, settings, tmp_path, share, dtype):
     change = {
         "train.bf16": "true",

@@ -127,6 +127,7 @@ def test_the_reference_is_reused_until_the_model_or_the_template_changes(hft, se
     assert len({first.key, found["template"].key, found["model"].key}) == 3
 
 
+@pytest.mark.slow
 def test_a_round_that_is_killed_starts_again_with_the_reference_it_computed(
     hft, settings, pairs, one_process, tmp_path, monkeypatch
 ):
