@@ -74,6 +74,45 @@ def dpo(
 
 
 @app.command()
+def continual(
+    recipe: RecipeOption = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="A benchmark (tinyworld, trace, standard), or tasks, with commas between.")
+    ] = None,
+    order: Annotated[str | None, typer.Option("--order", help="Which of the benchmark's orders.")] = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
+    from hftcli import report, runners
+    from hftcli.tasks.check import format_report
+
+    given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
+    given += [f"continual.order={json.dumps(order)}"] if order else []
+    resolved = _load_recipe(
+        recipe or _find_task_recipe(tasks), [*given, *(overrides or ())], output, num_processes, "continual"
+    )
+    run = runners.prepare_continual(resolved)
+    print(format_report(run.read_manifest().sequence))
+    if dry_run:
+        for round_ in run.rounds:
+            print(runners.describe_launch(round_))
+        return
+    with report.show_progress() as on_progress:
+        matrix = runners.finish_continual(run, on_progress)
+    report.print_continual(run, matrix)
+
+
+def _find_task_recipe(tasks: str | None) -> str | None:
+    """The shipped recipe that is called as the benchmark; None leaves the quick start's."""
+    from hftcli.recipe import QUICK_START, list_recipes
+
+    return tasks if tasks != QUICK_START and tasks in {file.stem for file in list_recipes()} else None
+
+
+@app.command()
 def plan(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -127,6 +166,29 @@ def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round
     report.print_verification(found, as_json)
     if not all(verification.passed for verification in found.values()):
         raise typer.Exit(3)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A continual run's folder, or a matrix file.")],
+    as_json: JsonOption = False,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw the matrix into this .svg or .png file.")] = None,
+) -> None:
+    """The forgetting matrix and its metrics: what was learned, and what became of it.
+
+    A matrix file is {"tasks": [...], "scores": [[...], ...]}: row 0 the base model, values in [0, 1] or null.
+    """
+    from hftcli.figures import check_figure_path, draw_matrix
+    from hftcli.forgetting import read_matrix
+    from hftcli.report import print_matrix
+
+    matrix = read_matrix(path)
+    if figure:
+        check_figure_path(figure)
+    print_matrix(matrix, as_json)
+    if figure:
+        draw_matrix(matrix, figure)
+        print(f"figure  {figure}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

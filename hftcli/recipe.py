@@ -119,8 +119,8 @@ class TrainSection(Section):
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more compute."""
 
     bf16: bool = True
-    """Compute in bfloat16 on GPUs that have it, with float32 masters for what trains. Processes without a GPU compute in
-    float32."""
+    """Compute in bfloat16 where the GPU, or without one the processor, has it, with float32 masters for what trains; elsewhere
+    in float32."""
 
     seed: int = 42
     """Order of the data, dropout. The halves have a seed of their own, `freeze.seed`."""
@@ -194,7 +194,7 @@ class ContinualSection(Section):
     """A benchmark (`tinyworld`, `trace`, `standard`), or a list of tasks: folders under `data.root`, or tasks of a benchmark
     such as `trace/FOMC`."""
 
-    order: str | None = None
+    order: Annotated[str, Field(coerce_numbers_to_str=True)] | None = None
     """Which of the benchmark's orders; null takes its first, or that of the list."""
 
     protocol: Literal["paper", "scripts"] | None = None

@@ -5,19 +5,37 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
 from hftcli.freezing.budget import Budget, Memory
 from hftcli.run import DataReport, PairScores, Round, RoundResult, Run, Scores, Verification
 from hftcli.run import Progress as Place
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How scores of a kind are shown: times `factor`, with so many decimals."""
+
+    name: str
+    factor: float
+    decimals: int
+
+    def show(self, value: float | None, signed: bool = False) -> str:
+        return "" if value is None else f"{self.factor * value:{'+' if signed else ''}z.{self.decimals}f}"
+
+
+POINTS = Unit("points (0 to 100)", 100.0, 1)
+NATS = Unit("nats per token, lower is better", 1.0, 3)
 
 
 @contextmanager
@@ -67,8 +85,22 @@ def print_run(run: Run) -> None:
             console.print(_make_score_table(scores))
         if result.pairs is not None:
             console.print(_make_pair_table(result.pairs))
-    console.print(f"model  {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
-    console.print(f"check  hft verify {run.folder}", highlight=False, soft_wrap=True)
+    _print_end(run, console)
+
+
+def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
+    """What every round trained, the forgetting matrix with its metrics, and where the last model is."""
+    console = Console()
+    for round_ in run.rounds:
+        console.print(_describe_round(round_, round_.read_result()), highlight=False, soft_wrap=True)
+    print_matrix(matrix, as_json=False)
+    console.print(f"figure  {run.figures / 'forgetting.svg'}", highlight=False, soft_wrap=True)
+    _print_end(run, console)
+
+
+def _print_end(run: Run, console: Console) -> None:
+    console.print(f"model   {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
+    console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
 
 
 def _describe_round(round_: Round, result: RoundResult) -> str:
@@ -233,6 +265,109 @@ def _describe_verification(verification: Verification) -> str:
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
         f"bit-identical to the start, {moved} of {verification.num_trained} trained ones moved{note}"
     )
+
+
+def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
+    """The scores after every round, what each task gained and lost, and the metrics with their definitions."""
+    kinds = _list_kinds(matrix)
+    metrics = {name: compute_metrics(matrix.tasks, rows, unit is NATS) for name, rows, unit in kinds}
+    if as_json:
+        others = {name: metrics[name].model_dump() if name in metrics else None for name in ("lenient", "nll")}
+        general = {
+            name: {task: _describe_change(column) for task, column in columns.items()}
+            for name, columns in (("general", matrix.general), ("general_nll", matrix.general_nll))
+        }
+        rounds = {"num_rounds": matrix.num_rounds, "is_finished": matrix.is_finished}
+        print_json({**rounds, **metrics["strict"].model_dump(), **others, **general})
+        return
+    console = Console()
+    for name, rows, unit in kinds:
+        console.print(f"{name} scores, {unit.name}; bold after its own round, dim before it:", highlight=False, soft_wrap=True)
+        _print_whole(_make_matrix_table(matrix, rows, unit))
+        _print_whole(_make_task_table(metrics[name].per_task, unit))
+    for name, columns, unit in (("general", matrix.general, POINTS), ("general nll", matrix.general_nll, NATS)):
+        if columns:
+            console.print(f"{name}, tasks that are never trained, {unit.name}:", highlight=False, soft_wrap=True)
+            _print_whole(_make_general_table(columns, unit))
+    console.print(_make_metric_table({name: (metrics[name], unit) for name, _, unit in kinds}))
+    console.print(
+        "R[t][i] is the score on task i after round t of T; row 0 is the base model's. "
+        "bwt and fwt are gains, forgetting is a loss, for nll too.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not matrix.is_finished:
+        console.print(
+            f"{matrix.num_rounds} of {len(matrix.tasks)} rounds are there: what needs the last row is left blank. "
+            "Row 0 is the base model's; where it was not scored, it is a row of nulls.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _list_kinds(matrix: ForgettingMatrix) -> list[tuple[str, tuple[Row, ...], Unit]]:
+    kinds = (("strict", matrix.scores, POINTS), ("lenient", matrix.lenient, POINTS), ("nll", matrix.nll, NATS))
+    return [(name, rows, unit) for name, rows, unit in kinds if rows is not None]
+
+
+def _describe_change(column: Row) -> dict[str, float | None]:
+    base, last = column[0], column[-1]
+    return {"base": base, "last": last, "change": None if base is None or last is None else last - base}
+
+
+def _make_matrix_table(matrix: ForgettingMatrix, rows: tuple[Row, ...], unit: Unit) -> Table:
+    """Columns are numbered, since the names of eight tasks do not fit side by side; the rows tell the numbers."""
+    table = _make_number_table("after", *range(1, len(matrix.tasks) + 1))
+    for t, (name, row) in enumerate(zip(matrix.row_names, rows, strict=True)):
+        styles = ("bold" if i + 1 == t else "dim" if i + 1 > t else "" for i in range(len(row)))
+        cells = (Text(unit.show(score), style=style) for score, style in zip(row, styles, strict=True))
+        table.add_row(Text(f"{t}  {name}"), *cells)
+    return table
+
+
+def _make_task_table(per_task: Mapping[str, TaskMetrics], unit: Unit) -> Table:
+    table = _make_number_table("task", "learned", "final", "bwt", "forgetting", "fwt")
+    for index, (task, part) in enumerate(per_task.items(), start=1):
+        changes = (unit.show(change, signed=True) for change in (part.bwt, part.forgetting, part.fwt))
+        table.add_row(Text(f"{index}  {task}"), unit.show(part.learned), unit.show(part.final), *changes)
+    return table
+
+
+def _make_general_table(columns: Mapping[str, Row], unit: Unit) -> Table:
+    num_rounds = len(next(iter(columns.values()))) - 1
+    table = _make_number_table("task", "base", *range(1, num_rounds + 1), "change")
+    for task, column in columns.items():
+        table.add_row(Text(task), *map(unit.show, column), unit.show(_describe_change(column)["change"], signed=True))
+    return table
+
+
+def _make_metric_table(metrics: Mapping[str, tuple[ForgettingMetrics, Unit]]) -> Table:
+    """A row per metric, a column per kind of score, and the first sentence of the metric's own documentation."""
+    table = _make_number_table("metric", *metrics)
+    table.add_column("definition")
+    for name, field in ForgettingMetrics.model_fields.items():
+        if name != "per_task":
+            signed = name not in ("op", "plasticity")
+            values = (unit.show(getattr(found, name), signed) for found, unit in metrics.values())
+            definition = " ".join(field.description.split()).partition(". ")[0].rstrip(".")
+            table.add_row(name, *values, Text(definition))
+    return table
+
+
+def _make_number_table(first: str, *headings: object) -> Table:
+    table = Table()
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(str(heading), justify="right", no_wrap=True)
+    return table
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table as wide as it is: a number that is cut to the console's width would be another number."""
+    console = Console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum)
+    console.print(table)
 
 
 def print_json(value: Any) -> None:

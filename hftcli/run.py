@@ -3,6 +3,7 @@
     runs/<name>/            Run
       recipe.yaml             the recipe, resolved
       manifest.json           Manifest: what a stranger needs to repeat the run
+      forgetting.json         ForgettingMatrix: scores after every round of a continual run
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
         freeze_plan.json        FreezePlan: which parameters train
@@ -42,6 +43,7 @@ from hftcli.recipe import (
     TrainSection,
     dump_recipe,
 )
+from hftcli.tasks.check import SequenceReport
 
 Model = TypeVar("Model", bound=BaseModel)
 Moment = Literal["before", "after"]  # of a round
@@ -300,7 +302,7 @@ class RoundResult(Section):
     rank_fingerprints: tuple[str, ...]
     """The plan's fingerprint as each rank computed it."""
     precision: Literal["float32", "bfloat16"]
-    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the GPU has it."""
+    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the device has it."""
     num_steps: int
     """Optimizer steps taken."""
     train_loss: float
@@ -344,6 +346,8 @@ class Manifest(Section):
     """Operating system and machine."""
     parent: str | None
     """Folder of the run that this one starts from."""
+    sequence: SequenceReport | None = None
+    """What the data of a sequence of tasks are; null without one."""
     rounds: dict[str, RoundResult] = Field(default_factory=dict)
     """Results of the finished rounds, by name."""
 
@@ -407,6 +411,8 @@ class Run:
 
     recipe_path = property(lambda self: self.folder / "recipe.yaml")
     manifest_path = property(lambda self: self.folder / "manifest.json")
+    matrix_path = property(lambda self: self.folder / "forgetting.json")
+    figures = property(lambda self: self.folder / "figures")
 
     @property
     def rounds(self) -> list[Round]:
@@ -416,6 +422,9 @@ class Run:
     @property
     def last_finished(self) -> Round | None:
         return next((round_ for round_ in reversed(self.rounds) if round_.result_path.exists()), None)
+
+    def read_manifest(self) -> Manifest:
+        return read_model(self.manifest_path, Manifest)
 
     def round(self, name: str) -> Round:
         return Round(self.folder / "rounds" / name)
@@ -446,16 +455,20 @@ class Run:
 
     def record(self, round_: Round, result: RoundResult) -> None:
         """Take a finished round into the manifest."""
-        manifest = read_model(self.manifest_path, Manifest)
+        manifest = self.read_manifest()
         rounds = {**manifest.rounds, round_.name: result}
         write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_model(path: Path, model: BaseModel) -> None:

@@ -12,13 +12,16 @@ from pathlib import Path
 
 from hftcli import __version__
 from hftcli.errors import InputError, ModelError, VerificationError
+from hftcli.figures import draw_matrix
+from hftcli.forgetting import ForgettingMatrix
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
 from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Recipe
-from hftcli.run import Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
-from hftcli.tasks import check_tasks
+from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
+from hftcli.tasks import check_tasks, find_sequence
+from hftcli.tasks.check import check_sequence
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -71,6 +74,97 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     return run, round_
 
 
+def prepare_continual(recipe: Recipe) -> Run:
+    """Check what can be checked without a model, and write the files of a run with a round for each task.
+
+    Each round starts from the checkpoint of the one before, so that all of them can be written at once.
+    """
+    start = resolve_start(recipe.model.path)
+    root = recipe.data.root and _make_absolute(recipe.data.root)
+    sequence = find_sequence(recipe.continual, root)
+    check_tasks(recipe.eval.tasks, root)
+    temperature = recipe.eval.temperature if recipe.eval.temperature is not None else sequence.temperature
+    run = Run(Path(recipe.output))
+    rounds = [run.round(f"{place:02d}-{shorten_task(task)}") for place, task in enumerate(sequence.tasks)]
+    specs = []
+    for place, task in enumerate(sequence.tasks):
+        epochs = {"num_train_epochs": sequence.epochs[task]} if sequence.epochs else {}
+        path = str(rounds[place - 1].checkpoint.resolve()) if place else start.path
+        spec = RoundSpec(
+            objective="sft",
+            index=start.num_rounds + place,
+            model=recipe.model.model_copy(update={"path": path}),
+            data=recipe.data.model_copy(update={"root": root}),
+            freeze=recipe.freeze,
+            train=recipe.train.model_copy(update=epochs),
+            launch=resolve_launch(recipe.launch),
+            task=task,
+            method=recipe.method,
+            earlier=tuple(
+                EarlierRound(task=earlier, folder=str(round_.folder.resolve()))
+                for earlier, round_ in zip(sequence.tasks[:place], rounds, strict=False)
+            ),
+            scoring=Scoring(
+                before=() if place else (*sequence.tasks, *recipe.eval.tasks),
+                after=(*sequence.tasks[: place + 2], *recipe.eval.tasks),  # the next task too: what transfers to it
+                likelihood=sequence.tasks[place + 2 :],
+                max_examples=recipe.eval.max_examples,
+                temperature=temperature,
+            ),
+        )
+        spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
+        specs.append(spec)
+    manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
+    run.claim(recipe, manifest)
+    for round_, spec in zip(rounds, specs, strict=True):
+        round_.folder.mkdir(parents=True, exist_ok=True)
+        if not round_.result_path.exists():
+            write_model(round_.spec_path, spec)
+    return run
+
+
+def finish_continual(run: Run, on_progress: Callable[[Round, Progress], None]) -> ForgettingMatrix:
+    """Run the rounds that are not done, one after another; the matrix is on disk after each.
+
+    Raises:
+        HftError: see errors.py; finished rounds are kept.
+    """
+    for round_ in run.rounds:
+        finish_round(run, round_, on_progress)
+        matrix = assemble_matrix(run)
+        write_model(run.matrix_path, matrix)
+        draw_matrix(matrix, run.figures / "forgetting.svg")
+    return matrix
+
+
+def assemble_matrix(run: Run) -> ForgettingMatrix:
+    """What the finished rounds of a continual run scored: row 0 before any training, then a row for each."""
+    specs = [round_.read_spec() for round_ in run.rounds]
+    tasks = [spec.task for spec in specs]
+    scores = [round_.read_scores() for round_ in run.rounds if round_.result_path.exists()]
+    rows = [scores[0].before, *(found.after for found in scores)]
+    general = [name for name in specs[0].scoring.before if name not in tasks]
+
+    def read(names: Sequence[str], field: str) -> tuple[tuple[float | None, ...], ...]:
+        return tuple(tuple(getattr(row[name], field) for name in names) for row in rows)
+
+    has_lenient = any(value is not None for row in read(tasks, "lenient") for value in row)
+    names = [shorten_task(task) for task in tasks]
+    return ForgettingMatrix(
+        tasks=tuple(names if len(set(names)) == len(names) else tasks),
+        scores=read(tasks, "score"),
+        lenient=read(tasks, "lenient") if has_lenient else None,
+        nll=read(tasks, "nll"),
+        general=dict(zip(general, zip(*read(general, "score"), strict=True), strict=False)),
+        general_nll=dict(zip(general, zip(*read(general, "nll"), strict=True), strict=False)),
+    )
+
+
+def shorten_task(name: str) -> str:
+    """A task's name without its benchmark's."""
+    return name.rpartition("/")[2]
+
+
 def make_pairs_section(recipe: Recipe) -> DataSection | None:
     """The held-out pairs, to be cut as the training pairs are."""
     pairs = recipe.eval.pairs
@@ -120,8 +214,8 @@ def resolve_start(path: str) -> Start:
     folder = Path(path)
     if Run(folder).recipe_path.exists():
         last = Run(folder).last_finished
-        if last is None:
-            raise ModelError(f"model.path {path} is a run with no finished round", "finish it first")
+        if last is None or last != Run(folder).rounds[-1]:
+            raise ModelError(f"model.path {path} is a run that is not finished", "run its recipe again: it goes on")
         return Start(str(last.checkpoint.resolve()), last.read_spec().index + 1, str(folder.resolve()))
     if folder.is_dir():
         config = folder / "config.json"

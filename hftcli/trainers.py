@@ -24,7 +24,15 @@ SPENT_KEYS = {"global_batch_size", "assistant_only_loss", "completion_only_loss"
 
 def is_mixed(spec: RoundSpec) -> bool:
     """Whether this process computes in bfloat16."""
-    return spec.train.bf16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return spec.train.bf16 and has_bfloat16()
+
+
+def has_bfloat16() -> bool:
+    """Whether this machine multiplies in bfloat16: its GPU, or without one its processor. Elsewhere it would be slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return found.get("avx512_bf16", False) or found.get("amx_bf16", False)
 
 
 def is_sharded(spec: RoundSpec) -> bool:

@@ -153,6 +153,8 @@ def run_bare(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    from hftcli.trainers import has_bfloat16
+
     rows = [json.loads(line) for line in Path(arguments.rows).read_text().splitlines()]
     gpu = has_gpu()
     config = SFTConfig(
@@ -165,7 +167,7 @@ def run_bare(arguments: argparse.Namespace) -> None:
         packing=True,
         max_length=arguments.max_length,
         activation_checkpointing=arguments.activation_checkpointing,
-        bf16=gpu,
+        bf16=has_bfloat16(),
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
         logging_steps=1,

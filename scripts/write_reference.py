@@ -49,8 +49,10 @@ def make_tables() -> dict[str, str]:
 def main() -> None:
     text = fresh = README.read_text(encoding="utf-8")
     for name, table in make_tables().items():
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        fresh = pattern.sub(lambda match, table=table: match[1] + table + match[2], fresh)
+        pattern = re.compile(f"(<!-- {name} -->\n\n).*?(\n\n<!-- /{name} -->)", re.DOTALL)
+        fresh, count = pattern.subn(lambda match, table=table: match[1] + table + match[2], fresh)
+        if count != 1:
+            sys.exit(f"README.md must have the place <!-- {name} --> once, with empty lines around the table; it has {count}")
     if "--check" in sys.argv:
         sys.exit(0 if fresh == text else "README.md is out of date: python scripts/write_reference.py")
     README.write_text(fresh, encoding="utf-8")

@@ -146,7 +146,7 @@ def test_the_key_covers_weights_tokens_precision_and_options(tmp_path):
     def make_key(tokens: str = "t", mixed: bool = False, dtype: str | None = None, **dpo: object) -> str:
         spec = RoundSpec(
             objective="dpo", index=0, model=ModelSection(path="m", dtype=dtype), data=DataSection(path="d"),
-            freeze=FreezeRule(), train=TrainSection(), launch=LaunchSection(num_processes=1), tasks=(),
+            freeze=FreezeRule(), train=TrainSection(), launch=LaunchSection(num_processes=1),
             dpo=DpoSection(**dpo), reference="precompute",
         )  # fmt: skip
         return make_reference_key(spec, tmp_path, tokens, mixed)

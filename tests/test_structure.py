@@ -15,13 +15,15 @@ FLOORS = [
     ["freezing.selection"],
     ["freezing.budget"],
     ["recipe"],
-    ["run"],
     ["tasks.examples"],
     ["tasks.metrics"],
     ["tasks.folder"],
     ["tasks.tinyworld", "tasks.trace", "tasks.standard"],
     ["tasks"],
     ["tasks.check"],
+    ["run"],
+    ["forgetting"],
+    ["figures"],
     ["launch", "report"],
     ["runners"],
     ["cli"],
@@ -84,10 +86,10 @@ def test_every_module_says_what_it_is_for():
 
 
 def test_every_field_in_a_file_is_documented():
-    from hftcli import recipe, run
+    from hftcli import forgetting, recipe, run
     from hftcli.tasks import check, folder
 
-    for room in (recipe, run, check, folder):
+    for room in (recipe, run, forgetting, check, folder):
         for name, value in vars(room).items():
             if isinstance(value, type) and issubclass(value, recipe.Section) and value.__module__ == room.__name__:
                 for field, info in value.model_fields.items():

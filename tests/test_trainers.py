@@ -16,7 +16,7 @@ from hftcli.trainers import SPENT_KEYS, make_training_arguments
 def make_spec(**train: object) -> RoundSpec:
     return RoundSpec(
         objective="sft", index=0, model=ModelSection(path="m"), data=DataSection(path="d", max_length=96), freeze=FreezeRule(),
-        train=TrainSection(**train), launch=LaunchSection(num_processes=1), tasks=(),
+        train=TrainSection(**train), launch=LaunchSection(num_processes=1),
     )  # fmt: skip
 
 

@@ -3,8 +3,12 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -121,6 +125,25 @@ def test_the_reference_is_reused_until_the_model_or_the_template_changes(hft, se
     assert not found["template"].is_reused
     assert not found["model"].is_reused
     assert len({first.key, found["template"].key, found["model"].key}) == 3
+
+
+def test_a_round_that_is_killed_starts_again_with_the_reference_it_computed(
+    hft, settings, pairs, one_process, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HFT_CACHE", str(tmp_path / "cache"))  # nothing is there to be reused
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "hftcli", "dpo", "--output", run, *settings(pairs)]
+    front = psutil.Process(subprocess.Popen(command, stderr=subprocess.DEVNULL).pid)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cache" / "references").glob("*.safetensors")):
+        assert time.monotonic() < deadline, "the reference was not computed"
+        time.sleep(0.01)
+    for process in [*front.children(recursive=True), front]:
+        process.kill()
+    assert not round_of(run).result_path.exists()
+    hft("dpo", "--output", run, *settings(pairs))
+    assert round_of(run).read_result().reference.is_reused
+    assert losses(run) == losses(one_process)
 
 
 def test_a_round_after_an_sft_run_draws_another_half(hft, settings, pairs, small, tmp_path):
