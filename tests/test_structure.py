@@ -18,7 +18,7 @@ FLOORS = [
     ["tasks.examples"],
     ["tasks.metrics"],
     ["tasks.folder"],
-    ["tasks.tinyworld", "tasks.trace", "tasks.standard"],
+    ["tasks.tinyworld", "tasks.trace", "tasks.standard", "tasks.general"],
     ["tasks"],
     ["tasks.check"],
     ["run"],
@@ -28,7 +28,7 @@ FLOORS = [
     ["runners"],
     ["cli"],
 ]
-BELOW = ["models", "rows", "chat", "data", "references", "trainers", "evaluate", "worker"]  # torch is imported here
+BELOW = ["models", "rows", "chat", "data", "references", "trainers", "options", "evaluate", "worker"]  # torch is imported here
 
 
 def read_imports(path: Path, top_level_only: bool) -> set[str]:
