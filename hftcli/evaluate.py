@@ -315,7 +315,7 @@ def read_answers(
     for index, batch in enumerate(batches):
         own = batch[rank::num_ranks]
         # A rank that has no row of its own passes only so that ZeRO 3 can gather.
-        logits_NV, targets_N, is_answer_BT = _predict_answers(model, [rows[row] for row in own or batch[:1]], device)
+        logits_NV, targets_N, is_answer_BT = predict_answers(model, [rows[row] for row in own or batch[:1]], device)
         if own:
             place_N = is_answer_BT.nonzero()[:, 0]
             nats_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double()
@@ -417,7 +417,7 @@ def decode_answer(prompt: list[int], answer: list[int], tokenizer: PreTrainedTok
     return decode(prompt + answer)[len(decode(prompt)) :]
 
 
-def _predict_answers(
+def predict_answers(
     model: torch.nn.Module, rows: list[Row], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the model says at the N places before answer tokens: logits (N, V) in float32, targets (N,), and where they are."""
@@ -481,7 +481,7 @@ def read_pairs(
     for index, batch in enumerate(batches):
         own = batch[rank::num_ranks]
         rows = [_label_answer(pair, name) for pair in own or batch[:1] for name in ("chosen_ids", "rejected_ids")]
-        logits_NV, targets_N, is_answer_BT = _predict_answers(model, rows, device)
+        logits_NV, targets_N, is_answer_BT = predict_answers(model, rows, device)
         if own:  # a rank without a pair of its own passes only so that ZeRO 3 can gather
             drawn_NK = None if reference is None else reference[len(readings)].drawn_NK.to(device)
             readings.append(_read_batch(logits_NV.log_softmax(-1), targets_N, is_answer_BT, drawn_NK, seed=index))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.errors import ModelError
@@ -141,6 +141,23 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         # TRL's loss reads the head's weight outside of the head's own forward pass, where ZeRO 3 would not gather it.
         register_external_parameter(model, head)
     return model
+
+
+def load_finished(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a model to be asked, not trained.
+
+    Raises:
+        ModelError: its files are damaged, are of another form than its config says, or lack parameters.
+    """
+    for file in folder.glob("*.safetensors"):
+        read_header(file)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model does not load: {_first_line(error)}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(f"{folder} lacks {len(missing)} parameters, the first is {missing[0]}")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def freeze_model(model: PreTrainedModel, plan: FreezePlan) -> None:

@@ -171,8 +171,8 @@ class Score(Section):
     """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
     lenient: float | None
     """By a metric that overlooks the form of the answer, in [0, 1]; null where there is none."""
-    nll: float
-    """Negative log-likelihood of the answers, nats per token."""
+    nll: float | None
+    """Negative log-likelihood of the answers, nats per token; null where another program scored the task."""
     num_examples: int
     """Questions asked."""
     others: dict[str, float] = Field(default_factory=dict)
@@ -191,10 +191,10 @@ class Prediction(Section):
     """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
     lenient: float | None
     """By a metric that overlooks the form of the answer, in [0, 1]; null where nothing is generated."""
-    nll: float
-    """Negative log-likelihood of the right answer, nats per token."""
-    num_tokens: int
-    """Tokens of the right answer, its end included."""
+    nll: float | None
+    """Negative log-likelihood of the right answer, nats per token; null where another program scored the task."""
+    num_tokens: int | None
+    """Tokens of the right answer, its end included where it is learned with one; null where `nll` is."""
     others: dict[str, float] = Field(default_factory=dict)
     """By further metrics of the task, by name."""
     log_likelihoods: tuple[float, ...] | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hftcli import __version__
 from hftcli.errors import InputError, ModelError, VerificationError
+from hftcli.evaluation import Subject
 from hftcli.figures import draw_matrix
 from hftcli.forgetting import ForgettingMatrix
 from hftcli.freezing.budget import Budget
@@ -228,6 +229,20 @@ def resolve_start(path: str) -> Start:
     return Start(path)
 
 
+def resolve_subject(path: str) -> Subject:
+    """What `hft eval --model` means: a finished run, which knows what it started from, or any folder or hub id.
+
+    Raises:
+        ModelError: a run that is not finished.
+    """
+    run = Run(Path(path))
+    if not run.recipe_path.exists():
+        return Subject(resolve_start(path).path if path == QUICK_START else path)
+    last = resolve_start(path).path
+    spec = run.rounds[0].read_spec()
+    return Subject(last, spec.model.path, spec.data.root, spec.data.max_length)
+
+
 def make_budget(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter]) -> Budget:
     """What the recipe's next round would train, and its memory on the recipe's devices, which need not be this machine's."""
     return Budget(
@@ -243,11 +258,16 @@ def make_manifest(parent: str | None) -> Manifest:
     return Manifest(
         command=tuple(sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={"hftcli": __version__, **{name: _find_version(name) for name in PACKAGES}},
+        versions=find_versions(),
         python=platform.python_version(),
         platform=platform.platform(),
         parent=parent,
     )
+
+
+def find_versions() -> dict[str, str]:
+    """Installed versions of what computes."""
+    return {"hftcli": __version__, **{name: _find_version(name) for name in PACKAGES}}
 
 
 def describe_launch(round_: Round) -> str:
