@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.data import Progress
@@ -60,17 +61,19 @@ def examine_model(
     Raises:
         InputError: a task, a file or a model is not what it should be.
     """
+    transformers.utils.logging.disable_progress_bar()  # hft shows its own
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = fetch_checkpoint(asked.model)
     base_folder = None if asked.base is None else fetch_checkpoint(asked.base)
     max_length = find_length(asked.max_length, [folder] if base_folder is None else [folder, base_folder])
     tokenizer = load_tokenizer(folder)
+    names = tuple(dict.fromkeys(asked.tasks))
     own = {
         name: tokenize_task(load_task(name, asked.root, max_examples=asked.max_examples), max_length, tokenizer)
-        for name in dict.fromkeys(asked.tasks)
+        for name in names
         if not name.startswith(PREFIX)
     }
-    foreign = find_harness_tasks([name for name in dict.fromkeys(asked.tasks) if name.startswith(PREFIX)])
+    foreign = find_harness_tasks([name for name in names if name.startswith(PREFIX)])
     texts = prompts = None
     if base_folder is not None:
         check_vocabulary(base_folder, tokenizer)
@@ -81,15 +84,13 @@ def examine_model(
 
     model = load_finished(folder, getattr(torch, asked.dtype), device)
     scores, items, seconds = {}, [], {}
-    for name, task in own.items():
-        start = time.perf_counter()
-        scores[name], predictions = score_task(model, task, tokenizer, device, on_batch=_name(name, on_progress))
-        items += [Item(task=name, **prediction.model_dump()) for prediction in predictions]
-        seconds[name] = time.perf_counter() - start
-    for name, task in foreign.items():
+    for name in names:
         on_progress(name, 0, 0)
         start = time.perf_counter()
-        scores[name], predictions = score_harness(model, tokenizer, task, asked.max_examples)
+        if name in own:
+            scores[name], predictions = score_task(model, own[name], tokenizer, device, on_batch=_name(name, on_progress))
+        else:
+            scores[name], predictions = score_harness(model, tokenizer, foreign[name], asked.max_examples)
         items += [Item(task=name, **prediction.model_dump()) for prediction in predictions]
         seconds[name] = time.perf_counter() - start
 
