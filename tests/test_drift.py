@@ -119,7 +119,7 @@ def test_prompts_are_read_with_their_answers_or_answered_by_the_base(models, tmp
     [
         ([{"answer": "x"}], 'row 1: expected {"prompt"'),
         ([{"prompt": "x", "answer": "y"}, {"prompt": "z"}], 'row 2: expected {"prompt": "...", "answer": "..."}'),
-        ([{"prompt": "word " * 200}], "prompt 1 has"),
+        ([{"prompt": [{"role": "user", "content": "word " * 200}]}], "prompt 1 has"),
     ],
 )
 def test_prompts_of_another_form_are_named(models, tmp_path, rows, fault):
