@@ -5,6 +5,8 @@ command opens a model or its data in this process.
 """
 
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +17,9 @@ from hftcli import __version__
 from hftcli.errors import HftError, InputError
 
 if TYPE_CHECKING:
+    from hftcli.doctor import Finding
     from hftcli.recipe import Objective, Recipe
+    from hftcli.run import Run
 
 app = typer.Typer(
     help="Fine-tune language models without making them forget, and see what they forgot.",
@@ -29,7 +33,10 @@ app = typer.Typer(
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder of the run.")]
-ProcessesOption = Annotated[int | None, typer.Option("--num-processes", help="Processes on this machine.")]
+ProcessesOption = Annotated[int | None, typer.Option("--num-processes", help="Processes on each machine.")]
+HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="The machines, in DeepSpeed's format, over ssh.")]
+SlurmOption = Annotated[bool, typer.Option("--slurm", help="Write the batch script of the run, to be queued with sbatch.")]
+SubmitOption = Annotated[bool, typer.Option("--submit", help="With --slurm: queue it.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Prepare and check, print the launch command, stop.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -56,10 +63,14 @@ def sft(
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Supervised fine-tuning; with no recipe, the built-in quick start."""
-    _run_single(_load_recipe(recipe, overrides, output, num_processes, "sft"), dry_run)
+    extra = [*(overrides or ()), *_place_run(hostfile, slurm, submit, dry_run)]
+    _run_single(_load_recipe(recipe, extra, output, num_processes, "sft"), dry_run, slurm, submit)
 
 
 @app.command()
@@ -68,10 +79,14 @@ def dpo(
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Direct preference optimization; with no recipe, the built-in quick start."""
-    _run_single(_load_recipe(recipe, overrides, output, num_processes, "dpo"), dry_run)
+    extra = [*(overrides or ()), *_place_run(hostfile, slurm, submit, dry_run)]
+    _run_single(_load_recipe(recipe, extra, output, num_processes, "dpo"), dry_run, slurm, submit)
 
 
 @app.command()
@@ -84,6 +99,9 @@ def continual(
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
@@ -92,14 +110,12 @@ def continual(
 
     given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
     given += [f"continual.order={json.dumps(order)}"] if order else []
-    resolved = _load_recipe(
-        recipe or _find_task_recipe(tasks), [*given, *(overrides or ())], output, num_processes, "continual"
-    )
-    run = runners.prepare_continual(resolved)
+    given += [*(overrides or ()), *_place_run(hostfile, slurm, submit, dry_run)]
+    resolved = _load_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, "continual")
+    run = runners.prepare_continual(_check_place(resolved, dry_run, slurm))
     print(format_report(run.read_manifest().sequence))
-    if dry_run:
-        for round_ in run.rounds:
-            print(runners.describe_launch(round_))
+    if dry_run or slurm:
+        _print_launch(run, "continual", dry_run, slurm, submit)
         return
     with report.show_progress() as on_progress:
         matrix = runners.finish_continual(run, on_progress)
@@ -119,9 +135,10 @@ def plan(
     overrides: SetOption = None,
     model: Annotated[str | None, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")] = None,
     num_processes: ProcessesOption = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take two steps here and correct the estimate.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What trains, what is frozen, and the memory per device, beside full fine-tuning."""
+    """What trains, what is frozen, and the memory and compute per device, beside full fine-tuning."""
     from hftcli import report, runners
     from hftcli.models import describe_model
 
@@ -132,7 +149,13 @@ def plan(
     resolved = _load_recipe(recipe, overrides, None, num_processes)
     start = runners.resolve_start(resolved.model.path)
     described = describe_model(start.path)
-    report.print_plan(runners.make_budget(resolved, start, described.model_type, described.parameters), as_json)
+    budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
+    checked = None
+    if measure:
+        from hftcli.probe import check_budget
+
+        budget, checked = check_budget(resolved, start.path, budget)
+    report.print_plan(budget, checked, as_json)
 
 
 @app.command()
@@ -199,7 +222,7 @@ def evaluate(
     """
     from hftcli.evaluation import check_output, write_evaluation
     from hftcli.report import print_evaluation, show_counts
-    from hftcli.runners import find_versions, resolve_subject
+    from hftcli.runners import list_versions, resolve_subject
 
     subject = resolve_subject(model)
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -218,7 +241,7 @@ def evaluate(
         max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype,
     )  # fmt: skip
     with show_counts() as on_progress:
-        evaluation, items = examine_model(examination, find_versions(), on_progress)
+        evaluation, items = examine_model(examination, list_versions(), on_progress)
     print_evaluation(evaluation, as_json)
     if output:
         print(f"items  {write_evaluation(output, evaluation, items)}", file=sys.stderr)
@@ -247,6 +270,79 @@ def report(
         print(f"figure  {figure}", file=sys.stderr)
 
 
+@app.command()
+def merge(
+    output: Annotated[Path, typer.Option("--output", help="Folder to write; must not be there.")],
+    base: Annotated[str | None, typer.Option("--base", help="The base: a folder, a run, or a hub id.")] = None,
+    delta: Annotated[str | None, typer.Option("--delta", help="A delta checkpoint, or a run that ends in one.")] = None,
+    tuned: Annotated[str | None, typer.Option("--tuned", help="A model tuned from the base.")] = None,
+    weight: Annotated[
+        float | None, typer.Option("--interpolate", min=0, max=1, metavar="A", help="Write (1 - A) base + A tuned.")
+    ] = None,
+) -> None:
+    """A full model out of a delta checkpoint, or the weighted mean of a model and its base.
+
+    A delta knows its base; --base says where it is now, if it was moved.
+    """
+    is_mean = base is not None and tuned is not None and weight is not None
+    if (delta is None) != is_mean or (delta is not None and (tuned, weight) != (None, None)):
+        raise InputError(
+            "hft merge takes --delta, or --base with --tuned and --interpolate",
+            "hft merge --base BASE --delta DELTA --output FOLDER, or "
+            "hft merge --base BASE --tuned TUNED --interpolate 0.5 --output FOLDER",
+        )
+    from hftcli import arithmetic, report, runners
+
+    if is_mean:
+        manifest = arithmetic.interpolate_models(_fetch(base), _fetch(tuned), weight, output)
+    else:
+        # Not fetched as a model is: the base may be found only through --base.
+        folder = Path(runners.resolve_start(delta).path)
+        manifest = arithmetic.merge_delta(folder, output, _fetch(base) if base is not None else None)
+    report.print_merge(manifest, output)
+
+
+@app.command()
+def reset(
+    base: Annotated[str, typer.Option("--base", help="The model that was tuned: a folder, a run, or a hub id.")],
+    tuned: Annotated[str, typer.Option("--tuned", help="The tuned model: a folder, a run, or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder to write; must not be there.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="freeze.KEY=VALUE", help="Draw the half by another rule: what it freezes goes back."),
+    ] = None,
+) -> None:
+    """Half-Reset: a tuned model with a random half of its weight matrices back at the base, bit for bit."""
+    for override in overrides or ():
+        if not override.startswith("freeze."):
+            raise InputError(f"--set {override}: a reset has no other keys than those of freeze", "--set freeze.seed=7")
+    from hftcli import arithmetic, report
+    from hftcli.recipe import load_recipe
+
+    rule = load_recipe(None, overrides or ()).freeze  # the quick start has the paper's rule
+    report.print_merge(arithmetic.reset_half(_fetch(base), _fetch(tuned), rule, output), output)
+
+
+@app.command()
+def doctor(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."""
+    from hftcli import report
+
+    extra = [*(overrides or ()), *_place_run(hostfile)]
+    resolved = _load_recipe(recipe, extra, output, num_processes) if recipe or extra or num_processes else None
+    findings = _examine(resolved, is_model_given=recipe is not None)
+    report.print_findings(findings, as_json)
+    if any(finding.status == "fault" for finding in findings):
+        raise typer.Exit(2)
+
+
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -268,12 +364,98 @@ def _load_recipe(
     return load_recipe(recipe, [*(overrides or ()), *extra], objective)
 
 
-def _run_single(recipe: "Recipe", dry_run: bool) -> None:
+def _fetch(path: str) -> Path:
+    """The folder of a model that the command line names."""
+    from hftcli.models import fetch_checkpoint
+    from hftcli.runners import resolve_start
+
+    return fetch_checkpoint(resolve_start(path).path)
+
+
+def _place_run(hostfile: Path | None, slurm: bool = False, submit: bool = False, dry_run: bool = False) -> list[str]:
+    """Where a run is to be, as overrides of its recipe."""
+    if submit and (dry_run or not slurm):
+        raise InputError("--submit queues the script that --slurm writes", "give it with --slurm, and without --dry-run")
+    return [f"launch.hostfile={json.dumps(str(hostfile))}"] if hostfile else []
+
+
+def _check_place(recipe: "Recipe", dry_run: bool, use_slurm: bool) -> "Recipe":
+    """The recipe with Slurm's section where it is asked for; without an allocation, nothing is begun that needs one."""
+    from hftcli import slurm
+
+    if use_slurm:
+        return slurm.add_section(recipe)
+    if not dry_run:
+        slurm.check_allocation(recipe.launch, os.environ)
+    return recipe
+
+
+def _run_single(recipe: "Recipe", dry_run: bool, use_slurm: bool, submit: bool) -> None:
     from hftcli import report, runners
 
-    if dry_run:
-        print(runners.describe_launch(runners.prepare_single(recipe)[1]))
+    recipe = _check_place(recipe, dry_run, use_slurm)
+    if dry_run or use_slurm:
+        _print_launch(runners.prepare_single(recipe)[0], recipe.objective, dry_run, use_slurm, submit)
         return
     with report.show_progress() as on_progress:
         run = runners.run_single(recipe, on_progress)
     report.print_run(run)
+
+
+def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, submit: bool) -> None:
+    """Show what would run a prepared run's rounds, or write the batch script and queue it."""
+    from hftcli import runners, slurm
+
+    if use_slurm:
+        script = slurm.write_script(run, command, run.rounds[0].read_spec().launch)
+        if dry_run:
+            print(f"# {script}\n{script.read_text(encoding='utf-8')}")
+        elif submit:
+            print(slurm.submit(script))
+        else:
+            print(f"sbatch {shlex.quote(str(script))}")
+    if dry_run:
+        for round_ in run.rounds:
+            print(runners.describe_launch(round_))
+
+
+def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
+    """Every check that can be made; one that fails does not keep the others from being made."""
+    from hftcli import doctor, launch, runners
+    from hftcli.doctor import Finding
+    from hftcli.hosts import read_hostfile
+
+    findings = doctor.check_packages()
+    try:
+        from hftcli.machine import probe_machine
+        from hftcli.models import describe_model
+
+        probe = probe_machine()
+    except (ImportError, OSError) as error:
+        return [*findings, Finding("torch", "fault", f"does not load: {error}", "install hft and what it needs again")]
+    findings += [*doctor.check_devices(probe, recipe), doctor.check_ops(probe)]
+    if recipe is None:
+        return findings
+    try:
+        resolved = launch.resolve_launch(recipe.launch)
+    except InputError as error:
+        return [*findings, Finding("launch", "fault", error.message, error.fix)]
+    findings += (launchers := doctor.check_launcher(resolved))
+    reports = []
+    if resolved.hostfile and all(finding.status == "ok" for finding in launchers):
+        folder = doctor.find_existing(Path(recipe.output))
+        found, reports = doctor.check_hosts(read_hostfile(resolved.hostfile), resolved.num_processes, folder)
+        findings += found
+    if not is_model_given:
+        return findings
+    try:
+        start = runners.resolve_start(recipe.model.path)
+        described = describe_model(start.path)
+        budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
+    except InputError as error:
+        return [*findings, Finding("model", "fault", error.message, error.fix)]
+    return [
+        *findings,
+        doctor.check_disk(recipe, Path(start.path), budget.plan.num_parameters),
+        doctor.check_memory(budget, doctor.share_memory(resolved, reports)),
+    ]

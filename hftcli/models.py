@@ -4,13 +4,22 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from hftcli.deltas import Stack, open_stack, write_delta
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter
 from hftcli.freezing.selection import FreezePlan
@@ -28,6 +37,7 @@ class ModelDescription:
     parameters: tuple[Parameter, ...]
     max_positions: int | None
     num_layers: int
+    num_heads: int
 
 
 def describe_model(path: str) -> ModelDescription:
@@ -48,14 +58,15 @@ def describe_model(path: str) -> ModelDescription:
         parameters=tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters()),
         max_positions=text_config.to_dict().get("max_position_embeddings"),
         num_layers=text_config.num_hidden_layers,
+        num_heads=text_config.num_attention_heads,
     )
 
 
 def fetch_checkpoint(path: str) -> Path:
-    """The local folder of a checkpoint: the path itself, or the snapshot of a hub id.
+    """The local folder of a checkpoint, full or delta: the path itself, or the snapshot of a hub id.
 
     Raises:
-        ModelError: no such model, or no weights as safetensors.
+        ModelError: no such model, no weights as safetensors, or a delta whose base is not the one that it was made on.
     """
     if Path(path).is_dir():
         folder = Path(path)
@@ -72,6 +83,7 @@ def fetch_checkpoint(path: str) -> Path:
             ) from None
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no weights as safetensors", "convert them with transformers' save_pretrained")
+    open_stack(folder)
     return folder
 
 
@@ -125,15 +137,15 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
     """
     start_dtype = read_start_dtype(section, folder)
     held_dtype = torch.bfloat16 if mixed and sharded else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=held_dtype, attn_implementation=section.attn_implementation)
+    model = load_weights(folder, held_dtype, section.attn_implementation)
     model.config.dtype = start_dtype
     freeze_model(model, plan)
     for parameter in model.parameters():
         values = parameter.ds_tensor if is_partitioned(parameter) else parameter
         if start_dtype != held_dtype:
             values.data = values.data.to(start_dtype).to(held_dtype)
-        if mixed and not sharded and not parameter.requires_grad:
-            values.data = values.data.to(torch.bfloat16)
+    if mixed and not sharded:
+        halve_frozen(model)
     head = model.get_output_embeddings().weight
     if is_partitioned(head):
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
@@ -149,15 +161,51 @@ def load_finished(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
     Raises:
         ModelError: its files are damaged, are of another form than its config says, or lack parameters.
     """
-    for file in folder.glob("*.safetensors"):
-        read_header(file)
+    names = tuple(parameter.name for parameter in describe_model(str(folder)).parameters)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        CheckpointReader(folder, names)  # transformers fills what is missing with random numbers
+        model = load_weights(folder, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model does not load: {_first_line(error)}") from None
-    if missing := sorted(loading["missing_keys"]):
-        raise ModelError(f"{folder} lacks {len(missing)} parameters, the first is {missing[0]}")
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights(folder: Path, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model of a checkpoint, full or delta, as transformers loads the full one.
+
+    What a delta changes is laid into the base's model tensor by tensor: no second model exists in memory.
+    """
+    stack = open_stack(folder)
+    if not stack.deltas:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    model = AutoModelForCausalLM.from_pretrained(
+        stack.root, config=AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation=attn_implementation
+    )
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    names = _list_changed(stack, tuple(name for name, _ in model.named_parameters()))
+    reader = CheckpointReader(folder, names)
+    for name in names:
+        _lay_in(model.get_parameter(name), reader.read(name))
+    return model
+
+
+def _list_changed(stack: Stack, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters that are not as at the root: those stored in a delta, or all where a delta rounds what is below it."""
+    stored = {name for delta in stack.deltas for name in delta.record.tensors}
+    dtypes = {entry["dtype"] for file in stack.root.glob("*.safetensors") for entry in read_header(file).values()}
+    is_rounded = {SAFETENSORS_DTYPES.get(dtype) for dtype in dtypes} != {delta.record.dtype for delta in stack.deltas}
+    return names if is_rounded else tuple(name for name in names if name in stored)
+
+
+def _lay_in(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    if not is_partitioned(parameter):
+        parameter.data.copy_(values)
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(values)
 
 
 def freeze_model(model: PreTrainedModel, plan: FreezePlan) -> None:
@@ -175,6 +223,13 @@ def freeze_model(model: PreTrainedModel, plan: FreezePlan) -> None:
         parameter.requires_grad_(name in trained)
 
 
+def halve_frozen(model: PreTrainedModel) -> None:
+    """Hold in bfloat16 what is frozen: it needs no float32 master."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO 3 holds the parameter in pieces, one on each rank."""
     return hasattr(parameter, "ds_tensor")
@@ -183,10 +238,11 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
 def gather_weights(model: PreTrainedModel, sharded: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter, whole, on the CPU: float32 masters where there are any. All ranks must walk through it together."""
     for name, parameter in model.named_parameters():
-        yield name, _read_master(parameter, sharded).detach().to("cpu", copy=True)
+        yield name, read_master(parameter, sharded).detach().to("cpu", copy=True)
 
 
-def _read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
+def read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
+    """A parameter, whole: its float32 master where there is one. All ranks must call this together."""
     if not sharded:
         return parameter
     from deepspeed.runtime.zero import GatheredParameters
@@ -202,35 +258,90 @@ def save_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, torch.Tensor], folder: Path
 ) -> None:
     """Write a plain Hugging Face folder, whole or not at all."""
+    with _replace_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+
+
+def save_delta(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    start: Path,
+    plan: FreezePlan,
+) -> None:
+    """Write what `save_checkpoint` would, less the frozen parameters whose bits are found to be the start's.
+
+    A frozen parameter that did move is stored like a trained one, so that `verify_checkpoint` finds it as in a full folder.
+
+    Args:
+        weights: every parameter, all of one data type.
+        start: the checkpoint that the round started from.
+    """
+    reader = CheckpointReader(start, plan.frozen)
+    dtype = next(iter(weights.values())).dtype
+    moved = {name for name in plan.frozen if not _is_same(weights[name], reader.read(name))}
+    stored = {name: values for name, values in weights.items() if name in moved or name in set(plan.trained)}
+    with _replace_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict={})  # the configs as they are beside a full model, and no weights
+        tokenizer.save_pretrained(temporary)
+        write_delta(stored, temporary, start, plan, dtype)
+
+
+@contextmanager
+def _replace_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of the one of that name."""
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
+    temporary.mkdir()
+    yield temporary
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
 
 class CheckpointReader:
-    """Tensors of a checkpoint's files by parameter name, one at a time.
+    """Tensors of a checkpoint, full or delta, by parameter name, one at a time.
+
+    Args:
+        base: for a delta: see `open_stack`.
 
     Raises:
-        ModelError: a file is damaged, or a parameter is in none.
+        ModelError: a file is damaged, a parameter is in none, or a delta's base is not the one that it was made on.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...]):
-        self.files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
+    def __init__(self, folder: Path, names: tuple[str, ...], base: Path | None = None):
+        self.stack = open_stack(folder, base)
+        self.layers = [_map_tensors(self.stack.root), *(_map_tensors(delta.folder) for delta in self.stack.deltas)]
+        for delta, layer in zip(self.stack.deltas, self.layers[1:], strict=True):
+            if odd := sorted(set(layer) ^ set(delta.record.tensors)):
+                raise ModelError(f"{delta.folder} is damaged: its delta.json and its weights differ in {odd[0]}")
         self.model = None
-        if any(name not in self.files for name in names):
+        if any(all(name not in layer for layer in self.layers) for name in names):
             # A family whose files have another layout than its modules, such as experts fused on loading.
-            self.model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            root = self.stack.root
+            self.model, loading = AutoModelForCausalLM.from_pretrained(root, dtype="auto", output_loading_info=True)
             if missing := sorted(set(names) & set(loading["missing_keys"])):
-                raise ModelError(f"{folder} lacks {len(missing)} parameters, the first is {missing[0]}")
+                raise ModelError(f"{root} lacks {len(missing)} parameters, the first is {missing[0]}")
 
     def read(self, name: str) -> torch.Tensor:
-        if self.model is not None:
-            return self.model.get_parameter(name)
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        place = self._find_layer(name)
+        if place == 0 and self.model is not None:
+            values = self.model.get_parameter(name).detach()
+        else:
+            with safe_open(self.layers[place][name], framework="pt") as file:
+                values = file.get_tensor(name)
+        for delta in self.stack.deltas[place:]:
+            values = values.to(delta.dtype)
+        return values
+
+    def _find_layer(self, name: str) -> int:
+        """Index of the newest layer that stores a parameter; 0, the root, where no delta does."""
+        return max((place for place, layer in enumerate(self.layers) if name in layer), default=0)
+
+
+def _map_tensors(folder: Path) -> dict[str, Path]:
+    return {name: file for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
 
 
 def measure_updates(weights: dict[str, torch.Tensor], start: Path, dtype: torch.dtype, plan: FreezePlan) -> dict[str, float]:
@@ -251,13 +362,8 @@ def verify_checkpoint(start: Path, checkpoint: Path, plan: FreezePlan, updates: 
     names = (*plan.trained, *plan.frozen)
     before, after = CheckpointReader(start, names), CheckpointReader(checkpoint, names)
 
-    def is_same(name: str) -> bool:
-        new = after.read(name)
-        old = before.read(name).to(new.dtype)
-        return old.shape == new.shape and torch.equal(_read_bits(old), _read_bits(new))
-
-    violations = tuple(name for name in plan.frozen if not is_same(name))
-    still = [name for name in plan.trained if is_same(name)]
+    violations = tuple(name for name in plan.frozen if not _is_same(after.read(name), before.read(name)))
+    still = [name for name in plan.trained if _is_same(after.read(name), before.read(name))]
     return Verification(
         num_frozen=len(plan.frozen),
         num_trained=len(plan.trained),
@@ -275,6 +381,11 @@ def verify_round(round_: Round) -> Verification:
     """
     start = fetch_checkpoint(round_.read_spec().model.path)
     return verify_checkpoint(start, round_.checkpoint, round_.read_plan(), round_.read_result().updates)
+
+
+def _is_same(new: torch.Tensor, old: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits in the data type of the new one."""
+    return old.shape == new.shape and torch.equal(_read_bits(old.to(new.dtype)), _read_bits(new))
 
 
 def _read_bits(tensor: torch.Tensor) -> torch.Tensor:

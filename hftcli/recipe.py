@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from hftcli.errors import RecipeError
 from hftcli.freezing.budget import ReferenceMode
@@ -104,7 +105,15 @@ class TrainSection(Section):
     means the same on 1 and on 64 GPUs."""
 
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 4
-    """Sequences, or pairs, per forward pass of one process."""
+    """Sequences, or pairs, per forward pass of one process; with `fit: auto`, the most that it may choose."""
+
+    fit: Literal["auto"] | None = None
+    """`auto` chooses the least activation checkpointing (none, every so many layers, all) that the device's memory carries by
+    the budget of `hft plan`, and with it the largest micro-batch that divides the global batch. Null takes
+    `per_device_train_batch_size` and `activation_checkpointing` as they are given."""
+
+    memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """With `fit: auto`: bytes that one device may use; null takes the GPU's memory, and must be given where there is no GPU."""
 
     packing: bool = False
     """Lay several conversations into one sequence of `data.max_length` tokens; attention never crosses their borders."""
@@ -150,14 +159,62 @@ class DpoSection(Section):
     and `aot_unpaired`."""
 
 
+def _refuse_sexagesimal(value: Any) -> Any:
+    """YAML 1.1 reads 8:00:00 as the number 28800, which sbatch would take for minutes."""
+    if isinstance(value, int):
+        raise ValueError("write it in quotes, such as '8:00:00', since YAML reads a time as a number")
+    return value
+
+
+SlurmWord = Annotated[str, Field(pattern=r"^\S+$")]
+
+
+class SlurmSection(Section):
+    """What the batch script of `--slurm` asks of Slurm. Nodes and processes are those of `launch`."""
+
+    partition: SlurmWord | None = None
+    """Partition to run in; null takes the site's own choice."""
+
+    account: SlurmWord | None = None
+    """Account to charge; null takes the user's own."""
+
+    time: Annotated[SlurmWord | None, BeforeValidator(_refuse_sexagesimal)] = None
+    """Time limit, as sbatch takes it (`8:00:00`, `2-00:00:00`); null takes the partition's."""
+
+    gres: SlurmWord | None = None
+    """Devices of each node, as sbatch's `--gres` takes them; null asks for `gpu:N`, one for each process, and `none` for CPU
+    ranks."""
+
+    signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 300
+    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again."""
+
+    options: tuple[Annotated[str, Field(pattern=r"^-.*$")], ...] = ()
+    """Other options of sbatch, each as on its command line: `--qos=long`."""
+
+
 class LaunchSection(Section):
     num_processes: Annotated[int, Field(ge=1)] | None = None
-    """Processes on this machine: one per GPU, or CPU ranks where there is none; null takes every visible GPU, or one
-    process."""
+    """Processes on each machine: one per GPU, or CPU ranks where there is none; null takes the hostfile's slots, or every
+    visible GPU, or one process."""
+
+    num_nodes: Annotated[int, Field(ge=1)] | None = None
+    """Machines: those that Slurm gives, or on which `torchrun` starts a prepared round by hand; null takes the hostfile's, or
+    one."""
+
+    hostfile: str | None = None
+    """The machines, in DeepSpeed's format (`host slots=8`), each reached over ssh from this one; null runs on this machine."""
+
+    slurm: SlurmSection | None = None
+    """Launch with Slurm's srun. `--slurm` fills it in where it is not given, and writes the batch script."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights. 0
     shards nothing, and is for float32 only."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes on all machines, once `num_processes` and `num_nodes` are resolved."""
+        return (self.num_processes or 1) * (self.num_nodes or 1)
 
 
 class PairsSection(Section):
@@ -187,6 +244,12 @@ class EvalSection(Section):
     """Temperature at which answers are drawn; 0 takes the likeliest token at every place. Null is 0, or the protocol's."""
 
     pairs: PairsSection = PairsSection()
+
+
+class CheckpointSection(Section):
+    format: Literal["full", "delta"] = "full"
+    """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what trained and the identity of the start, about half
+    as large. hft reads both alike, and `hft merge` makes the one out of the other."""
 
 
 class ContinualSection(Section):
@@ -286,6 +349,22 @@ class MethodSection(Section):
         """The methods that are on."""
         return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
 
+    @model_validator(mode="after")
+    def _check_together(self) -> "MethodSection":
+        for first, second, reason in CLASHING_METHODS:
+            if first in self.names and second in self.names:
+                raise PydanticCustomError("clashing_methods", f"{first} and {second} do not go together: {reason}: drop one")
+        return self
+
+
+# Pairs of methods that contradict each other, and why.
+CLASHING_METHODS = (
+    ("gem", "agem", "agem is gem with one constraint in place of one for each task"),
+    ("lora", "olora", "the one carries a single adapter on, the other begins a new one for each task"),
+    ("ewc", "lora", "ewc holds the weights of the model, and lora leaves them and trains others"),
+    ("ewc", "olora", "ewc holds the weights of the model, and olora leaves them and trains others"),
+)
+
 
 class Recipe(Section):
     """One YAML file, resolved."""
@@ -301,6 +380,7 @@ class Recipe(Section):
     """Where DPO's reference comes from: `precompute` (the default) asks the untouched model once about all pairs and keeps its
     answers on disk, so that no second model exists in training; `shared` is the model with the trained half as it was, of which
     a copy is kept; `full` is a second model. All three give the same losses."""
+    checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     continual: ContinualSection | None = None
     """Learning task after task. A recipe with this section is one for `hft continual`, which fills it in where it is not
@@ -388,6 +468,7 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objectiv
     if objective != "continual" and recipe.data.path is None:
         faults.append(f"{source.place(('data',))}: data.path is missing")
     faults += [*_check_foreign_keys(recipe, objective, source), *_check_trainer_keys(recipe, objective, source)]
+    faults += _check_fit(recipe, source)
     if faults:
         raise RecipeError("\n".join(faults))
     return _resolve(recipe, objective, path)
@@ -544,6 +625,18 @@ def _check_trainer_keys(recipe: Recipe, objective: Objective, source: _Source) -
                 yield f"{place}: {name} is not a key of hft: use {elsewhere[0]}.{key}"
     if recipe.dpo and recipe.dpo.model_extra.get("sync_ref_model") and recipe.reference != "full":
         yield f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model: set reference: full"
+
+
+def _check_fit(recipe: Recipe, source: _Source) -> Iterable[str]:
+    """Settings of the fit that would have no effect."""
+    if recipe.train.fit is None and recipe.train.memory_bytes is not None:
+        yield f"{source.place(('train', 'memory_bytes'))}: train.memory_bytes would have no effect: set train.fit: auto"
+    if recipe.train.fit == "auto" and recipe.train.activation_checkpointing:
+        place = source.place(("train", "activation_checkpointing"))
+        yield f"{place}: train.activation_checkpointing is what train.fit chooses: drop one of the two"
+    for name in set(recipe.method.names) - {"replay"}:
+        if recipe.train.fit == "auto":
+            yield f"{source.place(('train', 'fit'))}: train.fit does not count what method.{name} holds: drop one of the two"
 
 
 def _find_trainer_keys(objective: Objective) -> dict[str, list[str]]:

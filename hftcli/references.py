@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from trl import DPOTrainer
 
 from hftcli.data import Progress, deal_pairs
+from hftcli.deltas import hash_checkpoint
 from hftcli.errors import InputError
 from hftcli.run import RoundSpec
 
@@ -155,7 +156,7 @@ def _score(trainer: DPOTrainer, inputs: Inputs) -> LogProbs:
 def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: bool) -> str:
     """A hash of all that shapes the reference's log-probabilities. What it left out would be trained on stale."""
     shaping = {
-        "start": [[file.name, hash_file(file)] for file in (start / "config.json", *sorted(start.glob("*.safetensors")))],
+        "start": hash_checkpoint(start),
         "tokens": tokens_key,
         "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "mixed": mixed,
@@ -163,11 +164,6 @@ def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: boo
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
     }
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
-
-
-def hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_log_probs(path: Path, num_pairs: int) -> torch.Tensor:

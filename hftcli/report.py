@@ -3,9 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,10 +15,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hftcli.doctor import Finding
 from hftcli.evaluation import Evaluation
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
-from hftcli.freezing.budget import Budget, Memory
-from hftcli.run import DataReport, PairScores, Round, RoundResult, Run, Scores, Verification
+from hftcli.freezing.activations import Activations, Flops
+from hftcli.freezing.budget import Budget, MeasuredStep, Memory
+from hftcli.run import (
+    DELTA_NAME,
+    DataReport,
+    FitReport,
+    MergeManifest,
+    PairScores,
+    Round,
+    RoundResult,
+    Run,
+    Scores,
+    Verification,
+)
 from hftcli.run import Progress as Place
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
@@ -117,8 +131,24 @@ def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
 
 
 def _print_end(run: Run, console: Console) -> None:
-    console.print(f"model   {run.last_finished.checkpoint}", highlight=False, soft_wrap=True)
+    checkpoint = run.last_finished.checkpoint
+    console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
+    if (checkpoint / DELTA_NAME).exists():
+        console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
     console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
+
+
+def print_merge(manifest: MergeManifest, output: Path) -> None:
+    """What a model was made of, and where it is."""
+    console = Console()
+    for role, identity in manifest.inputs.items():
+        console.print(f"{role:<6} {identity.path}", highlight=False, soft_wrap=True)
+    if manifest.plan is not None:
+        plan = manifest.plan
+        num_reset = plan.num_parameters - plan.num_trainable
+        share = f"{num_reset / plan.num_parameters:.1%} of {plan.num_parameters:,} weights"
+        console.print(f"reset  {share} are back at the base, plan {plan.short_fingerprint}", highlight=False, soft_wrap=True)
+    console.print(f"model  {output}", highlight=False, soft_wrap=True)
 
 
 def _describe_round(round_: Round, result: RoundResult) -> str:
@@ -132,7 +162,16 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
         f"peak memory {_format_bytes(result.peak_memory_bytes)}",
         _describe_verification(result.verification),
     ]
+    if result.fit is not None:
+        lines.insert(1, _describe_fit(result.fit))
     return "\n".join(lines)
+
+
+def _describe_fit(fit: FitReport) -> str:
+    return (
+        f"fit: micro-batch {fit.per_device_train_batch_size}, {_name_checkpointed(fit.checkpoint_every)} checkpointed, "
+        f"{_format_bytes(fit.needed_bytes)} of {_format_bytes(fit.memory_bytes)}"
+    )
 
 
 def _make_score_table(scores: Scores) -> Table:
@@ -169,8 +208,12 @@ def _make_pair_table(scores: PairScores) -> Table:
     return table
 
 
-def print_plan(budget: Budget, as_json: bool) -> None:
-    """Units and parameters per role, and memory per device beside full fine-tuning."""
+def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_json: bool) -> None:
+    """Units and parameters per role, and memory per device and FLOPs per token beside full fine-tuning.
+
+    Args:
+        checked: a measurement and the budget that it belongs to, where one was made.
+    """
     plan = budget.plan
     if as_json:
         print_json(
@@ -186,9 +229,12 @@ def print_plan(budget: Budget, as_json: bool) -> None:
                     "precision": budget.precision,
                     "num_processes": budget.num_processes,
                     "zero_stage": budget.zero_stage,
+                    "work": budget.work and asdict(budget.work),
                     "half": _memory_parts(budget.half),
                     "full": _memory_parts(budget.full),
                 },
+                "flops_per_token": {"half": _flops_parts(budget.half_step), "full": _flops_parts(budget.full_step)},
+                "measured": checked and asdict(checked[1]),
             }
         )
         return
@@ -209,18 +255,101 @@ def print_plan(budget: Budget, as_json: bool) -> None:
     console.print(roles)
     stage = f"ZeRO {budget.zero_stage} on {budget.num_processes} devices" if budget.num_processes > 1 else "one device"
     precision = "bfloat16 with float32 masters" if budget.precision == "mixed" else "float32"
+    work = budget.work
+    console.print(
+        f"{work.num_sequences} sequences of {work.length} tokens at once{', packed' if work.packed else ''}, "
+        f"{work.attention} attention, {_name_checkpointed(work.checkpoint_every)} checkpointed",
+        highlight=False,
+        soft_wrap=True,
+    )
     memory = Table("per device", "this plan", "full fine-tuning", "ratio", title=f"{precision}, {stage}", title_justify="left")
+    full_parts = _memory_parts(budget.full)
     for name, half in _memory_parts(budget.half).items():
-        full = _memory_parts(budget.full)[name]
-        if not full:  # no reference
-            continue
-        memory.add_row(name.removesuffix("_bytes"), _format_bytes(half), _format_bytes(full), f"{half / full:.3f}")
+        full = full_parts[name]
+        if full:  # there may be no reference
+            memory.add_row(MEMORY_ROWS[name], _format_bytes(half), _format_bytes(full), f"{half / full:.3f}")
     console.print(memory)
-    console.print("Activations and buffers come on top.", highlight=False)
+    if budget.half_step is None:
+        console.print(
+            f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.",
+            highlight=False,
+        )
+    else:
+        console.print(_make_flops_table(_flops_parts(budget.half_step), _flops_parts(budget.full_step)))
+    if checked is not None:
+        console.print(_make_measurement_table(*checked))
+
+
+def _name_checkpointed(every: int | None) -> str:
+    return {None: "no layer", 1: "every layer"}.get(every, f"one layer in {every}")
+
+
+def _make_flops_table(half: dict[str, float], full: dict[str, float]) -> Table:
+    table = Table("MFLOP per token", "this plan", "full fine-tuning", "ratio")
+    for name, value in half.items():
+        ratio = f"{value / full[name]:.3f}" if full[name] else ""
+        table.add_row(name.replace("_", " "), f"{value / 1e6:,.1f}", f"{full[name] / 1e6:,.1f}", ratio)
+    return table
+
+
+def _make_measurement_table(budget: Budget, measured: MeasuredStep) -> Table:
+    """A measurement on this machine beside the budget of the same, before its correction."""
+    title = f"one process on this machine, in {budget.work.arithmetic}, a step of {measured.step_s:.2f} s"
+    table = Table("", "estimated", "measured", "ratio", title=title, title_justify="left")
+    memory = budget.half
+    rows = {
+        "weights": (memory.weights_bytes, measured.weights_bytes),
+        "gradients": (memory.gradients_bytes, measured.gradients_bytes),
+        "optimizer": (memory.optimizer_bytes, measured.optimizer_bytes),
+    }
+    if budget.half_step is not None:
+        activations, _ = budget.half_step
+        rows["kept after the forward pass"] = (activations.saved_bytes + activations.cast_bytes, measured.activations_bytes)
+        if measured.peak_bytes is not None:
+            rows["in all"] = (memory.total_bytes, measured.peak_bytes)
+    else:
+        table.add_row("kept after the forward pass", "", _format_bytes(measured.activations_bytes), "")
+    for name, (estimated, found) in rows.items():
+        table.add_row(name, _format_bytes(estimated), _format_bytes(found), f"{found / estimated:.3f}")
+    return table
+
+
+MEMORY_ROWS = {
+    "weights_bytes": "weights",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer",
+    "reference_bytes": "reference",
+    "activations_bytes": "activations",
+    "buffers_bytes": "buffers",
+    "low_bytes": "in all, low",
+    "total_bytes": "in all, expected",
+    "high_bytes": "in all, high",
+}
 
 
 def _memory_parts(memory: Memory) -> dict[str, int]:
-    return {**asdict(memory), "total_bytes": memory.total_bytes}
+    return {name: getattr(memory, name) for name in MEMORY_ROWS}
+
+
+def _flops_parts(step: tuple[Activations, Flops] | None) -> dict[str, float] | None:
+    """By kind; None where they are not counted."""
+    return step and {**asdict(step[1]), "total": step[1].total}
+
+
+def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
+    """What the doctor found, a line each, with its fix below."""
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    styles = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        console.print(
+            Text.assemble((f"{finding.status:8}", styles[finding.status]), f"{finding.check:{width}}  {finding.message}")
+        )
+        if finding.fix:
+            console.print(Text(f"{'':8}{'':{width}}  fix: {finding.fix}"))
 
 
 def print_data(summary: DataReport, samples: Mapping[str, list[tuple[str, bool]]], as_json: bool) -> None:

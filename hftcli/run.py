@@ -4,13 +4,16 @@
       recipe.yaml             the recipe, resolved
       manifest.json           Manifest: what a stranger needs to repeat the run
       forgetting.json         ForgettingMatrix: scores after every round of a continual run
+      job.sh                  the batch script of `--slurm`
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
         freeze_plan.json        FreezePlan: which parameters train
         progress.json           Progress: where the worker is
         metrics.jsonl           a row per logging step, with the trainer's own keys
         worker.log              all that the processes print
-        checkpoint/             a plain Hugging Face folder
+        checkpoint/             a plain Hugging Face folder, or a delta: what trained, and delta.json (DeltaRecord)
+        adapter/                the low-rank adapters, in PEFT's form, where a method trains them
+        method/                 what a method leaves to the rounds that follow
         scores.json             Scores: the round's tasks before and after
         predictions/            a Prediction per question and line: before/trace--FOMC.jsonl, after/trace--FOMC.jsonl
         failure.json            Failure: why the worker stopped, if it did
@@ -32,6 +35,7 @@ from hftcli.errors import InputError
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan, FreezeRule
 from hftcli.recipe import (
+    CheckpointSection,
     DataSection,
     DpoSection,
     LaunchSection,
@@ -47,6 +51,9 @@ from hftcli.tasks.check import SequenceReport
 
 Model = TypeVar("Model", bound=BaseModel)
 Moment = Literal["before", "after"]  # of a round
+
+DELTA_NAME = "delta.json"  # its presence tells a delta checkpoint from a full one
+MERGE_NAME = "merge.json"
 
 
 class EarlierRound(Section):
@@ -89,7 +96,9 @@ class RoundSpec(Section):
     train: TrainSection
     """The trainer's settings."""
     launch: LaunchSection
-    """Processes and sharding, `num_processes` resolved."""
+    """Processes and sharding, `num_processes` and `num_nodes` resolved."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """How the outcome is kept."""
     scoring: Scoring = Scoring()
     """Tasks to score before and after."""
     task: str | None = None
@@ -112,12 +121,14 @@ class RoundSpec(Section):
         Raises:
             InputError: the global batch does not divide.
         """
-        batch = self.train.per_device_train_batch_size * self.launch.num_processes
+        if self.train.fit == "auto" and self.train.global_batch_size % self.launch.num_ranks == 0:
+            return self.train.global_batch_size // self.launch.num_ranks  # the most: the worker chooses the micro-batch
+        batch = self.train.per_device_train_batch_size * self.launch.num_ranks
         if self.train.global_batch_size % batch:
             raise InputError(
                 f"train.global_batch_size is {self.train.global_batch_size}, not a multiple of "
                 f"train.per_device_train_batch_size x processes = {self.train.per_device_train_batch_size} x "
-                f"{self.launch.num_processes} = {batch}",
+                f"{self.launch.num_ranks} = {batch}",
                 "change one of the three so that it divides",
             )
         return self.train.global_batch_size // batch
@@ -303,6 +314,19 @@ class Hardware(Section):
     """Memory of the machine."""
 
 
+class FitReport(Section):
+    """What `train.fit: auto` chose."""
+
+    per_device_train_batch_size: int
+    """Sequences, or pairs, per forward pass of one process."""
+    checkpoint_every: int | None
+    """Every so many layers keep their input alone and are computed again; 1 is all of them, null none."""
+    needed_bytes: int
+    """What the budget says that this takes on one device, with all that it counts as possible."""
+    memory_bytes: int
+    """What there is."""
+
+
 class RoundResult(Section):
     """What a finished round leaves to the next one and to the report."""
 
@@ -336,8 +360,55 @@ class RoundResult(Section):
     """What the reference of preference optimization was; null with another objective."""
     pairs: PairScores | None = None
     """Held-out preference pairs before and after; null where there are none."""
+    fit: FitReport | None = None
+    """What `train.fit: auto` chose; null where it is off."""
     hardware: Hardware
     """What the worker ran on."""
+
+
+class CheckpointIdentity(Section):
+    """Which checkpoint it was, to the byte."""
+
+    path: str
+    """Its folder, where it was seen."""
+    files: dict[str, str]
+    """SHA-256 of its config, of its weight files, and of delta.json where it is a delta itself."""
+
+
+class DeltaRecord(Section):
+    """What a delta checkpoint lacks, and where that is."""
+
+    version: Literal[1] = 1
+    """Version of this form."""
+    base: CheckpointIdentity
+    """The round's start, which holds every tensor that this checkpoint does not; may be a delta itself."""
+    fingerprint: str
+    """Of the round's freeze plan."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Data type of the checkpoint; what comes from the base is rounded to it."""
+    tensors: tuple[str, ...]
+    """Names of the parameters stored here: those that trained, and any other whose bytes are not the base's."""
+
+
+class MergeManifest(Section):
+    """How a model was made out of the weights of others."""
+
+    kind: Literal["delta", "interpolation", "reset"]
+    """A delta laid over its base, the mean of two models, or a tuned model with one half back at its base."""
+    command: tuple[str, ...]
+    """The command line."""
+    created: str
+    """UTC time."""
+    version: str
+    """Version of hft."""
+    inputs: dict[str, CheckpointIdentity]
+    """What it was made of: `base`, and `delta` or `tuned`."""
+    weight: float | None = None
+    """Of an interpolation: the share A of the tuned model in (1 - A) base + A tuned, in [0, 1]."""
+    plan: FreezePlan | None = None
+    """Of a reset: the frozen parameters are back at the base, the trained ones are the tuned model's."""
+    files: dict[str, str]
+    """SHA-256 of the config and the weight files that were written."""
 
 
 class Manifest(Section):
@@ -373,6 +444,8 @@ class Round:
     metrics_path = property(lambda self: self.folder / "metrics.jsonl")
     log_path = property(lambda self: self.folder / "worker.log")
     checkpoint = property(lambda self: self.folder / "checkpoint")
+    adapter = property(lambda self: self.folder / "adapter")
+    fisher_path = property(lambda self: self.folder / "method" / "ewc.safetensors")
     scores_path = property(lambda self: self.folder / "scores.json")
     predictions = property(lambda self: self.folder / "predictions")
     failure_path = property(lambda self: self.folder / "failure.json")
@@ -422,6 +495,7 @@ class Run:
     manifest_path = property(lambda self: self.folder / "manifest.json")
     matrix_path = property(lambda self: self.folder / "forgetting.json")
     figures = property(lambda self: self.folder / "figures")
+    script_path = property(lambda self: self.folder / "job.sh")
 
     @property
     def rounds(self) -> list[Round]:

@@ -1,8 +1,10 @@
 """From a recipe to a finished run: rounds are prepared as files, launched one after another, and read back."""
 
 import json
+import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +13,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hftcli import __version__
+from hftcli.cluster import describe_nodes, make_nodes
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.evaluation import Subject
 from hftcli.figures import draw_matrix
 from hftcli.forgetting import ForgettingMatrix
+from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
-from hftcli.launch import count_gpus, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
-from hftcli.recipe import PACKAGE, QUICK_START, DataSection, Recipe
+from hftcli.hosts import collect_environment
+from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
+from hftcli.planning import apply_fit, choose_fit, make_budget
+from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_sequence
 from hftcli.tasks.check import check_sequence
 
-PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
+PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
+        checkpoint=recipe.checkpoint,
         scoring=Scoring(before=recipe.eval.tasks, after=recipe.eval.tasks),
         dpo=recipe.dpo,
         reference=recipe.reference,
@@ -99,6 +106,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             freeze=recipe.freeze,
             train=recipe.train.model_copy(update=epochs),
             launch=resolve_launch(recipe.launch),
+            checkpoint=recipe.checkpoint,
             task=task,
             method=recipe.method,
             earlier=tuple(
@@ -114,6 +122,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             ),
         )
         spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
+        check_method(spec)
         specs.append(spec)
     manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
     run.claim(recipe, manifest)
@@ -176,12 +185,30 @@ def make_pairs_section(recipe: Recipe) -> DataSection | None:
 
 def check_reference(spec: RoundSpec) -> None:
     """Raises: InputError: the launch cannot carry the reference."""
-    if spec.reference == "shared" and spec.launch.num_processes > 1 and spec.launch.zero_stage == 3:
+    if spec.reference == "shared" and spec.launch.num_ranks > 1 and spec.launch.zero_stage == 3:
         raise InputError(
             "reference: shared lays the trained half as it was into whole parameters, and under launch.zero_stage 3 each "
             "process holds only pieces of them",
             "set reference: precompute, which needs no second model at any stage, or launch.zero_stage: 2",
         )
+
+
+def check_method(spec: RoundSpec) -> None:
+    """Raises: InputError: the launch cannot carry one of the methods."""
+    num_processes, zero_stage = spec.launch.num_ranks, spec.launch.zero_stage
+    for name in spec.method.names:
+        if name in ("gem", "agem") and num_processes > 1:
+            raise InputError(
+                f"method.{name} changes the gradient between the backward pass and the step, and with {num_processes} "
+                "processes ZeRO has taken it apart by then",
+                "set launch.num_processes: 1, or defend what was learned with method.replay or method.ewc",
+            )
+        if name in ("ewc", "lora", "olora") and num_processes > 1 and zero_stage == 3:
+            needs = "measures every weight on its own" if name == "ewc" else "is merged into whole weights"
+            raise InputError(
+                f"method.{name} {needs}, and under launch.zero_stage 3 each process holds only pieces of them",
+                "set launch.zero_stage: 2",
+            )
 
 
 def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress], None]) -> RoundResult:
@@ -243,38 +270,59 @@ def resolve_subject(path: str) -> Subject:
     return Subject(last, spec.model.path, spec.data.root, spec.data.max_length)
 
 
-def make_budget(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter]) -> Budget:
-    """What the recipe's next round would train, and its memory on the recipe's devices, which need not be this machine's."""
-    return Budget(
-        plan=make_plan(assign_roles(model_type, parameters), recipe.freeze, start.num_rounds),
-        precision="mixed" if recipe.train.bf16 else "float32",
-        num_processes=recipe.launch.num_processes or max(count_gpus(), 1),
-        zero_stage=recipe.launch.zero_stage,
-        reference=recipe.reference,
-    )
+def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int) -> Budget:
+    """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's.
+
+    With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's memory is to decide,
+    that which is given.
+    """
+    units = assign_roles(model_type, parameters)
+    plan = make_plan(units, recipe.freeze, start.num_rounds)
+    num_processes = count_ranks(recipe.launch)
+    network = Network(model_type, units, num_heads)
+    budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)
+    if recipe.train.fit is None or recipe.train.memory_bytes is None:
+        return budget
+    train = apply_fit(recipe.train, choose_fit(recipe, budget, recipe.train.memory_bytes))
+    return make_budget(recipe.model_copy(update={"train": train}), network, plan, num_processes, recipe.train.bf16)
 
 
 def make_manifest(parent: str | None) -> Manifest:
     return Manifest(
         command=tuple(sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=find_versions(),
+        versions=list_versions(),
         python=platform.python_version(),
         platform=platform.platform(),
         parent=parent,
     )
 
 
-def find_versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Installed versions of what computes."""
     return {"hftcli": __version__, **{name: _find_version(name) for name in PACKAGES}}
 
 
 def describe_launch(round_: Round) -> str:
-    """The command that would run a prepared round, as one would type it."""
-    launch = round_.read_spec().launch
-    environment = [f"{key}={value}" for key, value in worker_environment(launch).items()]
-    return " ".join([*environment, *worker_command(round_.folder, launch, find_free_port())])
+    """The command that would run a prepared round, on every host of a hostfile, as one would type it.
+
+    Raises:
+        InputError: a faulty hostfile or `.deepspeed_env`, or several machines with no way to reach them.
+    """
+    launch, environment = round_.read_spec().launch, worker_environment(round_.read_spec().launch)
+    if launch.hostfile:
+        nodes = make_nodes(round_.folder, launch, find_free_port(), collect_environment({**os.environ, **environment}))
+        return describe_nodes(nodes)
+    if launch.num_nodes > 1 and not launch.slurm:
+        return f"# on each of the {launch.num_nodes} machines\n{_describe_torchrun(round_, launch)}"
+    assignments = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
+    return " ".join([*assignments, shlex.join(worker_command(round_.folder, launch, find_free_port()))])
+
+
+def _describe_torchrun(round_: Round, launch: LaunchSection) -> str:
+    options = f"--nnodes {launch.num_nodes} --nproc_per_node {launch.num_processes}"
+    place = "--node_rank NODE_RANK --master_addr MASTER_ADDR --master_port MASTER_PORT"
+    return f"torchrun {options} {place} -m hftcli.worker {shlex.quote(str(round_.folder))}"
 
 
 def _make_absolute(path: str) -> str:

@@ -12,14 +12,21 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from trl import DPOConfig, DPOTrainer, SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hftcli.errors import InputError, TrainingError
+from hftcli.methods import Method
 from hftcli.references import Reference
 from hftcli.run import Progress, Round, RoundSpec, write_model
 
-SPENT_KEYS = {"global_batch_size", "assistant_only_loss", "completion_only_loss"}  # before the trainer exists
+SPENT_KEYS = {
+    "global_batch_size",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "fit",
+    "memory_bytes",
+}  # before the trainer exists
 
 
 def is_mixed(spec: RoundSpec) -> bool:
@@ -37,15 +44,21 @@ def has_bfloat16() -> bool:
 
 def is_sharded(spec: RoundSpec) -> bool:
     """Whether DeepSpeed holds the model."""
-    return spec.launch.num_processes > 1
+    return spec.launch.num_ranks > 1
 
 
 def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOConfig:
     """Translate a round's spec for TRL. With several processes, this is where they join.
 
     Raises:
-        InputError: a value under `train` that TRL does not take.
+        InputError: a value under `train` that TRL does not take, or another number of ranks than the round is prepared for.
     """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks != spec.launch.num_ranks:  # started by hand: the global batch would be another one
+        raise InputError(
+            f"{folder} is prepared for {spec.launch.num_ranks} ranks, and {num_ranks} were started",
+            "start as many, or prepare it again with another launch.num_processes or launch.num_nodes",
+        )
     has_gpu = torch.cuda.is_available()
     values: dict[str, Any] = {
         **spec.train.model_dump(exclude=SPENT_KEYS),
@@ -60,6 +73,15 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         "disable_tqdm": True,
     }
     values.setdefault("report_to", "none")
+    if spec.train.activation_checkpointing:
+        kwargs = spec.train.model_extra.get("activation_checkpointing_kwargs") or {}
+        if kwargs.get("use_reentrant"):
+            raise InputError(
+                "train.activation_checkpointing_kwargs.use_reentrant is true: reentrant checkpoints leave layers above frozen "
+                "ones without a gradient",
+                "drop it",
+            )
+        values["activation_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}
     if spec.objective == "sft":
         kind = SFTConfig
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows come tokenized
@@ -78,8 +100,13 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
     except (TypeError, ValueError) as error:
         raise InputError(f"train: TRL refuses these settings: {error}") from None
     if is_sharded(spec):
+        import deepspeed.ops
         from deepspeed import init_distributed
 
+        if not has_gpu:
+            # DeepSpeed would first compile a kernel for inference between CPU ranks, for a minute; where such a build was
+            # killed, its lock stays, and every later run would wait for it forever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
         init_distributed(dist_backend="nccl" if has_gpu else "gloo")
     return args
@@ -106,6 +133,57 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
+
+
+class TaskTrainer(SFTTrainer):
+    """TRL's SFTTrainer on rows that come tokenized, with methods: their terms in its loss, their hand on its gradients."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        methods: list[Method],
+    ):
+        for method in methods:
+            method.set_arguments(args)
+        self.methods = methods
+        super().__init__(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+        self.add_callback(MethodCallback(self))
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # With the number of tokens in a step, TRL's loss is that of the step, and its parts are added up.
+        num_parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        for method in self.methods:
+            penalty = method.compute_penalty()
+            if penalty is not None:
+                self._metrics["train"]["penalty"].append(penalty.item())
+                loss = loss + penalty / num_parts
+        return loss
+
+
+class MethodCallback(TrainerCallback):
+    """Calls the methods of a trainer before the first step, and between the last backward pass of a step and the step."""
+
+    def __init__(self, trainer: TaskTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.trainer.methods:
+            method.start(self.trainer)
+
+    def on_pre_optimizer_step(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.trainer.methods:
+            method.change_gradient(self.trainer)
 
 
 @dataclass
@@ -157,6 +235,7 @@ class PairTrainer(DPOTrainer):
         rows_B = inputs.pop("row")
         if self.reference is not None:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference.score(self, inputs, rows_B)
+        checkpoint_layers(self.model, self.args)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -168,6 +247,22 @@ class PairTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, "row"]
+
+
+def checkpoint_layers(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:
+    """Set up activation checkpointing anew, without the hook that gives the embeddings' output a gradient.
+
+    transformers adds the hook for reentrant checkpoints. With others it is not needed, and where the lowest layers are frozen
+    it would have them keep a graph, recompute, and pass gradients down to nobody. TRL sets checkpointing up anew after it
+    asked a reference, with the hook and without `every_n_layers`.
+    """
+    if not args.activation_checkpointing:
+        return
+    kwargs = dict(args.activation_checkpointing_kwargs)
+    own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    model.disable_input_require_grads()
+    model.activation_checkpointing_enable(kwargs, **own)
+    model.disable_input_require_grads()
 
 
 class Reporter:
@@ -197,11 +292,17 @@ class RoundCallback(TrainerCallback):
         self.gradient_bytes = 0
 
     def on_train_begin(
-        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
     ) -> None:
         if self.reporter.is_first:
             self.reporter.round.metrics_path.write_text("")
         self.score_start()
+        checkpoint_layers(model, args)
         self.reporter.report("training", 0, state.max_steps)
 
     def on_pre_optimizer_step(

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOTrainer, SFTTrainer
 from trl.models import unwrap_model_for_generation
 
 from hftcli.chat import set_chat_template
 from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
-from hftcli.errors import HftError, TrainingError
+from hftcli.errors import HftError, InputError, TrainingError
 from hftcli.evaluate import Reading, TokenizedTask, read_pairs, score_pairs, score_task, tokenize_task
+from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.methods import make_methods
 from hftcli.models import (
     describe_model,
     fetch_checkpoint,
@@ -39,12 +40,15 @@ from hftcli.models import (
     measure_updates,
     read_start_dtype,
     save_checkpoint,
+    save_delta,
     verify_checkpoint,
 )
+from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
 from hftcli.run import (
     DataReport,
     Failure,
+    FitReport,
     Hardware,
     Moment,
     PairScores,
@@ -61,6 +65,7 @@ from hftcli.trainers import (
     PairTrainer,
     Reporter,
     RoundCallback,
+    TaskTrainer,
     is_mixed,
     is_sharded,
     make_training_arguments,
@@ -86,7 +91,12 @@ def run_round(round_: Round) -> None:
     start = fetch_checkpoint(spec.model.path)
     description = describe_model(str(start))
     check_positions(spec.data.max_length, description.max_positions)
-    plan = make_plan(assign_roles(description.model_type, description.parameters), spec.freeze, spec.index)
+    units = assign_roles(description.model_type, description.parameters)
+    plan = make_plan(units, spec.freeze, spec.index)
+    methods = make_methods(spec)
+    for method in methods:
+        plan = method.narrow_plan(plan, units)
+    spec, fit = fit_round(spec, Network(description.model_type, units, description.num_heads), plan)
     tokenizer = load_tokenizer(start)
     set_chat_template(tokenizer, spec.model.chat_template)
     scoring = spec.scoring
@@ -101,6 +111,12 @@ def run_round(round_: Round) -> None:
     with clock.measure("tokenizing"):
         reporter.report("tokenizing")
         dataset, data_report = prepare_rows(spec, tokenizer, reporter)
+        rows = {spec.task: dataset}
+        for name in dict.fromkeys(name for method in methods for name in method.needed_tasks):
+            task = load_task(name, spec.data.root, "train", spec.data.max_examples)
+            rows[name], _ = prepare_task(task, spec.data, tokenizer, default_cache())
+        for method in methods:
+            dataset = method.prepare_rows(dataset, rows)
         pairs = prepare_pairs(spec.pairs, tokenizer, default_cache())[0] if spec.pairs else None
 
     # 3. The ranks join, agree on the plan, and load the start with one half frozen.
@@ -111,6 +127,8 @@ def run_round(round_: Round) -> None:
     with clock.measure("loading"):
         reporter.report("loading")
         model = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec))
+        for method in methods:
+            method.prepare_model(model, plan, start, is_mixed(spec), is_sharded(spec))
         second = None
         if spec.reference == "full":
             second = load_model(spec.model, start, plan, is_mixed(spec), is_sharded(spec)).requires_grad_(False)
@@ -156,7 +174,7 @@ def run_round(round_: Round) -> None:
 
     callback = RoundCallback(reporter, measure_start)
     if spec.objective == "sft":
-        trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback])
+        trainer = TaskTrainer(model, args, dataset, tokenizer, [callback], methods)
     else:
         trainer = PairTrainer(model, args, dataset, tokenizer, [callback], reference, second)
     with clock.measure("training"):
@@ -166,6 +184,8 @@ def run_round(round_: Round) -> None:
     # 5. Save, verify against the start, score again. Every rank gathers; rank 0 writes.
     with clock.measure("saving"):
         reporter.report("saving")
+        for method in methods:
+            method.finish(trainer, round_)
         dtype = read_start_dtype(spec.model, start)
         updates, weights = {}, {}
         for name, values in gather_weights(trainer.model, is_sharded(spec)):
@@ -174,7 +194,10 @@ def run_round(round_: Round) -> None:
         if reporter.is_first:
             updates = measure_updates(weights, start, dtype, plan)
             weights = {name: values.to(dtype) for name, values in weights.items()}
-            save_checkpoint(trainer.model, tokenizer, weights, round_.checkpoint)
+            if spec.checkpoint.format == "delta":
+                save_delta(trainer.model, tokenizer, weights, round_.checkpoint, start, plan)
+            else:
+                save_checkpoint(trainer.model, tokenizer, weights, round_.checkpoint)
     after = score("after", scoring.after, scoring.likelihood)
     pair_scores = None
     if pairs is not None:
@@ -206,6 +229,7 @@ def run_round(round_: Round) -> None:
         data=data_report,
         reference=describe_reference(spec, reference, second),
         pairs=pair_scores,
+        fit=fit,
         hardware=describe_hardware(args.world_size),
     )
     write_model(round_.result_path, result)
@@ -227,7 +251,7 @@ def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, reporter: 
 
 @contextmanager
 def open_model(
-    trainer: SFTTrainer | DPOTrainer, tasks: list[TokenizedTask], read_only: list[TokenizedTask]
+    trainer: TaskTrainer | PairTrainer, tasks: list[TokenizedTask], read_only: list[TokenizedTask]
 ) -> Iterator[torch.nn.Module]:
     """The model as scoring these tasks needs it: where a cache is used, with weights that are whole on every rank."""
     if not any(task.prompts for task in tasks) and not any(task.questions for task in tasks + read_only):
@@ -235,6 +259,26 @@ def open_model(
         return
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as whole:
         yield whole
+
+
+def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:
+    """The round with its micro-batch and checkpointing chosen, where it asks for that.
+
+    Raises:
+        InputError: nothing fits, or there is neither a GPU nor `train.memory_bytes`.
+    """
+    if spec.train.fit is None:
+        return spec, None
+    memory_bytes = spec.train.memory_bytes
+    if memory_bytes is None:
+        if not torch.cuda.is_available():
+            raise InputError("train.fit: auto reads the GPU's memory, and there is no GPU", "set train.memory_bytes")
+        # All ranks must choose alike, so the smallest device of the machine counts, and nothing that changes.
+        devices = range(torch.cuda.device_count())
+        memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    budget = make_budget(spec, network, plan, spec.launch.num_ranks, is_mixed(spec))
+    fit = choose_fit(spec, budget, memory_bytes)
+    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
 
 
 def make_reference(spec: RoundSpec, start: Path, data: DataReport, reporter: Reporter) -> Reference | None:

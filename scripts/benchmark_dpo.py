@@ -103,7 +103,7 @@ def measure_hft(arguments: argparse.Namespace, share: float, reference: str, out
     memory = json.loads(subprocess.run(plan, check=True, capture_output=True, text=True).stdout)["memory"]["half"]
     return Measurement(
         pair_s=(result["seconds"]["training"] + result["seconds"]["referencing"]) / (arguments.epochs * arguments.num_pairs),
-        held_bytes=memory["total_bytes"],
+        held_bytes=sum(memory[f"{part}_bytes"] for part in ("weights", "gradients", "optimizer", "reference")),
         peak_memory_bytes=result["peak_memory_bytes"],
     )
 

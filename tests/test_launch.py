@@ -8,7 +8,7 @@ import pytest
 
 from hftcli import launch
 from hftcli.errors import InputError, TrainingError, VerificationError
-from hftcli.recipe import LaunchSection
+from hftcli.recipe import LaunchSection, SlurmSection
 from hftcli.run import Round
 
 
@@ -23,6 +23,47 @@ def test_several_processes_go_through_deepspeed():
         "deepspeed.launcher.runner", "--num_gpus", "8", "--master_port", "29500", "--no_local_rank",
         "--module", "hftcli.worker", "r",
     ]  # fmt: skip
+
+
+def test_several_machines_go_over_ssh_or_through_slurm(tmp_path):
+    over_ssh = LaunchSection(hostfile="hosts", num_nodes=2, num_processes=1)
+    command = launch.worker_command(tmp_path, over_ssh, 29500)
+    assert command == [sys.executable, "-m", "hftcli.cluster", str(tmp_path), "29500"]
+    through_slurm = LaunchSection(slurm=SlurmSection(), num_nodes=2, num_processes=1)
+    command = launch.worker_command(Path("r"), through_slurm, 29500)
+    assert (command[0], command[-4:]) == ("srun", [sys.executable, "-m", "hftcli.worker", "r"])
+    with pytest.raises(InputError, match="nothing says how to reach the machines"):
+        launch.worker_command(Path("r"), LaunchSection(num_nodes=2, num_processes=1), 1)
+
+
+def test_machines_are_counted_from_the_hostfile_or_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # this machine's one GPU says nothing about the others
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    monkeypatch.chdir(tmp_path)
+    resolved = launch.resolve_launch(LaunchSection(hostfile="hosts"))
+    assert (resolved.num_nodes, resolved.num_processes, resolved.num_ranks) == (2, 8, 16)
+    assert resolved.hostfile == str(tmp_path / "hosts")
+    assert launch.resolve_launch(resolved) == resolved
+    assert launch.count_ranks(LaunchSection(hostfile="hosts", num_processes=4)) == 8
+    assert launch.count_ranks(LaunchSection(num_nodes=3, num_processes=8)) == 24
+    assert launch.resolve_launch(LaunchSection(num_nodes=3, num_processes=8)).num_ranks == 24
+    assert launch.resolve_launch(LaunchSection(slurm=SlurmSection(), num_processes=8)).num_ranks == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hostfile": "hosts", "slurm": SlurmSection()}, "both say where to run"),
+        ({"hostfile": "hosts", "num_nodes": 3}, "num_nodes is 3, but hosts names 1 hosts"),
+        ({"hostfile": "hosts", "num_processes": 9}, "num_processes is 9, but a has 8 slots"),
+        ({"slurm": SlurmSection()}, "cannot be counted from here"),
+    ],
+)
+def test_launches_that_do_not_go_together(tmp_path, monkeypatch, values, message):
+    (tmp_path / "hosts").write_text("a slots=8\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        launch.resolve_launch(LaunchSection(**values))
 
 
 @pytest.mark.parametrize(("visible", "num_gpus"), [("", 0), ("-1", 0), ("0", 1), ("0,3,5", 3)])

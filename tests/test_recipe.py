@@ -119,3 +119,13 @@ def test_missing_recipe_lists_the_shipped_ones():
     with pytest.raises(RecipeError) as caught:
         load_recipe("no-such.yaml")
     assert "tinyworld" in caught.value.fix
+
+
+def test_settings_of_the_fit_that_do_not_go_together():
+    with pytest.raises(RecipeError, match="train.memory_bytes would have no effect: set train.fit: auto"):
+        load_recipe(None, ["train.memory_bytes=1000"])
+    with pytest.raises(RecipeError, match="train.activation_checkpointing is what train.fit chooses"):
+        load_recipe(None, ["train.fit=auto", "train.activation_checkpointing=true"])
+    with pytest.raises(RecipeError, match="train.fit does not count what method.ewc holds"):
+        load_recipe("tinyworld-continual", ["train.fit=auto", "method={ewc: {}}"])
+    assert load_recipe(None, ["train.fit=auto", "train.memory_bytes=1000"]).train.memory_bytes == 1000

@@ -329,12 +329,55 @@ def test_the_fingerprint_changes_with_whatever_made_the_plan(llama: tuple[Unit, 
         FreezeRule(embeddings="freeze"),
         FreezeRule(head="freeze"),
         FreezeRule(balance="weights"),
+        FreezeRule(frozen_prefix=0.5),
     ]
     wider = build_units("llama", **CONFIGS["llama"] | {"intermediate_size": 48})
     plans = [make_plan(llama, rule, 0) for rule in rules]
     plans += [make_plan(llama, FreezeRule(), 1), make_plan(wider, FreezeRule(), 0)]
     assert len({plan.fingerprint for plan in plans}) == len(plans)
     assert make_plan(llama, FreezeRule(), 0).fingerprint == plans[0].fingerprint
+
+
+@pytest.mark.parametrize("group", ["category", "layer", "model"])
+@pytest.mark.parametrize("balance", ["units", "weights"])
+def test_a_frozen_prefix_keeps_the_share(group: str, balance: str):
+    """A quarter of 8 layers and the embeddings are frozen whole; above them, two thirds train: half of all."""
+    units = build_units("llama", **CONFIGS["llama"] | {"num_hidden_layers": 8})
+    plan = make_plan(units, FreezeRule(group=group, balance=balance, frozen_prefix=0.25), 0)
+    trained = find_trained(units, plan)
+    assert min(unit.layer for unit in trained if unit.layer is not None) == 2
+    assert {unit.role for unit in trained if unit.layer is None} == {"final_norm", "head"}
+    inside = [unit for unit in units if unit.layer is not None]
+    if balance == "units":
+        assert plan.num_trainable_units == plan.num_units // 2
+    share = sum(unit.num_parameters for unit in trained if unit.layer is not None) / sum(u.num_parameters for u in inside)
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_frozen_prefix_above_half_trains_all_that_is_left():
+    units = build_units("llama", **CONFIGS["llama"] | {"num_hidden_layers": 8})
+    trained = find_trained(units, make_plan(units, FreezeRule(frozen_prefix=0.75), 0))
+    assert [unit for unit in trained if unit.layer is not None] == [unit for unit in units if (unit.layer or 0) >= 6]
+
+
+def test_a_prefix_that_is_off_leaves_no_trace(llama: tuple[Unit, ...]):
+    """Plans keep the fingerprints that they had before there was such a rule."""
+    assert "frozen_prefix" not in make_plan(llama, FreezeRule(), 0).model_dump_json()
+    assert make_plan(llama, FreezeRule(frozen_prefix=0.0), 0) == make_plan(llama, FreezeRule(), 0)
+    plan = make_plan(llama, FreezeRule(frozen_prefix=0.5), 0)
+    assert plan.fingerprint != make_plan(llama, FreezeRule(), 0).fingerprint
+    assert FreezePlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_a_prefix_that_does_not_go_is_refused(llama: tuple[Unit, ...]):
+    for share in (0.01, 0.99):
+        with pytest.raises(ModelError, match="it must freeze one or more and leave one or more"):
+            make_plan(llama, FreezeRule(frozen_prefix=share), 0)
+    tied = build_units("llama", **CONFIGS["llama"] | {"tie_word_embeddings": True})
+    with pytest.raises(ModelError, match="embeddings and head are one tensor") as caught:
+        make_plan(tied, FreezeRule(frozen_prefix=0.5), 0)
+    assert caught.value.fix == "set freeze.head: freeze"
+    assert make_plan(tied, FreezeRule(frozen_prefix=0.5, head="freeze"), 0).frozen[0] == "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
@@ -364,6 +407,7 @@ def test_an_edited_plan_is_refused(llama: tuple[Unit, ...], edit):
         {"trainable_fraction": 0.0},
         {"trainable_fraction": 1.01},
         {"trainable_fraction": float("nan")},
+        {"frozen_prefix": 1.0},
         {"group": "matrix"},
         {"rank": "magnitude"},
         {"embeddings": True},

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hftcli"
 FLOORS = [
     ["errors"],
     ["freezing.roles"],
-    ["freezing.selection"],
+    ["freezing.selection", "freezing.activations"],
     ["freezing.budget"],
     ["recipe"],
     ["tasks.examples"],
@@ -22,26 +22,24 @@ FLOORS = [
     ["tasks"],
     ["tasks.check"],
     ["run"],
+    ["planning"],
     ["evaluation", "forgetting"],
     ["figures"],
-    ["launch", "report"],
+    ["hosts"],
+    ["slurm"],
+    ["launch"],
+    ["cluster"],
+    ["doctor"],
+    ["report"],
     ["runners"],
     ["cli"],
 ]
-BELOW = [
-    "models",
-    "rows",
-    "chat",
-    "data",
-    "references",
-    "trainers",
-    "options",
-    "evaluate",
-    "drift",
-    "harness",
-    "scoring",
-    "worker",
-]  # torch is imported here
+METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
+BELOW = [  # torch is imported here
+    *["deltas", "models", "arithmetic", "rows", "chat", "data", "references"],
+    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "options", "evaluate", "drift", "harness"],
+    *["scoring", "probe", "machine", "worker"],
+]
 
 
 def read_imports(path: Path, top_level_only: bool) -> set[str]:

@@ -1,55 +1,123 @@
-"""What a freeze plan costs: the bytes that each device holds for weights, gradients, AdamW's state and DPO's reference.
+"""What a freeze plan costs: the bytes that each device holds, and the FLOPs of a token.
 
-The count is that of the ZeRO paper (arXiv 1910.02054, sections 3.1 and 5): with mixed precision, a weight that trains
-costs 16 bytes, and each stage of ZeRO spreads one more part of them over the devices. A frozen weight costs only
-itself: no gradient, no moments and no float32 master. Activations, buffers and the allocator's slack come on top.
+Weights, gradients, AdamW's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
+5): with mixed precision, a weight that trains costs 16 bytes, and each stage of ZeRO spreads one more part of them over the
+devices. A frozen weight costs only itself: no gradient, no moments and no float32 master. Activations are those of
+`activations.py`, for the micro-batch that the budget names.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from hftcli.freezing.activations import Activations, Flops, Network, Workload, count_activations
 from hftcli.freezing.selection import FreezePlan
 
 Precision = Literal["float32", "mixed"]
 ReferenceMode = Literal["precompute", "shared", "full"]
 
+# DeepSpeed's own sizes, in elements: the bucket that gradients are reduced from, and the most that ZeRO 3 has gathered at once.
+BUCKET_ELEMENTS, LIVE_ELEMENTS = 500_000_000, 1_000_000_000
+SLACK_FRACTION = 0.1  # of what comes and goes within a step: rounding and holes in the allocator's blocks
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device."""
+    """Bytes on one device.
+
+    Attributes:
+        activations_bytes: what autograd keeps at most, with autocast's copies of weights.
+        buffers_bytes: what kernels and communication need for a moment.
+        spare_bytes: what slower kernels and the allocator may take besides.
+    """
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     reference_bytes: int = 0
+    activations_bytes: int = 0
+    buffers_bytes: int = 0
+    spare_bytes: int = 0
+
+    @property
+    def low_bytes(self) -> int:
+        """What there is in any case: tensors that live from one operation to a later one."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.reference_bytes + self.activations_bytes
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.reference_bytes
+        """What is expected."""
+        return self.low_bytes + self.buffers_bytes
+
+    @property
+    def high_bytes(self) -> int:
+        """What is enough."""
+        return self.total_bytes + self.spare_bytes
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """What two steps on this machine held, in one process.
+
+    Attributes:
+        activations_bytes: what autograd kept at the end of the forward pass, parameters not counted.
+        peak_bytes: most that the GPU's allocator held; None without a GPU.
+        step_s: seconds of the second step.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    peak_bytes: int | None
+    step_s: float
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A freeze plan on given devices, beside full fine-tuning on the same ones; see `estimate_memory` for the attributes."""
+    """A freeze plan on given devices, beside full fine-tuning on the same ones; see `estimate_memory` for the attributes.
+
+    Attributes:
+        network: the model, where activations are to be counted.
+        work: the micro-batch, where activations are to be counted.
+        correction: measured over estimated activations, where they were measured.
+    """
 
     plan: FreezePlan
     precision: Precision
     num_processes: int
     zero_stage: int
     reference: ReferenceMode | None = None
+    network: Network | None = None
+    work: Workload | None = None
+    correction: float = 1.0
 
     @property
     def half(self) -> Memory:
         """What the plan costs."""
-        return self._estimate(self.plan.num_trainable, self.reference)
+        return self._estimate(self.plan.num_trainable, self.reference, self.half_step)
 
     @property
     def full(self) -> Memory:
         """What it would cost to train every weight, with a second model where DPO needs a reference."""
-        return self._estimate(self.plan.num_parameters, self.reference and "full")
+        return self._estimate(self.plan.num_parameters, self.reference and "full", self.full_step)
 
-    def _estimate(self, num_trainable: int, reference: ReferenceMode | None) -> Memory:
-        return estimate_memory(
+    @property
+    def half_step(self) -> tuple[Activations, Flops] | None:
+        """A step of the plan; None where it is not counted."""
+        return self._count(self.plan.trained)
+
+    @property
+    def full_step(self) -> tuple[Activations, Flops] | None:
+        """A step of full fine-tuning; None where it is not counted."""
+        return self._count((*self.plan.trained, *self.plan.frozen))
+
+    def _count(self, trained: tuple[str, ...]) -> tuple[Activations, Flops] | None:
+        if self.network is None or self.work is None:
+            return None
+        return count_activations(self.network, frozenset(trained), self.work)
+
+    def _estimate(self, num_trainable: int, reference: ReferenceMode | None, step: tuple[Activations, Flops] | None) -> Memory:
+        states = estimate_memory(
             self.plan.num_parameters,
             num_trainable,
             precision=self.precision,
@@ -57,6 +125,28 @@ class Budget:
             zero_stage=self.zero_stage,
             reference=reference,
         )
+        if step is None:
+            return states
+        activations, _ = step
+        held = round(self.correction * activations.peak_bytes) + activations.cast_bytes
+        buffers = activations.working_bytes + self._estimate_communication(num_trainable)
+        return replace(
+            states,
+            activations_bytes=held,
+            buffers_bytes=buffers,
+            spare_bytes=activations.fallback_bytes + round(SLACK_FRACTION * (held + buffers)),
+        )
+
+    def _estimate_communication(self, num_trainable: int) -> int:
+        """DeepSpeed's buffers: at stage 0 a flat copy of gradients, from 1 on a bucket, at 3 also the gathered weights."""
+        if self.num_processes == 1:
+            return 0
+        item_bytes = 4 if self.precision == "float32" else 2
+        if self.zero_stage == 0:
+            return item_bytes * min(num_trainable, BUCKET_ELEMENTS)
+        bucket = (4 if self.zero_stage == 1 else item_bytes) * BUCKET_ELEMENTS
+        gathered = item_bytes * min(self.plan.num_parameters, LIVE_ELEMENTS) if self.zero_stage == 3 else 0
+        return bucket + gathered
 
 
 def estimate_memory(

@@ -49,6 +49,12 @@ class FreezeRule(BaseModel):
     """What the share is a share of: `units` counts matrices, as the paper does; `weights` counts their weights, which
     differs where the units of a group differ in size, as in grouped-query attention."""
 
+    # What is off leaves no trace in a plan, so that plans keep the fingerprints that they had without it.
+    frozen_prefix: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda value: value == 0)] = 0.0
+    """Share of the layers, counted from the input, that is frozen whole together with the embeddings, so that the backward pass
+    ends above them. In the layers above so much more trains that `trainable_fraction` stays the share of all, where that is
+    possible. A variant of the paper's rule; 0 is the paper's."""
+
 
 class RoleCount(BaseModel):
     """What one role has in a model, and what of it trains."""
@@ -138,45 +144,89 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> Free
         round_index: place of the round in the history of the model, from 0; every round draws another half.
 
     Raises:
-        ModelError: nothing would train, or tied embeddings are to be frozen and trained at once.
+        ModelError: nothing would train, tied embeddings are to be frozen and trained at once, or `frozen_prefix` is less than a
+            layer or all of them.
     """
     inside = [unit for unit in units if unit.layer is not None]
     outside = [unit for unit in units if unit.layer is None]
-    chosen = choose_in_layers(inside, rule, round_index) | choose_outside_layers(outside, rule)
+    num_frozen_layers = count_frozen_layers(inside, rule)
+    chosen = choose_in_layers(inside, rule, round_index, num_frozen_layers) | choose_outside_layers(outside, rule)
     if not chosen:
         raise ModelError(f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share")
 
-    trained_units = [unit for unit in units if unit in chosen]
-    content = {
-        "rule": rule,
-        "round_index": round_index,
-        "trained": _list_parameters(trained_units),
-        "frozen": _list_parameters(unit for unit in units if unit not in chosen),
-        "num_parameters": sum(unit.num_parameters for unit in units),
-        "num_trainable": sum(unit.num_parameters for unit in trained_units),
-        "num_units": len(inside),
-        "num_trainable_units": len(chosen.intersection(inside)),
-        "roles": _count_roles(units, chosen),
+    return _write_plan(units, {parameter.name for unit in chosen for parameter in unit.parameters}, rule, round_index)
+
+
+def narrow_plan(plan: FreezePlan, units: Sequence[Unit], target_modules: Sequence[str] | None) -> FreezePlan:
+    """What of a plan low-rank adapters can train: the matrices of the linear layers in attention and mlp, without biases.
+
+    Args:
+        units: those that the plan was made of.
+        target_modules: last parts of the names of the layers that take adapters, such as `q_proj`; None takes all.
+
+    Raises:
+        ModelError: there are none.
+    """
+    trained = set(plan.trained)
+    linear = {
+        parameter.name: unit.name.rpartition(".")[2]
+        for unit in units
+        if unit.role in ("attention", "mlp")
+        for parameter in unit.parameters
+        if parameter.name in trained and len(parameter.shape) == 2
     }
-    return FreezePlan(**content, fingerprint=_hash_content(content))
+    narrowed = {name for name, module in linear.items() if target_modules is None or module in target_modules}
+    if not narrowed:
+        raise ModelError(
+            f"no adapter would train: target_modules is {', '.join(target_modules or ()) or 'null'}, and the linear layers "
+            f"that the freeze plan trains are {', '.join(dict.fromkeys(linear.values())) or 'none'}",
+            "name some of these",
+        )
+    return _write_plan(units, narrowed, plan.rule, plan.round_index)
 
 
-def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int) -> set[Unit]:
+def count_frozen_layers(units: Iterable[Unit], rule: FreezeRule) -> int:
+    """How many layers `frozen_prefix` freezes: the closest number, the larger of two that are equally close.
+
+    Raises:
+        ModelError: the share is less than half a layer, or leaves none.
+    """
+    num_layers = 1 + max((unit.layer for unit in units), default=-1)
+    share = Fraction(str(rule.frozen_prefix))
+    num_frozen = int(share * num_layers + Fraction(1, 2))
+    if share and not 0 < num_frozen < num_layers:
+        raise ModelError(
+            f"freeze.frozen_prefix {rule.frozen_prefix} is {num_frozen} of the model's {num_layers} layers; "
+            "it must freeze one or more and leave one or more",
+            "set another share, or 0 to turn it off",
+        )
+    return num_frozen
+
+
+def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int, num_frozen_layers: int = 0) -> set[Unit]:
     """The units in the layers that train.
 
     Pool by pool, a running target follows the share of the weight seen so far, and each group gives the first items of
     its ranking, as many as bring the total closest to the target. What one group gives too much, the next gives too
     little: of three mlp units, two train in a random half of the layers and one in the other half, as in the paper.
+
+    Args:
+        num_frozen_layers: the lowest layers, of which nothing trains; the share of their weight is made up for above them.
     """
     pools: dict[str, dict[str, dict[str, list[Unit]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    below: dict[str, dict[str, list[Unit]]] = defaultdict(lambda: defaultdict(list))
     for unit in units:
         pool, group, item = GROUPS[rule.group](unit)
-        pools[pool][group][item].append(unit)
+        items = below[pool] if unit.layer < num_frozen_layers else pools[pool][group]
+        items[item].append(unit)
 
     # The share as the user wrote it, not the binary fraction closest to it: ties are to be exact.
     share = Fraction(str(rule.trainable_fraction))
     chosen: set[Unit] = set()
-    for groups in pools.values():
+    for pool, groups in pools.items():
+        weight_above = sum(_weigh(item, rule) for items in groups.values() for item in items.values())
+        weight_below = sum(_weigh(item, rule) for item in below[pool].values())
+        share_above = min(share * (weight_above + weight_below) / weight_above, Fraction(1))
         seen = taken = 0
         for group in rank_random(groups, rule.seed, round_index):
             items = groups[group]
@@ -184,7 +234,7 @@ def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int) 
             weights = [_weigh(items[name], rule) for name in ranking]
             seen += sum(weights)
             totals = list(accumulate(weights, initial=taken))
-            num_taken = find_closest(totals, share * seen)
+            num_taken = find_closest(totals, share_above * seen)
             taken = totals[num_taken]
             chosen.update(unit for name in ranking[:num_taken] for unit in items[name])
     return chosen
@@ -193,17 +243,22 @@ def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int) 
 def choose_outside_layers(units: Iterable[Unit], rule: FreezeRule) -> set[Unit]:
     """The units outside the layers that train: embeddings and head as the rule says, the final norm always.
 
+    A frozen prefix reaches down to the embeddings, whatever the rule says of them.
+
     Raises:
-        ModelError: the model has no head of its own, so that it cannot have a rule of its own.
+        ModelError: embeddings and head are one tensor, and one of them is to train and the other not.
     """
+    embeddings = "freeze" if rule.frozen_prefix else rule.embeddings
     roles = {unit.role for unit in units}
-    if "embedding" in roles and "head" not in roles and rule.embeddings != rule.head:
-        raise ModelError(
-            f"freeze.embeddings is {rule.embeddings!r} and freeze.head is {rule.head!r}, "
-            "but embeddings and head are one tensor in this model",
-            "set freeze.embeddings and freeze.head alike",
+    if "embedding" in roles and "head" not in roles and embeddings != rule.head:
+        cause = (
+            f"freeze.frozen_prefix is {rule.frozen_prefix}" if rule.frozen_prefix else f"freeze.embeddings is {embeddings!r}"
         )
-    decisions = {"embedding": rule.embeddings, "head": rule.head, "final_norm": "train"}
+        raise ModelError(
+            f"{cause} and freeze.head is {rule.head!r}, but embeddings and head are one tensor in this model",
+            "set freeze.head: freeze" if rule.frozen_prefix else "set freeze.embeddings and freeze.head alike",
+        )
+    decisions = {"embedding": embeddings, "head": rule.head, "final_norm": "train"}
     return {unit for unit in units if decisions[unit.role] == "train"}
 
 
@@ -222,11 +277,33 @@ def _weigh(item: Sequence[Unit], rule: FreezeRule) -> int:
     return 1 if rule.balance == "units" else sum(unit.num_parameters for unit in item)
 
 
-def _list_parameters(units: Iterable[Unit]) -> tuple[str, ...]:
-    return tuple(parameter.name for unit in units for parameter in unit.parameters)
+def _write_plan(units: Sequence[Unit], trained: set[str], rule: FreezeRule, round_index: int) -> FreezePlan:
+    parameters = [parameter for unit in units for parameter in unit.parameters]
+    inside = [unit for unit in units if unit.layer is not None]
+    content = {
+        "rule": rule,
+        "round_index": round_index,
+        "trained": tuple(parameter.name for parameter in parameters if parameter.name in trained),
+        "frozen": tuple(parameter.name for parameter in parameters if parameter.name not in trained),
+        "num_parameters": sum(parameter.num_elements for parameter in parameters),
+        "num_trainable": _count_trained(units, trained),
+        "num_units": len(inside),
+        "num_trainable_units": _count_trained_units(inside, trained),
+        "roles": _count_roles(units, trained),
+    }
+    return FreezePlan(**content, fingerprint=_hash_content(content))
 
 
-def _count_roles(units: Iterable[Unit], chosen: set[Unit]) -> dict[str, RoleCount]:
+def _count_trained(units: Iterable[Unit], trained: set[str]) -> int:
+    """Weights of these units that train."""
+    return sum(parameter.num_elements for unit in units for parameter in unit.parameters if parameter.name in trained)
+
+
+def _count_trained_units(units: Iterable[Unit], trained: set[str]) -> int:
+    return sum(any(parameter.name in trained for parameter in unit.parameters) for unit in units)
+
+
+def _count_roles(units: Iterable[Unit], trained: set[str]) -> dict[str, RoleCount]:
     """Counts by role, in the order in which the model first has them."""
     members: dict[str, list[Unit]] = {}
     for unit in units:
@@ -234,9 +311,9 @@ def _count_roles(units: Iterable[Unit], chosen: set[Unit]) -> dict[str, RoleCoun
     return {
         role: RoleCount(
             num_units=len(group),
-            num_trainable_units=len(chosen.intersection(group)),
+            num_trainable_units=_count_trained_units(group, trained),
             num_parameters=sum(unit.num_parameters for unit in group),
-            num_trainable=sum(unit.num_parameters for unit in chosen.intersection(group)),
+            num_trainable=_count_trained(group, trained),
         )
         for role, group in members.items()
     }

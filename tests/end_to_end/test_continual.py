@@ -74,7 +74,7 @@ def test_killed_in_every_round_it_ends_with_the_same_matrix(hft, settings, finis
 
 def kill_while_training(command: list[str], folder: Path) -> None:
     """SIGKILL the front and all that it started in the middle of a round's training."""
-    front = psutil.Process(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)
+    front = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics, deadline = folder / "progress.json", time.monotonic() + 300
     while not (metrics.exists() and json.loads(metrics.read_text())["phase"] == "training"):
         assert time.monotonic() < deadline, f"{folder.name} did not come to train"

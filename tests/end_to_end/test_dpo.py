@@ -133,13 +133,14 @@ def test_a_round_that_is_killed_starts_again_with_the_reference_it_computed(
     monkeypatch.setenv("HFT_CACHE", str(tmp_path / "cache"))  # nothing is there to be reused
     run = tmp_path / "killed"
     command = [sys.executable, "-m", "hftcli", "dpo", "--output", run, *settings(pairs)]
-    front = psutil.Process(subprocess.Popen(command, stderr=subprocess.DEVNULL).pid)
+    front = psutil.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "cache" / "references").glob("*.safetensors")):
         assert time.monotonic() < deadline, "the reference was not computed"
         time.sleep(0.01)
     for process in [*front.children(recursive=True), front]:
         process.kill()
+    front.wait()
     assert not round_of(run).result_path.exists()
     hft("dpo", "--output", run, *settings(pairs))
     assert round_of(run).read_result().reference.is_reused

@@ -1,0 +1,351 @@
+"""What a micro-batch costs besides the weights: the tensors that autograd keeps for the backward pass, and the FLOPs.
+
+The forward pass is walked operation by operation, without a tensor, by autograd's own rules: a matrix multiplication keeps its
+input only where its weight trains, its gradient is passed on only where its input has one, and a tensor that several operations
+keep is kept once. So a freeze plan has its own bill: a frozen linear saves its weight's gradient and, unless another reader
+keeps it, its input; below the lowest trained parameter there is no graph at all.
+
+Recomputation is that of torch's non-reentrant checkpoints, which stop at the last tensor that is needed.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hftcli.freezing.roles import Unit
+
+Attention = Literal["eager", "sdpa", "flash"]
+LossKernel = Literal["plain", "chunked"]
+Arithmetic = Literal["float32", "autocast", "bfloat16"]
+
+CHUNK_TOKENS, CHUNK_VOCABULARY = 4096, 32768  # tile of TRL's chunked loss
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What goes through the model at once, and how.
+
+    Attributes:
+        num_sequences: sequences of a forward pass on one device, at least 1; both answers of each pair with DPO.
+        length: tokens of a sequence.
+        packed: the sequences are laid into one row, whose attention is kept apart by a mask.
+        attention: the kernel; `flash` needs no mask, `eager` keeps every score.
+        loss: `chunked` is TRL's default, which never has all logits at once; `plain` keeps them.
+        arithmetic: `autocast` computes in bfloat16 and holds what trains in float32; `bfloat16` is DeepSpeed's.
+        checkpoint_every: every so many layers keep their input alone; None keeps all.
+    """
+
+    num_sequences: int
+    length: int
+    packed: bool = False
+    attention: Attention = "sdpa"
+    loss: LossKernel = "chunked"
+    arithmetic: Arithmetic = "float32"
+    checkpoint_every: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_sequences * self.length
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens that a row has: what attention's scores are square in."""
+        return self.num_tokens if self.packed else self.length
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether attention reads a mask; without one it is plainly causal. One row alone needs no padding."""
+        return self.attention != "flash" and (self.packed or self.num_sequences > 1)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model as its parameters show it.
+
+    Attributes:
+        model_type: the family, as transformers' config names it.
+        units: all units, as `assign_roles` gives them.
+        num_heads: of the attention's queries.
+    """
+
+    model_type: str
+    units: tuple[Unit, ...]
+    num_heads: int
+
+    @property
+    def num_layers(self) -> int:
+        return len({unit.layer for unit in self.units if unit.layer is not None})
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of the matrix multiplications, for each token of a step; all else is left out.
+
+    Attributes:
+        forward: the forward pass.
+        activation_gradient: gradients with regard to activations.
+        weight_gradient: gradients with regard to what trains.
+        recompute: what the backward pass computes again: checkpointed layers, and the chunked loss's logits.
+    """
+
+    forward: float
+    activation_gradient: float
+    weight_gradient: float
+    recompute: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.activation_gradient + self.weight_gradient + self.recompute
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a forward and a backward pass hold on one device.
+
+    Attributes:
+        saved_bytes: what autograd keeps at the end of the forward pass; parameters are not counted.
+        peak_bytes: the most that is kept at once, with the layer that is being computed again.
+        working_bytes: what the kernels need besides at that time: gradients of activations, the loss's tile.
+        fallback_bytes: what kernels may keep besides where the fastest one does not apply: keys and values of each query head,
+            a copy of the attention's output.
+        cast_bytes: bfloat16 copies of weights that train, which autocast keeps through the backward pass.
+    """
+
+    saved_bytes: int
+    peak_bytes: int
+    working_bytes: int
+    fallback_bytes: int
+    cast_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the forward pass; its identity is that of its storage."""
+
+    num_elements: int
+    item_bytes: int
+    has_gradient: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.item_bytes
+
+
+@dataclass(eq=False)
+class Ledger:
+    """The bill of some operations: what they keep, in bytes and tensors, and FLOPs for each token."""
+
+    network: Network
+    work: Workload
+    trained: Collection[str]
+    kept: set[Value] = field(default_factory=set)
+    fallback_bytes: int = 0
+    cast_bytes: int = 0
+    forward: float = 0.0
+    activation_gradient: float = 0.0
+    weight_gradient: float = 0.0
+    recompute: float = 0.0
+    last_forward: float = 0.0
+
+    def trains(self, unit: Unit) -> bool:
+        return unit.parameters[0].name in self.trained
+
+    def make(self, width: int, item_bytes: int, has_gradient: bool) -> Value:
+        """A tensor with so many elements for each token."""
+        return Value(width * self.work.num_tokens, item_bytes, has_gradient)
+
+    def keep(self, *values: Value) -> None:
+        self.kept.update(values)
+
+    def keep_if(self, condition: bool, *values: Value) -> None:
+        if condition:
+            self.kept.update(values)
+
+    def weight_item_bytes(self, unit: Unit) -> int:
+        """Bytes of one weight, as the model holds it."""
+        return {"float32": 4, "bfloat16": 2, "autocast": 4 if self.trains(unit) else 2}[self.work.arithmetic]
+
+    def cast(self, value: Value) -> Value:
+        """What a matrix multiplication reads: under autocast, each one makes a copy of its own."""
+        if self.work.arithmetic == "autocast" and value.item_bytes == 4:
+            return Value(value.num_elements, 2, value.has_gradient)
+        return value
+
+    def embed(self, unit: Unit) -> Value:
+        trains = self.trains(unit)
+        self.keep_if(trains, self.make(1, 8, False))  # the tokens themselves
+        return self.make(unit.parameters[0].shape[1], self.weight_item_bytes(unit), trains)
+
+    def multiply(self, unit: Unit, value: Value) -> Value:
+        """A linear layer."""
+        width, num_inputs = unit.parameters[0].shape
+        trains, value = self.trains(unit), self.cast(value)
+        self.keep_if(trains, value)
+        if value.has_gradient and self.weight_item_bytes(unit) == 4 and value.item_bytes == 2:
+            self.cast_bytes += 2 * width * num_inputs
+        self.last_forward = 2.0 * width * num_inputs
+        self.forward += self.last_forward
+        self.activation_gradient += self.last_forward * value.has_gradient
+        self.weight_gradient += self.last_forward * trains
+        return self.make(width, value.item_bytes, value.has_gradient or trains)
+
+    def normalize(self, unit: Unit, value: Value, num_rows: int = 1) -> Value:
+        """Root mean square normalization, in float32, of so many rows in each token."""
+        trains = self.trains(unit)
+        exact = value if value.item_bytes == 4 else Value(value.num_elements, 4, value.has_gradient)
+        self.keep_if(value.has_gradient, exact, self.make(num_rows, 4, False))
+        self.keep_if(trains, Value(value.num_elements, value.item_bytes, value.has_gradient))
+        item_bytes = max(value.item_bytes, self.weight_item_bytes(unit))
+        return Value(value.num_elements, item_bytes, value.has_gradient or trains)
+
+    def add(self, left: Value, right: Value) -> Value:
+        item_bytes = max(left.item_bytes, right.item_bytes)
+        return Value(left.num_elements, item_bytes, left.has_gradient or right.has_gradient)
+
+    def attend(self, query: Value, key: Value, value: Value, angles: Value) -> Value:
+        """Rotary positions and attention."""
+        work, num_heads = self.work, self.network.num_heads
+        self.keep_if(query.has_gradient or key.has_gradient, angles)
+        rotated = max(query.item_bytes, angles.item_bytes)
+        query = self.cast(Value(query.num_elements, rotated, query.has_gradient))
+        key = self.cast(Value(key.num_elements, rotated, key.has_gradient))
+        flows = query.has_gradient or key.has_gradient or value.has_gradient
+        output = Value(query.num_elements, query.item_bytes, flows)
+        is_grouped = key.num_elements < query.num_elements
+        if is_grouped and (work.attention == "eager" or work.is_masked):
+            key, value = (Value(query.num_elements, side.item_bytes, side.has_gradient) for side in (key, value))
+        self.keep_if(flows, query, key, value)
+        if work.attention == "eager":
+            scores = self.make(num_heads * work.num_keys, 4, flows)
+            self.keep_if(flows, scores)
+            self.keep_if(flows and query.item_bytes == 2, Value(scores.num_elements, 2, flows))
+        else:
+            self.keep_if(flows, output, self.make(num_heads, 4, False))
+            self.keep_if(flows and work.is_masked, self.make(work.num_keys, query.item_bytes, False))
+            if flows:
+                expanded = 2 * (query.num_bytes - key.num_bytes)
+                self.fallback_bytes += expanded + output.num_bytes
+        # A kernel that knows that attention is causal computes half of the scores.
+        width = query.num_elements / work.num_tokens
+        reach = work.num_keys if work.attention == "eager" or work.is_masked else work.num_keys / 2
+        forward = 4.0 * width * reach
+        self.forward += forward
+        # Two multiplications become four; kernels that do not keep the scores compute them again.
+        self.activation_gradient += forward * flows * (2.0 if work.attention == "eager" else 2.5)
+        return output
+
+    def gate(self, gate: Value, up: Value) -> Value:
+        """SwiGLU: the product of up with the gate's activation."""
+        self.keep_if(gate.has_gradient, gate)
+        active = Value(gate.num_elements, gate.item_bytes, gate.has_gradient)
+        self.keep_if(up.has_gradient, active)
+        self.keep_if(active.has_gradient, up)
+        return Value(up.num_elements, up.item_bytes, up.has_gradient or active.has_gradient)
+
+
+def walk_llama(ledger: Ledger, units: dict[str, Unit], value: Value, angles: Value) -> Value:
+    """A layer of Llama and its kin: normalization before attention and before the gated mlp; with `q_norm` in Qwen 3."""
+    normed = ledger.normalize(units["input_layernorm"], value)
+    query, key, values = (ledger.multiply(units[name], normed) for name in ("q_proj", "k_proj", "v_proj"))
+    if "q_norm" in units:
+        head_width = units["q_norm"].parameters[0].shape[0] * ledger.work.num_tokens
+        query = ledger.normalize(units["q_norm"], query, query.num_elements // head_width)
+        key = ledger.normalize(units["k_norm"], key, key.num_elements // head_width)
+    value = ledger.add(value, ledger.multiply(units["o_proj"], ledger.attend(query, key, values, angles)))
+    normed = ledger.normalize(units["post_attention_layernorm"], value)
+    product = ledger.gate(*(ledger.multiply(units[name], normed) for name in ("gate_proj", "up_proj")))
+    return ledger.add(value, ledger.multiply(units["down_proj"], product))
+
+
+def count_activations(network: Network, trained: Collection[str], work: Workload) -> tuple[Activations, Flops] | None:
+    """What a forward and a backward pass hold and compute; None for a family whose layers are not written down in `LAYERS`.
+
+    Args:
+        trained: names of the parameters that train.
+    """
+    if network.model_type not in LAYERS:
+        return None
+    outside = {unit.role: unit for unit in network.units if unit.layer is None}
+    layers: dict[int, dict[str, Unit]] = {}
+    for unit in network.units:
+        if unit.layer is not None:
+            layers.setdefault(unit.layer, {})[unit.name.rpartition(".")[2]] = unit
+
+    bottom = Ledger(network, work, trained)
+    value = bottom.embed(outside["embedding"])
+    head_width = layers[0]["q_proj"].parameters[0].shape[0] // network.num_heads
+    angles = Value(2 * head_width * work.num_keys, value.item_bytes, False)
+    bills, kept = [bottom], set(bottom.kept)
+    again: list[Ledger] = []  # the layers that are computed again
+    peak = working = 0
+    for index, units in layers.items():
+        bill = Ledger(network, work, trained)
+        start, value = value, LAYERS[network.model_type](bill, units, value, angles)
+        bills.append(bill)
+        widest = max(unit.parameters[0].shape[0] for unit in units.values()) * work.num_tokens
+        working = 2 * (widest + start.num_elements) * value.item_bytes
+        if work.checkpoint_every and index % work.checkpoint_every == 0 and value.has_gradient:
+            again.append(bill)
+            peak = max(peak, sum_bytes(kept | bill.kept))
+            kept |= {start, angles}
+        else:
+            kept |= bill.kept
+    top = Ledger(network, work, trained)
+    value = top.normalize(outside["final_norm"], value)
+    head = outside["head"] if "head" in outside else outside["embedding"]
+    working = max(working, bill_loss(top, head, value))
+    bills.append(top)
+    saved = sum_bytes(kept | top.kept)
+    lasting = [bill for bill in bills if bill not in again]
+    return (
+        Activations(
+            saved_bytes=saved,
+            peak_bytes=max(peak, saved),
+            working_bytes=working,
+            fallback_bytes=sum(bill.fallback_bytes for bill in lasting)
+            + max((bill.fallback_bytes for bill in again), default=0),
+            cast_bytes=sum(bill.cast_bytes for bill in lasting) + max((bill.cast_bytes for bill in again), default=0),
+        ),
+        Flops(
+            forward=sum(bill.forward for bill in bills),
+            activation_gradient=sum(bill.activation_gradient for bill in bills),
+            weight_gradient=sum(bill.weight_gradient for bill in bills),
+            # What the last multiplication of a layer puts out is kept by nobody, so it is not computed again.
+            recompute=sum(bill.forward - bill.last_forward for bill in again) + top.recompute,
+        ),
+    )
+
+
+def bill_loss(ledger: Ledger, head: Unit, value: Value) -> int:
+    """The head and the loss; gives the bytes that they need for a moment."""
+    work = ledger.work
+    vocabulary, _ = head.parameters[0].shape
+    if work.loss == "plain":
+        ledger.multiply(head, value)
+        ledger.keep(ledger.make(vocabulary, 4, True))
+        return 2 * 4 * vocabulary * work.num_tokens
+    trains = ledger.trains(head)
+    flops = 2.0 * head.num_parameters
+    ledger.forward += flops
+    ledger.recompute += flops
+    ledger.activation_gradient += flops * value.has_gradient
+    ledger.weight_gradient += flops * trains
+    # Without the last token of every row, which has no successor: a copy where that leaves gaps.
+    ledger.keep(value if work.packed or work.num_sequences == 1 else Value(value.num_elements, value.item_bytes, True))
+    ledger.keep(ledger.make(1, 8 + 4 + 4 + 1, False))  # target, logarithm of the sum, entropy, mask
+    tile = min(work.num_tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * (4 if work.arithmetic == "float32" else 2)
+    weight_gradient = 4 * head.num_parameters if trains and work.arithmetic != "float32" else 0
+    return tile + 4 * value.num_elements + weight_gradient
+
+
+def sum_bytes(values: Iterable[Value]) -> int:
+    return sum(value.num_bytes for value in values)
+
+
+# How a layer of a family computes. A family that is not here trains all the same; what it holds is for `hft plan --measure`.
+LAYERS: dict[str, Callable[[Ledger, dict[str, Unit], Value, Value], Value]] = {
+    "llama": walk_llama,
+    "mistral": walk_llama,
+    "qwen2": walk_llama,
+    "qwen3": walk_llama,
+}

@@ -1,0 +1,19 @@
+"""Methods: how old knowledge is defended besides freezing. One short file each; method.py says what a method may do."""
+
+from hftcli.methods.agem import Agem
+from hftcli.methods.ewc import Ewc
+from hftcli.methods.gem import Gem
+from hftcli.methods.lora import Lora
+from hftcli.methods.method import Method
+from hftcli.methods.olora import Olora
+from hftcli.methods.replay import Replay
+from hftcli.run import RoundSpec
+
+
+def make_methods(spec: RoundSpec) -> list[Method]:
+    """The methods of a round, in the order in which the recipe's section lists them."""
+    return [METHODS[name](spec, getattr(spec.method, name)) for name in spec.method.names]
+
+
+# By the name of the section under `method`.
+METHODS: dict[str, type[Method]] = {"replay": Replay, "ewc": Ewc, "gem": Gem, "agem": Agem, "lora": Lora, "olora": Olora}

@@ -1,0 +1,116 @@
+"""Sequential LoRA (arXiv 2106.09685, adapters by PEFT): one low-rank adapter, trained through all tasks.
+
+A linear layer W that the freeze plan trains gets an adapter: W x + (lora_alpha / r) B A x. The checkpoint of every round is a
+plain model with the adapters merged in, rounded once to the start's data type.
+
+A layer that trains in this round goes back to what it was before the first round, and takes its adapter up where an earlier
+round left it; so its weights are always that start plus one product, however often it was saved in 16 bits. A layer that does
+not train in this round keeps the bytes of the round's start, with its adapter merged in, and needs none here; ROUND/adapter/
+carries it on. So ROUND/adapter/ on the run's start is the model of the round.
+
+Shapes: I and O, inputs and outputs of a linear layer; R, the rank.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Trainer
+from transformers.pytorch_utils import Conv1D
+
+from hftcli.freezing.roles import Unit
+from hftcli.freezing.selection import FreezePlan, narrow_plan
+from hftcli.methods.method import Method
+from hftcli.models import CheckpointReader, fetch_checkpoint, read_master, read_start_dtype
+from hftcli.run import Round
+
+ADAPTER = "default"  # PEFT's name for the only one
+PREFIX = "base_model.model."  # before the layers' names in PEFT's files
+
+Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (R, I) and B (O, R) by the name of the layer
+
+
+class Lora(Method):
+    def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:
+        return narrow_plan(plan, units, self.section.target_modules)
+
+    def find_base(self, start: Path) -> Path:
+        """The checkpoint that the adapters stand on."""
+        if not self.spec.earlier:
+            return start
+        return fetch_checkpoint(Round(Path(self.spec.earlier[0].folder)).read_spec().model.path)
+
+    def read_last(self) -> Adapter:
+        """The adapters to go on with."""
+        return read_adapter(self.last_round.adapter) if self.last_round is not None else {}
+
+    def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
+        self.base, self.last = self.find_base(start), self.read_last()
+        names = [name.removesuffix(".weight") for name in plan.trained]
+        start_dtype = read_start_dtype(self.spec.model, start)
+        reader = CheckpointReader(self.base, plan.trained)
+        for name in plan.trained:
+            weight = model.get_parameter(name)
+            held_dtype = start_dtype if mixed and not sharded else weight.dtype  # exact, and no larger than it must be
+            weight.data = reader.read(name).to(start_dtype).to(held_dtype)
+        is_transposed = isinstance(model.get_submodule(names[0]), Conv1D)
+        self.config = LoraConfig(
+            r=self.section.r, lora_alpha=self.section.lora_alpha, lora_dropout=self.section.lora_dropout, target_modules=names,
+            fan_in_fan_out=is_transposed, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        with torch.random.fork_rng():  # a new A in every round, the same one on all ranks
+            torch.manual_seed(self.spec.train.seed + self.spec.index)
+            inject_adapter_in_model(self.config, model, ADAPTER)
+        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+        for name, layer in self.layers.items():
+            for place, part in enumerate((layer.lora_A, layer.lora_B)):
+                weight = part[ADAPTER].weight
+                if name in self.last:
+                    weight.data.copy_(self.last[name][place])
+                if not sharded:
+                    weight.data = weight.data.float()  # the masters, which DeepSpeed makes by itself
+
+    def finish(self, trainer: Trainer, round_: Round) -> None:
+        """Save the adapters, merge them, and leave the model as if there had been none."""
+        model, sharded = trainer.model, trainer.is_deepspeed_enabled
+        trained = {}
+        for name, layer in self.layers.items():
+            weight_A_RI, weight_B_OR = (
+                read_master(part[ADAPTER].weight, sharded).detach().float() for part in (layer.lora_A, layer.lora_B)
+            )
+            trained[name] = (weight_A_RI.cpu(), weight_B_OR.cpu())
+            base = layer.get_base_layer()
+            product = layer.scaling[ADAPTER] * weight_B_OR @ weight_A_RI
+            merged = base.weight.float() + (product.T if self.config.fan_in_fan_out else product)
+            base.weight.data = merged.to(base.weight.dtype) if sharded else merged
+            model.set_submodule(name, base)
+        del model.peft_config
+        if trainer.args.process_index == 0:
+            write_adapter(self.last | trained, self.config, self.base, round_.adapter)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = dict.fromkeys(key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors)
+    return {name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"]) for name in names}
+
+
+def write_adapter(adapter: Adapter, config: LoraConfig, base: Path, folder: Path) -> None:
+    """Write a folder that PEFT loads on top of `base`, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}")
+    for leftover in (temporary, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    config.target_modules = set(adapter)
+    config.base_model_name_or_path = str(base)
+    config.inference_mode = True
+    config.save_pretrained(str(temporary))
+    tensors = {
+        f"{PREFIX}{name}.lora_{letter}.weight": part
+        for name, parts in adapter.items()
+        for letter, part in zip("AB", parts, strict=True)
+    }
+    save_file(tensors, temporary / "adapter_model.safetensors")
+    temporary.replace(folder)

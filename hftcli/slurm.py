@@ -1,0 +1,156 @@
+"""Slurm: the batch script that runs `hft` in an allocation, and the srun step that runs one round on its nodes.
+
+The batch script runs the front on the first node; the front starts every round with srun, one rank a task, so that a run of
+many rounds keeps its allocation, and a signal to srun reaches the ranks with no launcher in between. Exit code 75 queues the
+job again: the same command then goes on where it stopped.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hftcli.errors import InputError
+from hftcli.hosts import collect_environment, is_secret
+from hftcli.recipe import LaunchSection, Recipe, SlurmSection
+from hftcli.run import Run, write_text
+
+# What one task does. srun ends a step at once when a task fails, so a rank that fails waits for rank 0 to say why; the shell
+# stays alive under the signals that its rank acts on.
+TASK = """\
+hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") || exit
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=${hosts%%$'\\n'*} MASTER_PORT=$1
+shift
+trap : INT TERM USR1
+"$@"
+code=$?
+[ "$code" -eq 0 ] || sleep 3
+exit "$code"
+"""
+
+SCRIPT = """\
+#!/bin/bash
+{directives}
+
+# Written by hft. Queue it with: sbatch {path}
+cd {folder} || exit
+{exports}
+# srun takes over the cores of a task only from this name.
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+# Slurm signals this shell alone; `wait` returns at each signal, and the run is still writing its checkpoint then.
+front=
+early=
+trap 'signalled=1; early=USR1; [ -z "$front" ] || kill -USR1 "$front"' USR1
+trap 'signalled=1; early=TERM; [ -z "$front" ] || kill -TERM "$front"' TERM
+{command} &
+front=$!
+[ -z "$early" ] || kill -"$early" "$front"
+signalled=1
+while [ -n "$signalled" ]; do
+    signalled=
+    wait "$front"
+    code=$?
+done
+
+if [ "$code" -eq 75 ]; then
+    echo "stopped after a complete checkpoint; the job is queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+def make_step_command(worker: Sequence[str], launch: LaunchSection, port: int) -> list[str]:
+    """The srun command that runs a worker as every rank of an allocation."""
+    return [
+        "srun",
+        f"--nodes={launch.num_nodes}",
+        f"--ntasks={launch.num_ranks}",
+        f"--ntasks-per-node={launch.num_processes}",
+        "--kill-on-bad-exit=1",
+        "bash", "-c", TASK, "hft", str(port), *worker,
+    ]  # fmt: skip
+
+
+def make_script(run: Run, command: Sequence[str], launch: LaunchSection, environment: Mapping[str, str]) -> str:
+    """The text of the batch script.
+
+    Args:
+        run: the run's folder, which takes the script and the job's output.
+        command: what the first node runs.
+        launch: with `num_nodes` and `num_processes` resolved, and a section `slurm`.
+        environment: what goes along to the nodes. Secrets are left out: sbatch hands on those of the shell that submits.
+    """
+    slurm = launch.slurm
+    options = {
+        "job-name": run.folder.name,
+        "nodes": launch.num_nodes,
+        "ntasks-per-node": launch.num_processes,
+        "gres": slurm.gres or f"gpu:{launch.num_processes}",
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "time": slurm.time,
+        "output": run.folder.resolve() / "slurm-%j.log",
+        "open-mode": "append",
+        "signal": f"B:USR1@{slurm.signal_seconds}",
+    }
+    directives = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items() if not is_secret(name)]
+    return SCRIPT.format(
+        directives="\n".join(f"#SBATCH {option}" for option in [*directives, "--requeue", *slurm.options]),
+        path=shlex.quote(str(run.script_path)),
+        folder=shlex.quote(os.getcwd()),
+        exports="\n".join(exports),
+        command=shlex.join(command),
+    )
+
+
+def write_script(run: Run, subcommand: str, launch: LaunchSection) -> Path:
+    """Write the batch script of a claimed run.
+
+    Args:
+        subcommand: that of `hft` which goes on with the run: `sft`, `dpo`.
+        launch: with `num_nodes` and `num_processes` resolved, and a section `slurm`.
+
+    Raises:
+        InputError: `.deepspeed_env` is faulty.
+    """
+    command = [sys.executable, "-m", "hftcli", subcommand, "--recipe", str(run.recipe_path), "--output", str(run.folder)]
+    write_text(run.script_path, make_script(run, command, launch, collect_environment(os.environ)))
+    return run.script_path
+
+
+def submit(script: Path) -> str:
+    """Queue a batch script.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        InputError: there is no sbatch here, or it refuses the script.
+    """
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise InputError("--submit: there is no sbatch on this machine", f"queue it where there is: sbatch {script}") from None
+    if done.returncode:
+        raise InputError(f"sbatch refuses {script}: {done.stderr.strip()}", "change the keys of launch.slurm")
+    return done.stdout.strip()
+
+
+def add_section(recipe: Recipe) -> Recipe:
+    """The recipe, to be launched with Slurm; a section that it has is kept."""
+    launch = recipe.launch.model_copy(update={"slurm": recipe.launch.slurm or SlurmSection()})
+    return recipe.model_copy(update={"launch": launch})
+
+
+def check_allocation(launch: LaunchSection, environment: Mapping[str, str]) -> None:
+    """Raises: InputError: srun is to launch, and this process is in no allocation."""
+    if launch.slurm and "SLURM_JOB_ID" not in environment:
+        raise InputError(
+            "launch.slurm launches with srun, and this shell is in no allocation of Slurm's",
+            "add --slurm, which writes the batch script; or run this in salloc; or --set launch.slurm=null",
+        )

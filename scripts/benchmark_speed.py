@@ -1,0 +1,210 @@
+"""Step time of full and half fine-tuning beside what the FLOP count predicts: forward, backward and optimizer apart.
+
+    python scripts/benchmark_speed.py --model FOLDER                        a real model's shape, on this machine
+    python scripts/benchmark_speed.py --shape 1b --tokens 2048              where a GPU is at hand
+
+Full fine-tuning, the paper's rule, the rule with a frozen prefix of a quarter, and halves of whole layers; each without and
+with activation checkpointing, and full fine-tuning once more with as much of it as it needs in the memory in which the paper's
+rule needs none (`--memory-bytes` sets another limit). The settings take turns on one model, so that a machine whose speed
+drifts is fair to all; the table gives medians over the turns, and for ratios the median of those within a turn with their
+range. Prints Markdown.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from hftcli.freezing.activations import Network, Workload
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.models import describe_model, freeze_model
+from hftcli.planning import find_arithmetic, list_checkpointing
+from hftcli.probe import compute_loss, make_inputs, make_random_model
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
+    "135m": (576, 1536, 30, 9, 3),
+    "1b": (2048, 8192, 16, 32, 8),
+    "7b": (4096, 11008, 32, 32, 32),
+}
+VOCABULARY = 32000
+FULL, HALF = "full", "half"
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One row of the table."""
+
+    rule: str
+    checkpointing: str
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Mean seconds of a step's parts in one turn."""
+
+    forward: float
+    backward: float
+    optimizer: float
+
+    @property
+    def step(self) -> float:
+        return self.forward + self.backward + self.optimizer
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_config(arguments.shape, folder) if arguments.shape else arguments.model
+        settings = make_settings(path, arguments)
+        model = make_random_model(path, None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).train()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    turns = []
+    for number in range(arguments.repeats):
+        turns.append({setting: time_setting(model, setting, arguments.steps) for setting in settings})
+        print(f"turn {number + 1} of {arguments.repeats} done", file=sys.stderr, flush=True)
+    print_table(turns, settings, arguments)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", help="a folder with a config.json; its weights are not read")
+    start.add_argument("--shape", choices=SHAPES, help="a Llama of this shape")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--micro-batch", type=int, default=1, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of a setting in a turn, after one that is not")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--memory-bytes", type=int, help="the limit of the last rows")
+    return parser.parse_args()
+
+
+def write_config(shape: str, folder: str) -> str:
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
+    LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=VOCABULARY, max_position_embeddings=4096,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
+    described = describe_model(path)
+    units = assign_roles(described.model_type, described.parameters)
+    is_tied = all(unit.role != "head" for unit in units)
+    rules = {
+        FULL: FreezeRule(trainable_fraction=1),
+        HALF: FreezeRule(),
+        # A tied head is the embeddings, which the prefix freezes.
+        "half, prefix 0.25": FreezeRule(frozen_prefix=0.25, head="freeze" if is_tied else "train"),
+        "half, whole layers": FreezeRule(group="layer"),
+    }
+    mixed = torch.cuda.is_available()
+    work = Workload(arguments.micro_batch, arguments.tokens, arithmetic=find_arithmetic(mixed, 1))
+    network = Network(described.model_type, units, described.num_heads)
+
+    def make_setting(rule: str, checkpointing: str, every: int | None) -> Setting:
+        plan = make_plan(units, rules[rule], 0)
+        budget = Budget(
+            plan, "mixed" if mixed else "float32", 1, 0, network=network, work=replace(work, checkpoint_every=every)
+        )
+        return Setting(rule, checkpointing, budget)
+
+    settings = [make_setting(rule, *how) for how in (("none", None), ("all", 1)) for rule in rules]
+    memory_bytes = arguments.memory_bytes or make_setting(HALF, "none", None).budget.half.high_bytes
+    for rule in (FULL, HALF):
+        for every in list_checkpointing(described.num_layers):
+            setting = make_setting(rule, f"in {memory_bytes / 2**20:,.0f} MiB: {name_checkpointing(every)}", every)
+            if setting.budget.half.high_bytes <= memory_bytes:
+                settings.append(setting)
+                break
+        else:
+            print(f"{rule} does not fit in {memory_bytes / 2**20:,.0f} MiB at all", file=sys.stderr)
+    return settings
+
+
+def name_checkpointing(every: int | None) -> str:
+    return {None: "none", 1: "all"}.get(every, f"1 in {every}")
+
+
+def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Seconds:
+    """Freeze the model anew and take some steps with a fresh optimizer."""
+    work = setting.budget.work
+    device = next(model.parameters()).device
+    freeze_model(model, setting.budget.plan)
+    for parameter in model.parameters():
+        # One process under autocast holds in bfloat16 what is frozen.
+        is_half = work.arithmetic == "autocast" and not parameter.requires_grad
+        parameter.data = parameter.data.to(torch.bfloat16 if is_half else torch.float32)
+        parameter.grad = None
+    model.activation_checkpointing_disable()
+    if work.checkpoint_every is not None:
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=work.checkpoint_every)
+        model.disable_input_require_grads()
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-6, fused=True)
+    inputs = make_inputs(model.config.vocab_size, work, device)
+    parts = []
+    for _ in range(num_steps + 1):
+        times = [read_clock(device)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=work.arithmetic == "autocast"):
+            loss = compute_loss(model, inputs, work)
+        times.append(read_clock(device))
+        loss.backward()
+        times.append(read_clock(device))
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(read_clock(device))
+        parts.append([later - earlier for earlier, later in pairwise(times)])
+    return Seconds(*(statistics.mean(values) for values in zip(*parts[1:], strict=True)))
+
+
+def read_clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def print_table(turns: list[dict[Setting, Seconds]], settings: list[Setting], arguments: argparse.Namespace) -> None:
+    num_tokens = arguments.micro_batch * arguments.tokens
+    threads = "one GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{arguments.shape or Path(arguments.model).name}, {arguments.micro_batch} x {arguments.tokens} tokens, {threads}; "
+        f"medians of {len(turns)} interleaved turns of {arguments.steps} steps; ratios: median (range) within a turn, over "
+        "full fine-tuning with the same checkpointing or in the same memory; TFLOP/s without what is computed again\n"
+    )
+    columns = ("rule", "checkpointing", "trains", "forward s", "backward s", "optimizer s", "step s", "ratio", "FLOP count")
+    columns = (*columns, "TFLOP/s", "needs MiB")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for setting in settings:
+        name, _, _ = setting.checkpointing.partition(":")
+        base = next((other for other in settings if other.rule == FULL and other.checkpointing.partition(":")[0] == name), None)
+        seconds = [statistics.median(getattr(turn[setting], part) for turn in turns) for part in Seconds.__annotations__]
+        step = statistics.median(turn[setting].step for turn in turns)
+        _, flops = setting.budget.half_step
+        cells = ["", ""]
+        if base is not None:
+            ratios = sorted(turn[setting].step / turn[base].step for turn in turns)
+            cells[0] = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            cells[1] = f"{flops.total / base.budget.half_step[1].total:.3f}"
+        print(
+            f"| {setting.rule} | {setting.checkpointing} | {setting.budget.plan.trainable_fraction:.1%} | "
+            + " | ".join(f"{value:.4f}" for value in (*seconds, step))
+            + f" | {' | '.join(cells)} | {(flops.total - flops.recompute) * num_tokens / step / 1e12:.3f} | "
+            f"{setting.budget.half.high_bytes / 2**20:,.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

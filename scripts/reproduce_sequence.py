@@ -1,0 +1,69 @@
+"""The README's table of tinyworld's sequence: full and half fine-tuning and the methods, by seed.
+
+    python scripts/reproduce_sequence.py [--output FOLDER] [--jobs 2] [NAME...]
+
+Finished runs are not run again; a NAME takes only that row. A seed draws the half, the order of the data and what a method
+draws. Each job has one thread. Prints Markdown: mean and 95 % interval (Student's t) over the seeds, in points.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+FULL = {"freeze.trainable_fraction": 1.0}
+SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
+    "full": (5, FULL),
+    "half": (5, {}),
+    "full, replay": (3, FULL | {"method.replay.fraction": 0.1}),
+    "full, EWC": (3, FULL | {"method.ewc.strength": 400}),
+    "full, GEM": (3, FULL | {"method.gem": "{}"}),
+    "full, A-GEM": (3, FULL | {"method.agem": "{}"}),
+    "half, replay": (3, {"method.replay.fraction": 0.1}),
+}
+T_QUANTILES = {3: 4.303, 5: 2.776}  # two-sided 95 %, by number of seeds
+METRICS = {"op": "OP", "bwt": "BWT", "forgetting": "forgetting", "plasticity": "learned"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows: {'; '.join(SETTINGS)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/sequence"))
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    names = arguments.names or list(SETTINGS)
+    jobs = [(name, seed) for name in names for seed in range(SETTINGS[name][0])]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = dict(zip(jobs, pool.map(lambda job: measure(arguments.output, *job), jobs), strict=True))
+    print(f"| trains | seeds | {' | '.join(METRICS.values())} | facts known at the end |\n|{'---|' * (len(METRICS) + 3)}")
+    for name in names:
+        values = [found[name, seed] for seed in range(SETTINGS[name][0])]
+        cells = [describe([100 * value[metric] for value in values]) for metric in METRICS]
+        facts = describe([100 * value["general"]["tinyworld/facts"]["last"] for value in values])
+        print(f"| {name} | {len(values)} | {' | '.join(cells)} | {facts} |")
+
+
+def measure(folder: Path, name: str, seed: int) -> dict:
+    """The report of a run."""
+    output = folder / f"{name.replace(', ', '-')}-{seed}"
+    settings = {**SETTINGS[name][1], "freeze.seed": seed, "train.seed": seed}
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    hft = [sys.executable, "-m", "hftcli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*hft, "continual", "--output", str(output), *options], check=True, capture_output=True, env=environment)
+    print(f"{output} is done", file=sys.stderr, flush=True)
+    return json.loads(subprocess.run([*hft, "report", str(output), "--json"], check=True, capture_output=True).stdout)
+
+
+def describe(values: list[float]) -> str:
+    half_width = T_QUANTILES[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.1f} ± {half_width:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The fit: what a memory carries, from the budget."""
+
+from dataclasses import replace
+
+import pytest
+
+from hftcli.errors import InputError
+from hftcli.freezing.activations import Network
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.models import describe_model
+from hftcli.planning import apply_fit, choose_fit, find_arithmetic, find_attention, list_checkpointing, make_budget
+from hftcli.recipe import PACKAGE, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
+from hftcli.run import FitReport, RoundSpec
+from hftcli.worker import fit_round
+
+
+def make_spec(**train: object) -> RoundSpec:
+    return RoundSpec(
+        objective="sft", index=0, model=ModelSection(path="m"), data=DataSection(path="d", max_length=128), freeze=FreezeRule(),
+        train=TrainSection(global_batch_size=12, per_device_train_batch_size=8, fit="auto", **train),
+        launch=LaunchSection(num_processes=1),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    described = describe_model(str(PACKAGE / "tinyworld" / "model"))
+    return Network(described.model_type, assign_roles(described.model_type, described.parameters), described.num_heads)
+
+
+def budget_of(spec: RoundSpec, network: Network) -> Budget:
+    return make_budget(spec, network, make_plan(network.units, spec.freeze, 0), 1, mixed=False)
+
+
+def fit_to(budget: Budget, memory_bytes: int) -> tuple[RoundSpec, FitReport]:
+    spec = make_spec()
+    fit = choose_fit(spec, budget, memory_bytes)
+    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
+
+
+def need(budget: Budget, size: int, every: int | None) -> int:
+    return replace(budget, work=replace(budget.work, num_sequences=size, checkpoint_every=every)).half.high_bytes
+
+
+def test_the_largest_divisor_of_the_batch_where_memory_is_plenty(network):
+    spec, fit = fit_to(budget_of(make_spec(), network), 2**40)
+    assert (fit.per_device_train_batch_size, fit.checkpoint_every) == (6, None)  # 8 and 7 do not divide 12
+    assert spec.train.fit is None
+    assert spec.train.per_device_train_batch_size == 6
+    assert spec.num_accumulation_steps == 2
+    assert not spec.train.activation_checkpointing
+
+
+def test_less_memory_means_smaller_batches_before_checkpointing(network):
+    budget = budget_of(make_spec(), network)
+    _, fit = fit_to(budget, need(budget, 3, None))
+    assert (fit.per_device_train_batch_size, fit.checkpoint_every) == (3, None)
+    assert fit.needed_bytes == fit.memory_bytes
+
+
+def test_the_least_checkpointing_that_fits(network):
+    budget = budget_of(make_spec(), network)
+    memory_bytes = need(budget, 1, 3)
+    assert memory_bytes < need(budget, 1, 6) < need(budget, 1, None)
+    spec, fit = fit_to(budget, memory_bytes)
+    assert (fit.per_device_train_batch_size, fit.checkpoint_every) == (1, 3)
+    assert spec.train.activation_checkpointing
+    assert spec.train.model_extra["activation_checkpointing_kwargs"] == {"every_n_layers": 3}
+    assert RoundSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_half_fits_where_full_fine_tuning_must_checkpoint(network):
+    half = budget_of(make_spec(), network)
+    memory_bytes = need(half, 1, None)
+    full = replace(half, plan=make_plan(network.units, FreezeRule(trainable_fraction=1), 0))
+    assert choose_fit(make_spec(), half, memory_bytes).checkpoint_every is None
+    assert choose_fit(make_spec(), full, memory_bytes).checkpoint_every is not None
+
+
+def test_what_does_not_fit_is_refused(network):
+    with pytest.raises(InputError, match="a micro-batch of 1 with 128 tokens and every layer checkpointed needs"):
+        choose_fit(make_spec(), budget_of(make_spec(), network), 1000)
+    unknown = replace(network, model_type="gpt2")
+    with pytest.raises(InputError, match="activations of model_type 'gpt2' are not counted"):
+        choose_fit(make_spec(), budget_of(make_spec(), unknown), 2**40)
+
+
+def test_the_worker_asks_for_a_limit_where_there_is_no_gpu(network, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    plan = make_plan(network.units, FreezeRule(), 0)
+    with pytest.raises(InputError, match="there is no GPU"):
+        fit_round(make_spec(), network, plan)
+    assert fit_round(make_spec(memory_bytes=2**40), network, plan)[1].memory_bytes == 2**40
+    plain = make_spec().model_copy(update={"train": TrainSection()})
+    assert fit_round(plain, network, plan) == (plain, None)
+
+
+def test_a_pair_is_two_sequences(network):
+    pairs = make_spec().model_copy(update={"objective": "dpo", "dpo": DpoSection(), "reference": "precompute"})
+    assert budget_of(pairs, network).work.num_sequences == 2 * budget_of(make_spec(), network).work.num_sequences
+
+
+def test_communication_by_hand(network):
+    """DeepSpeed's bucket of half a billion elements, and at stage 3 the gathered weights."""
+    spec = make_spec()
+    plan = make_plan(network.units, spec.freeze, 0)
+
+    def buffers(stage: int) -> int:
+        staged = spec.model_copy(update={"launch": LaunchSection(num_processes=2, zero_stage=stage)})
+        budget = make_budget(staged, network, plan, 2, mixed=True)
+        return budget.half.buffers_bytes - budget.half_step[0].working_bytes
+
+    assert [buffers(stage) for stage in range(4)] == [
+        2 * plan.num_trainable, 2_000_000_000, 1_000_000_000, 1_000_000_000 + 2 * plan.num_parameters,
+    ]  # fmt: skip
+
+
+def test_intervals_from_none_to_all():
+    assert list(list_checkpointing(8)) == [None, 8, 4, 3, 2, 1]
+    assert list(list_checkpointing(1)) == [None, 1]
+
+
+def test_names_of_kernels():
+    assert [find_attention(name) for name in (None, "sdpa", "eager", "flash_attention_2")] == ["sdpa", "sdpa", "eager", "flash"]
+    assert (find_arithmetic(True, 1), find_arithmetic(True, 2), find_arithmetic(False, 2)) == (
+        "autocast",
+        "bfloat16",
+        "float32",
+    )
