@@ -112,8 +112,9 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
 
 
 def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
-    num_new_tokens, bare = task.max_new_tokens or 0, task.bare_prompt
+    num_new_tokens = min(task.max_new_tokens or 0, max_length // 2)
     room = max_length - num_new_tokens
+    bare_rows = [(task.bare_prompt, row.options) for row in task.examples] if task.bare_prompt else []
     return TokenizedTask(
         task=task,
         rows=[],
@@ -121,9 +122,7 @@ def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenize
         num_new_tokens=num_new_tokens,
         end_ids=sorted(find_stops(task.stops, tokenizer) | ({tokenizer.eos_token_id} - {None})) if num_new_tokens else [],
         questions=tokenize_questions([(row.prompt, row.options) for row in task.examples], max_length, tokenizer),
-        bare_questions=tokenize_questions([(bare, row.options) for row in task.examples], max_length, tokenizer)
-        if bare
-        else [],
+        bare_questions=tokenize_questions(bare_rows, max_length, tokenizer),
     )
 
 

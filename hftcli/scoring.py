@@ -50,7 +50,7 @@ class Examination:
 def examine_model(
     asked: Examination, versions: dict[str, str], on_progress: Callable[[str, int, int], None]
 ) -> tuple[Evaluation, list[Item]]:
-    """Score a model; all that can be wrong with tasks and files is found before the first question is asked.
+    """Score a model; all that can be wrong with tasks and rows is found before the first question is asked.
 
     Args:
         on_progress: called with what is being done, and with batches done and in all.
