@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="The mac
 SlurmOption = Annotated[bool, typer.Option("--slurm", help="Write the batch script of the run, to be queued with sbatch.")]
 SubmitOption = Annotated[bool, typer.Option("--submit", help="With --slurm: queue it.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Prepare and check, print the launch command, stop.")]
+Dtype = Literal["float32", "bfloat16", "float16"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -190,6 +191,61 @@ def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round
     report.print_verification(found, as_json)
     if not all(verification.passed for verification in found.values()):
         raise typer.Exit(3)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            "--tasks", help="Tasks, with commas between: tinyworld/facts, trace/FOMC, a folder, FILE.jsonl, harness:NAME."
+        ),
+    ] = "",
+    root: Annotated[str | None, typer.Option("--root", help="Folder of the tasks' rows; a run knows its own.")] = None,
+    max_examples: Annotated[int | None, typer.Option("--max-examples", min=1, help="The first so many rows of each.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=8, help="Tokens of a question with its answer.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="What the model was trained from; a run knows its own.")] = None,
+    text: Annotated[Path | None, typer.Option("--text", help='Base text, {"text": "..."} on each line.')] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help='A task, or a file of {"prompt": "...", "answer": "..."}.')
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to compute in.")] = "float32",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="FILE.json; the items go to FILE.items.jsonl beside it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on tasks, and measure how far it has moved from its base.
+
+    FILE.jsonl holds {"question", "choices", "answer": index} or {"question", "answers"} on each line. Beside a base, the change
+    of cross-entropy and KL(base || model) are measured on --text, or on samples of the base, and on --prompts.
+    """
+    from hftcli.evaluation import check_output, write_evaluation
+    from hftcli.report import print_evaluation, show_counts
+    from hftcli.runners import list_versions, resolve_subject
+
+    subject = resolve_subject(model)
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    base = resolve_subject(base).path if base else subject.base
+    if base is None and (text or prompts):
+        raise InputError("--text and --prompts compare a model with its base", "give --base")
+    if base is None and not names:
+        raise InputError("there is nothing to measure", "give --tasks, or --base")
+    if output:
+        check_output(output)
+
+    from hftcli.scoring import Examination, examine_model
+
+    examination = Examination(
+        model=subject.path, tasks=names, base=base, root=root or subject.root, max_examples=max_examples,
+        max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype,
+    )  # fmt: skip
+    with show_counts() as on_progress:
+        evaluation, items = examine_model(examination, list_versions(), on_progress)
+    print_evaluation(evaluation, as_json)
+    if output:
+        print(f"items  {write_evaluation(output, evaluation, items)}", file=sys.stderr)
 
 
 @app.command()

@@ -6,20 +6,34 @@ By likelihood: greedy decoding gives an answer to the letter exactly when, with 
 By generation, where a task's metric reads what the model writes: left-padded batches with a cache, which a row leaves once its
 answer has ended.
 
+By options, where a question lists what may be said: the likeliest choice, the likelihood of every right answer (options.py).
+
 Shapes: B rows of a batch, T tokens, V vocabulary, N places of answers or rows of a task, S tokens that are generated.
 """
 
 import logging
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hftcli.data import IGNORED, Progress, Tokens, deal_pairs, deal_rows, ignore_progress, tokenize_examples, tokenize_prompts
+from hftcli.data import (
+    IGNORED,
+    Progress,
+    Tokens,
+    deal_pairs,
+    deal_rows,
+    get_backend,
+    ignore_progress,
+    tokenize_examples,
+    tokenize_prompts,
+)
 from hftcli.errors import DataError, ModelError
+from hftcli.options import Question, read_options, tokenize_questions
 from hftcli.run import PairScore, Prediction, Score
 from hftcli.tasks import Task
 from hftcli.tasks.metrics import METRICS
@@ -44,6 +58,8 @@ class TokenizedTask:
         prompts: the questions alone, with room left for an answer; none where nothing is generated.
         num_new_tokens: where an answer that has not ended is cut; 0 where nothing is generated.
         end_ids: tokens that end an answer.
+        questions: the questions with all that may be said, in place of `rows`; none where nothing is listed.
+        bare_questions: of multiple choice: the same after a prompt that asks nothing.
     """
 
     task: Task
@@ -51,6 +67,8 @@ class TokenizedTask:
     prompts: list[list[int]]
     num_new_tokens: int
     end_ids: list[int]
+    questions: list[Question] = field(default_factory=list)
+    bare_questions: list[Question] = field(default_factory=list)
 
 
 def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
@@ -64,6 +82,8 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
         DataError: a question does not fit, even without its body.
         ModelError: the task asks in conversations, and the tokenizer has no chat template.
     """
+    if task.examples[0].options:
+        return _tokenize_options(task, max_length, tokenizer)
     try:
         tokens, _ = tokenize_examples(task.examples, task.cut, max_length, tokenizer)
     except ModelError as error:
@@ -89,6 +109,29 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
                 task, number, f"has {len(prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
             )
     return TokenizedTask(task, rows, prompts, num_new_tokens, find_ends(tokens, tokenizer))
+
+
+def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+    num_new_tokens = min(task.max_new_tokens or 0, max_length // 2)
+    room = max_length - num_new_tokens
+    bare_rows = [(task.bare_prompt, row.options) for row in task.examples] if task.bare_prompt else []
+    return TokenizedTask(
+        task=task,
+        rows=[],
+        prompts=tokenize_prompts(task.examples, task.cut, room, tokenizer) if num_new_tokens else [],
+        num_new_tokens=num_new_tokens,
+        end_ids=sorted(find_stops(task.stops, tokenizer) | ({tokenizer.eos_token_id} - {None})) if num_new_tokens else [],
+        questions=tokenize_questions([(row.prompt, row.options) for row in task.examples], max_length, tokenizer),
+        bare_questions=tokenize_questions(bare_rows, max_length, tokenizer),
+    )
+
+
+def find_stops(characters: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens with one of the characters, and no letter or digit before it that would be lost where the token ends an answer."""
+    if not characters:
+        return set()
+    backend, stop = get_backend(tokenizer), re.compile(rf"\W*?[{re.escape(characters)}]")
+    return {token for token in range(backend.get_vocab_size()) if stop.match(backend.decode([token]))}
 
 
 def _describe_overlong(task: Task, number: int, fault: str) -> DataError:
@@ -127,38 +170,127 @@ def score_task(
     Returns:
         The score, and what became of each question, in order; the same on all ranks.
     """
-    generates = bool(asked.prompts) and not is_read_only
+    task = asked.task
     was_training = model.training
     model.eval()
-    readings_N3 = read_answers(model, asked.rows, device, rank, num_ranks, on_batch)
-    answers: Sequence[list[int] | None] = [None] * len(asked.rows)
-    if generates:
+    if asked.questions:
+        found = read_options(model, asked.questions + asked.bare_questions, device, rank, num_ranks, on_batch)
+    else:
+        readings_N3 = read_answers(model, asked.rows, device, rank, num_ranks, on_batch)
+    texts: list[str | None] = [None] * len(task.examples)
+    if asked.prompts and not is_read_only:
         answers = generate_answers(model, asked, device, rank, num_ranks, temperature, on_batch)
+        pairs = zip(asked.prompts, answers, strict=True)
+        texts = [cut_answer(decode_answer(prompt, answer, tokenizer), task.stops) for prompt, answer in pairs]
     model.train(was_training)
+    if asked.bare_questions:
+        predictions = _judge_choices(asked, found, is_read_only)
+    elif asked.questions:
+        predictions = _judge_several(asked, found, texts)
+    else:
+        predictions = _judge_answers(task, readings_N3, texts, is_read_only)
+    return summarize(predictions), predictions
+
+
+def summarize(predictions: Sequence[Prediction]) -> Score:
+    """The score of a task out of what became of its questions, at least one."""
+    nats = math.fsum(prediction.nll * prediction.num_tokens for prediction in predictions)
+    return Score(
+        score=_average([prediction.score for prediction in predictions]),
+        lenient=_average([prediction.lenient for prediction in predictions]),
+        nll=nats / sum(prediction.num_tokens for prediction in predictions),
+        num_examples=len(predictions),
+        others={name: _average([prediction.others[name] for prediction in predictions]) for name in predictions[0].others},
+    )
+
+
+def _average(scores: list[float | None]) -> float | None:
+    return None if None in scores else math.fsum(scores) / len(scores)
+
+
+def _judge_answers(task: Task, readings_N3: torch.Tensor, texts: Sequence[str | None], is_read_only: bool) -> list[Prediction]:
+    """Of tasks with one right answer: what is written counts, or whether greedy decoding gives the answer."""
     predictions = []
-    for index, ((nats, num_tokens, is_exact), answer) in enumerate(zip(readings_N3.tolist(), answers, strict=True)):
-        text, score, lenient = None, None if is_read_only else is_exact, None
-        if answer is not None:
-            metric, example = METRICS[asked.task.metric], asked.task.examples[index]
-            text = decode_answer(asked.prompts[index], answer, tokenizer)
-            score = metric.strict(text, example)
-            lenient = metric.lenient(text, example)
+    for index, ((nats, num_tokens, is_exact), text) in enumerate(zip(readings_N3.tolist(), texts, strict=True)):
+        score, lenient = _grade(task, index, text) if text is not None else (None if is_read_only else is_exact, None)
         predictions.append(
             Prediction(
                 index=index, prediction=text, score=score, lenient=lenient, nll=nats / num_tokens, num_tokens=int(num_tokens)
             )
         )
-    nats, num_tokens, _ = readings_N3.sum(0).tolist()
-    return Score(
-        score=_average([prediction.score for prediction in predictions]),
-        lenient=_average([prediction.lenient for prediction in predictions]),
-        nll=nats / num_tokens,
-        num_examples=len(predictions),
-    ), predictions
+    return predictions
 
 
-def _average(scores: list[float | None]) -> float | None:
-    return None if None in scores else math.fsum(scores) / len(scores)
+def _judge_several(asked: TokenizedTask, found: list[list[float]], texts: Sequence[str | None]) -> list[Prediction]:
+    """Of questions with several right answers: the one that the model knows best says how well it knows."""
+    predictions = []
+    for index, (question, likelihoods, text) in enumerate(zip(asked.questions, found, texts, strict=True)):
+        score, lenient = _grade(asked.task, index, text) if text is not None else (None, None)
+        best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+        num_tokens = question.nums_scored[best]
+        predictions.append(
+            Prediction(
+                index=index, prediction=text, score=score, lenient=lenient, nll=-likelihoods[best] / num_tokens,
+                num_tokens=num_tokens, log_likelihoods=tuple(likelihoods),
+            )
+        )  # fmt: skip
+    return predictions
+
+
+def _grade(task: Task, index: int, text: str) -> tuple[float, float]:
+    metric, example = METRICS[task.metric], task.examples[index]
+    return metric.strict(text, example), metric.lenient(text, example)
+
+
+def _judge_choices(asked: TokenizedTask, found: list[list[float]], is_read_only: bool) -> list[Prediction]:
+    """Of multiple choice.
+
+    Args:
+        found: log-likelihoods of the choices of each question, then those after the prompt that asks nothing.
+    """
+    num_questions = len(asked.questions)
+    predictions = []
+    for index, (example, question) in enumerate(zip(asked.task.examples, asked.questions, strict=True)):
+        options, likelihoods, bare = example.options, found[index], found[num_questions + index]
+        right = options.index(example.answer)
+        text, score, others = None, None, {}
+        if not is_read_only:
+            best, *compared = rank_choices(options, likelihoods, bare)
+            text, score = best.removeprefix(" "), float(best == example.answer)
+            others = {
+                name: float(choice == example.answer)
+                for name, choice in zip(("acc_norm", "acc_content"), compared, strict=True)
+            }
+        predictions.append(
+            Prediction(
+                index=index, prediction=text, score=score, lenient=None, nll=-likelihoods[right] / question.nums_scored[right],
+                num_tokens=question.nums_scored[right], others=others, log_likelihoods=tuple(likelihoods),
+                bare_log_likelihoods=tuple(bare),
+            )
+        )  # fmt: skip
+    return predictions
+
+
+def rank_choices(options: Sequence[str], likelihoods: Sequence[float], bare: Sequence[float]) -> tuple[str, str, str]:
+    """The best choice by log-likelihood, by that per character, and by how much the question raises it.
+
+    Args:
+        options: with the blank that stands before each, which is no character of it.
+        bare: log-likelihoods after a prompt that asks nothing, in nats.
+    """
+    per_character = [value / len(option.removeprefix(" ")) for option, value in zip(options, likelihoods, strict=True)]
+    raised = [value - without for value, without in zip(likelihoods, bare, strict=True)]
+    best, best_per_character, best_raised = (
+        options[max(range(len(options)), key=values.__getitem__)] for values in (likelihoods, per_character, raised)
+    )
+    return best, best_per_character, best_raised
+
+
+def cut_answer(text: str, stops: str) -> str:
+    """The text before the first of the characters, without blanks around it; the text itself where nothing stops it."""
+    if not stops:
+        return text
+    return re.split(f"[{re.escape(stops)}]", text, maxsplit=1)[0].strip()
 
 
 def read_answers(
@@ -182,7 +314,7 @@ def read_answers(
     for index, batch in enumerate(batches):
         own = batch[rank::num_ranks]
         # A rank that has no row of its own passes only so that ZeRO 3 can gather.
-        logits_NV, targets_N, is_answer_BT = _predict_answers(model, [rows[row] for row in own or batch[:1]], device)
+        logits_NV, targets_N, is_answer_BT = predict_answers(model, [rows[row] for row in own or batch[:1]], device)
         if own:
             place_N = is_answer_BT.nonzero()[:, 0]
             nats_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double()
@@ -284,7 +416,7 @@ def decode_answer(prompt: list[int], answer: list[int], tokenizer: PreTrainedTok
     return decode(prompt + answer)[len(decode(prompt)) :]
 
 
-def _predict_answers(
+def predict_answers(
     model: torch.nn.Module, rows: list[Row], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the model says at the N places before answer tokens: logits (N, V) in float32, targets (N,), and where they are."""
@@ -348,7 +480,7 @@ def read_pairs(
     for index, batch in enumerate(batches):
         own = batch[rank::num_ranks]
         rows = [_label_answer(pair, name) for pair in own or batch[:1] for name in ("chosen_ids", "rejected_ids")]
-        logits_NV, targets_N, is_answer_BT = _predict_answers(model, rows, device)
+        logits_NV, targets_N, is_answer_BT = predict_answers(model, rows, device)
         if own:  # a rank without a pair of its own passes only so that ZeRO 3 can gather
             drawn_NK = None if reference is None else reference[len(readings)].drawn_NK.to(device)
             readings.append(_read_batch(logits_NV.log_softmax(-1), targets_N, is_answer_BT, drawn_NK, seed=index))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -175,6 +175,21 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         # TRL's loss reads the head's weight outside of the head's own forward pass, where ZeRO 3 would not gather it.
         register_external_parameter(model, head)
     return model
+
+
+def load_finished(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a model to be asked, not trained.
+
+    Raises:
+        ModelError: its files are damaged, are of another form than its config says, or lack parameters.
+    """
+    names = tuple(parameter.name for parameter in describe_model(str(folder)).parameters)
+    try:
+        CheckpointReader(folder, names)  # transformers fills what is missing with random numbers
+        model = load_weights(folder, dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model does not load: {_first_line(error)}") from None
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_weights(folder: Path, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from hftcli.comparison import Comparison
 from hftcli.doctor import Finding
+from hftcli.evaluation import Evaluation
 from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, MeasuredStep, Memory
@@ -57,7 +58,24 @@ NATS = Unit("nats per token, lower is better", 1.0, 3)
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[Round, Place], None]]:
-    """A bar on a terminal, a plain line now and then elsewhere; always on stderr."""
+    """The progress of rounds."""
+    with _show_bar() as show:
+        yield lambda round_, place: show(place.phase, _describe_place(round_, place), place.done, place.total)
+
+
+@contextmanager
+def show_counts() -> Iterator[Callable[[str, int, int], None]]:
+    """The progress of what has a name and a count."""
+    with _show_bar() as show:
+        yield lambda name, done, total: show(name, name, done, total)
+
+
+@contextmanager
+def _show_bar() -> Iterator[Callable[[str, str, int, int], None]]:
+    """A bar on a terminal, a plain line now and then elsewhere; always on stderr.
+
+    What it gives is called with the phase, its description, what is done, and all that there is.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _PlainProgress()
@@ -68,8 +86,8 @@ def show_progress() -> Iterator[Callable[[Round, Place], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
-        def show(round_: Round, place: Place) -> None:
-            bar.update(task, description=_describe_place(round_, place), completed=place.done, total=place.total or None)
+        def show(phase: str, description: str, done: int, total: int) -> None:
+            bar.update(task, description=description, completed=done, total=total or None)
 
         yield show
 
@@ -78,13 +96,13 @@ class _PlainProgress:
     def __init__(self) -> None:
         self.phase, self.shown = "", 0.0
 
-    def __call__(self, round_: Round, place: Place) -> None:
-        is_last = place.total > 0 and place.done == place.total
-        if place.phase == self.phase and not is_last and time.monotonic() - self.shown < PLAIN_SECONDS:
+    def __call__(self, phase: str, description: str, done: int, total: int) -> None:
+        is_last = total > 0 and done == total
+        if phase == self.phase and not is_last and time.monotonic() - self.shown < PLAIN_SECONDS:
             return
-        self.phase, self.shown = place.phase, time.monotonic()
-        count = f" {place.done}/{place.total}" if place.total else ""
-        print(f"{_describe_place(round_, place)}{count}", file=sys.stderr, flush=True)
+        self.phase, self.shown = phase, time.monotonic()
+        count = f" {done}/{total}" if total else ""
+        print(f"{description}{count}", file=sys.stderr, flush=True)
 
 
 def _describe_place(round_: Round, place: Place) -> str:
@@ -603,6 +621,37 @@ def _print_whole(table: Table) -> None:
     console = Console()
     console.width = max(console.width, Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum)
     console.print(table)
+
+
+def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+    """Scores by task, and the drift from the base."""
+    if as_json:
+        print_json(evaluation.model_dump(mode="json"))
+        return
+    if evaluation.tasks:
+        print("scores in points (0 to 100), nll in nats per token:")
+        names = list(dict.fromkeys(name for score in evaluation.tasks.values() for name in score.others))
+        table = _make_number_table("task", "score", "lenient", *names, "nll", "questions", "seconds")
+        for task, score in evaluation.tasks.items():
+            shown = (POINTS.show(value) for value in (score.score, score.lenient, *map(score.others.get, names)))
+            time_s = f"{evaluation.seconds[task]:.1f}"
+            table.add_row(Text(task), *shown, NATS.show(score.nll), str(score.num_examples), time_s)
+        _print_whole(table)
+    drifts = {name: drift for name, drift in (("text", evaluation.base_text), ("prompts", evaluation.prompts)) if drift}
+    if drifts:
+        print(f"moved from {evaluation.base}, nats per token, with standard errors:")
+        table = _make_number_table("on", "nll of the base", "of the model", "change", "KL(base || model)", "tokens", "texts")
+        for name, drift in drifts.items():
+            table.add_row(
+                Text(f"{name}: {drift.source}"), NATS.show(drift.base_nll), NATS.show(drift.model_nll),
+                _show_mean(drift.nll_change, drift.nll_change_error), _show_mean(drift.kl, drift.kl_error),
+                f"{drift.num_tokens:,}", f"{drift.num_texts:,}",
+            )  # fmt: skip
+        _print_whole(table)
+
+
+def _show_mean(mean: float, error: float | None) -> str:
+    return f"{mean:+z.4f}" if error is None else f"{mean:+z.4f} ± {error:.4f}"
 
 
 def print_json(value: Any) -> None:

@@ -193,10 +193,13 @@ class Score(Section):
     """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
     lenient: float | None
     """By a metric that overlooks the form of the answer, in [0, 1]; null where there is none."""
-    nll: float
-    """Negative log-likelihood of the answers, nats per token."""
+    nll: float | None
+    """Negative log-likelihood of the answers, nats per token; null where another program scored the task."""
     num_examples: int
     """Questions asked."""
+    others: dict[str, float] = Field(default_factory=dict)
+    """By further metrics of the task, by name. Of multiple choice, the accuracy when the choices are compared by log-likelihood
+    per character (`acc_norm`) and by how much the question raises it (`acc_content`)."""
 
 
 class Prediction(Section):
@@ -205,15 +208,21 @@ class Prediction(Section):
     index: int
     """Its place in the task, from 0."""
     prediction: str | None
-    """What the model answered; null where nothing is generated."""
+    """What the model answered; of multiple choice, the likeliest choice; null where the answer is only judged by likelihood."""
     score: float | None
     """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
     lenient: float | None
     """By a metric that overlooks the form of the answer, in [0, 1]; null where nothing is generated."""
-    nll: float
-    """Negative log-likelihood of the right answer, nats per token."""
-    num_tokens: int
-    """Tokens of the right answer, its end included."""
+    nll: float | None
+    """Negative log-likelihood of the right answer, nats per token; null where another program scored the task."""
+    num_tokens: int | None
+    """Tokens of the right answer, its end included where it is learned with one; null where `nll` is."""
+    others: dict[str, float] = Field(default_factory=dict)
+    """By further metrics of the task, by name."""
+    log_likelihoods: tuple[float, ...] | None = None
+    """Of each choice, or of each right answer where there are several, in nats; null for tasks that have neither."""
+    bare_log_likelihoods: tuple[float, ...] | None = None
+    """Of each choice after a prompt that asks nothing, in nats; null where there are no choices."""
 
 
 class PairScore(Section):

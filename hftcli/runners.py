@@ -16,6 +16,7 @@ from pathlib import Path
 from hftcli import __version__
 from hftcli.cluster import describe_nodes, make_nodes
 from hftcli.errors import InputError, ModelError, VerificationError
+from hftcli.evaluation import Subject
 from hftcli.figures import draw_matrix
 from hftcli.forgetting import ForgettingMatrix
 from hftcli.freezing.activations import Network
@@ -280,6 +281,20 @@ def resolve_start(path: str) -> Start:
     return Start(path)
 
 
+def resolve_subject(path: str) -> Subject:
+    """What `hft eval --model` means: a finished run, which knows what it started from, or any folder or hub id.
+
+    Raises:
+        ModelError: a run that is not finished.
+    """
+    run = Run(Path(path))
+    if not run.recipe_path.exists():
+        return Subject(resolve_start(path).path if path == QUICK_START else path)
+    last = resolve_start(path).path
+    spec = run.rounds[0].read_spec()
+    return Subject(last, spec.model.path, spec.data.root, spec.data.max_length)
+
+
 def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int) -> Budget:
     """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's.
 
@@ -301,11 +316,16 @@ def make_manifest(parent: str | None) -> Manifest:
     return Manifest(
         command=tuple(sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={"hftcli": __version__, **{name: _find_version(name) for name in PACKAGES}},
+        versions=list_versions(),
         python=platform.python_version(),
         platform=platform.platform(),
         parent=parent,
     )
+
+
+def list_versions() -> dict[str, str]:
+    """Installed versions of what computes."""
+    return {"hftcli": __version__, **{name: _find_version(name) for name in PACKAGES}}
 
 
 def describe_launch(round_: Round) -> str:

@@ -155,7 +155,7 @@ def run_round(round_: Round, stop: StopRequest) -> None:
         with (
             clock.measure("scoring"),
             torch.autocast(args.device.type, torch.bfloat16, enabled=casts),
-            open_model(trainer, [asked[name] for name in names]) as opened,
+            open_model(trainer, [asked[name] for name in names], [asked[name] for name in read_only]) as opened,
         ):
             scores = {}
             for name in names + read_only:
@@ -299,9 +299,11 @@ def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, reporter: 
 
 
 @contextmanager
-def open_model(trainer: TaskTrainer | PairTrainer, tasks: list[TokenizedTask]) -> Iterator[torch.nn.Module]:
-    """The model as scoring these tasks needs it: answers are generated with weights that are whole on every rank."""
-    if not any(task.prompts for task in tasks):
+def open_model(
+    trainer: TaskTrainer | PairTrainer, tasks: list[TokenizedTask], read_only: list[TokenizedTask]
+) -> Iterator[torch.nn.Module]:
+    """The model as scoring these tasks needs it: where a cache is used, with weights that are whole on every rank."""
+    if not any(task.prompts for task in tasks) and not any(task.questions for task in tasks + read_only):
         yield trainer.model_wrapped
         return
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as whole:

@@ -18,12 +18,12 @@ FLOORS = [
     ["tasks.examples"],
     ["tasks.metrics"],
     ["tasks.folder"],
-    ["tasks.tinyworld", "tasks.trace", "tasks.standard"],
+    ["tasks.tinyworld", "tasks.trace", "tasks.standard", "tasks.general"],
     ["tasks"],
     ["tasks.check"],
     ["run", "statistics"],
     ["planning"],
-    ["processes", "forgetting", "comparison", "items"],
+    ["processes", "evaluation", "forgetting", "comparison", "items"],
     ["figures"],
     ["hosts"],
     ["slurm"],
@@ -38,7 +38,8 @@ FLOORS = [
 METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
 BELOW = [  # torch is imported here
     *["deltas", "models", "arithmetic", "rows", "chat", "data", "references", "checkpoints"],
-    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "evaluate", "probe", "machine", "worker"],
+    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "options", "evaluate", "drift", "harness"],
+    *["scoring", "probe", "machine", "worker"],
 ]
 
 
@@ -97,10 +98,10 @@ def test_every_module_says_what_it_is_for():
 
 
 def test_every_field_in_a_file_is_documented():
-    from hftcli import forgetting, recipe, run
+    from hftcli import evaluation, forgetting, recipe, run
     from hftcli.tasks import check, folder
 
-    for room in (recipe, run, forgetting, check, folder):
+    for room in (recipe, run, evaluation, forgetting, check, folder):
         for name, value in vars(room).items():
             if isinstance(value, type) and issubclass(value, recipe.Section) and value.__module__ == room.__name__:
                 for field, info in value.model_fields.items():

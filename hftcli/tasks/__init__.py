@@ -1,6 +1,6 @@
 """Benchmarks: one short file each; a task is a name and its examples.
 
-A name is `benchmark/task`, or that of a folder under `data.root` (folder.py).
+A name is `benchmark/task`, that of a folder under `data.root` (folder.py), or that of a file, `<path>.jsonl` (general.py).
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from hftcli.errors import DataError, InputError
 from hftcli.recipe import ContinualSection
 from hftcli.tasks.examples import Benchmark, Protocol, Split, Task
 from hftcli.tasks.folder import FOLDER, find_close, suggest
+from hftcli.tasks.general import FILE, SUFFIX
 from hftcli.tasks.standard import STANDARD
 from hftcli.tasks.tinyworld import TINYWORLD
 from hftcli.tasks.trace import TRACE
@@ -163,6 +164,8 @@ def find_benchmark(name: str, key: str = "task") -> tuple[Benchmark, str]:
     Raises:
         InputError: no such task, or a benchmark where a task must stand.
     """
+    if name.endswith(SUFFIX):
+        return FILE, name
     benchmark, slash, task = name.partition("/")
     if not slash and benchmark in BENCHMARKS:
         raise InputError(
@@ -179,12 +182,21 @@ def find_benchmark(name: str, key: str = "task") -> tuple[Benchmark, str]:
 def _describe_missing(name: str, root: Path, path: Path) -> InputError:
     """What to do about a file that is not there."""
     benchmark, _ = find_benchmark(name)
+    if benchmark is FILE:
+        return DataError(f"{path}: no such file", _suggest_file(path))
     nested = [str(folder) for folder in sorted(root.iterdir()) if (folder / path.relative_to(root)).is_file()]
     if nested:
         return DataError(f"{path} is missing", f"set data.root to {' or '.join(nested)}")
     if benchmark is FOLDER and not path.parent.is_dir():
         return InputError(f"unknown task '{name}': {root} has no such folder", _suggest_task(name, root))
     return DataError(f"{path} is missing: a task has its rows in train.json and test.json", benchmark.source)
+
+
+def _suggest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    guess = find_close(path.name, [file.name for file in path.parent.glob(f"*{SUFFIX}")])
+    return f"did you mean {path.parent / guess}?" if guess else ""
 
 
 def _suggest_task(name: str, root: Path | None) -> str:

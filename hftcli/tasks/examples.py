@@ -18,11 +18,14 @@ class Example:
         answer: what the model must say, without an end token.
         body: first and last-plus-one character of a plain prompt between which it may be cut where it is too long; None where
             it may be cut anywhere. The instruction and the cue stand outside.
+        options: what may follow the prompt, each of which gets its likelihood: the choices, or all right answers; none where
+            that of the answer is enough.
     """
 
     prompt: str | list[dict[str, str]]
     answer: str
     body: tuple[int, int] | None = None
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,14 @@ class Task:
     Attributes:
         name: `benchmark/task`, or a folder's name.
         examples: the questions with their answers.
-        metric: name of a row of METRICS (metrics.py), strict and lenient.
+        metric: name of a row of METRICS (metrics.py), strict and lenient; of multiple choice, where nothing is generated, of no
+            row.
         max_new_tokens: where an answer that has not ended is cut; None for tasks whose answers are not generated: one forward
             pass over the right answers decides what greedy decoding gives exactly.
         cut: the part of a body that goes first where a prompt is too long.
+        stops: characters that end an answer, besides its end token.
+        bare_prompt: of multiple choice: the prompt that asks nothing, after which a choice is as likely as its words;
+            None elsewhere.
     """
 
     name: str
@@ -43,6 +50,8 @@ class Task:
     metric: str = "exact_match"
     max_new_tokens: int | None = None
     cut: Cut = "middle"
+    stops: str = ""
+    bare_prompt: str | None = None
 
 
 @dataclass(frozen=True)

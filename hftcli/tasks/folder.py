@@ -26,7 +26,8 @@ class TaskSheet(Section):
     """How a task is asked and scored."""
 
     metric: str = "exact_match"
-    """Name of a metric: exact_match, letter, number, first_character, normalized_match, rouge_l, edit_similarity or sari."""
+    """Name of a metric: exact_match, letter, number, first_character, normalized_match, closed_book, rouge_l, edit_similarity
+    or sari."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
     """Where an answer that has not ended is cut. Choose no fewer than the longest right answer has."""

@@ -54,6 +54,30 @@ def _normalize(text: str) -> str:
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
+
+def match_answers(prediction: str, example: Example) -> float:
+    """1 where the prediction is one of the right answers but for case, ASCII punctuation, blanks and articles.
+
+    That is lm-evaluation-harness's exact match of NQ-open (and of TriviaQA, which keeps the articles).
+    """
+    written = _normalize_answer(prediction)
+    return float(written != "" and written in _list_answers(example))
+
+
+def contain_answers(prediction: str, example: Example) -> float:
+    """1 where one of the right answers stands in the prediction, in whole words; otherwise as `match_answers`."""
+    written = f" {_normalize_answer(prediction)} "
+    return float(any(answer != "" and f" {answer} " in written for answer in _list_answers(example)))
+
+
+def _list_answers(example: Example) -> list[str]:
+    return [_normalize_answer(option) for option in example.options or (example.answer,)]
+
+
+def _normalize_answer(text: str) -> str:
+    return " ".join(word for word in _normalize(text).split() if word not in ("a", "an", "the"))
+
+
 # Free text
 
 
@@ -241,6 +265,7 @@ METRICS: Mapping[str, Metric] = {
     "number": _make_metric(exact_match, match_number),
     "first_character": _make_metric(first_character, match_letter),
     "normalized_match": _make_metric(normalized_match, match_line),
+    "closed_book": _make_metric(match_answers, contain_answers),
     "rouge_l": _make_metric(rouge_l, _score_cleaned(rouge_l, _clean_prose)),
     "edit_similarity": _make_metric(edit_similarity, _score_cleaned(edit_similarity, _take_code_line)),
     "sari": _make_metric(sari, _score_cleaned(sari, _take_paragraph)),

@@ -1,0 +1,106 @@
+"""`hft eval` as a whole: what it prints and writes, what it knows of a run, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hftcli.errors import ModelError
+from hftcli.evaluation import Evaluation, Item
+from hftcli.models import load_finished
+from hftcli.recipe import PACKAGE
+from hftcli.run import Run, read_model
+from hftcli.scoring import Examination, examine_model
+
+EMBEDDED = PACKAGE / "tinyworld" / "model"
+FACTS = "tinyworld/facts"
+CPU = torch.device("cpu")
+
+
+def examine(**asked) -> Evaluation:
+    return examine_model(Examination(**{"model": str(EMBEDDED), "tasks": (FACTS,), **asked}), {}, lambda *_: None)[0]
+
+
+def test_scores_items_and_json(hft, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "Where is it?", "choices": ["here", "there"], "answer": 0}\n')
+    done = hft(
+        "eval", "--model", "tinyworld", "--tasks", f"{rows},{FACTS}", "--max-examples", 9, "--output", tmp_path / "x.json",
+        "--json",
+    )  # fmt: skip
+    evaluation = read_model(tmp_path / "x.json", Evaluation)
+    assert evaluation == Evaluation.model_validate_json(done.stdout)
+    assert list(evaluation.tasks) == [str(rows), FACTS]
+    assert evaluation.base_text is None
+    items = [Item.model_validate_json(line) for line in (tmp_path / "x.items.jsonl").read_text().splitlines()]
+    assert [(item.task, item.index) for item in items] == [(str(rows), 0), *((FACTS, index) for index in range(9))]
+    for task, score in evaluation.tasks.items():
+        own = [item for item in items if item.task == task]
+        assert score.score == sum(item.score for item in own) / len(own) == sum(item.score for item in own) / score.num_examples
+
+
+@pytest.mark.slow
+def test_a_run_knows_its_base_and_its_scores_come_again(hft, settings, shared, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "Where is it?", "choices": ["here", "there"], "answer": 0}\n' * 3)
+    values = {"train.max_steps": 3, "train.bf16": "false", "eval.tasks": json.dumps([FACTS, str(rows)])}
+    hft("sft", "--output", tmp_path / "run", *settings(values))
+    scores = Run(tmp_path / "run").last_finished.read_scores().after
+    found = json.loads(hft("eval", "--model", tmp_path / "run", "--tasks", f"{FACTS},{rows}", "--json").stdout)
+    assert found["base"] == str(EMBEDDED.resolve())
+    for name, score in scores.items():
+        assert found["tasks"][name]["score"] == score.score
+        assert found["tasks"][name]["nll"] == pytest.approx(score.nll, rel=1e-3)
+    drift = found["base_text"]
+    assert drift["source"] == "samples of the base"
+    assert drift["kl"] > 0
+    assert drift["num_texts"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--model", "tinyworld"], "there is nothing to measure"),
+        (["--model", "tinyworld", "--text", "x.jsonl"], "--text and --prompts compare a model with its base"),
+        (["--model", "tinyworld", "--tasks", FACTS, "--output", "x.txt"], "expected a file that ends in .json"),
+    ],
+)
+def test_what_can_be_refused_at_once(hft, arguments, fault):
+    assert fault in hft("eval", *arguments, code=2).stderr
+
+
+def copy_model(folder, change=None):
+    shutil.copytree(EMBEDDED, folder)
+    if change is not None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_model_that_does_not_load(tmp_path):
+    with pytest.raises(ModelError, match="config does not load|no weights|no such folder"):
+        examine(model=str(tmp_path))
+    cut = copy_model(tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="is damaged"):
+        load_finished(cut.parent, torch.float32, CPU)
+    name = "model.layers.0.mlp.up_proj.weight"
+    lacking = copy_model(tmp_path / "lacking", lambda weights: weights.pop(name))
+    with pytest.raises(ModelError, match=f"lacks 1 parameters, the first is {name}"):
+        load_finished(lacking, torch.float32, CPU)
+    wide = copy_model(tmp_path / "wide", lambda weights: weights.update({name: weights[name][:4].clone()}))
+    with pytest.raises(ModelError, match="does not load"):
+        load_finished(wide, torch.float32, CPU)
+
+
+def test_a_base_with_other_tokens_is_refused(shared):
+    with pytest.raises(ModelError, match="has another tokenizer"):
+        examine(base=str(shared / "models" / "stories260K"))
+
+
+def test_questions_longer_than_the_model_are_refused():
+    with pytest.raises(ModelError, match="--max-length is 100000, but .* positions"):
+        examine(max_length=100_000)
