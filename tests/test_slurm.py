@@ -80,13 +80,19 @@ def test_a_signal_reaches_the_front_and_only_75_queues_again(tmp_path, commands,
     """Slurm signals the batch shell alone (`--signal=B:`), which must outlive the signal and wait for the checkpoint."""
     front = FRONT.format(folder=tmp_path, code=code, name=number.name.removeprefix("SIG"))
     text = make_script(Run(tmp_path), ["bash", "-c", front], LAUNCH, {})
-    shell = subprocess.Popen(["bash", "-c", text], env={**os.environ, "SLURM_JOB_ID": "12"}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    shell.send_signal(number)
-    assert shell.wait(30) == code
+    environment = {**os.environ, "SLURM_JOB_ID": "12"}
+    shell = subprocess.Popen(["bash", "-c", text], env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        shell.send_signal(number)
+        assert shell.wait(30) == code
+    finally:
+        if shell.poll() is None:  # and its front, which would run on
+            os.killpg(shell.pid, signal.SIGKILL)
+            shell.wait()
     assert (tmp_path / "saved").exists()
     calls = (commands / "calls").read_text() if (commands / "calls").exists() else ""
     assert ("scontrol requeue 12\n" in calls) == is_queued

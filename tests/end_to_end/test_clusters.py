@@ -170,8 +170,9 @@ def test_two_hosts_train_as_two_ranks_of_one_machine_do(settings, two_hosts, one
 @pytest.mark.parametrize("fault", ["killed", "unplugged"])
 def test_a_lost_host_ends_the_job_with_its_name_and_the_rerun_finishes(settings, two_hosts, tmp_path, fault):
     run = tmp_path / "run"
-    long = settings(SHORT | {"launch.num_processes": "null", "train.max_steps": 100_000, "train.num_train_epochs": 1000})
-    front = two_hosts.start("sft", "--output", run, "--hostfile", two_hosts.hostfile, *long)
+    longer = settings(SHORT | {"launch.num_processes": "null", "train.max_steps": 150})
+    arguments = ["sft", "--output", run, "--hostfile", two_hosts.hostfile, *longer]
+    front = two_hosts.start(*arguments)
     round_ = Round(run / "rounds" / "00-sft")
     deadline = time.monotonic() + 300
     while not (round_.progress_path.exists() and read_model(round_.progress_path, Progress).done >= 3):
@@ -190,6 +191,11 @@ def test_a_lost_host_ends_the_job_with_its_name_and_the_rerun_finishes(settings,
     while any(b"hftcli.worker" in _read_command(pid) for index in (0, 1) for pid in two_hosts.find_processes(index)):
         assert time.monotonic() < deadline, "a rank is left"
         time.sleep(0.5)
+    two_hosts.hostfile.write_text("10.77.0.1 slots=2\n")
+    again = two_hosts.start(*arguments)
+    _, errors = again.communicate(timeout=900)
+    assert again.returncode == 0, errors
+    assert round_.read_result().verification.passed
 
 
 def _read_command(pid: int) -> bytes:
