@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -53,8 +53,12 @@ def load_rows(data: DataSection, objective: Objective = "sft") -> tuple[Dataset,
     Raises:
         DataError: naming the file, the row and the field.
     """
-    file, place = find_file(data), describe_place(data)
-    found = islice(READERS[file.suffix](file) if file else _load_hub_dataset(data), data.max_examples)
+    file = find_file(data)
+    with closing(READERS[file.suffix](file)) if file else nullcontext(_load_hub_dataset(data)) as found:
+        return _convert_rows(islice(found, data.max_examples), describe_place(data), objective)
+
+
+def _convert_rows(found: Iterator[Row], place: str, objective: Objective) -> tuple[Dataset, str]:
     first = next(found, None)
     if first is None:
         raise DataError(f"{place}: there are no rows in it")
