@@ -83,7 +83,12 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
         checkpoint=recipe.checkpoint,
-        scoring=Scoring(before=recipe.eval.tasks, after=recipe.eval.tasks),
+        scoring=Scoring(
+            before=recipe.eval.tasks,
+            after=recipe.eval.tasks,
+            max_examples=recipe.eval.max_examples,
+            temperature=recipe.eval.temperature or 0.0,
+        ),
         dpo=recipe.dpo,
         reference=recipe.reference,
         pairs=make_pairs_section(recipe),
@@ -109,6 +114,7 @@ def prepare_continual(recipe: Recipe) -> Run:
     sequence = find_sequence(recipe.continual, root)
     check_tasks(recipe.eval.tasks, root)
     temperature = recipe.eval.temperature if recipe.eval.temperature is not None else sequence.temperature
+    launch = resolve_launch(recipe.launch)
     run = Run(Path(recipe.output))
     rounds = [run.round(f"{place:02d}-{shorten_task(task)}") for place, task in enumerate(sequence.tasks)]
     specs = []
@@ -122,7 +128,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             data=recipe.data.model_copy(update={"root": root}),
             freeze=recipe.freeze,
             train=recipe.train.model_copy(update=epochs),
-            launch=resolve_launch(recipe.launch),
+            launch=launch,
             checkpoint=recipe.checkpoint,
             task=task,
             method=recipe.method,

@@ -12,6 +12,7 @@ Shapes: K earlier tasks. A gradient is a list of tensors, one for each parameter
 """
 
 import random
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from hftcli.methods.method import Method, draw_rows
 Gradient = list[torch.Tensor]
 
 
-class EpisodicMemory(Method):
+class EpisodicMemory(Method, ABC):
     """Rows of the earlier tasks, and the model's gradients on some of them."""
 
     @property
@@ -52,8 +53,9 @@ class EpisodicMemory(Method):
         for parameter, gradient in zip(parameters, changed, strict=True):
             parameter.grad.copy_(gradient)
 
+    @abstractmethod
     def project(self, trainer: Trainer, parameters: list[torch.nn.Parameter], gradient: Gradient) -> Gradient:
-        raise NotImplementedError
+        """The gradient that the step is to take."""
 
     def compute_gradient(self, trainer: Trainer, parameters: list[torch.nn.Parameter], rows: Dataset) -> Gradient:
         """The gradient of the loss on `batch_size` rows, drawn anew in every step."""

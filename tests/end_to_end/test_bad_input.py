@@ -40,6 +40,13 @@ def test_the_front_refuses_before_anything_is_written(hft, settings, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_asks_as_many_questions_as_the_recipe_says(hft, settings, tmp_path):
+    asked = {"eval.max_examples": 7, "eval.temperature": 0.5}
+    hft("sft", "--dry-run", "--output", tmp_path / "run", *settings(asked))
+    scoring = json.loads((tmp_path / "run" / "rounds" / "00-sft" / "round.json").read_text())["scoring"]
+    assert (scoring["max_examples"], scoring["temperature"]) == (7, 0.5)
+
+
 def test_unknown_family(hft, settings, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     error = check(hft, "sft", "--output", tmp_path / "run", *settings({"model.path": tmp_path}))
