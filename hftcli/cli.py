@@ -373,6 +373,9 @@ def compare(
     learned: Annotated[
         list[str] | None, typer.Option("--learned", metavar="TASK", help="A task that measures what was learned.")
     ] = None,
+    by: Annotated[
+        Literal["score", "nll"], typer.Option("--by", help="Gains and losses of scores, or of the likelihood of right answers.")
+    ] = "score",
     figure: Annotated[Path | None, typer.Option("--figure", help="Draw learning against forgetting: .svg or .png.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -397,7 +400,7 @@ def compare(
                 print(f"run {index} of {len(grid)}: {resolved.output}", file=sys.stderr)
                 folders.append(runners.run_recipe(_check_place(resolved, False, False), on_progress).folder)
         figure = figure or output / "frontier.svg"
-    comparison = compare_runs(folders, learned or ())
+    comparison = compare_runs(folders, learned or (), by)
     if figure:
         draw_frontier(comparison, figure)
     report.print_comparison(comparison, as_json)

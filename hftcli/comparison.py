@@ -11,15 +11,26 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from hftcli.errors import InputError, RecipeError
 from hftcli.recipe import Recipe, load_recipe
-from hftcli.run import MERGE_NAME, MergeManifest, Round, RoundResult, Run, Score, read_model
-from hftcli.statistics import EqualLearning, Estimate, compare_at_equal_learning, estimate_mean, find_frontier
+from hftcli.run import HELD_OUT, MERGE_NAME, MergeManifest, Round, RoundResult, Run, Score, read_model
+from hftcli.statistics import (
+    NATS,
+    POINTS,
+    EqualLearning,
+    Estimate,
+    Unit,
+    compare_at_equal_learning,
+    estimate_mean,
+    find_frontier,
+)
 
+By = Literal["score", "nll"]
+UNITS: dict[By, Unit] = {"score": POINTS, "nll": NATS}
 SEED_KEYS = ("train.seed", "freeze.seed")
 RATE_KEY = "train.learning_rate"
 FULL = "full"
@@ -35,8 +46,8 @@ class Point:
     Attributes:
         values: its recipe by dotted keys.
         title: its method in a word or two.
-        learned: by task that was trained, the gain in score, a share.
-        lost: by task that was known, the loss in score, a share.
+        learned: by task that was trained, the gain in score, a share, or the fall of its negative log-likelihood.
+        lost: by task that was known, the loss in score, or the rise of its negative log-likelihood.
         alike: what has to be the same in every run that is compared with this one, by what it is called in a message.
     """
 
@@ -109,29 +120,31 @@ class Difference:
     first: str
     second: str
     found: EqualLearning | None
+    by: By
 
     @property
     def sentence(self) -> str:
         if self.found is None:
             return f"{self.first} and {self.second} never learned equally much: give more values of {RATE_KEY}"
-        estimate, found = self.found.difference, self.found
-        between = f"between {100 * found.low:.1f} and {100 * found.high:.1f} points of learning"
+        estimate, found, unit = self.found.difference, self.found, UNITS[self.by]
+        between = f"between {unit.show(found.low)} and {unit.show(found.high)} {unit.name} of learning"
         if estimate.low is None:
             return (
                 f"at equal learning, {self._compare(estimate)}, {between}: one seed, so no interval and no difference is shown"
             )
-        interval = "{:.1f} to {:.1f}".format(*sorted(abs(100 * value) for value in (estimate.low, estimate.high)))
         if not estimate.excludes_zero:
-            interval = f"{100 * estimate.low:+z.1f} to {100 * estimate.high:+z.1f}"
+            interval = f"{unit.show(estimate.low, signed=True)} to {unit.show(estimate.high, signed=True)}"
             return (
                 f"at equal learning, no difference was shown between {self.first} and {self.second}: {self.first} forgets "
-                f"{100 * estimate.mean:+z.1f} points (95 % interval {interval}), {between}"
+                f"{unit.show(estimate.mean, signed=True)} {unit.name} (95 % interval {interval}), {between}"
             )
+        interval = " to ".join(unit.show(value) for value in sorted(map(abs, (estimate.low, estimate.high))))
         return f"at equal learning, {self._compare(estimate)} (95 % interval {interval}), {between}"
 
     def _compare(self, estimate: Estimate) -> str:
         more = "less" if estimate.mean < 0 else "more"
-        return f"{self.first} forgets {100 * abs(estimate.mean):.1f} points {more} than {self.second}"
+        unit = UNITS[self.by]
+        return f"{self.first} forgets {unit.show(abs(estimate.mean))} {unit.name} {more} than {self.second}"
 
 
 @dataclass(frozen=True)
@@ -141,39 +154,47 @@ class Comparison:
     Attributes:
         learned: names of what was trained.
         known: names of what was known before.
+        by: what gains and losses are of.
     """
 
     learned: tuple[str, ...]
     known: tuple[str, ...]
     methods: tuple[Method, ...]
     differences: tuple[Difference, ...]
+    by: By
+
+    @property
+    def unit(self) -> Unit:
+        return UNITS[self.by]
 
 
-def compare_runs(folders: Sequence[Path], learned: Sequence[str] = ()) -> Comparison:
+def compare_runs(folders: Sequence[Path], learned: Sequence[str] = (), by: By = "score") -> Comparison:
     """Read finished runs and compare their methods.
 
     Args:
-        learned: tasks that measure what was learned; empty takes the tasks whose rows were trained on.
+        learned: tasks that measure what was learned; empty takes the tasks whose rows were trained on, and held-out rows.
+        by: `score`, each task's own; or `nll`, the likelihood of the right answers, which held-out rows have too.
 
     Raises:
         InputError: no such run, one that is not finished, or runs that cannot be compared.
     """
     if len(folders) < 2:
         raise InputError("one run is no comparison", "name two or more, or give --recipe with --vary and --seeds")
-    points = [read_point(folder, learned) for folder in folders]
+    points = [read_point(folder, learned, by) for folder in folders]
     _check_comparable(points)
     return Comparison(
         learned=tuple(points[0].learned),
         known=tuple(points[0].lost),
         methods=(methods := _group_points(points)),
         differences=tuple(
-            Difference(second.name, first.name, compare_at_equal_learning(second.curves, first.curves))
+            Difference(second.name, first.name, compare_at_equal_learning(second.curves, first.curves), by)
             for first, second in combinations(methods, 2)
         ),
+        by=by,
     )
 
 
-def read_point(folder: Path, learned: Sequence[str] = ()) -> Point:
+def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> Point:
     """What a finished run learned and lost, or a model that `hft reset` or `hft merge` made of one.
 
     Such a model stands for the run's own where `hft eval --output FOLDER/evaluation.json` has scored it.
@@ -196,15 +217,15 @@ def read_point(folder: Path, learned: Sequence[str] = ()) -> Point:
             "run its recipe again: it goes on where it stopped",
         )
     if len(results) == 1:
-        gains, losses, num_examples = _read_single(folder, recipe, results, learned, made)
+        gains, losses, num_examples = _read_single(folder, recipe, results, learned, made, by)
     elif made:
         raise InputError(f"{folder} is made of a run of {len(results)} rounds", "compare models that are made of runs of one")
     else:
-        gains, losses, num_examples = _read_sequence(folder, results, learned)
+        gains, losses, num_examples = _read_sequence(folder, results, learned, by)
     if not gains:
         raise InputError(
             f"{folder}: none of its tasks ({', '.join(losses) or 'none'}) asks for what was trained on",
-            "say which of them measures learning: --learned TASK",
+            "say which of them measures learning: --learned TASK; or, with eval.held_out, compare --by nll",
         )
     if not losses:
         raise InputError(f"{folder}: nothing that was known before was scored", "name such tasks under eval.tasks")
@@ -268,46 +289,47 @@ Measures = tuple[dict[str, float], dict[str, float], dict[str, int]]  # gains, l
 
 
 def _read_single(
-    folder: Path, recipe: Recipe, results: Mapping[Round, RoundResult], learned: Sequence[str], made: Made | None
+    folder: Path, recipe: Recipe, results: Mapping[Round, RoundResult], learned: Sequence[str], made: Made | None, by: By
 ) -> Measures:
-    """Of a run with one round: the task whose rows were trained on, or the held-out pairs, against the other tasks."""
+    """Of a run with one round: the task whose rows were trained on, or the held-out rows, against the other tasks."""
     ((round_, result),) = results.items()
     scores = round_.read_scores()
     before, after = scores.before, made.after if made else scores.after
+    before = {name: score for name, score in before.items() if getattr(score, by) is not None}
     for name, score in before.items():
         if name not in after or after[name].num_examples != score.num_examples:
             raise InputError(
                 f"{folder}: {name} was not scored as before the run, on {score.num_examples} questions",
                 f"hft eval --tasks {','.join(before)}",
             )
-    changes = {name: after[name].score - score.score for name, score in before.items()}
+    changes = {name: -_lose(score, after[name], by) for name, score in before.items()}
     if unknown := [name for name in learned if name not in changes]:
         raise InputError(f"{folder}: --learned {unknown[0]} is none of its tasks: {', '.join(changes) or 'none'}")
-    trained = tuple(learned) or (round_.read_spec().task or recipe.data.path,)
+    trained = tuple(learned) or (round_.read_spec().task or recipe.data.path, HELD_OUT)
     gains = {name: change for name, change in changes.items() if name in trained}
     losses = {name: -change for name, change in changes.items() if name not in trained}
     num_examples = {name: score.num_examples for name, score in before.items()}
-    if result.pairs is not None and not learned and not made:
+    if result.pairs is not None and not learned and not made and by == "score":
         gains["reward accuracy"] = result.pairs.after.reward_accuracy - result.pairs.before.reward_accuracy
         num_examples["reward accuracy"] = result.pairs.after.num_pairs
     return gains, losses, num_examples
 
 
-def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: Sequence[str]) -> Measures:
+def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: Sequence[str], by: By) -> Measures:
     """Of a continual run: what each task gained in its own round, against what was lost since of it and of the other tasks."""
     if learned:
         raise InputError(f"{folder}: --learned has no effect on a run of several tasks, which trains on each", "drop it")
     tasks = [round_.read_spec().task for round_ in results]
     rows = [round_.read_scores() for round_ in results]
     before, last = rows[0].before, rows[-1].after
-    gains = {task: row.after[task].score - before[task].score for task, row in zip(tasks, rows, strict=True)}
-    losses = {name: _lose(score, last[name]) for name, score in before.items() if name not in tasks}
-    losses |= {task: _lose(row.after[task], last[task]) for task, row in zip(tasks[:-1], rows[:-1], strict=True)}
+    gains = {task: -_lose(before[task], row.after[task], by) for task, row in zip(tasks, rows, strict=True)}
+    losses = {name: _lose(score, last[name], by) for name, score in before.items() if name not in tasks}
+    losses |= {task: _lose(row.after[task], last[task], by) for task, row in zip(tasks[:-1], rows[:-1], strict=True)}
     return gains, losses, {name: score.num_examples for name, score in last.items()}
 
 
-def _lose(before: Score, after: Score) -> float:
-    return before.score - after.score
+def _lose(before: Score, after: Score, by: By) -> float:
+    return before.score - after.score if by == "score" else after.nll - before.nll
 
 
 def _describe_data(result: RoundResult) -> str:

@@ -34,7 +34,7 @@ from hftcli.data import (
 )
 from hftcli.errors import DataError, ModelError
 from hftcli.options import Question, read_options, tokenize_questions
-from hftcli.run import PairScore, Prediction, Score
+from hftcli.run import HELD_OUT, PairScore, Prediction, Score
 from hftcli.tasks import Task
 from hftcli.tasks.metrics import METRICS
 
@@ -111,6 +111,12 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
     return TokenizedTask(task, rows, prompts, num_new_tokens, find_ends(tokens, tokenizer))
 
 
+def hold_out(rows: Dataset) -> TokenizedTask:
+    """Rows, as `prepare_dataset` gives them, as a task of which only the likelihood of the trained tokens is measured."""
+    pairs = list(zip(rows["input_ids"], rows["labels"], strict=True))
+    return TokenizedTask(Task(HELD_OUT, examples=()), pairs, prompts=[], num_new_tokens=0, end_ids=[])
+
+
 def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
     num_new_tokens = min(task.max_new_tokens or 0, max_length // 2)
     room = max_length - num_new_tokens
@@ -177,7 +183,7 @@ def score_task(
         found = read_options(model, asked.questions + asked.bare_questions, device, rank, num_ranks, on_batch)
     else:
         readings_N3 = read_answers(model, asked.rows, device, rank, num_ranks, on_batch)
-    texts: list[str | None] = [None] * len(task.examples)
+    texts: list[str | None] = [None] * len(asked.rows or asked.questions)
     if asked.prompts and not is_read_only:
         answers = generate_answers(model, asked, device, rank, num_ranks, temperature, on_batch)
         pairs = zip(asked.prompts, answers, strict=True)

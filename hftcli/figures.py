@@ -80,7 +80,7 @@ def draw_matrix(matrix: ForgettingMatrix, path: Path) -> None:
 
 
 def draw_frontier(comparison: Comparison, path: Path) -> None:
-    """Learning against forgetting in points: a dot per run, a mean with its intervals per setting, a line per frontier.
+    """Learning against forgetting: a dot per run, a mean with its intervals per setting, a line per frontier.
 
     Raises:
         InputError: see check_figure_path.
@@ -90,22 +90,23 @@ def draw_frontier(comparison: Comparison, path: Path) -> None:
 
     figure = Figure(figsize=(7.2, 5.0), layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot()
+    unit = comparison.unit
     for index, method in enumerate(comparison.methods):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         runs = [point for setting in method.settings for point in setting.points]
-        learning, forgetting = ([100 * value for value in values] for values in zip(*map(_place, runs), strict=True))
+        learning, forgetting = ([unit.factor * value for value in values] for values in zip(*map(_place, runs), strict=True))
         axes.scatter(learning, forgetting, s=14, color=colour, marker=marker, alpha=0.35, linewidth=0)
-        means = [(100 * setting.learning.mean, 100 * setting.forgetting.mean) for setting in method.settings]
+        means = [(unit.factor * setting.learning.mean, unit.factor * setting.forgetting.mean) for setting in method.settings]
         for setting, (x, y) in zip(method.settings, means, strict=True):
-            widths = [_measure_arms(estimate) for estimate in (setting.learning, setting.forgetting)]
+            widths = [_measure_arms(estimate, unit.factor) for estimate in (setting.learning, setting.forgetting)]
             axes.errorbar(
                 x, y, xerr=widths[0], yerr=widths[1], color=colour, marker=marker, markersize=7, linewidth=0,
                 elinewidth=0.8, alpha=0.8,
             )  # fmt: skip
         line = [means[place] for place in method.frontier]
         axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=7, linewidth=1.6, label=method.name)
-    axes.set_xlabel("learning: gain on what was trained, points", fontsize=10)
-    axes.set_ylabel("forgetting: loss of what was known, points", fontsize=10)
+    axes.set_xlabel(f"learning: gain on what was trained, {unit.name}", fontsize=10)
+    axes.set_ylabel(f"forgetting: loss of what was known, {unit.name}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=UNSEEN[1], linewidth=0.5)
     axes.set_axisbelow(True)
@@ -121,10 +122,10 @@ def _place(point: Point) -> tuple[float, float]:
     return point.learning, point.forgetting
 
 
-def _measure_arms(estimate: Estimate) -> list[list[float]] | None:
+def _measure_arms(estimate: Estimate, factor: float) -> list[list[float]] | None:
     if estimate.low is None:
         return None
-    return [[100 * (estimate.mean - estimate.low)], [100 * (estimate.high - estimate.mean)]]
+    return [[factor * (estimate.mean - estimate.low)], [factor * (estimate.high - estimate.mean)]]
 
 
 def _save(figure: "Figure", path: Path) -> None:

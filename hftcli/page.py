@@ -20,8 +20,9 @@ from hftcli.freezing.roles import FAMILIES, Parameter, Unit, assign_roles
 from hftcli.freezing.selection import FreezePlan
 from hftcli.items import ItemChange, read_item_changes
 from hftcli.recipe import Recipe, load_recipe
-from hftcli.report import NATS, POINTS, describe_pairs, describe_transitions, format_bytes
+from hftcli.report import describe_pairs, describe_transitions, format_bytes
 from hftcli.run import Round, RoundResult, Run, Score, write_text
+from hftcli.statistics import NATS, POINTS
 
 TEMPLATE = "page.html.jinja"
 OBJECTIVES = {"sft": "supervised fine-tuning", "dpo": "preference optimization", "continual": "continual learning"}

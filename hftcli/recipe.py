@@ -243,10 +243,10 @@ class CheckpointSection(Section):
         return self.save_steps is not None or self.save_every_minutes is not None
 
 
-class PairsSection(Section):
+class HeldOutSection(Section):
     path: str | None = None
-    """DPO: held-out preference pairs, as under `data.path`, on which reward accuracy, margin and KL to the reference are
-    measured; null measures none."""
+    """Held-out rows, as under `data.path`, to measure before and after each round: by the likelihood of what would be trained;
+    with DPO, by reward accuracy, margin and KL to the reference. Null measures none."""
 
     name: str | None = None
     """Configuration of a hub dataset."""
@@ -255,7 +255,7 @@ class PairsSection(Section):
     """Split of a hub dataset, or of a folder with one file per split."""
 
     max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Use the first so many pairs; null uses all."""
+    """Use the first so many rows; null uses all."""
 
 
 class EvalSection(Section):
@@ -269,7 +269,7 @@ class EvalSection(Section):
     temperature: Annotated[float, Field(ge=0)] | None = None
     """Temperature at which answers are drawn; 0 takes the likeliest token at every place. Null is 0, or the protocol's."""
 
-    pairs: PairsSection = PairsSection()
+    held_out: HeldOutSection = HeldOutSection()
 
 
 class ContinualSection(Section):
@@ -440,7 +440,7 @@ OWN_KEYS = {
 }  # fmt: skip
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
-    "sft": ("dpo", "reference", "data.drop_identical", "data.root", "eval.pairs", "continual", "method"),
+    "sft": ("dpo", "reference", "data.drop_identical", "data.root", "continual", "method"),
     "dpo": (
         "train.packing",
         "train.assistant_only_loss",
@@ -456,7 +456,7 @@ FOREIGN_KEYS = {
         "data.name",
         "data.split",
         "data.drop_identical",
-        "eval.pairs",
+        "eval.held_out",
         "train.packing",
         "train.assistant_only_loss",
         "train.completion_only_loss",

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +35,9 @@ from hftcli.run import (
     Verification,
 )
 from hftcli.run import Progress as Place
-from hftcli.statistics import Estimate
+from hftcli.statistics import NATS, POINTS, Estimate, Unit
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
-
-
-@dataclass(frozen=True)
-class Unit:
-    """How scores of a kind are shown: times `factor`, with so many decimals."""
-
-    name: str
-    factor: float
-    decimals: int
-
-    def show(self, value: float | None, signed: bool = False) -> str:
-        return "" if value is None else f"{self.factor * value:{'+' if signed else ''}z.{self.decimals}f}"
-
-
-POINTS = Unit("points (0 to 100)", 100.0, 1)
-NATS = Unit("nats per token, lower is better", 1.0, 3)
 
 
 @contextmanager
@@ -475,12 +459,12 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
         if name == "lenient" and rows == matrix.scores:
             console.print("lenient scores: the same", highlight=False)
             continue
-        console.print(f"{name} scores, {unit.name}; bold after its own round, dim before it:", highlight=False, soft_wrap=True)
+        console.print(f"{name} scores, {unit.note}; bold after its own round, dim before it:", highlight=False, soft_wrap=True)
         _print_whole(_make_matrix_table(matrix, rows, unit))
         _print_whole(_make_task_table(metrics[name].per_task, unit))
     for name, columns, unit in (("general", matrix.general, POINTS), ("general nll", matrix.general_nll, NATS)):
         if columns:
-            console.print(f"{name}, tasks that are never trained, {unit.name}:", highlight=False, soft_wrap=True)
+            console.print(f"{name}, tasks that are never trained, {unit.note}:", highlight=False, soft_wrap=True)
             _print_whole(_make_general_table(columns, unit))
     console.print(_make_metric_table({name: (metrics[name], unit) for name, _, unit in kinds}))
     console.print(
@@ -508,12 +492,14 @@ def print_comparison(comparison: Comparison, as_json: bool) -> None:
     console.print(f"learning   mean gain on {', '.join(comparison.learned)}", highlight=False, soft_wrap=True)
     console.print(f"forgetting mean loss on {', '.join(comparison.known)}", highlight=False, soft_wrap=True)
     table = _make_number_table("method", "learning rate", "seeds", "learning", "forgetting", "")
-    table.title, table.title_justify = "points, means over seeds with 95 % intervals; * on the frontier", "left"
+    unit = comparison.unit
+    table.title = f"{unit.name}, means over seeds with 95 % intervals; * on the frontier"
+    table.title_justify = "left"
     for method in comparison.methods:
         for index, setting in enumerate(method.settings):
             table.add_row(
                 Text(method.name), f"{setting.learning_rate:g}", f"{len(setting.points)}",
-                *(_show_estimate(estimate) for estimate in (setting.learning, setting.forgetting)),
+                *(_show_estimate(estimate, unit) for estimate in (setting.learning, setting.forgetting)),
                 "*" if index in method.frontier else "",
             )  # fmt: skip
     _print_whole(table)
@@ -522,8 +508,9 @@ def print_comparison(comparison: Comparison, as_json: bool) -> None:
 
 
 def describe_comparison(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON has it; gains, losses and differences are shares."""
+    """The comparison as JSON has it; gains, losses and differences are shares, or nats per token."""
     return {
+        "by": comparison.by,
         "learned": comparison.learned,
         "known": comparison.known,
         "methods": {
@@ -553,10 +540,10 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _show_estimate(estimate: Estimate) -> str:
+def _show_estimate(estimate: Estimate, unit: Unit) -> str:
     if estimate.low is None:
-        return POINTS.show(estimate.mean)
-    return f"{POINTS.show(estimate.mean)} ± {POINTS.show(estimate.high - estimate.mean)}"
+        return unit.show(estimate.mean)
+    return f"{unit.show(estimate.mean)} ± {unit.show(estimate.high - estimate.mean)}"
 
 
 def _list_kinds(matrix: ForgettingMatrix) -> list[tuple[str, tuple[Row, ...], Unit]]:

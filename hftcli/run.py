@@ -120,8 +120,8 @@ class RoundSpec(Section):
     """Settings of preference optimization; null with another objective."""
     reference: ReferenceMode | None = None
     """Where the reference of preference optimization comes from; null with another objective."""
-    pairs: DataSection | None = None
-    """Held-out preference pairs to measure on before and after; null measures none."""
+    held_out: DataSection | None = None
+    """Held-out rows, or preference pairs, to measure on before and after; null measures none."""
 
     @property
     def num_accumulation_steps(self) -> int:
@@ -184,6 +184,9 @@ class Verification(Section):
     @property
     def passed(self) -> bool:
         return not self.violations and not self.unmoved and not self.damaged
+
+
+HELD_OUT = "held-out rows"  # among the tasks of `Scores`: likelihood alone
 
 
 class Score(Section):

@@ -91,7 +91,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         ),
         dpo=recipe.dpo,
         reference=recipe.reference,
-        pairs=make_pairs_section(recipe),
+        held_out=make_held_out_section(recipe),
     )
     check_reference(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
@@ -199,12 +199,12 @@ def shorten_task(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def make_pairs_section(recipe: Recipe) -> DataSection | None:
-    """The held-out pairs, to be cut as the training pairs are."""
-    pairs = recipe.eval.pairs
-    if pairs.path is None:
+def make_held_out_section(recipe: Recipe) -> DataSection | None:
+    """The held-out rows, to be cut as the training rows are."""
+    held_out = recipe.eval.held_out
+    if held_out.path is None:
         return None
-    return DataSection(**pairs.model_dump() | {"path": _make_absolute(pairs.path)}, max_length=recipe.data.max_length)
+    return DataSection(**held_out.model_dump() | {"path": _make_absolute(held_out.path)}, max_length=recipe.data.max_length)
 
 
 def check_reference(spec: RoundSpec) -> None:

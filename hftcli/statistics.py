@@ -17,6 +17,23 @@ Curve = Sequence[tuple[float, float]]  # learning and forgetting, one point per 
 
 
 @dataclass(frozen=True)
+class Unit:
+    """How numbers of a kind are shown: times `factor`, with so many decimals."""
+
+    name: str
+    note: str
+    factor: float
+    decimals: int
+
+    def show(self, value: float | None, signed: bool = False) -> str:
+        return "" if value is None else f"{self.factor * value:{'+' if signed else ''}z.{self.decimals}f}"
+
+
+POINTS = Unit("points", "points (0 to 100)", 100.0, 1)  # of shares
+NATS = Unit("nats per token", "nats per token, lower is better", 1.0, 3)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A mean with its interval; `low` and `high` are None where one value alone says nothing of the spread."""
 

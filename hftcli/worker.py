@@ -27,7 +27,7 @@ from hftcli.chat import set_chat_template
 from hftcli.checkpoints import Memory, Origin, StepKeeper, find_step, read_memory
 from hftcli.data import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
 from hftcli.errors import FULL_BYTES, SAVE_MEMORY, HftError, InputError, TrainingError, explain_os_error, make_disk_full
-from hftcli.evaluate import Reading, TokenizedTask, read_pairs, score_pairs, score_task, tokenize_task
+from hftcli.evaluate import Reading, TokenizedTask, hold_out, read_pairs, score_pairs, score_task, tokenize_task
 from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
@@ -50,6 +50,7 @@ from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.processes import StopRequest, hold_round
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
 from hftcli.run import (
+    HELD_OUT,
     Checksums,
     DataReport,
     Failure,
@@ -124,7 +125,14 @@ def run_round(round_: Round, stop: StopRequest) -> None:
             keys.append(report.key)
         for method in methods:
             dataset = method.prepare_rows(dataset, rows)
-        pairs = prepare_pairs(spec.pairs, tokenizer, default_cache())[0] if spec.pairs else None
+        pairs = None
+        held_out: tuple[str, ...] = ()
+        if spec.held_out and spec.objective == "dpo":
+            pairs, _ = prepare_pairs(spec.held_out, tokenizer, default_cache())
+        elif spec.held_out:
+            unpacked = spec.train.model_copy(update={"packing": False})
+            asked[HELD_OUT] = hold_out(prepare_dataset(spec.held_out, unpacked, tokenizer, default_cache())[0])
+            held_out = (HELD_OUT,)
 
     # 3. The ranks join, agree on the plan, and load the start with one half frozen.
     args = make_training_arguments(spec, round_.steps)
@@ -200,7 +208,7 @@ def run_round(round_: Round, stop: StopRequest) -> None:
         if step is not None:
             restore(read_memory(step, args))
             return
-        before.update(score("before", scoring.before))
+        before.update(score("before", scoring.before, held_out))
         if pairs is not None:
             read_before.extend(read())
         if reference is not None:
@@ -245,7 +253,7 @@ def run_round(round_: Round, stop: StopRequest) -> None:
             write_model(round_.checksums_path, Checksums(files=seal_files(round_.checkpoint, list_files(round_.checkpoint))))
     with keeper.stopping(trainer):
         keeper.check()
-        after = score("after", scoring.after, scoring.likelihood)
+        after = score("after", scoring.after, (*scoring.likelihood, *held_out))
         read_after = read(read_before) if pairs is not None else None
     pair_scores = None
     if pairs is not None:

@@ -91,7 +91,7 @@ def measure_hft(arguments: argparse.Namespace, share: float, reference: str, out
         "train.bf16": "true",
         "launch.num_processes": 1,
         "eval.tasks": "[]",
-        "eval.pairs.path": "null",
+        "eval.held_out.path": "null",
     }
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     # A cache of its own: the reference is computed anew.

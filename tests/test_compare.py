@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from written_runs import FACTS, REWORDED, SKILL, write_run
+from written_runs import FACTS, REWORDED, SKILL, make_score, write_run
 
 from hftcli.comparison import compare_runs, make_grid, read_point
 from hftcli.errors import InputError, RecipeError
 from hftcli.figures import draw_frontier
 from hftcli.report import print_comparison
-from hftcli.run import CheckpointIdentity, MergeManifest, PairScore, PairScores, write_model
+from hftcli.run import HELD_OUT, CheckpointIdentity, MergeManifest, PairScore, PairScores, write_model
 
 RATES = ("3e-4", "5e-4", "7e-4")
 
@@ -61,6 +61,43 @@ def test_preferences_are_learned_where_pairs_are_held_out(tmp_path):
     point = read_point(write_run(tmp_path / "run", rows=rows, objective="dpo", pairs=pairs))
     assert point.learned == {"reward accuracy": pytest.approx(0.4)}
     assert point.lost == {FACTS: pytest.approx(0.1)}
+
+
+def test_likelihood_measures_what_has_no_score(tmp_path):
+    """Held-out rows are learned; of a task that has both, the likelihood counts."""
+    rows = (
+        {HELD_OUT: make_score(None, 2.5), FACTS: make_score(0.9, 1.0)},
+        {HELD_OUT: make_score(None, 2.1), FACTS: make_score(0.9, 1.25)},
+    )
+    runs = [write_run(tmp_path / str(seed), "data.path=my.jsonl", f"freeze.seed={seed}", rows=rows) for seed in (1, 2)]
+    point = read_point(runs[0], by="nll")
+    assert point.learned == {HELD_OUT: pytest.approx(0.4)}
+    assert point.lost == {FACTS: pytest.approx(0.25)}
+    with pytest.raises(InputError, match=r"none of its tasks \(tinyworld/facts\) asks for what was trained") as caught:
+        read_point(runs[0])
+    assert "--by nll" in caught.value.fix
+
+
+def test_likelihood_is_told_in_nats(tmp_path, capsys):
+    folders = []
+    for share, gap in (("0.5", 0.0), ("1.0", 0.1)):
+        for place, rate in enumerate(RATES):
+            for seed in (1, 2, 3):
+                learned = 0.3 + 0.1 * place + 0.01 * seed
+                lost = make_score(None, 1.0 + 0.5 * learned + gap + 0.003 * seed)
+                rows = (
+                    {FACTS: make_score(None), SKILL: make_score(None, 2.0)},
+                    {FACTS: lost, SKILL: make_score(None, 2.0 - learned)},
+                )
+                settings = (f"freeze.trainable_fraction={share}", f"train.learning_rate={rate}")
+                seeds = (f"freeze.seed={seed}", f"train.seed={seed}")
+                folders.append(write_run(tmp_path / f"{share}-{rate}-{seed}", *settings, *seeds, rows=rows))
+    comparison = compare_runs(folders, by="nll")
+    assert "half forgets 0.100 nats per token less than full (95 % interval" in comparison.differences[0].sentence
+    print_comparison(comparison, as_json=False)
+    assert "nats per token, means over seeds" in capsys.readouterr().out
+    draw_frontier(comparison, tmp_path / "frontier.svg")
+    assert "learning: gain on what was trained, nats per token" in (tmp_path / "frontier.svg").read_text()
 
 
 def test_sequence_counts_what_each_task_gained_and_what_was_lost_since(tmp_path):

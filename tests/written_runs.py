@@ -24,7 +24,7 @@ FACTS, REWORDED, SKILL = "tinyworld/facts", "tinyworld/facts-reworded", "tinywor
 def write_run(
     folder: Path,
     *overrides: str,
-    rows: tuple[dict[str, float], ...] = ({FACTS: 1.0, SKILL: 0.0}, {FACTS: 0.7, SKILL: 0.9}),
+    rows: tuple[dict[str, float | Score], ...] = ({FACTS: 1.0, SKILL: 0.0}, {FACTS: 0.7, SKILL: 0.9}),
     tasks: tuple[str | None, ...] = (None,),
     objective: str = "sft",
     fingerprint: str = "0f",
@@ -44,13 +44,17 @@ def write_run(
         )  # fmt: skip
         write_model(round_.spec_path, spec)
         before, after = (
-            {name: Score(score=value, lenient=None, nll=1.0, num_examples=100) for name, value in row.items()}
+            {name: value if isinstance(value, Score) else make_score(value) for name, value in row.items()}
             for row in (rows[0] if index == 0 else {}, rows[index + 1])
         )
         write_model(round_.scores_path, Scores(before=before, after=after))
         if is_finished:
             write_model(round_.result_path, make_result(fingerprint, pairs))
     return folder
+
+
+def make_score(score: float | None, nll: float = 1.0) -> Score:
+    return Score(score=score, lenient=None, nll=nll, num_examples=100)
 
 
 def make_result(fingerprint: str, pairs: PairScores | None) -> RoundResult:

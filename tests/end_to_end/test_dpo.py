@@ -33,7 +33,7 @@ def pairs(shared: Path) -> dict[str, object]:
         "train.per_device_train_batch_size": 8,
         "train.logging_steps": 1,
         "eval.tasks": "[]",
-        "eval.pairs.path": "null",
+        "eval.held_out.path": "null",
     }
 
 

@@ -241,7 +241,7 @@ def test_preferences_go_on_with_the_reference_that_they_had(start, tmp_path, mod
         "train.logging_steps": 5,
         "checkpoint.save_steps": 4,
         "eval.tasks": "[]",
-        "eval.pairs.max_examples": 20,
+        "eval.held_out.max_examples": 20,
     }
     rounds = []
     for name in ("plain", "killed"):

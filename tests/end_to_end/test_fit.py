@@ -31,7 +31,7 @@ def test_the_fit_is_in_the_manifest_and_changes_no_loss(hft, settings, small, tm
 def test_checkpointing_some_layers_changes_no_loss_of_pairs(hft, settings, tmp_path, reference):
     """TRL sets checkpointing up anew whenever it has asked a reference."""
     pairs = {"train.max_steps": 3, "train.global_batch_size": 4, "train.per_device_train_batch_size": 4, "reference": reference}
-    pairs |= {"eval.tasks": "[]", "eval.pairs.path": "null", "train.logging_steps": 1}
+    pairs |= {"eval.tasks": "[]", "eval.held_out.path": "null", "train.logging_steps": 1}
     hft("dpo", "--output", tmp_path / "plain", *settings(pairs))
     some = {"train.activation_checkpointing": "true", "train.activation_checkpointing_kwargs": "{every_n_layers: 2}"}
     hft("dpo", "--output", tmp_path / "some", *settings({**pairs, **some}))

@@ -75,6 +75,20 @@ def wide_model(tmp_path_factory) -> Path:
     return folder
 
 
+def test_held_out_rows_have_the_loss_that_training_on_them_starts_with(hft, settings, small, tmp_path):
+    """One step on all rows at once, which are held out too: its loss is their likelihood before."""
+    rows = {"data.max_examples": 8, "eval.held_out.max_examples": 8, "train.global_batch_size": 8}
+    rows |= {"eval.held_out.path": small["data.path"], "train.per_device_train_batch_size": 8, "train.max_steps": 2}
+    run = tmp_path / "held"
+    printed = hft("sft", "--output", run, *settings(small | rows)).stdout
+    scores = Round(run / "rounds" / "00-sft").read_scores()
+    before, after = scores.before["held-out rows"], scores.after["held-out rows"]
+    assert (before.score, before.num_examples) == (None, 8)
+    assert losses(run)[0] == pytest.approx(before.nll, abs=1e-4)
+    assert after.nll < before.nll
+    assert "held-out rows" in printed
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_score_as_one_process_does(hft, settings, wide_model, tmp_path, stage):
     """Scored before and after training; ranks and batches do not divide the number of questions."""
