@@ -44,11 +44,11 @@ def main() -> None:
         "data.path": folder / "train.jsonl",
         "data.name": "null",
         "data.max_length": 256,
-        "train.max_steps": 25,
+        "train.max_steps": 20,
         "train.global_batch_size": 8,
         "checkpoint.format": "delta",
         "eval.tasks": f"[{', '.join(map(str, tasks.values()))}]",
-        "eval.max_examples": 150,
+        "eval.max_examples": 120,
         "eval.held_out.path": folder / "held-out.jsonl",
     }
     with ThreadPoolExecutor(len(SHARES)) as pool:
