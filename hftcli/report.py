@@ -22,6 +22,7 @@ from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetr
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, MeasuredStep, Memory
 from hftcli.items import ItemChange, read_item_changes
+from hftcli.recipe import ADAPTERS
 from hftcli.run import (
     DELTA_NAME,
     DataReport,
@@ -173,10 +174,11 @@ def print_merge(manifest: MergeManifest, output: Path) -> None:
 
 def _describe_round(round_: Round, result: RoundResult) -> str:
     plan = round_.read_plan()
+    through = "".join(f" through {name}" for name in round_.read_spec().method.names if name in ADAPTERS)
     speed = result.num_tokens / result.seconds["training"] if result.seconds["training"] else 0.0
     seconds = f"{result.seconds['training']:.1f} s ({speed:,.0f} tokens/s)"
     lines = [
-        f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained "
+        f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained{through} "
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
         f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
         f"peak memory {format_bytes(result.peak_memory_bytes)}",

@@ -35,7 +35,7 @@ FLOORS = [
     ["runners"],
     ["cli"],
 ]
-METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
+METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora", "l2sp", "ia3"]
 BELOW = [  # torch is imported here
     *["deltas", "models", "arithmetic", "rows", "chat", "data", "references", "checkpoints"],
     *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "options", "evaluate", "drift", "harness"],
