@@ -218,8 +218,9 @@ def evaluate(
 ) -> None:
     """Score a model on tasks, and measure how far it has moved from its base.
 
-    FILE.jsonl holds {"question", "choices", "answer": index} or {"question", "answers"} on each line. Beside a base, the change
-    of cross-entropy and KL(base || model) are measured on --text, or on samples of the base, and on --prompts.
+    FILE.jsonl holds {"question", "choices", "answer": index} or {"question", "answers"} on each line. A base is asked the same
+    questions, which shows what was lost and won; beside it the change of cross-entropy and KL(base || model) are measured on
+    --text, or on samples of the base, and on --prompts.
     """
     from hftcli.evaluation import check_output, write_evaluation
     from hftcli.report import print_evaluation, show_counts

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from hftcli.errors import InputError, RecipeError
-from hftcli.recipe import Recipe, load_recipe
+from hftcli.recipe import ADAPTERS, Recipe, load_recipe
 from hftcli.run import HELD_OUT, MERGE_NAME, MergeManifest, Round, RoundResult, Run, Score, read_model
 from hftcli.statistics import (
     NATS,
@@ -384,7 +384,7 @@ def _group_points(points: Sequence[Point]) -> tuple[Method, ...]:
 def _name_method(recipe: Recipe) -> str:
     """`full`, `half`, `half + replay`; `lora` where adapters are on everything."""
     share, names = recipe.freeze.trainable_fraction, recipe.method.names
-    if share == 1 and {"lora", "olora"} & set(names):
+    if share == 1 and set(ADAPTERS) & set(names):
         return " + ".join(names)
     return " + ".join(({1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}"), *names))
 
@@ -401,7 +401,7 @@ def _tell_apart(points: Sequence[Point], varying: Sequence[str]) -> list[str]:
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:  # an empty section says something: it is there
         return {prefix: value}
     return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{prefix}.{name}".lstrip(".")).items()}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field
 
 from hftcli.errors import InputError
+from hftcli.items import ItemChange
 from hftcli.recipe import Section
 from hftcli.run import Prediction, Score, write_model, write_text
 
@@ -43,6 +44,8 @@ class Item(Prediction):
 
     task: str
     """Name of the task."""
+    base_score: float | None = None
+    """What the base scores on the question, by the task's own metric; null without a base."""
 
 
 class Evaluation(Section):
@@ -63,7 +66,12 @@ class Evaluation(Section):
     tasks: dict[str, Score] = Field(default_factory=dict)
     """Scores by task."""
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Time that each task took, loading not counted."""
+    """Time that the model took for each task, loading not counted."""
+    base_tasks: dict[str, Score] = Field(default_factory=dict)
+    """Scores of the base by task; none without a base."""
+    items: dict[str, ItemChange] = Field(default_factory=dict)
+    """By task, what became of its questions between the base and the model; none without a base, or where a question has no
+    score."""
     base_text: Drift | None = None
     """On base text: that which was given, or samples of the base itself; null without a base. Over samples of the base both
     `kl` and `nll_change` are unbiased estimates of KL(base || model) per token, and `kl` is the closer one."""

@@ -20,7 +20,7 @@ from hftcli.freezing.roles import FAMILIES, Parameter, Unit, assign_roles
 from hftcli.freezing.selection import FreezePlan
 from hftcli.items import ItemChange, read_item_changes
 from hftcli.recipe import Recipe, load_recipe
-from hftcli.report import describe_pairs, describe_transitions, format_bytes
+from hftcli.report import describe_adjusted, describe_pairs, describe_transitions, format_bytes
 from hftcli.run import Round, RoundResult, Run, Score, write_text
 from hftcli.statistics import NATS, POINTS
 
@@ -103,6 +103,7 @@ class Knowledge:
     change: str
     interval: str
     transitions: tuple[str, ...]
+    adjusted: tuple[str, ...]
     nll: str
     marks: tuple[float, float] | None  # before and after in per cent of the bar
 
@@ -125,7 +126,8 @@ def _describe_task(task: str, before: Score, after: Score, items: ItemChange | N
         after=POINTS.show(after.score),
         change=POINTS.show(after.score - before.score, signed=True) if has_scores else "",
         interval=f"{POINTS.show(interval.low, True)} to {POINTS.show(interval.high, True)}" if interval else "",
-        transitions=describe_transitions(items) or ("", "", ""),
+        transitions=describe_transitions(items),
+        adjusted=describe_adjusted(items),
         nll=f"{NATS.show(before.nll)} to {NATS.show(after.nll)}",
         marks=(100 * before.score, 100 * after.score) if has_scores else None,
     )

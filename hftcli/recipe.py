@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -304,6 +305,12 @@ class EwcSection(Section):
     """Training rows of a task on which its Fisher information is estimated, at the end of its round."""
 
 
+class L2spSection(Section):
+    strength: Annotated[float, Field(gt=0)]
+    """Alpha of arXiv 1802.01483: the penalty is half of it times the squared distance of the weights from where the round
+    starts."""
+
+
 class GemSection(Section):
     num_examples: Annotated[int, Field(ge=1)] = 256
     """Training rows of each earlier task that are remembered."""
@@ -331,7 +338,7 @@ class LoraSection(Section):
     """Scale: an adapter adds `lora_alpha / r` times its product."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Dropout before an adapter."""
+    """Dropout before an adapter; DPO has none, as long as TRL's `dpo.disable_dropout` is on."""
 
     target_modules: tuple[str, ...] | None = None
     """Last parts of the names of the linear layers that take adapters, such as `q_proj`; null takes all that the freeze plan
@@ -343,14 +350,21 @@ class OloraSection(LoraSection):
     """Lambda 1 of arXiv 2310.14152, equation 8: the weight of the overlap with the adapters of the earlier tasks."""
 
 
+class Ia3Section(Section):
+    """Nothing to choose: the vectors stand where the paper has them."""
+
+
 class MethodSection(Section):
-    """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `ewc: {}`."""
+    """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `lora: {}`."""
 
     replay: ReplaySection | None = None
     """Train on rows of earlier tasks again."""
 
     ewc: EwcSection | None = None
     """Elastic weight consolidation (arXiv 1612.00796)."""
+
+    l2sp: L2spSection | None = None
+    """A penalty on the distance from the start (L2-SP, arXiv 1802.01483)."""
 
     gem: GemSection | None = None
     """Gradient episodic memory (arXiv 1706.08840)."""
@@ -363,6 +377,9 @@ class MethodSection(Section):
 
     olora: OloraSection | None = None
     """A low-rank adapter for each task, orthogonal to the earlier ones (arXiv 2310.14152)."""
+
+    ia3: Ia3Section | None = None
+    """Vectors that scale keys, values and the mlp's inner activations (arXiv 2205.05638)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -377,12 +394,22 @@ class MethodSection(Section):
         return self
 
 
+# Methods that train something else in place of the weights.
+ADAPTERS = ("lora", "olora", "ia3")
+# Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
+SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
 # Pairs of methods that contradict each other, and why.
 CLASHING_METHODS = (
     ("gem", "agem", "agem is gem with one constraint in place of one for each task"),
-    ("lora", "olora", "the one carries a single adapter on, the other begins a new one for each task"),
-    ("ewc", "lora", "ewc holds the weights of the model, and lora leaves them and trains others"),
-    ("ewc", "olora", "ewc holds the weights of the model, and olora leaves them and trains others"),
+    *(
+        (first, second, "each trains something of its own in place of the weights")
+        for first, second in combinations(ADAPTERS, 2)
+    ),
+    *(
+        (holder, adapter, f"{holder} holds the weights of the model, and {adapter} leaves them and trains others")
+        for holder in ("ewc", "l2sp")
+        for adapter in ADAPTERS
+    ),
 )
 
 
@@ -440,14 +467,13 @@ OWN_KEYS = {
 }  # fmt: skip
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
-    "sft": ("dpo", "reference", "data.drop_identical", "data.root", "continual", "method"),
+    "sft": ("dpo", "reference", "data.drop_identical", "data.root", "continual"),
     "dpo": (
         "train.packing",
         "train.assistant_only_loss",
         "train.completion_only_loss",
         "data.root",
         "continual",
-        "method",
     ),
     "continual": (
         "dpo",
@@ -489,7 +515,7 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objectiv
     if objective != "continual" and recipe.data.path is None:
         faults.append(f"{source.place(('data',))}: data.path is missing")
     faults += [*_check_foreign_keys(recipe, objective, source), *_check_trainer_keys(recipe, objective, source)]
-    faults += _check_fit(recipe, source)
+    faults += [*_check_methods(recipe, objective, source), *_check_fit(recipe, source)]
     if faults:
         raise RecipeError("\n".join(faults))
     return _resolve(recipe, objective, path)
@@ -600,7 +626,7 @@ def _describe_fault(fault: dict, source: _Source) -> str:
 def _describe_unknown_key(place: str, keys: tuple, known: Iterable[str]) -> str:
     guess = difflib.get_close_matches(keys[-1], list(known), n=1)
     section = f" under {'.'.join(keys[:-1])}" if len(keys) > 1 else ""
-    hint = f" (did you mean '{guess[0]}'?)" if guess else f" (known: {', '.join(known)})"
+    hint = f" (did you mean '{guess[0]}'?)" if guess else f" (known: {', '.join(known) or 'none'})"
     return f"{place}: unknown key '{keys[-1]}'{section}{hint}"
 
 
@@ -651,6 +677,16 @@ def _check_trainer_keys(recipe: Recipe, objective: Objective, source: _Source) -
             f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model, which step checkpoints do "
             "not hold: set checkpoint.save_every_minutes: null and no checkpoint.save_steps"
         )
+
+
+def _check_methods(recipe: Recipe, objective: Objective, source: _Source) -> Iterable[str]:
+    """Methods that would have no effect without earlier tasks."""
+    for name in recipe.method.names:
+        if name in SEQUENCE_METHODS and objective != "continual":
+            yield (
+                f"{source.place(('method', name))}: method.{name} defends earlier tasks, and `hft {objective}` has none: "
+                "use `hft continual`, or drop it"
+            )
 
 
 def _check_fit(recipe: Recipe, source: _Source) -> Iterable[str]:

@@ -22,6 +22,7 @@ from hftcli.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetr
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, MeasuredStep, Memory
 from hftcli.items import ItemChange, read_item_changes
+from hftcli.recipe import ADAPTERS
 from hftcli.run import (
     DELTA_NAME,
     DataReport,
@@ -31,13 +32,14 @@ from hftcli.run import (
     Round,
     RoundResult,
     Run,
-    Scores,
+    Score,
     Verification,
 )
 from hftcli.run import Progress as Place
 from hftcli.statistics import NATS, POINTS, Estimate, Unit
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
+ADJUSTED_HEADINGS = ("lost, less guessing", "won, less guessing")
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def print_run(run: Run) -> None:
         result, scores = round_.read_result(), round_.read_scores()
         console.print(_describe_round(round_, result), highlight=False, soft_wrap=True)
         if scores is not None and scores.before:
-            _print_whole(_make_score_table(scores, read_item_changes(run)))
+            _print_whole(_make_score_table(scores.before, scores.after, read_item_changes(run), "what the model knew"))
         if result.pairs is not None:
             console.print(_make_pair_table(result.pairs))
     _print_end(run, console)
@@ -157,10 +159,11 @@ def print_merge(manifest: MergeManifest, output: Path) -> None:
 
 def _describe_round(round_: Round, result: RoundResult) -> str:
     plan = round_.read_plan()
+    through = "".join(f" through {name}" for name in round_.read_spec().method.names if name in ADAPTERS)
     speed = result.num_tokens / result.seconds["training"] if result.seconds["training"] else 0.0
     seconds = f"{result.seconds['training']:.1f} s ({speed:,.0f} tokens/s)"
     lines = [
-        f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained "
+        f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained{through} "
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
         f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
         f"peak memory {format_bytes(result.peak_memory_bytes)}",
@@ -178,34 +181,46 @@ def _describe_fit(fit: FitReport) -> str:
     )
 
 
-def _make_score_table(scores: Scores, changes: Mapping[str, ItemChange]) -> Table:
+def _make_score_table(
+    befores: Mapping[str, Score], afters: Mapping[str, Score], changes: Mapping[str, ItemChange], title: str
+) -> Table:
     """Score in points and negative log-likelihood in nats per token, before and after; what became of the questions."""
-    title = "what the model knew: scores in points (0 to 100), nll in nats per token"
+    title += ": scores in points (0 to 100), nll in nats per token"
+    has_choices = any(items.adjusted for items in changes.values())
     if changes:
         title += ";\nchange with its 95 % interval; lost of those known before, won of the others; p of McNemar's exact test"
+    if has_choices:
+        title += ";\nless guessing: the questions lost and won, points of all, less what guessing at the choices would show"
     table = Table(title=title, title_justify="left")
     headings = ("task", "before", "after", "change", "nll before", "nll after", *(("lost", "won", "p") if changes else ()))
-    for heading in headings:
+    for heading in (*headings, *(ADJUSTED_HEADINGS if has_choices else ())):
         table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading == "task")
-    for name, before in scores.before.items():
-        after, items = scores.after[name], changes.get(name)
+    for name, before in befores.items():
+        after, items = afters[name], changes.get(name)
         change = "" if None in (before.score, after.score) else POINTS.show(after.score - before.score, signed=True)
         if items and items.change.low is not None:
             change += f" ({POINTS.show(items.change.low, True)} to {POINTS.show(items.change.high, True)})"
         table.add_row(
             name, POINTS.show(before.score), POINTS.show(after.score), change, NATS.show(before.nll), NATS.show(after.nll),
-            *describe_transitions(items),
+            *(describe_transitions(items) if changes else ()), *(describe_adjusted(items) if has_choices else ()),
         )  # fmt: skip
     return table
 
 
 def describe_transitions(items: ItemChange | None) -> tuple[str, ...]:
-    """Questions lost of those known, won of the others, and McNemar's p; none where scores have degrees."""
+    """Questions lost of those known, won of the others, and McNemar's p; empty where scores have degrees."""
     if items is None or items.transitions is None:
-        return ()
+        return "", "", ""
     moved = items.transitions
     p_value = "< 0.001" if items.p_value < 0.001 else f"{items.p_value:.3f}"
     return f"{moved.num_lost} of {moved.num_known}", f"{moved.num_won} of {moved.num_items - moved.num_known}", p_value
+
+
+def describe_adjusted(items: ItemChange | None) -> tuple[str, str]:
+    """Questions lost and won in points of all, less what guessing would show; empty where there are no choices."""
+    if items is None or items.adjusted is None:
+        return "", ""
+    return POINTS.show(items.adjusted.lost), POINTS.show(items.adjusted.won)
 
 
 def _make_pair_table(scores: PairScores) -> Table:
@@ -611,7 +626,7 @@ def _print_whole(table: Table) -> None:
 
 
 def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
-    """Scores by task, and the drift from the base."""
+    """Scores by task; beside a base, what became of the questions, and the drift from it."""
     if as_json:
         print_json(evaluation.model_dump(mode="json"))
         return
@@ -624,6 +639,9 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
             time_s = f"{evaluation.seconds[task]:.1f}"
             table.add_row(Text(task), *shown, NATS.show(score.nll), str(score.num_examples), time_s)
         _print_whole(table)
+    if evaluation.base_tasks:
+        title = f"before, {evaluation.base}, and after"
+        _print_whole(_make_score_table(evaluation.base_tasks, evaluation.tasks, evaluation.items, title))
     drifts = {name: drift for name, drift in (("text", evaluation.base_text), ("prompts", evaluation.prompts)) if drift}
     if drifts:
         print(f"moved from {evaluation.base}, nats per token, with standard errors:")

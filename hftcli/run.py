@@ -227,6 +227,11 @@ class Prediction(Section):
     bare_log_likelihoods: tuple[float, ...] | None = None
     """Of each choice after a prompt that asks nothing, in nats; null where there are no choices."""
 
+    @property
+    def num_choices(self) -> int | None:
+        """Choices of the question; None where there are none."""
+        return None if self.bare_log_likelihoods is None else len(self.bare_log_likelihoods)
+
 
 class PairScore(Section):
     """What a model makes of preference pairs, beside the reference: the model as it was before the round."""

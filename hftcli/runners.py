@@ -28,11 +28,17 @@ from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_lau
 from hftcli.page import write_page
 from hftcli.planning import apply_fit, choose_fit, make_budget
 from hftcli.processes import passing_signals
-from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
+from hftcli.recipe import ADAPTERS, PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence
 from hftcli.tasks.check import check_sequence
 
+# Methods that a rank with pieces of the weights cannot carry, and why.
+NEEDS_WHOLE_WEIGHTS = {
+    "ewc": "measures every weight on its own",
+    "l2sp": "compares every weight with its start",
+    **dict.fromkeys(ADAPTERS, "is merged into whole weights"),
+}
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -83,6 +89,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
         checkpoint=recipe.checkpoint,
+        method=recipe.method,
         scoring=Scoring(
             before=recipe.eval.tasks,
             after=recipe.eval.tasks,
@@ -94,6 +101,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         held_out=make_held_out_section(recipe),
     )
     check_reference(spec)
+    check_method(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
     run = Run(Path(recipe.output))
     run.claim(recipe, make_manifest(start.parent))
@@ -230,10 +238,10 @@ def check_method(spec: RoundSpec) -> None:
                 "processes ZeRO has taken it apart by then",
                 "set launch.num_processes: 1, or defend what was learned with method.replay or method.ewc",
             )
-        if name in ("ewc", "lora", "olora") and num_processes > 1 and zero_stage == 3:
-            needs = "measures every weight on its own" if name == "ewc" else "is merged into whole weights"
+        if name in NEEDS_WHOLE_WEIGHTS and num_processes > 1 and zero_stage == 3:
             raise InputError(
-                f"method.{name} {needs}, and under launch.zero_stage 3 each process holds only pieces of them",
+                f"method.{name} {NEEDS_WHOLE_WEIGHTS[name]}, and under launch.zero_stage 3 each process holds only pieces of "
+                "them",
                 "set launch.zero_stage: 2",
             )
 

@@ -15,7 +15,9 @@ from hftcli.errors import ModelError
 from hftcli.evaluate import Row, score_task, tokenize_task
 from hftcli.evaluation import Evaluation, Item
 from hftcli.harness import PREFIX, find_harness_tasks, score_harness
+from hftcli.items import compare_items
 from hftcli.models import describe_model, fetch_checkpoint, load_finished, load_tokenizer
+from hftcli.run import Prediction, Score
 from hftcli.tasks import load_task
 
 USUAL_LENGTH = 2048  # tokens, where neither the user nor a run says how many, and the model has places for them
@@ -26,7 +28,7 @@ class Examination:
     """What is asked of a model.
 
     Attributes:
-        model, base: folders or hub ids; without a base, no drift is measured.
+        model, base: folders or hub ids; without a base, nothing is measured beside it.
         tasks: names of tasks; those that begin with `harness:` are lm-evaluation-harness's.
         root: `data.root` of the tasks.
         max_examples: the first so many rows of each task and file; None takes all.
@@ -82,22 +84,26 @@ def examine_model(
         if asked.prompts is not None:
             prompts = read_prompts(asked.prompts, asked.root, max_length, asked.max_examples, tokenizer)
 
-    model = load_finished(folder, getattr(torch, asked.dtype), device)
-    scores, items, seconds = {}, [], {}
-    for name in names:
-        on_progress(name, 0, 0)
-        start = time.perf_counter()
+    def ask(model: PreTrainedModel, name: str, shown: str) -> tuple[Score, list[Prediction]]:
+        on_progress(shown, 0, 0)
         if name in own:
-            scores[name], predictions = score_task(model, own[name], tokenizer, device, on_batch=_name(name, on_progress))
-        else:
-            scores[name], predictions = score_harness(model, tokenizer, foreign[name], asked.max_examples)
-        items += [Item(task=name, **prediction.model_dump()) for prediction in predictions]
+            return score_task(model, own[name], tokenizer, device, on_batch=_name(shown, on_progress))
+        return score_harness(model, tokenizer, foreign[name], asked.max_examples)
+
+    model = load_finished(folder, getattr(torch, asked.dtype), device)
+    scores, answers, seconds = {}, {}, {}
+    for name in names:
+        start = time.perf_counter()
+        scores[name], answers[name] = ask(model, name, name)
         seconds[name] = time.perf_counter() - start
 
+    base_scores, base_answers = {}, {}
     on_text = on_prompts = None
     if base_folder is not None:
         base = load_finished(base_folder, getattr(torch, asked.dtype), device)
         _check_width(model, base)
+        for name in names:
+            base_scores[name], base_answers[name] = ask(base, name, f"{name}, the base")
         on_progress("base text", 0, 0)
         source = "samples of the base" if texts is None else str(asked.text)
         rows, owners = texts or _own_all(draw_texts(base, tokenizer, device))
@@ -106,10 +112,20 @@ def examine_model(
             answered, asking = prompts
             rows, owners = _own_all(answered or draw_answers(base, asking, tokenizer, device))
             on_prompts = measure_drift(base, model, rows, owners, asked.prompts, device, _name("prompts", on_progress))
-    return Evaluation(
+    changes = {name: compare_items(base_answers[name], answers[name]) for name in base_answers}
+    evaluation = Evaluation(
         model=asked.model, base=asked.base, dtype=asked.dtype, max_length=max_length, max_examples=asked.max_examples,
-        versions=versions, tasks=scores, seconds=seconds, base_text=on_text, prompts=on_prompts,
-    ), items  # fmt: skip
+        versions=versions, tasks=scores, seconds=seconds, base_tasks=base_scores, base_text=on_text, prompts=on_prompts,
+        items={name: change for name, change in changes.items() if change is not None},
+    )  # fmt: skip
+    return evaluation, [item for name in names for item in _list_items(name, answers[name], base_answers.get(name))]
+
+
+def _list_items(task: str, answers: Sequence[Prediction], base_answers: Sequence[Prediction] | None) -> list[Item]:
+    base_scores = [None] * len(answers) if base_answers is None else [answer.score for answer in base_answers]
+    return [
+        Item(task=task, base_score=score, **answer.model_dump()) for answer, score in zip(answers, base_scores, strict=True)
+    ]
 
 
 def _own_all(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[int]]:

@@ -93,21 +93,40 @@ class Transitions:
         """Answered right before."""
         return self.num_kept + self.num_lost
 
-    def adjust_for_chance(self, num_choices: int) -> tuple[float, float]:
-        """Shares of the items that were lost and won, less what guessing would show, after arXiv 2510.17776.
+    def count_guessed(self, num_choices: int) -> float:
+        """How many items guessing alone would show as lost, and as many as won: n (1 - a)(1 - b) / (k - 1).
 
-            lost = max(0, n10 / n - (1 - a)(1 - b) / (k - 1))        won = max(0, n01 / n - (1 - a)(1 - b) / (k - 1))
-
-        with n10 items right before and wrong after, n01 the reverse, accuracies a before and b after, and k choices. Who
-        guesses at an unknown item is right with probability 1/k, so a share (1 - a) / (k - 1) of all items was guessed right
-        before; a share 1 - b of these is wrong after, if the two guesses are independent.
+        With n items, accuracies a before and b after, and k choices. Who guesses at an unknown item is right with probability
+        1/k, so a share (1 - a) / (k - 1) of all items was guessed right before; a share 1 - b of these is wrong after, if they
+        are no harder than the others. They mostly are, so that some of what guessing shows stays in.
 
         Args:
-            num_choices: answers to choose from, 2 or more.
+            num_choices: k, 2 or more.
         """
-        before, after = self.num_known / self.num_items, (self.num_kept + self.num_won) / self.num_items
-        chance = (1 - before) * (1 - after) / (num_choices - 1)
-        return max(self.num_lost / self.num_items - chance, 0.0), max(self.num_won / self.num_items - chance, 0.0)
+        num_wrong_before, num_wrong_after = self.num_won + self.num_never, self.num_lost + self.num_never
+        return num_wrong_before * num_wrong_after / (self.num_items * (num_choices - 1))
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """Shares of the items that were lost and won, less what guessing would show, in [0, 1]."""
+
+    lost: float
+    won: float
+
+
+def adjust_for_chance(groups: Mapping[int, Transitions]) -> Adjusted:
+    """The correction of multiple choice of arXiv 2510.17776: max(0, share lost - guessed), max(0, share won - guessed).
+
+    Args:
+        groups: what became of the items, by their number of choices. The paper's items have the same number; here items that
+            have not are counted apart and added up.
+    """
+    num_items = sum(moved.num_items for moved in groups.values())
+    num_guessed = math.fsum(moved.count_guessed(num_choices) for num_choices, moved in groups.items())
+    num_lost = sum(moved.num_lost for moved in groups.values())
+    num_won = sum(moved.num_won for moved in groups.values())
+    return Adjusted(max(num_lost - num_guessed, 0.0) / num_items, max(num_won - num_guessed, 0.0) / num_items)
 
 
 def count_transitions(before: Sequence[float | None], after: Sequence[float | None]) -> Transitions | None:

@@ -136,22 +136,15 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
     }
 
 
-class TaskTrainer(ResumableTrainer, SFTTrainer):
-    """TRL's SFTTrainer on rows that come tokenized, with methods: their terms in its loss, their hand on its gradients."""
+class MethodTrainer(ResumableTrainer):
+    """To stand before one of TRL's trainers among a class's bases: methods, with their terms in its loss and their hand on its
+    gradients."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: SFTConfig,
-        dataset: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        callbacks: list[TrainerCallback],
-        methods: list[Method],
-    ):
+    def __init__(self, methods: list[Method], args: SFTConfig | DPOConfig, **kwargs: Any):
         for method in methods:
             method.set_arguments(args)
         self.methods = methods
-        super().__init__(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+        super().__init__(args=args, **kwargs)
         self.add_callback(MethodCallback(self))
 
     def compute_loss(
@@ -168,10 +161,25 @@ class TaskTrainer(ResumableTrainer, SFTTrainer):
         return loss
 
 
+class TaskTrainer(MethodTrainer, SFTTrainer):
+    """TRL's SFTTrainer on rows that come tokenized."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        methods: list[Method],
+    ):
+        super().__init__(methods, args, model=model, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+
+
 class MethodCallback(TrainerCallback):
     """Calls the methods of a trainer before the first step, and between the last backward pass of a step and the step."""
 
-    def __init__(self, trainer: TaskTrainer):
+    def __init__(self, trainer: MethodTrainer):
         self.trainer = trainer
 
     def on_train_begin(
@@ -195,7 +203,7 @@ class PairCollator(DataCollatorForPreference):
         return {**super().torch_call(examples), "row": torch.tensor([example["row"] for example in examples])}
 
 
-class PairTrainer(ResumableTrainer, DPOTrainer):
+class PairTrainer(MethodTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs that come tokenized, with one of hft's references.
 
     Args:
@@ -214,15 +222,17 @@ class PairTrainer(ResumableTrainer, DPOTrainer):
         dataset: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
+        methods: list[Method],
         reference: Reference | None,
         ref_model: PreTrainedModel | None,
     ):
         self.reference = reference
         try:
             super().__init__(
-                model,
-                ref_model,
+                methods,
                 args,
+                model=model,
+                ref_model=ref_model,
                 data_collator=PairCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
                 train_dataset=dataset.add_column("row", list(range(len(dataset)))),
                 processing_class=tokenizer,

@@ -222,7 +222,7 @@ def run_round(round_: Round, stop: StopRequest) -> None:
     if spec.objective == "sft":
         trainer = TaskTrainer(model, args, dataset, tokenizer, callbacks, methods)
     else:
-        trainer = PairTrainer(model, args, dataset, tokenizer, callbacks, reference, second)
+        trainer = PairTrainer(model, args, dataset, tokenizer, callbacks, methods, reference, second)
     if isinstance(reference, SharedReference):
         reference.remember(model)  # before a step checkpoint is laid in
     with clock.measure("training"):

@@ -164,6 +164,23 @@ def test_adapters_everywhere_are_called_by_their_method(tmp_path):
     assert [method.name for method in compare_runs(runs).methods] == ["half", "lora", "half + lora"]
 
 
+def test_every_control_has_a_name_of_its_own(tmp_path):
+    full = "freeze.trainable_fraction=1.0"
+    settings = {
+        "full": (full,),
+        "half": (),
+        "lora": (full, "method.lora={}"),
+        "ia3": (full, "method.ia3={}"),
+        "full + l2sp": (full, "method.l2sp={strength: 0.1}"),
+        "half + l2sp": ("method.l2sp={strength: 0.1}",),
+    }
+    runs = [write_run(tmp_path / name, *given) for name, given in settings.items()]
+    assert [method.name for method in compare_runs(runs).methods] == list(settings)
+    other = write_run(tmp_path / "stronger", full, "method.l2sp={strength: 1.0}")
+    names = [method.name for method in compare_runs([runs[4], other]).methods]
+    assert names == ["full + l2sp (method.l2sp.strength=0.1)", "full + l2sp (method.l2sp.strength=1.0)"]
+
+
 def test_methods_of_one_name_carry_what_differs(tmp_path):
     names = ("balance=units", "balance=weights")
     runs = [write_run(tmp_path / name, f"freeze.{name}") for name in names]

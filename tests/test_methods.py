@@ -11,23 +11,35 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig, Qwen2Config
 
 from hftcli.data import TOKEN_FEATURES
 from hftcli.errors import InputError, ModelError
-from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan, narrow_plan
 from hftcli.launch import launch_round
 from hftcli.methods import make_methods
 from hftcli.methods.agem import project_on_plane
 from hftcli.methods.ewc import Ewc, QuadraticPenalty, sum_squared_gradients
 from hftcli.methods.gem import project_on_cone, solve_dual
-from hftcli.methods.lora import read_adapter, write_adapter
+from hftcli.methods.ia3 import Ia3
+from hftcli.methods.l2sp import L2sp
+from hftcli.methods.lora import ADAPTER, read_adapter, write_adapter
 from hftcli.methods.method import draw_rows
 from hftcli.methods.olora import measure_overlap
 from hftcli.methods.replay import order_passes
 from hftcli.models import describe_model, load_model, verify_checkpoint
-from hftcli.recipe import PACKAGE, DataSection, EwcSection, LaunchSection, MethodSection, ModelSection, TrainSection
+from hftcli.processes import StopRequest
+from hftcli.recipe import (
+    PACKAGE,
+    DataSection,
+    EwcSection,
+    L2spSection,
+    LaunchSection,
+    MethodSection,
+    ModelSection,
+    TrainSection,
+)
 from hftcli.run import EarlierRound, Round, RoundSpec, write_model
 from hftcli.runners import check_method
 from hftcli.trainers import TaskTrainer, make_training_arguments
@@ -152,6 +164,23 @@ def test_the_penalty_s_gradient_is_that_of_its_value():
     torch.testing.assert_close(theta.grad, expected)
 
 
+# L2-SP
+
+
+def test_the_distance_from_the_start_and_its_gradient_are_those_computed_by_hand():
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 1.0]])
+    method = L2sp(make_spec({"l2sp": {"strength": 3}}), L2spSection(strength=3))
+    method.prepare_model(model, None, START, mixed=False, sharded=False)
+    method.start(SimpleNamespace(model=model))
+    assert method.compute_penalty().item() == 0
+    model.weight.data = torch.tensor([[3.0, -2.0]])
+    penalty = method.compute_penalty()
+    penalty.backward()
+    assert penalty.item() == 3 / 2 * (2**2 + 3**2)
+    assert model.weight.grad.tolist() == [[3 * 2, 3 * -3]]
+
+
 class Coin(torch.nn.Module):
     """Predicts one of two tokens at every place with the same chance, which two weights decide."""
 
@@ -270,10 +299,17 @@ def test_the_overlap_of_two_adapters_is_that_computed_by_hand():
 # What goes together, and what a launch can carry
 
 
-@pytest.mark.parametrize("names", [("gem", "agem"), ("lora", "olora"), ("ewc", "lora"), ("ewc", "olora")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("gem", "agem"),
+        *(("lora", "olora"), ("lora", "ia3"), ("olora", "ia3")),
+        *(("ewc", "lora"), ("ewc", "olora"), ("ewc", "ia3"), ("l2sp", "lora"), ("l2sp", "olora"), ("l2sp", "ia3")),
+    ],
+)
 def test_methods_that_contradict_each_other_are_refused(names):
     with pytest.raises(ValidationError, match=f"{names[0]} and {names[1]} do not go together: .*: drop one"):
-        MethodSection.model_validate({name: {} for name in names})
+        MethodSection.model_validate({name: {"strength": 1} if name == "l2sp" else {} for name in names})
 
 
 def test_the_other_methods_go_together():
@@ -289,10 +325,12 @@ def test_the_other_methods_go_together():
         ("ewc", 3, "measures every weight on its own, and under launch.zero_stage 3"),
         ("lora", 3, "merged into whole weights, and under launch.zero_stage 3"),
         ("olora", 3, "merged into whole weights, and under launch.zero_stage 3"),
+        ("ia3", 3, "merged into whole weights, and under launch.zero_stage 3"),
+        ("l2sp", 3, "compares every weight with its start, and under launch.zero_stage 3"),
     ],
 )
 def test_a_launch_that_cannot_carry_a_method_is_refused(name, stage, message):
-    spec = make_spec({name: {}})
+    spec = make_spec({name: {"strength": 1} if name == "l2sp" else {}})
     with pytest.raises(InputError, match=message):
         check_method(spec.model_copy(update={"launch": LaunchSection(num_processes=2, zero_stage=stage)}))
     check_method(spec)  # one process
@@ -317,6 +355,93 @@ def test_adapters_train_the_matrices_of_the_layers_that_the_plan_trains():
     assert {name.split(".")[-2] for name in narrow_plan(plan, units, ("q_proj", "v_proj")).trained} <= {"q_proj", "v_proj"}
     with pytest.raises(ModelError, match="no adapter would train: target_modules is query, .*q_proj"):
         narrow_plan(plan, units, ("query",))
+
+
+def test_adapters_sit_on_every_linear_layer_but_the_head_where_nothing_is_frozen():
+    described = describe_model(str(START))
+    units = assign_roles(described.model_type, described.parameters)
+    (method,) = make_methods(make_spec({"lora": {}}))
+    plan = method.narrow_plan(make_plan(units, FreezeRule(trainable_fraction=1.0), 0), units)
+    modules = AutoModelForCausalLM.from_pretrained(START).named_modules()
+    linear = {f"{name}.weight" for name, module in modules if isinstance(module, torch.nn.Linear)}
+    assert set(plan.trained) == linear - {"lm_head.weight"}
+
+
+# IA3
+
+
+def list_scaled(model_type: str, parameters: list[Parameter], share: float = 1.0) -> list[str]:
+    units = assign_roles(model_type, parameters)
+    (method,) = make_methods(make_spec({"ia3": {}}))
+    return list(method.narrow_plan(make_plan(units, FreezeRule(trainable_fraction=share), 0), units).trained)
+
+
+def test_keys_values_and_inner_activations_are_scaled():
+    described = describe_model(str(START))
+    scaled = list_scaled(described.model_type, described.parameters)
+    assert {name.split(".")[-2] for name in scaled} == {"k_proj", "v_proj", "down_proj"}
+    half = list_scaled(described.model_type, described.parameters, share=0.5)
+    assert 0 < len(half) < len(scaled)
+    gpt2 = [
+        Parameter(f"transformer.h.0.{name}.{kind}", shape)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        for kind, shape in (("weight", (4, 4)), ("bias", (4,)))
+    ]
+    names = ("attn.c_attn.weight", "attn.c_attn.bias", "mlp.c_proj.weight")
+    assert list_scaled("gpt2", gpt2) == [f"transformer.h.0.{name}" for name in names]
+    with pytest.raises(ModelError, match="ia3 scales c_attn, c_proj, and the freeze plan trains none"):
+        list_scaled("gpt2", [*gpt2, Parameter("transformer.ln_f.weight", (4,))], share=0.01)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),  # with biases on keys and values
+        GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2),  # matrices the other way round
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_merged_vectors_say_what_they_said_before(tmp_path, config: PretrainedConfig):
+    torch.manual_seed(0)
+    start = tmp_path / "start"
+    model = AutoModelForCausalLM.from_config(config)
+    for value in model.parameters():
+        value.data.normal_(std=0.3)
+    model.save_pretrained(start)
+    described = describe_model(str(start))
+    units = assign_roles(described.model_type, described.parameters)
+    (method,) = make_methods(make_spec({"ia3": {}}))
+    assert isinstance(method, Ia3)
+    plan = method.narrow_plan(make_plan(units, FreezeRule(trainable_fraction=1.0), 0), units)
+    section = ModelSection(path=str(start))
+    model = load_model(section, start, plan, mixed=False, sharded=False)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    untouched = model(ids).logits
+    method.prepare_model(model, plan, start, mixed=False, sharded=False)
+    assert {name.split(".")[-2] for name, value in model.named_parameters() if value.requires_grad} == {"ia3_l"}
+    torch.testing.assert_close(model(ids).logits, untouched)  # the vectors begin at one
+    for layer in method.layers.values():
+        layer.ia3_l[ADAPTER].data.uniform_(0.5, 1.5)
+    scaled = model(ids).logits
+    assert (scaled - untouched).abs().max() > 0.01
+    round_ = Round(tmp_path / "round")
+    round_.folder.mkdir()
+    args = SimpleNamespace(process_index=0)
+    method.finish(SimpleNamespace(model=model, is_deepspeed_enabled=False, args=args), round_)
+    torch.testing.assert_close(model(ids).logits, scaled, rtol=1e-4, atol=1e-5)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), round_.adapter)
+    torch.testing.assert_close(loaded(ids).logits, scaled, rtol=1e-4, atol=1e-5)
+    # What the plan says, and nothing else, has moved.
+    before = AutoModelForCausalLM.from_pretrained(start).state_dict()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == set(plan.trained)
 
 
 def halve(folder: Path) -> Path:
@@ -426,6 +551,8 @@ def test_the_penalty_counts_once_in_a_step_however_it_is_accumulated(tmp_path):
     expected = run({}, 2) - 0.01 * 50 * run({}, 1)
     torch.testing.assert_close(run(ewc, 2), expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(run(ewc, 2, size=2), expected, rtol=1e-3, atol=1e-6)
+    # L2-SP has the same penalty here, where every Fisher information is one.
+    torch.testing.assert_close(run({"l2sp": {"strength": 50}}, 2, size=2), expected, rtol=1e-3, atol=1e-6)
 
 
 # In rounds
@@ -446,7 +573,7 @@ def run_rounds(folder: Path, method: dict, start: Path = START, **launch: object
         round_.folder.mkdir(parents=True)
         write_model(round_.spec_path, spec)
         if spec.launch.num_processes == 1:
-            run_round(round_)
+            run_round(round_, StopRequest(round_))
         else:
             launch_round(round_, spec.launch, lambda progress: None)
         assert round_.read_result().verification.passed
@@ -469,7 +596,17 @@ def test_ewc_adds_up_what_the_rounds_measure(tmp_path, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [{"gem": {}}, {"agem": {}}, {"replay": {"when": "after"}}, {"lora": {}, "gem": {}}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"gem": {}},
+        {"agem": {}},
+        {"replay": {"when": "after"}},
+        {"lora": {}, "gem": {}},
+        {"ia3": {}},
+        {"l2sp": {"strength": 0.1}},
+    ],
+)
 def test_rounds_with_a_method_are_verified(tmp_path, method):
     rounds = run_rounds(tmp_path, method)
     assert all(round_.read_result().num_steps >= 4 for round_ in rounds)
@@ -508,6 +645,19 @@ def test_peft_makes_the_same_model_of_the_adapter(tmp_path):
         merged = AutoModelForCausalLM.from_pretrained(last.checkpoint)(ids).logits
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(START), last.adapter)(ids).logits
     torch.testing.assert_close(merged, loaded, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ia3", "l2sp"])
+def test_two_ranks_agree_with_one_process_under_a_method(tmp_path, name):
+    """In bfloat16 with float32 masters on one side, whose weights DeepSpeed takes apart on the other."""
+    method = {name: {"strength": 1.0} if name == "l2sp" else {}}
+    one, two = (
+        [read_weights(round_) for round_ in run_rounds(tmp_path / str(num), method, num_processes=num, zero_stage=2)]
+        for num in (1, 2)
+    )
+    for single, pair in zip(one, two, strict=True):
+        assert all((single[key] - pair[key]).abs().max() < 2e-3 for key in single)
 
 
 @pytest.mark.slow

@@ -175,6 +175,41 @@ def test_scores_with_degrees_have_an_interval_and_no_test():
     assert found.p_value is None
 
 
+def make_answers(*scores: float, num_choices: int = 4) -> list[Prediction]:
+    """Of multiple choice."""
+    bare = (-1.0,) * num_choices
+    return [prediction.model_copy(update={"bare_log_likelihoods": bare}) for prediction in make_predictions(*scores)]
+
+
+def test_questions_lost_and_won_are_shown_less_guessing_where_there_are_choices(hft, run):
+    """Five of ten right before, three after: guessing among four shows 5 x 7 / (10 x 3) = 7/6 lost, and as many won."""
+    round_ = run.rounds[0]
+    assert "less guessing" not in make_page(run)
+    round_.write_predictions("before", SKILL, make_answers(*[1] * 5, *[0] * 5))
+    round_.write_predictions("after", SKILL, make_answers(1, 0, 0, 0, 0, 1, 1, 0, 0, 0))
+    found = read_item_changes(run)
+    assert found[FACTS].adjusted is None
+    assert (found[SKILL].adjusted.lost, found[SKILL].adjusted.won) == pytest.approx(((4 - 7 / 6) / 10, (2 - 7 / 6) / 10))
+    page = make_page(run)
+    assert "<td>4 of 5</td><td>2 of 5</td><td>0.688</td><td>28.3</td><td>8.3</td>" in page
+    rows = re.findall("<tr>.*?</tr>", page[page.index("Knowledge before") : page.index("</section>")], re.DOTALL)
+    assert {len(re.findall("<t[dh]", row)) for row in rows} == {12}
+    shown = hft("report", run.folder).stdout
+    assert re.search(r"4 of 5 │ 2 of 5 │ 0.688 │ +28.3 │ +8.3 │", shown)
+    assert "less guessing" in shown
+
+
+def test_questions_with_other_numbers_of_choices_are_counted_apart():
+    before = make_answers(1, 1, 0, 0) + make_answers(1, 0, num_choices=2)
+    after = make_answers(0, 1, 0, 0) + make_answers(0, 1, num_choices=2)
+    guessed = 2 * 3 / (4 * 3) + 1 * 1 / (2 * 1)
+    assert compare_items(before, after).adjusted.lost == pytest.approx((2 - guessed) / 6)
+
+
+def test_questions_without_a_score_are_not_compared():
+    assert compare_items(make_predictions(1, 0), make_predictions(1, None)) is None
+
+
 def test_report_command_writes_the_page(hft, run, tmp_path):
     path = tmp_path / "page.html"
     done = hft("report", run.folder, "--html", path)

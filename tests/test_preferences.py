@@ -13,8 +13,9 @@ from hftcli.errors import InputError
 from hftcli.evaluate import read_pairs, score_pairs
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.methods.l2sp import L2sp
 from hftcli.models import describe_model, load_model
-from hftcli.recipe import PACKAGE, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
+from hftcli.recipe import PACKAGE, DataSection, DpoSection, L2spSection, LaunchSection, ModelSection, TrainSection
 from hftcli.references import PrecomputedReference, SharedReference, make_reference_key, read_log_probs
 from hftcli.run import RoundSpec
 from hftcli.trainers import PairTrainer, make_training_arguments
@@ -52,7 +53,7 @@ def make_trainer(folder: Path, mode: str, **dpo: object) -> PairTrainer:
     args = make_training_arguments(spec, folder)
     tokenizer = AutoTokenizer.from_pretrained(START)
     trainer = PairTrainer(
-        model, args, make_pairs(), tokenizer, [], reference, second.requires_grad_(False) if mode == "full" else None
+        model, args, make_pairs(), tokenizer, [], [], reference, second.requires_grad_(False) if mode == "full" else None
     )
     if reference is not None:
         reference.prepare(trainer)
@@ -183,6 +184,18 @@ def test_kl_is_estimated_without_bias(tmp_path):
             exact_T = (start.exp() * (start - model)).sum(-1)[len(pair["prompt_ids"]) - 1 : -1]
             kl, places = kl + exact_T.sum().item(), places + len(exact_T)
     assert found.kl == pytest.approx(kl / places, rel=0.1)
+
+
+def test_the_distance_from_the_start_is_added_to_the_loss(tmp_path):
+    trainer = make_trainer(tmp_path, "shared")
+    plain = compute_loss(trainer)
+    method = L2sp(None, L2spSection(strength=0.5))
+    trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    method.anchors = {name: torch.zeros_like(value) for name, value in trained.items()}
+    method.start(trainer)
+    trainer.methods = [method]
+    squares = sum(value.square().sum() for value in trained.values())
+    assert compute_loss(trainer).item() == pytest.approx((plain + 0.5 / 2 * squares).item(), rel=1e-5)
 
 
 def test_settings_that_do_not_go_together_are_the_user_s_fault(tmp_path):

@@ -122,6 +122,22 @@ def test_missing_recipe_lists_the_shipped_ones():
     assert "tinyworld" in caught.value.fix
 
 
+@pytest.mark.parametrize(("objective", "quick_start"), [("sft", "tinyworld"), ("dpo", "tinyworld-dpo")])
+def test_methods_without_earlier_tasks(objective, quick_start):
+    for method in ("lora: {}", "ia3: {}", "l2sp: {strength: 0.1}"):
+        recipe = load_recipe(quick_start, [f"method={{{method}}}"], objective)
+        assert recipe.method.names == (method.partition(":")[0],)
+    for name in ("replay", "ewc", "gem", "agem", "olora"):
+        expected = f"method.{name} defends earlier tasks, and `hft {objective}` has none: use `hft continual`"
+        with pytest.raises(RecipeError, match=expected):
+            load_recipe(quick_start, [f"method.{name}={{}}"], objective)
+        assert load_recipe("tinyworld-continual", [f"method.{name}={{}}"]).method.names == (name,)
+    with pytest.raises(RecipeError, match=r"method.l2sp.strength is missing"):
+        load_recipe(quick_start, ["method.l2sp={}"], objective)
+    with pytest.raises(RecipeError, match=r"unknown key 'r' under method.ia3 \(known: none\)"):
+        load_recipe(quick_start, ["method.ia3.r=8"], objective)
+
+
 def test_settings_of_the_fit_that_do_not_go_together():
     with pytest.raises(RecipeError, match="train.memory_bytes would have no effect: set train.fit: auto"):
         load_recipe(None, ["train.memory_bytes=1000"])

@@ -41,6 +41,52 @@ def test_scores_items_and_json(hft, tmp_path):
         assert score.score == sum(item.score for item in own) / len(own) == sum(item.score for item in own) / score.num_examples
 
 
+def test_the_base_is_asked_the_same_questions(hft, tmp_path):
+    """Beside a base whose weights are those of the model but for the mlp of a layer."""
+    base = copy_model(tmp_path / "base", lambda weights: weights["model.layers.1.mlp.down_proj.weight"].mul_(-1))
+    rows = tmp_path / "rows.jsonl"
+    names = ["Ada", "Bo", "Cy", "Di", "Eve", "Fay"]
+    questions = [
+        {"question": f"Where does {name} live?", "choices": ["here", "there", "far"], "answer": place % 3}
+        for place, name in enumerate(names)
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    arguments = ["--model", "tinyworld", "--base", base, "--tasks", f"{rows},{FACTS}", "--max-examples", 6]
+    shown = hft("eval", *arguments, "--output", tmp_path / "x.json").stdout
+    assert f"before, {base}, and after" in shown
+    assert "won, less guessing" in shown
+    found = read_model(tmp_path / "x.json", Evaluation)
+    alone = examine(model=str(base), tasks=(str(rows), FACTS), max_examples=6)
+    assert found.base_tasks == alone.tasks
+    assert found.tasks[FACTS].score == 1 > found.base_tasks[FACTS].score
+    items = [Item.model_validate_json(line) for line in (tmp_path / "x.items.jsonl").read_text().splitlines()]
+    for task, change in found.items.items():
+        own = [item for item in items if item.task == task]
+        assert change.transitions.num_won == sum(item.score > item.base_score for item in own)
+        assert change.transitions.num_lost == sum(item.score < item.base_score for item in own)
+        assert change.change.mean == pytest.approx(found.tasks[task].score - found.base_tasks[task].score)
+    assert (found.items[FACTS].adjusted, found.items[str(rows)].adjusted is None) == (None, False)
+
+
+def test_a_file_of_mmlu_is_asked_as_it_is(hft, shared, tmp_path):
+    path = shared / "data" / "eval" / "mmlu_test_40per_subject.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    model = shared / "models" / "stories260K"
+    hft("eval", "--model", model, "--tasks", path, "--max-examples", 20, "--output", tmp_path / "x.json")
+    score = read_model(tmp_path / "x.json", Evaluation).tasks[str(path)]
+    assert score.num_examples == 20
+    assert set(score.others) == {"acc_norm", "acc_content"}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:20]]
+    items = [Item.model_validate_json(line) for line in (tmp_path / "x.items.jsonl").read_text().splitlines()]
+    for row, item in zip(rows, items, strict=True):
+        assert item.num_choices == 4
+        likeliest = max(range(4), key=item.log_likelihoods.__getitem__)
+        assert item.prediction == row["choices"][likeliest]
+        assert item.score == (likeliest == row["answer"])
+    assert score.score == sum(item.score for item in items) / 20
+
+
 @pytest.mark.slow
 def test_a_run_knows_its_base_and_its_scores_come_again(hft, settings, shared, tmp_path):
     rows = tmp_path / "rows.jsonl"

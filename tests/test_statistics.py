@@ -10,6 +10,7 @@ import pytest
 
 from hftcli.statistics import (
     Transitions,
+    adjust_for_chance,
     bootstrap_mean,
     compare_at_equal_learning,
     compute_mcnemar,
@@ -83,8 +84,14 @@ def test_transitions_are_counted():
 
 def test_chance_correction_by_hand():
     """Half right before and after, ten of a hundred lost and ten won, four choices: chance moves 0.25 / 3 of the items."""
-    lost, won = Transitions(num_kept=40, num_lost=10, num_won=10, num_never=40).adjust_for_chance(4)
-    assert lost == won == pytest.approx(0.1 - 0.25 / 3)
+    moved = Transitions(num_kept=40, num_lost=10, num_won=10, num_never=40)
+    found = adjust_for_chance({4: moved})
+    assert found.lost == found.won == pytest.approx(0.1 - 0.25 / 3)
+    # Beside a hundred with two choices, of which chance would move a quarter: more than were moved.
+    both = adjust_for_chance({4: moved, 2: Transitions(num_kept=30, num_lost=40, num_won=20, num_never=10)})
+    guessed = 25 / 3 + 30 * 50 / 100
+    assert (both.lost, both.won) == pytest.approx(((50 - guessed) / 200, (30 - guessed) / 200))
+    assert adjust_for_chance({2: moved}).lost == 0  # a share is not below zero
 
 
 def test_two_models_that_only_guess_have_lost_and_won_nothing():
@@ -92,7 +99,26 @@ def test_two_models_that_only_guess_have_lost_and_won_nothing():
     before, after = ([int(draw.random() < 0.25) for _ in range(20_000)] for _ in range(2))
     found = count_transitions(before, after)
     assert found.num_lost / found.num_items == pytest.approx(3 / 16, abs=0.01)
-    assert found.adjust_for_chance(4) == pytest.approx((0, 0), abs=0.01)
+    adjusted = adjust_for_chance({4: found})
+    assert (adjusted.lost, adjusted.won) == pytest.approx((0, 0), abs=0.01)
+
+
+def test_what_guessing_adds_is_taken_off_whatever_the_numbers_of_choices():
+    """Two models that know 40 % and 30 % of the questions, whichever, and guess at the rest among 2, 4 or 5 choices.
+
+    28 % were known and are not, 18 % the reverse; where the model that does not know guesses right, nobody can tell.
+    """
+    draw = random.Random(1)
+    groups, kept = {}, []
+    for num_choices in (2, 4, 5):
+        known = [(draw.random() < 0.4, draw.random() < 0.3) for _ in range(20_000)]
+        scores = [[int(knows or draw.random() < 1 / num_choices) for knows in pair] for pair in known]
+        groups[num_choices] = count_transitions(*zip(*scores, strict=True))
+        kept.append(1 - 1 / num_choices)
+    found = adjust_for_chance(groups)
+    shown = statistics.fmean(kept)
+    assert (found.lost, found.won) == pytest.approx((0.28 * shown, 0.18 * shown), abs=0.01)
+    assert sum(moved.num_lost for moved in groups.values()) / 60_000 > found.lost + 0.05
 
 
 def test_bootstrap_covers_a_known_difference_of_items():

@@ -23,7 +23,8 @@ FLOORS = [
     ["tasks.check"],
     ["run", "statistics"],
     ["planning"],
-    ["processes", "evaluation", "forgetting", "comparison", "items"],
+    ["processes", "forgetting", "comparison", "items"],
+    ["evaluation"],
     ["figures"],
     ["hosts"],
     ["slurm"],
@@ -35,7 +36,7 @@ FLOORS = [
     ["runners"],
     ["cli"],
 ]
-METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora"]
+METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora", "l2sp", "ia3"]
 BELOW = [  # torch is imported here
     *["deltas", "models", "arithmetic", "rows", "chat", "data", "references", "checkpoints"],
     *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "options", "evaluate", "drift", "harness"],

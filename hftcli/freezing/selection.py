@@ -182,7 +182,12 @@ def narrow_plan(plan: FreezePlan, units: Sequence[Unit], target_modules: Sequenc
             f"that the freeze plan trains are {', '.join(dict.fromkeys(linear.values())) or 'none'}",
             "name some of these",
         )
-    return _write_plan(units, narrowed, plan.rule, plan.round_index)
+    return restrict_plan(plan, units, narrowed)
+
+
+def restrict_plan(plan: FreezePlan, units: Sequence[Unit], names: set[str]) -> FreezePlan:
+    """A plan with these parameters alone training, of those that it trains already."""
+    return _write_plan(units, names, plan.rule, plan.round_index)
 
 
 def count_frozen_layers(units: Iterable[Unit], rule: FreezeRule) -> int:

@@ -3,6 +3,8 @@
 from hftcli.methods.agem import Agem
 from hftcli.methods.ewc import Ewc
 from hftcli.methods.gem import Gem
+from hftcli.methods.ia3 import Ia3
+from hftcli.methods.l2sp import L2sp
 from hftcli.methods.lora import Lora
 from hftcli.methods.method import Method
 from hftcli.methods.olora import Olora
@@ -16,4 +18,13 @@ def make_methods(spec: RoundSpec) -> list[Method]:
 
 
 # By the name of the section under `method`.
-METHODS: dict[str, type[Method]] = {"replay": Replay, "ewc": Ewc, "gem": Gem, "agem": Agem, "lora": Lora, "olora": Olora}
+METHODS: dict[str, type[Method]] = {
+    "replay": Replay,
+    "ewc": Ewc,
+    "l2sp": L2sp,
+    "gem": Gem,
+    "agem": Agem,
+    "lora": Lora,
+    "olora": Olora,
+    "ia3": Ia3,
+}

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
@@ -101,18 +101,22 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, config: LoraConfig, base: Path, folder: Path) -> None:
+    config.target_modules = set(adapter)
+    tensors = {
+        f"{name}.lora_{letter}.weight": part
+        for name, parts in adapter.items()
+        for letter, part in zip("AB", parts, strict=True)
+    }
+    write_tensors(tensors, config, base, folder)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], config: PeftConfig, base: Path, folder: Path) -> None:
     """Write a folder that PEFT loads on top of `base`, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}")
     for leftover in (temporary, folder):
         shutil.rmtree(leftover, ignore_errors=True)
-    config.target_modules = set(adapter)
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
     config.save_pretrained(str(temporary))
-    tensors = {
-        f"{PREFIX}{name}.lora_{letter}.weight": part
-        for name, parts in adapter.items()
-        for letter, part in zip("AB", parts, strict=True)
-    }
-    save_file(tensors, temporary / "adapter_model.safetensors")
+    save_file({f"{PREFIX}{name}": values for name, values in tensors.items()}, temporary / "adapter_model.safetensors")
     temporary.replace(folder)

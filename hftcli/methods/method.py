@@ -1,14 +1,14 @@
 """What a method may do in a round. Every hook does nothing here; a method overrides those that it needs.
 
-narrow_plan       what trains, before anything is loaded                       lora, olora
+narrow_plan       what trains, before anything is loaded                       lora, olora, ia3
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
-prepare_model     the loaded model, before any optimizer exists                ewc, lora, olora
+prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3
 set_arguments     the trainer's arguments                                      replay
-start             the model is where it trains                                 ewc, olora
-compute_penalty   a term of the loss                                           ewc, olora
+start             the model is where it trains                                 ewc, l2sp, olora
+compute_penalty   a term of the loss                                           ewc, l2sp, olora
 change_gradient   after the last backward pass of a step, before the step      gem, agem
 recall, restore   what a step checkpoint keeps                                 gem, agem
-finish            after the last step, before the checkpoint is written        ewc, lora, olora
+finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3
 """
 
 import random

@@ -77,6 +77,20 @@ def test_every_reference_gives_the_same_losses(hft, settings, pairs, one_process
     assert precomputed.num_bytes < other.num_bytes < 1.1 * start
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora: {}", "ia3: {}", "l2sp: {strength: 0.1}"])
+def test_every_reference_gives_the_same_losses_under_a_method(hft, settings, pairs, tmp_path, method):
+    found = {}
+    for mode in ("precompute", "shared", "full"):
+        hft("dpo", "--output", tmp_path / mode, *settings(pairs | {"reference": mode, "method": f"{{{method}}}"}))
+        found[mode] = losses(tmp_path / mode)
+        hft("verify", tmp_path / mode)
+    assert found["precompute"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["precompute"][-1] < math.log(2) - 1e-5
+    assert found["precompute"] == pytest.approx(found["shared"], abs=1e-5)
+    assert found["precompute"] == pytest.approx(found["full"], abs=1e-5)
+
+
 SLOW = [(stage, mode) for mode in ("precompute", "shared", "full") for stage in (0, 1, 2, 3)]
 FAST = [(1, "shared"), (3, "precompute")]
 

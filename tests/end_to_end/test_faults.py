@@ -261,7 +261,11 @@ def test_preferences_go_on_with_the_reference_that_they_had(start, tmp_path, mod
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["replay: {when: after}", "replay: {when: mixed}", "ewc: {}", "gem: {}", "agem: {}", "lora: {}", "olora: {}"]
+    "method",
+    [
+        *("replay: {when: after}", "replay: {when: mixed}", "ewc: {}", "gem: {}", "agem: {}", "lora: {}", "olora: {}"),
+        *("ia3: {}", "l2sp: {strength: 0.1}"),
+    ],
 )
 def test_methods_go_on_as_if_undisturbed(start, tmp_path, method):
     """Killed in the second round, and asked to stop after its last step, where LoRA has merged its adapters."""

@@ -64,6 +64,31 @@ def test_two_ranks_agree_with_one_process(hft, settings, small, one_process, tmp
         assert torch.equal(weights[0][name], weights[1][name])
 
 
+def measure_move(run: Path, start: Path) -> float:
+    """Distance of the weights from where they started."""
+    round_ = Round(run / "rounds" / "00-sft")
+    before, after = load_file(start / "model.safetensors"), load_file(round_.checkpoint / "model.safetensors")
+    return sum((after[name] - before[name]).square().sum().item() for name in before) ** 0.5
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_adapters_are_one_line(hft, settings, small, one_process, tmp_path, method):
+    run = tmp_path / "run"
+    shown = hft("sft", "--output", run, *settings(small | {f"method.{method}": "{}"})).stdout
+    assert f"weights trained through {method} (" in shown
+    hft("verify", run)
+    rounds = [Round(path / "rounds" / "00-sft") for path in (run, one_process)]
+    assert (rounds[0].adapter / "adapter_model.safetensors").exists()
+    assert set(rounds[0].read_plan().trained) < set(rounds[1].read_plan().trained)
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_the_distance_penalty_is_one_line_and_holds_the_weights(hft, settings, small, one_process, tmp_path):
+    hft("sft", "--output", tmp_path / "run", *settings(small | {"method.l2sp.strength": 100}))
+    hft("verify", tmp_path / "run")
+    assert 0 < measure_move(tmp_path / "run", small["model.path"]) < 0.9 * measure_move(one_process, small["model.path"])
+
+
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory) -> Path:
     """Random weights, with an untied head that is large enough for ZeRO 3 to keep in pieces."""
