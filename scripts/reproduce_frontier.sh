@@ -4,7 +4,8 @@
 #   scripts/reproduce_frontier.sh [FOLDER]      within half an hour on two cores; goes on where it stopped
 #
 # Full and half fine-tuning and LoRA at five learning rates with three seeds each; of every fully tuned model, its Half-Reset and
-# its average with the base. The table, the sentences and the figure stand in FOLDER at the end.
+# its average with the base; full fine-tuning with L2-SP at three learning rates. The table, the sentences and the figure stand in
+# FOLDER at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,18 +45,19 @@ remake() { # every fully tuned model by a control, scored as the runs are
 }
 
 rates=1e-4,2e-4,3e-4,5e-4,7e-4
-grid full "$rates" --set freeze.trainable_fraction=1.0 &
+{
+    grid full "$rates" --set freeze.trainable_fraction=1.0
+    remake reset
+    remake averaged
+    grid l2sp 3e-4,5e-4,7e-4 --set freeze.trainable_fraction=1.0 --set 'method.l2sp={strength: 0.01}'
+} &
 full=$!
-grid half "$rates" --set freeze.trainable_fraction=0.5 &
+{
+    grid half "$rates" --set freeze.trainable_fraction=0.5
+    grid lora 1e-3,2e-3,4e-3,7e-3,1e-2 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
+} &
 half=$!
 wait $full
-remake reset &
-reset=$!
 wait $half
-grid lora 1e-3,2e-3,4e-3,7e-3,1e-2 --set freeze.trainable_fraction=1.0 --set 'method.lora={}' &
-lora=$!
-wait $reset
-remake averaged
-wait $lora
 
-hft compare "$folder"/{full,half,lora,reset,averaged}/*-[123]/ --figure "$folder/frontier.svg" | tee "$folder/frontier.txt"
+hft compare "$folder"/{full,half,lora,reset,averaged,l2sp}/*-[123]/ --figure "$folder/frontier.svg" | tee "$folder/frontier.txt"
