@@ -152,6 +152,11 @@ class ResumableTrainer(Trainer):
         self._save_checkpoint(self.model_wrapped, None)
         self.callback_handler.on_save(self.args, self.state, self.control)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read in the round so far, over all ranks."""
+        return int(self._total_train_tokens)
+
     def recall_sums(self) -> Memory:
         """What the trainers sum up between two rows of metrics.jsonl and over the round, and save nowhere."""
         return {

@@ -299,7 +299,6 @@ class RoundCallback(TrainerCallback):
         self.reporter = reporter
         self.score_start = score_start
         self.loss: float | None = None
-        self.num_tokens = 0
         self.gradient_bytes = 0
 
     def on_train_begin(
@@ -311,7 +310,7 @@ class RoundCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.reporter.is_first and (rows := cut_metrics(self.reporter.round, state.global_step)):
-            self.loss, self.num_tokens = rows[-1]["loss"], int(rows[-1]["num_tokens"])
+            self.loss = rows[-1]["loss"]
         self.score_start()
         checkpoint_layers(model, args)
         self.reporter.report("training", 0, state.max_steps)
@@ -341,7 +340,6 @@ class RoundCallback(TrainerCallback):
         logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        self.num_tokens = int(logs.get("num_tokens", self.num_tokens))
         if "loss" not in logs:
             return
         self.loss = float(logs["loss"])

@@ -275,7 +275,7 @@ def run_round(round_: Round, stop: StopRequest) -> None:
         precision="bfloat16" if is_mixed(spec) else "float32",
         num_steps=trainer.state.global_step,
         train_loss=outcome.training_loss,
-        num_tokens=callback.num_tokens,
+        num_tokens=trainer.num_tokens,
         seconds=clock.seconds,
         resumed_from=int(step.name) if step else None,
         peak_memory_bytes=measure_peak_memory(),
