@@ -4,7 +4,7 @@
 #   scripts/reproduce_frontier.sh [FOLDER]      within half an hour on two cores; goes on where it stopped
 #
 # Full and half fine-tuning and LoRA at five learning rates with three seeds each; of every fully tuned model, its Half-Reset and
-# its average with the base; full fine-tuning with L2-SP at three learning rates. The table, the sentences and the figure stand in
+# its average with the base; full fine-tuning with L2-SP at two learning rates. The table, the sentences and the figure stand in
 # FOLDER at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -49,15 +49,16 @@ rates=1e-4,2e-4,3e-4,5e-4,7e-4
     grid full "$rates" --set freeze.trainable_fraction=1.0
     remake reset
     remake averaged
-    grid l2sp 3e-4,5e-4,7e-4 --set freeze.trainable_fraction=1.0 --set 'method.l2sp={strength: 0.01}'
+    grid l2sp 5e-4,1e-3 --set freeze.trainable_fraction=1.0 --set 'method.l2sp={strength: 0.01}'
+    grid lora 1e-3 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
 } &
-full=$!
+first=$!
 {
     grid half "$rates" --set freeze.trainable_fraction=0.5
-    grid lora 1e-3,2e-3,4e-3,7e-3,1e-2 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
+    grid lora 2e-3,4e-3,7e-3,1e-2 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
 } &
-half=$!
-wait $full
-wait $half
+second=$!
+wait $first
+wait $second
 
 hft compare "$folder"/{full,half,lora,reset,averaged,l2sp}/*-[123]/ --figure "$folder/frontier.svg" | tee "$folder/frontier.txt"
