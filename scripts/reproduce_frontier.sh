@@ -21,7 +21,7 @@ grid() { # name, learning rates, and what else the recipe says
     local name=$1 rates=$2
     shift 2
     hft compare --recipe tinyworld-continual --set continual.tasks=tinyworld/skill --set "eval.tasks=[$known]" \
-        --set train.max_steps=200 --vary "train.learning_rate=$rates" --seeds 3 --output "$folder/$name" "$@" \
+        --set train.max_steps=150 --vary "train.learning_rate=$rates" --seeds 3 --output "$folder/$name" "$@" \
         >"$folder/$name.txt"
 }
 
@@ -44,7 +44,7 @@ remake() { # every fully tuned model by a control, scored as the runs are
     done
 }
 
-rates=1e-4,2e-4,3e-4,5e-4,7e-4
+rates=2e-4,3e-4,5e-4,7e-4,1e-3
 {
     grid full "$rates" --set freeze.trainable_fraction=1.0
     remake reset
