@@ -50,12 +50,12 @@ rates=2e-4,3e-4,5e-4,7e-4,1e-3
     remake reset
     remake averaged
     grid l2sp 5e-4,1e-3 --set freeze.trainable_fraction=1.0 --set 'method.l2sp={strength: 0.01}'
-    grid lora 1e-3 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
+    grid lora 1.5e-3 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
 } &
 first=$!
 {
     grid half "$rates" --set freeze.trainable_fraction=0.5
-    grid lora 2e-3,4e-3,7e-3,1e-2 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
+    grid lora 2e-3,3e-3,5e-3,1e-2 --set freeze.trainable_fraction=1.0 --set 'method.lora={}'
 } &
 second=$!
 wait $first
