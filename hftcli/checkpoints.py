@@ -293,7 +293,7 @@ def clear_remains(round_: Round) -> None:
 def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
     """Raises: InputError: the checkpoint is of another round, plan, data or start; it says which."""
     held, given = manifest.spec.launch, origin.spec.launch
-    if (held.num_ranks, held.zero_stage) != (given.num_ranks, given.zero_stage):
+    if held.split != given.split:
         raise InputError(
             f"{folder} was written by {held.num_ranks} processes at ZeRO {held.zero_stage}, and this start has "
             f"{given.num_ranks} at ZeRO {given.zero_stage}: each process holds its own piece of the optimizer",

@@ -220,6 +220,13 @@ class LaunchSection(Section):
         """Processes on all machines, once `num_processes` and `num_nodes` are resolved."""
         return (self.num_processes or 1) * (self.num_nodes or 1)
 
+    @property
+    def split(self) -> dict[str, int | None]:
+        """How a resolved launch splits the work. Nothing else of it changes the result: not where the ranks are, nor how they
+        are reached."""
+        stage = self.zero_stage if self.num_ranks > 1 else None
+        return {"launch.num_processes x launch.num_nodes": self.num_ranks, "launch.zero_stage": stage}
+
 
 class CheckpointSection(Section):
     """What a round leaves, and its step checkpoints, from which a stopped one goes on; with both intervals null it has none."""

@@ -96,7 +96,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     check_reference(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
     run = Run(Path(recipe.output))
-    run.claim(recipe, make_manifest(start.parent))
+    run.claim(recipe, spec.launch, make_manifest(start.parent))
     round_ = run.round(f"00-{recipe.objective}")
     round_.folder.mkdir(parents=True, exist_ok=True)
     if not round_.result_path.exists():
@@ -148,7 +148,7 @@ def prepare_continual(recipe: Recipe) -> Run:
         spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         specs.append(spec)
     manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
-    run.claim(recipe, manifest)
+    run.claim(recipe, launch, manifest)
     for round_, spec in zip(rounds, specs, strict=True):
         round_.folder.mkdir(parents=True, exist_ok=True)
         if not round_.result_path.exists():
