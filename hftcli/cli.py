@@ -15,6 +15,7 @@ import typer
 
 from hftcli import __version__
 from hftcli.errors import HftError, InputError, explain_os_error
+from hftcli.signals import ignore_signals, stop_at_signals
 
 if TYPE_CHECKING:
     from hftcli.doctor import Finding
@@ -46,9 +47,11 @@ def main() -> None:
     """The `hft` command; an HftError becomes its message, its fix and its exit code."""
     show_traceback = "--traceback" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
+    stop_at_signals()
     try:
         app()
     except (HftError, OSError) as error:
+        ignore_signals()
         known = error if isinstance(error, HftError) else explain_os_error(error)
         if show_traceback or known is None:
             raise

@@ -28,12 +28,12 @@ from hftcli.hosts import Host, collect_environment, is_secret, read_hostfile
 from hftcli.launch import count_gpus, worker_environment
 from hftcli.recipe import LaunchSection, Section
 from hftcli.run import Failure, Round, read_model, write_model
+from hftcli.signals import SIGNALS
 
 SSH = (
     "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4",
 )  # fmt: skip
 STARTED = "hft: the host has started its ranks"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.1
 BEAT_SECONDS = 5.0  # between the empty lines that say that this side is there
 SILENCE_SECONDS = 60.0  # without any: the host takes the line for cut

@@ -22,9 +22,10 @@ from hftcli.errors import (
     make_disk_full,
 )
 from hftcli.hosts import count_slots, read_hostfile
-from hftcli.processes import FRONT_VARIABLE, SIGNALS, await_ranks, describe_front
+from hftcli.processes import FRONT_VARIABLE, await_ranks, describe_front
 from hftcli.recipe import LaunchSection
 from hftcli.run import Failure, Progress, Round, RoundResult, read_model
+from hftcli.signals import SIGNALS
 from hftcli.slurm import make_step_command
 
 POLL_SECONDS = 0.1

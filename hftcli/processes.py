@@ -1,7 +1,8 @@
 """The processes of a round: how each hears that it shall stop, and that no two starts of a round overlap.
 
-    front    the first signal becomes a file, `stop`, which reaches every rank on every machine, past the launchers: those
-             answer a signal by ending the ranks within seconds. A second signal ends them at once.
+    front    while ranks run, the first signal becomes a file, `stop`, which reaches every rank on every machine, past the
+             launchers: those answer a signal by ending the ranks within seconds. A second signal ends them at once. While the
+             front works by itself, signals.py has it stop at once.
     rank     a signal to itself, or that file, asks for a stop; training honours it at the end of a step, together with the
              other ranks. Where nothing would be lost it is honoured at once.
 
@@ -22,8 +23,8 @@ from typing import BinaryIO
 
 from hftcli.errors import InputError, Interrupted
 from hftcli.run import Round
+from hftcli.signals import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FRONT_VARIABLE = "HFT_FRONT"  # which process is the front, in the environment of its ranks
 POLL_SECONDS = 0.2
 OVERLAP_SECONDS = 30.0  # how long the ranks of an earlier start, whose front is gone, may take to end
@@ -79,11 +80,6 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._take)
         threading.Thread(target=self._watch, daemon=True).start()
-
-    def ignore(self) -> None:
-        """Take no more signals: this process is ending, and has its last word to write."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.is_requested = True

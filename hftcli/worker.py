@@ -66,6 +66,7 @@ from hftcli.run import (
     write_model,
 )
 from hftcli.seals import list_files, seal_files
+from hftcli.signals import ignore_signals
 from hftcli.tasks import load_task
 from hftcli.trainers import (
     PairTrainer,
@@ -430,7 +431,7 @@ def main() -> None:
             stop.listen()
             run_round(round_, stop)
     except Exception as error:
-        stop.ignore()
+        ignore_signals()
         known = explain_failure(error, round_)
         if not round_.failure_path.exists():
             failure = Failure(message=known.message, fix=known.fix, exit_code=known.exit_code, traceback=traceback.format_exc())

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hftcli"
 # plane, inside the commands that need it.
 FLOORS = [
     ["errors", "seals"],
-    ["freezing.roles"],
+    ["freezing.roles", "signals"],
     ["freezing.selection", "freezing.activations"],
     ["freezing.budget"],
     ["recipe"],
