@@ -82,6 +82,8 @@ class StepKeeper(TrainerCallback):
         if args.process_index == 0:
             write_step(partial, self.origin, state.global_step, seals)
             remove_steps(self.round, self.origin.spec.checkpoint.keep)
+        if args.world_size > 1:
+            torch.distributed.barrier()  # a rank that ends here has its launcher end the others
         self.last_step, self.last_time = state.global_step, time.monotonic()
 
     def check(self) -> None:

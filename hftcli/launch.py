@@ -217,7 +217,7 @@ def _read_outcome(round_: Round, code: int, log_start: int = 0) -> RoundResult:
         raise error
     if shutil.disk_usage(round_.folder).free < FULL_BYTES:
         raise make_disk_full(round_.folder)
-    code = first or code
+    code = first or (128 - code if code > 128 else code)  # shells, and srun, tell a signal so
     if -code in SIGNALS:
         raise Interrupted(f"stopped by a signal while starting; {round_.describe_kept()}", "run the same command again")
     raise TrainingError(

@@ -27,6 +27,7 @@ from hftcli.signals import SIGNALS
 
 FRONT_VARIABLE = "HFT_FRONT"  # which process is the front, in the environment of its ranks
 POLL_SECONDS = 0.2
+ECHO_SECONDS = 1.0  # a signal may come twice: from Slurm, and from the batch shell that hands on its own
 OVERLAP_SECONDS = 30.0  # how long the ranks of an earlier start, whose front is gone, may take to end
 
 
@@ -36,14 +37,17 @@ def passing_signals(round_: Round) -> Iterator[None]:
 
     Raises:
         Interrupted: at the end, where a signal came and the body did not raise an error of its own.
-        KeyboardInterrupt: at the second signal.
+        KeyboardInterrupt: at the second signal. SIGUSR1 does not count as the first: it is a word ahead of time, as Slurm gives
+            it, and SIGTERM comes when the time is over.
     """
-    received: list[int] = []
+    received: list[tuple[int, float]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if received:
+        now = time.monotonic()
+        orders = [moment for earlier, moment in received if earlier != signal.SIGUSR1]
+        if orders and now - orders[0] > ECHO_SECONDS:
             raise KeyboardInterrupt
-        received.append(number)
+        received.append((number, now))
         round_.stop_path.touch()
 
     previous = {number: signal.signal(number, pass_on) for number in SIGNALS}

@@ -97,5 +97,13 @@ def test_the_workers_word_decides_over_the_launchers_code(tmp_path, code, kind):
 
 
 def test_a_worker_that_dies_without_a_word(tmp_path):
-    with pytest.raises(TrainingError, match="ended with code -9 and left no word"):
-        launch._read_outcome(Round(tmp_path), -9)
+    for code in (-9, 137):  # as the kernel tells it, and as srun does
+        with pytest.raises(TrainingError, match="ended with code -9 and left no word"):
+            launch._read_outcome(Round(tmp_path), code)
+
+
+@pytest.mark.parametrize("code", [-15, 143, 138])
+def test_a_worker_that_dies_of_a_signal_while_it_starts(tmp_path, code):
+    """143 is srun's word for SIGTERM, 138 that for SIGUSR1."""
+    with pytest.raises(launch.Interrupted, match="stopped by a signal while starting"):
+        launch._read_outcome(Round(tmp_path), code)
