@@ -186,8 +186,8 @@ class SlurmSection(Section):
     ranks."""
 
     signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 300
-    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again: more than a step and a
-    step checkpoint take."""
+    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again: more than a step and
+    a step checkpoint take."""
 
     options: tuple[Annotated[str, Field(pattern=r"^-.*$")], ...] = ()
     """Other options of sbatch, each as on its command line: `--qos=long`."""
@@ -253,7 +253,8 @@ class CheckpointSection(Section):
 
     format: Literal["full", "delta"] = "full"
     """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what trained and the identity of the start, about half
-    as large. hft reads both alike, and `hft merge` makes the one out of the other. A step checkpoint is of its own form."""
+    as large. hft reads both alike, and `hft merge` makes the one out of the other. A step checkpoint leaves the frozen half out
+    with either."""
 
     save_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between step checkpoints; null goes by the clock alone."""

@@ -36,8 +36,8 @@ SCRIPT = """\
 
 # Written by hft. Queue it with: sbatch {path}
 
-# USR1 is Slurm's word to this shell alone that the time is nearly over. TERM goes to every process of a job that is cancelled or
-# preempted: it stops in the same way, and what becomes of it is not for this script to say.
+# USR1 is Slurm's word to this shell alone that the time is nearly over. TERM goes to every process of a job that is cancelled
+# or preempted: it stops in the same way, and what becomes of it is not for this script to say.
 front=
 early=
 warned=
