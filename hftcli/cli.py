@@ -519,8 +519,12 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
         budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
     except InputError as error:
         return [*findings, Finding("model", "fault", error.message, error.fix)]
+    try:
+        num_rounds = runners.count_rounds(recipe)
+    except InputError as error:
+        return [*findings, Finding("tasks", "fault", error.message, error.fix)]
     return [
         *findings,
-        doctor.check_disk(recipe, Path(start.path), budget.plan.num_parameters),
+        doctor.check_disk(recipe, Path(start.path), budget.plan, resolved.num_ranks, num_rounds),
         doctor.check_memory(budget, doctor.share_memory(resolved, reports)),
     ]

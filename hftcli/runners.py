@@ -318,6 +318,11 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     return make_budget(recipe.model_copy(update={"train": train}), network, plan, num_processes, recipe.train.bf16)
 
 
+def count_rounds(recipe: Recipe) -> int:
+    """Raises: InputError: a task is unknown, or its rows are missing."""
+    return len(find_sequence(recipe.continual, recipe.data.root).tasks) if recipe.continual else 1
+
+
 def make_manifest(parent: str | None) -> Manifest:
     return Manifest(
         command=tuple(sys.argv),
