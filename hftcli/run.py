@@ -340,6 +340,17 @@ class FitReport(Section):
     """What there is."""
 
 
+class StepSaves(Section):
+    """What the step checkpoints of one start cost."""
+
+    num_saves: int = 0
+    """Step checkpoints written."""
+    seconds: float = 0.0
+    """Wall-clock seconds for which training stood still for them, in all."""
+    num_bytes: int = 0
+    """Size of the last one."""
+
+
 class RoundResult(Section):
     """What a finished round leaves to the next one and to the report."""
 
@@ -359,6 +370,8 @@ class RoundResult(Section):
     """Wall-clock seconds of each phase, in the start that finished the round."""
     resumed_from: int | None = None
     """Step of the checkpoint that this start went on from; null where it began the round."""
+    step_saves: StepSaves = StepSaves()
+    """Step checkpoints that this start wrote, their size, and how long they held training up."""
     peak_memory_bytes: int
     """Peak memory of rank 0: of the GPU's allocator, or the process's resident set where there is none."""
     gradient_bytes: int

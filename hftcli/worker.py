@@ -63,6 +63,7 @@ from hftcli.run import (
     RoundSpec,
     Score,
     Scores,
+    StepSaves,
     write_model,
 )
 from hftcli.seals import list_files, seal_files
@@ -271,6 +272,9 @@ def run_round(round_: Round, stop: StopRequest) -> None:
         num_tokens=callback.num_tokens,
         seconds=clock.seconds,
         resumed_from=int(step.name) if step else None,
+        step_saves=StepSaves(
+            num_saves=keeper.num_saves, seconds=trainer.saving_seconds + keeper.seconds, num_bytes=keeper.num_bytes
+        ),
         peak_memory_bytes=measure_peak_memory(),
         gradient_bytes=callback.gradient_bytes,
         optimizer_bytes=measure_optimizer_bytes(trainer.optimizer),

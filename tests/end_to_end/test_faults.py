@@ -283,6 +283,12 @@ def test_a_lost_rank_ends_the_job_and_the_rerun_goes_on(start, short, tmp_path, 
     running.find_ranks()[-1].kill()
     error = running.end(1)
     assert "00-sft goes on from its checkpoint at step 10" in error
+    frozen = set(running.round.read_plan().frozen)
+    for path in (running.round.steps / "10").rglob("*model_states.pt"):
+        held = torch.load(path, weights_only=False)
+        assert held["module"]
+        assert not frozen & held["module"].keys()
+        assert not held["frozen_param_fragments"]
     running = start(tmp_path / "run", two)
     running.end(0)
     assert running.round.read_result().resumed_from == 10
