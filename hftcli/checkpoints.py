@@ -4,8 +4,8 @@
     steps/40/               complete: every file is on the disk, and step.json, written last, has its size and hash
 
 They hold what trains in float32, the optimizer, the schedule, the place in the data, the generators of every rank, what was
-summed up since the last row of metrics.jsonl, and what was measured before the first step. They leave out the frozen half: it is
-the start's, and is loaded from there.
+summed up since the last row of metrics.jsonl, and what was measured before the first step; not the frozen half, which is the
+start's and is loaded from there.
 
 A checkpoint is resumed with the round, the plan, the tokens, the start and the ranks that it was written with, or not at all.
 """
@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import TrainOutput
 
 from hftcli.errors import InputError, Interrupted, TrainingError
-from hftcli.processes import StopRequest, make_interrupted
+from hftcli.launching.processes import StopRequest, make_interrupted
 from hftcli.run import Round, RoundSpec, StepManifest, find_differences
 from hftcli.seals import FileSeal, find_damage, flush_files, list_files, seal_files
 

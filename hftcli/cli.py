@@ -15,7 +15,7 @@ import typer
 
 from hftcli import __version__
 from hftcli.errors import HftError, InputError, explain_os_error
-from hftcli.signals import ignore_signals, stop_at_signals
+from hftcli.launching.signals import ignore_signals, stop_at_signals
 
 if TYPE_CHECKING:
     from hftcli.doctor import Finding
@@ -446,7 +446,7 @@ def _place_run(hostfile: Path | None, slurm: bool = False, submit: bool = False,
 
 def _check_place(recipe: "Recipe", dry_run: bool, use_slurm: bool) -> "Recipe":
     """The recipe with Slurm's section where it is asked for; without an allocation, nothing is begun that needs one."""
-    from hftcli import slurm
+    from hftcli.launching import slurm
 
     if use_slurm:
         return slurm.add_section(recipe)
@@ -469,7 +469,8 @@ def _run_single(recipe: "Recipe", dry_run: bool, use_slurm: bool, submit: bool) 
 
 def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, submit: bool) -> None:
     """Show what would run a prepared run's rounds, or write the batch script and queue it."""
-    from hftcli import runners, slurm
+    from hftcli import runners
+    from hftcli.launching import slurm
 
     if use_slurm:
         script = slurm.write_script(run, command, run.rounds[0].read_spec().launch)
@@ -486,9 +487,10 @@ def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, subm
 
 def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     """Every check that can be made; one that fails does not keep the others from being made."""
-    from hftcli import doctor, launch, runners
+    from hftcli import doctor, runners
     from hftcli.doctor import Finding
-    from hftcli.hosts import read_hostfile
+    from hftcli.launching.command import resolve_launch
+    from hftcli.launching.hosts import read_hostfile
 
     findings = doctor.check_packages()
     try:
@@ -502,7 +504,7 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     if recipe is None:
         return findings
     try:
-        resolved = launch.resolve_launch(recipe.launch)
+        resolved = resolve_launch(recipe.launch)
     except InputError as error:
         return [*findings, Finding("launch", "fault", error.message, error.fix)]
     findings += (launchers := doctor.check_launcher(resolved))

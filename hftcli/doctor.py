@@ -23,11 +23,11 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 
 from hftcli import __version__
-from hftcli.cluster import make_ssh_command
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.selection import FreezePlan
-from hftcli.hosts import Host
-from hftcli.launch import count_gpus
+from hftcli.launching.cluster import make_ssh_command
+from hftcli.launching.command import count_gpus
+from hftcli.launching.hosts import Host
 from hftcli.recipe import CheckpointSection, LaunchSection, Recipe, Section
 from hftcli.run import DELTA_NAME, DeltaRecord, read_model
 

@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hftcli import __version__
-from hftcli.cluster import describe_nodes, make_nodes
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.evaluation import Subject
 from hftcli.figures import draw_matrix
@@ -23,11 +22,13 @@ from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
-from hftcli.hosts import collect_environment
-from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
+from hftcli.launching.cluster import describe_nodes, make_nodes
+from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
+from hftcli.launching.hosts import collect_environment
+from hftcli.launching.processes import passing_signals
+from hftcli.launching.watch import launch_round
 from hftcli.page import write_page
 from hftcli.planning import apply_fit, choose_fit, make_budget
-from hftcli.processes import passing_signals
 from hftcli.recipe import PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence

@@ -31,6 +31,8 @@ from hftcli.evaluate import Reading, TokenizedTask, read_pairs, score_pairs, sco
 from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.launching.processes import StopRequest, hold_round
+from hftcli.launching.signals import ignore_signals
 from hftcli.methods import make_methods
 from hftcli.models import (
     describe_model,
@@ -47,7 +49,6 @@ from hftcli.models import (
     verify_checkpoint,
 )
 from hftcli.planning import apply_fit, choose_fit, make_budget
-from hftcli.processes import StopRequest, hold_round
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
 from hftcli.run import (
     Checksums,
@@ -67,7 +68,6 @@ from hftcli.run import (
     write_model,
 )
 from hftcli.seals import list_files, seal_files
-from hftcli.signals import ignore_signals
 from hftcli.tasks import load_task
 from hftcli.trainers import (
     PairTrainer,

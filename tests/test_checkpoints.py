@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hftcli.checkpoints import MANIFEST_NAME, Origin, choose_step, clear_remains, read_step, remove_steps
 from hftcli.errors import InputError
-from hftcli.launch import worker_environment
+from hftcli.launching.command import worker_environment
 from hftcli.recipe import load_recipe
 from hftcli.run import Round
 from hftcli.runners import prepare_single

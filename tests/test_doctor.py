@@ -14,7 +14,7 @@ from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, Unit, assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
-from hftcli.hosts import Host
+from hftcli.launching.hosts import Host
 from hftcli.recipe import LaunchSection, SlurmSection, load_recipe
 from hftcli.run import CheckpointIdentity, DeltaRecord, write_model
 from hftcli.runners import count_rounds

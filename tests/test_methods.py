@@ -17,7 +17,7 @@ from hftcli.data import TOKEN_FEATURES
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan, narrow_plan
-from hftcli.launch import launch_round
+from hftcli.launching.watch import launch_round
 from hftcli.methods import make_methods
 from hftcli.methods.agem import project_on_plane
 from hftcli.methods.ewc import Ewc, QuadraticPenalty, sum_squared_gradients

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hftcli.errors import Interrupted
-from hftcli.processes import ECHO_SECONDS, passing_signals
+from hftcli.launching.processes import ECHO_SECONDS, passing_signals
 from hftcli.run import Round
 
 PAUSE = 0  # no signal

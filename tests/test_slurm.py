@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from hftcli.errors import InputError
+from hftcli.launching.slurm import add_section, check_allocation, make_script, make_step_command, submit
 from hftcli.recipe import LaunchSection, SlurmSection, load_recipe
 from hftcli.run import Run
-from hftcli.slurm import add_section, check_allocation, make_script, make_step_command, submit
 
 LAUNCH = LaunchSection(num_nodes=2, num_processes=4, slurm=SlurmSection())
 

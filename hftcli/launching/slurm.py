@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hftcli.errors import InputError
-from hftcli.hosts import collect_environment, is_secret
+from hftcli.launching.hosts import collect_environment, is_secret
 from hftcli.recipe import LaunchSection, Recipe, SlurmSection
 from hftcli.run import Run, write_text
 

@@ -22,8 +22,8 @@ from types import FrameType
 from typing import BinaryIO
 
 from hftcli.errors import InputError, Interrupted
+from hftcli.launching.signals import SIGNALS
 from hftcli.run import Round
-from hftcli.signals import SIGNALS
 
 FRONT_VARIABLE = "HFT_FRONT"  # which process is the front, in the environment of its ranks
 POLL_SECONDS = 0.2
