@@ -4,8 +4,8 @@
     steps/40/               complete: every file is on the disk, and step.json, written last, has its size and hash
 
 They hold what trains in float32, the optimizer, the schedule, the place in the data, the generators of every rank, what was
-summed up since the last row of metrics.jsonl, and what was measured before the first step. The frozen half is the start's; only
-DeepSpeed stores it too.
+summed up since the last row of metrics.jsonl, and what was measured before the first step; not the frozen half, which is the
+start's and is loaded from there.
 
 A checkpoint is resumed with the round, the plan, the tokens, the start and the ranks that it was written with, or not at all.
 """
@@ -17,17 +17,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hftcli.errors import InputError, Interrupted, TrainingError
-from hftcli.processes import StopRequest, make_interrupted
+from hftcli.launching.processes import StopRequest, make_interrupted
 from hftcli.run import Round, RoundSpec, StepManifest, find_differences
 from hftcli.seals import FileSeal, find_damage, flush_files, list_files, seal_files
 
@@ -65,6 +67,9 @@ class StepKeeper(TrainerCallback):
         self.last_step = 0
         self.last_time = time.monotonic()
         self.is_stopped = False
+        self.num_saves = 0
+        self.num_bytes = 0  # of the last one
+        self.seconds = 0.0  # for completing them
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last_step, self.last_time = state.global_step, time.monotonic()
@@ -76,13 +81,19 @@ class StepKeeper(TrainerCallback):
         control.should_training_stop = control.should_training_stop or self.is_stopped
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        partial = self.round.steps / f"checkpoint-{state.global_step}"
-        torch.save(self.recall(), partial / _memory_name(args.process_index))
-        seals = self._seal(partial)
+        started = time.perf_counter()
+        unfinished = self.round.steps / f"checkpoint-{state.global_step}"
+        torch.save(self.recall(), unfinished / _memory_name(args.process_index))
+        seals = self._seal(unfinished)
         if args.process_index == 0:
-            write_step(partial, self.origin, state.global_step, seals)
+            write_step(unfinished, self.origin, state.global_step, seals)
             remove_steps(self.round, self.origin.spec.checkpoint.keep)
+        if args.world_size > 1:
+            torch.distributed.barrier()  # a rank that ends here has its launcher end the others
         self.last_step, self.last_time = state.global_step, time.monotonic()
+        self.num_saves += 1
+        self.num_bytes = sum(seal.num_bytes for seal in seals.values())
+        self.seconds += time.perf_counter() - started
 
     def check(self) -> None:
         """After the last step, called by all ranks together: stop here if one of them was asked to.
@@ -138,10 +149,16 @@ class StepKeeper(TrainerCallback):
 
 
 class ResumableTrainer(Trainer):
-    """To stand before one of TRL's trainers among a class's bases: what transformers saves, less what need not be saved."""
+    """To stand before one of TRL's trainers among a class's bases: what transformers saves, less what need not be saved.
+
+    Attributes:
+        saving_seconds: spent on writing step checkpoints, before they are completed.
+    """
+
+    saving_seconds = 0.0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What trains; the rest is the start's. DeepSpeed's own files hold all of it."""
+        """What trains; the rest is the start's. DeepSpeed writes files of its own."""
         if not self.is_deepspeed_enabled:
             weights = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -178,7 +195,22 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         if not torch.isfinite(self._tr_loss):
             raise TrainingError(f"the loss became {self._tr_loss.item()} before step {self.state.global_step}")
+        started = time.perf_counter()
         Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a model card each time
+        self.saving_seconds += time.perf_counter() - started
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # transformers has DeepSpeed leave out what is frozen below PEFT's adapters, and nowhere else.
+        engine = self.model_wrapped
+        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        if resume_from_checkpoint is not None:
+            if engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)[0] is None:
+                raise InputError(f"{resume_from_checkpoint} holds no checkpoint of DeepSpeed's")
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_NAME)
@@ -269,15 +301,15 @@ def read_memory(folder: Path, args: TrainingArguments) -> Memory:
     return torch.load(folder / _memory_name(args.process_index), map_location="cpu", weights_only=True)
 
 
-def write_step(partial: Path, origin: Origin, step: int, seals: dict[str, FileSeal]) -> None:
+def write_step(unfinished: Path, origin: Origin, step: int, seals: dict[str, FileSeal]) -> None:
     """Complete a step checkpoint whose files are on the disk."""
     manifest = StepManifest(step=step, files=seals, **vars(origin))
-    (partial / MANIFEST_NAME).write_text(_dump_manifest(manifest), encoding="utf-8")
-    flush_files(partial, [MANIFEST_NAME])
-    folder = partial.with_name(str(step))
+    (unfinished / MANIFEST_NAME).write_text(_dump_manifest(manifest), encoding="utf-8")
+    flush_files(unfinished, [MANIFEST_NAME])
+    folder = unfinished.with_name(str(step))
     if folder.exists():  # written by an earlier start, and damaged, or it would have been resumed
         _remove(folder)
-    partial.rename(folder)
+    unfinished.rename(folder)
     flush_files(folder.parent, [])
 
 
@@ -298,7 +330,7 @@ def clear_remains(round_: Round) -> None:
 def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
     """Raises: InputError: the checkpoint is of another round, plan, data or start; it says which."""
     held, given = manifest.spec.launch, origin.spec.launch
-    if (held.num_ranks, held.zero_stage) != (given.num_ranks, given.zero_stage):
+    if held.split != given.split:
         raise InputError(
             f"{folder} was written by {held.num_ranks} processes at ZeRO {held.zero_stage}, and this start has "
             f"{given.num_ranks} at ZeRO {given.zero_stage}: each process holds its own piece of the optimizer",

@@ -15,6 +15,7 @@ import typer
 
 from hftcli import __version__
 from hftcli.errors import HftError, InputError, explain_os_error
+from hftcli.launching.signals import ignore_signals, stop_at_signals
 
 if TYPE_CHECKING:
     from hftcli.doctor import Finding
@@ -46,9 +47,11 @@ def main() -> None:
     """The `hft` command; an HftError becomes its message, its fix and its exit code."""
     show_traceback = "--traceback" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
+    stop_at_signals()
     try:
         app()
     except (HftError, OSError) as error:
+        ignore_signals()
         known = error if isinstance(error, HftError) else explain_os_error(error)
         if show_traceback or known is None:
             raise
@@ -447,7 +450,7 @@ def _place_run(hostfile: Path | None, slurm: bool = False, submit: bool = False,
 
 def _check_place(recipe: "Recipe", dry_run: bool, use_slurm: bool) -> "Recipe":
     """The recipe with Slurm's section where it is asked for; without an allocation, nothing is begun that needs one."""
-    from hftcli import slurm
+    from hftcli.launching import slurm
 
     if use_slurm:
         return slurm.add_section(recipe)
@@ -470,7 +473,8 @@ def _run_single(recipe: "Recipe", dry_run: bool, use_slurm: bool, submit: bool) 
 
 def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, submit: bool) -> None:
     """Show what would run a prepared run's rounds, or write the batch script and queue it."""
-    from hftcli import runners, slurm
+    from hftcli import runners
+    from hftcli.launching import slurm
 
     if use_slurm:
         script = slurm.write_script(run, command, run.rounds[0].read_spec().launch)
@@ -487,9 +491,10 @@ def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, subm
 
 def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     """Every check that can be made; one that fails does not keep the others from being made."""
-    from hftcli import doctor, launch, runners
+    from hftcli import doctor, runners
     from hftcli.doctor import Finding
-    from hftcli.hosts import read_hostfile
+    from hftcli.launching.command import resolve_launch
+    from hftcli.launching.hosts import read_hostfile
 
     findings = doctor.check_packages()
     try:
@@ -503,7 +508,7 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     if recipe is None:
         return findings
     try:
-        resolved = launch.resolve_launch(recipe.launch)
+        resolved = resolve_launch(recipe.launch)
     except InputError as error:
         return [*findings, Finding("launch", "fault", error.message, error.fix)]
     findings += (launchers := doctor.check_launcher(resolved))
@@ -520,8 +525,12 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
         budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
     except InputError as error:
         return [*findings, Finding("model", "fault", error.message, error.fix)]
+    try:
+        num_rounds = runners.count_rounds(recipe)
+    except InputError as error:
+        return [*findings, Finding("tasks", "fault", error.message, error.fix)]
     return [
         *findings,
-        doctor.check_disk(recipe, Path(start.path), budget.plan.num_parameters),
+        doctor.check_disk(recipe, Path(start.path), budget.plan, resolved.num_ranks, num_rounds),
         doctor.check_memory(budget, doctor.share_memory(resolved, reports)),
     ]

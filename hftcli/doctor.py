@@ -23,11 +23,13 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 
 from hftcli import __version__
-from hftcli.cluster import make_ssh_command
 from hftcli.freezing.budget import Budget
-from hftcli.hosts import Host
-from hftcli.launch import count_gpus
-from hftcli.recipe import LaunchSection, Recipe, Section
+from hftcli.freezing.selection import FreezePlan
+from hftcli.launching.cluster import make_ssh_command
+from hftcli.launching.command import count_gpus
+from hftcli.launching.hosts import Host
+from hftcli.recipe import CheckpointSection, LaunchSection, Recipe, Section
+from hftcli.run import DELTA_NAME, DeltaRecord, read_model
 
 HOST_SECONDS = 30.0  # for a host to answer
 ALIKE = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets")  # the same on every host
@@ -247,33 +249,53 @@ def judge_host(host: Host, answer: HostReport | str, here: dict[str, str], num_p
     return findings or [Finding(name, "ok", f"reachable, same versions, shared folder, {devices}")]
 
 
-def check_disk(recipe: Recipe, start: Path, num_parameters: int, num_rounds: int = 1) -> Finding:
-    """Free disk where the run goes, against the checkpoints that it leaves.
+def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, num_rounds: int) -> Finding:
+    """Free disk where the run goes, against the checkpoints that it leaves and the step checkpoints beside them.
 
     Args:
         start: the start's folder; a hub id is none.
-        num_rounds: checkpoints.
+        plan: the next round's, which stands for all: other rounds train about as much.
+        num_rounds: rounds of the run, each of which leaves a checkpoint.
     """
     folder = find_existing(Path(recipe.output))
     if not os.access(folder, os.W_OK):
         return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
-    return judge_disk(
-        folder, shutil.disk_usage(folder).free, num_rounds * count_checkpoint_bytes(recipe, start, num_parameters)
-    )
+    kept = num_rounds * count_checkpoint_bytes(recipe, start, plan)
+    passing = count_step_bytes(recipe.checkpoint, plan, num_ranks)
+    return judge_disk(folder, shutil.disk_usage(folder).free, kept, passing)
 
 
-def count_checkpoint_bytes(recipe: Recipe, start: Path, num_parameters: int) -> int:
-    """Bytes of one checkpoint: as many as the start has, or by the recipe's data type; of an unseen start, at most."""
-    files = sorted(start.glob("*.safetensors"))
-    if recipe.model.dtype is None and files:
-        return sum(file.stat().st_size for file in files)
-    return num_parameters * (2 if recipe.model.dtype in ("bfloat16", "float16") else 4)
+def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int:
+    """Bytes of what a round leaves: as many as the start has, or by the recipe's data type; of an unseen start, at most."""
+    dtype, files = recipe.model.dtype, sorted(start.glob("*.safetensors"))
+    if dtype is None and (start / DELTA_NAME).exists():
+        dtype = read_model(start / DELTA_NAME, DeltaRecord).dtype
+    if dtype is None and files:
+        num_bytes = sum(file.stat().st_size for file in files)
+    else:
+        num_bytes = plan.num_parameters * (2 if dtype in ("bfloat16", "float16") else 4)
+    return math.ceil(num_bytes * plan.trainable_fraction) if recipe.checkpoint.format == "delta" else num_bytes
 
 
-def judge_disk(folder: Path, free_bytes: int, needed_bytes: int) -> Finding:
-    message = f"{free_bytes / 1e9:,.1f} GB free at {folder}, and the run leaves {needed_bytes / 1e9:,.3f} GB of checkpoints"
+def count_step_bytes(checkpoint: CheckpointSection, plan: FreezePlan, num_ranks: int) -> int:
+    """Most bytes of a round's step checkpoints at a time: those kept, and the one being written.
+
+    Each holds for every trained weight a float32 master and two moments; under DeepSpeed, what the ranks compute with too.
+    """
+    if not checkpoint.is_on:
+        return 0
+    return (checkpoint.keep + 1) * plan.num_trainable * (12 if num_ranks == 1 else 16)
+
+
+def judge_disk(folder: Path, free_bytes: int, kept_bytes: int, step_bytes: int) -> Finding:
+    """Args: kept_bytes: what the run leaves. step_bytes: what it needs besides until it is done."""
+    message = f"{free_bytes / 1e9:,.1f} GB free at {folder}, and the run leaves {kept_bytes / 1e9:,.3f} GB of checkpoints"
+    if step_bytes:
+        message += f", with {step_bytes / 1e9:,.3f} GB of step checkpoints at a time until it is done"
+    needed_bytes = kept_bytes + step_bytes
     if needed_bytes > free_bytes:
-        return Finding("disk", "fault", message, "free some, or give an --output on a larger disk")
+        fix = "free some, give an --output on a larger disk, or set checkpoint.format: delta, which leaves about half"
+        return Finding("disk", "fault", message, fix)
     if needed_bytes > MAX_FILLED_FRACTION * free_bytes:
         return Finding("disk", "warning", message, "tokens and logs come on top: free some, or give another --output")
     return Finding("disk", "ok", message)

@@ -187,10 +187,30 @@ class SlurmSection(Section):
     ranks."""
 
     signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 300
-    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again."""
+    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again: more than a step and
+    a step checkpoint take."""
 
     options: tuple[Annotated[str, Field(pattern=r"^-.*$")], ...] = ()
     """Other options of sbatch, each as on its command line: `--qos=long`."""
+
+    @model_validator(mode="after")
+    def _leave_time_to_train(self) -> "SlurmSection":
+        """Slurm would signal such a job when it begins, and the job would be queued again and again."""
+        if self.time is not None and (limit := _count_seconds(self.time)) is not None and self.signal_seconds >= limit:
+            raise PydanticCustomError(
+                "no_time", f"signal_seconds is {self.signal_seconds}, and time gives {limit} seconds in all: lower it"
+            )
+        return self
+
+
+def _count_seconds(time: str) -> int | None:
+    """A time limit as sbatch reads it; None where it is not one of numbers."""
+    days, _, clock = time.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
+        return None
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
 class LaunchSection(Section):
@@ -221,13 +241,21 @@ class LaunchSection(Section):
         """Processes on all machines, once `num_processes` and `num_nodes` are resolved."""
         return (self.num_processes or 1) * (self.num_nodes or 1)
 
+    @property
+    def split(self) -> dict[str, int | None]:
+        """How a resolved launch splits the work. Nothing else of it changes the result: not where the ranks are, nor how they
+        are reached."""
+        stage = self.zero_stage if self.num_ranks > 1 else None
+        return {"launch.num_processes x launch.num_nodes": self.num_ranks, "launch.zero_stage": stage}
+
 
 class CheckpointSection(Section):
     """What a round leaves, and its step checkpoints, from which a stopped one goes on; with both intervals null it has none."""
 
     format: Literal["full", "delta"] = "full"
     """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what trained and the identity of the start, about half
-    as large. hft reads both alike, and `hft merge` makes the one out of the other. A step checkpoint is of its own form."""
+    as large. hft reads both alike, and `hft merge` makes the one out of the other. A step checkpoint leaves the frozen half out
+    with either."""
 
     save_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between step checkpoints; null goes by the clock alone."""

@@ -63,6 +63,8 @@ Moment = Literal["before", "after"]  # of a round
 
 DELTA_NAME = "delta.json"  # its presence tells a delta checkpoint from a full one
 MERGE_NAME = "merge.json"
+# How the names begin that a run's folder may hold while it is claimed, those of files being written among them.
+CLAIM_NAMES = (".lock", ".holder", "..holder.", ".recipe.yaml.", ".manifest.json.")
 
 
 class EarlierRound(Section):
@@ -346,6 +348,17 @@ class FitReport(Section):
     """What there is."""
 
 
+class StepSaves(Section):
+    """What the step checkpoints of one start cost."""
+
+    num_saves: int = 0
+    """Step checkpoints written."""
+    seconds: float = 0.0
+    """Wall-clock seconds for which training stood still for them, in all."""
+    num_bytes: int = 0
+    """Size of the last one."""
+
+
 class RoundResult(Section):
     """What a finished round leaves to the next one and to the report."""
 
@@ -365,6 +378,8 @@ class RoundResult(Section):
     """Wall-clock seconds of each phase, in the start that finished the round."""
     resumed_from: int | None = None
     """Step of the checkpoint that this start went on from; null where it began the round."""
+    step_saves: StepSaves = StepSaves()
+    """Step checkpoints that this start wrote, their size, and how long they held training up."""
     peak_memory_bytes: int
     """Peak memory of rank 0: of the GPU's allocator, or the process's resident set where there is none."""
     gradient_bytes: int
@@ -583,32 +598,43 @@ class Run:
     def round(self, name: str) -> Round:
         return Round(self.folder / "rounds" / name)
 
-    def claim(self, recipe: Recipe, manifest: Manifest) -> None:
+    def claim(self, recipe: Recipe, launch: LaunchSection, manifest: Manifest) -> None:
         """Make the folder this recipe's run, or find that it already is, and hold it.
 
         A run of another recipe that has trained anything is never written over.
+
+        Args:
+            launch: the recipe's, resolved.
 
         Raises:
             InputError: the folder holds something else, or another `hft` is at work in it.
         """
         text = dump_recipe(recipe)
-        own = {Path(self.lock.lock_file).name, self.holder_path.name}
         held = self.folder.iterdir() if self.folder.exists() and not self.recipe_path.exists() else ()
-        if any(path.name not in own for path in held):
+        if any(not path.name.startswith(CLAIM_NAMES) for path in held):
             raise InputError(f"{self.folder} is not empty and holds no run", "give another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._hold()
-        if self.recipe_path.exists():
-            held = self.recipe_path.read_text(encoding="utf-8")
-            if held == text and self.manifest_path.exists():
-                return
-            if any(round_.metrics_path.exists() or round_.result_path.exists() for round_ in self.rounds):
-                raise InputError(
-                    f"{self.folder} holds the run of another recipe (differs in {_name_differences(held, text)})",
-                    "give another --output, or remove the folder",
-                )
-        write_model(self.manifest_path, manifest)
-        write_text(self.recipe_path, text)
+        is_trained = any(round_.metrics_path.exists() or round_.result_path.exists() for round_ in self.rounds)
+        held = self.recipe_path.read_text(encoding="utf-8") if self.recipe_path.exists() else ""
+        if is_trained and held != text and (differences := self._find_differences(held, text, launch)):
+            raise InputError(
+                f"{self.folder} holds the run of another recipe (differs in {', '.join(differences)})",
+                "give another --output, or remove the folder",
+            )
+        if held != text:
+            write_text(self.recipe_path, text)
+        if not self.manifest_path.exists() or (held != text and not is_trained):
+            write_model(self.manifest_path, manifest)
+
+    def _find_differences(self, held: str, text: str, launch: LaunchSection) -> list[str]:
+        """What of two recipes gives another result; of `launch` that is only how it splits the work."""
+        import yaml
+
+        keys = find_differences(yaml.safe_load(held), yaml.safe_load(text))
+        # The output is this folder, by whatever name.
+        differences = [key for key in keys if key != "output" and not key.startswith("launch.")]
+        return differences + find_differences(self.rounds[0].read_spec().launch.split, launch.split)
 
     def _hold(self) -> None:
         try:
@@ -693,9 +719,3 @@ def find_rounds(path: Path) -> list[Round]:
     if not finished:
         raise InputError(f"{path} has no finished round", "run its recipe again: it goes on where it stopped")
     return finished
-
-
-def _name_differences(held: str, text: str) -> str:
-    import yaml
-
-    return ", ".join(find_differences(yaml.safe_load(held), yaml.safe_load(text))) or "its form"

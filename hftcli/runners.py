@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hftcli import __version__
-from hftcli.cluster import describe_nodes, make_nodes
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.evaluation import Subject
 from hftcli.figures import draw_matrix
@@ -23,11 +22,13 @@ from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.selection import make_plan
-from hftcli.hosts import collect_environment
-from hftcli.launch import count_ranks, find_free_port, launch_round, resolve_launch, worker_command, worker_environment
+from hftcli.launching.cluster import describe_nodes, make_nodes
+from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
+from hftcli.launching.hosts import collect_environment
+from hftcli.launching.processes import passing_signals
+from hftcli.launching.watch import launch_round
 from hftcli.page import write_page
 from hftcli.planning import apply_fit, choose_fit, make_budget
-from hftcli.processes import passing_signals
 from hftcli.recipe import ADAPTERS, PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
 from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
 from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence
@@ -104,7 +105,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     check_method(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
     run = Run(Path(recipe.output))
-    run.claim(recipe, make_manifest(start.parent))
+    run.claim(recipe, spec.launch, make_manifest(start.parent))
     round_ = run.round(f"00-{recipe.objective}")
     round_.folder.mkdir(parents=True, exist_ok=True)
     if not round_.result_path.exists():
@@ -156,7 +157,7 @@ def prepare_continual(recipe: Recipe) -> Run:
         spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         specs.append(spec)
     manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
-    run.claim(recipe, manifest)
+    run.claim(recipe, launch, manifest)
     for round_, spec in zip(rounds, specs, strict=True):
         round_.folder.mkdir(parents=True, exist_ok=True)
         if not round_.result_path.exists():
@@ -324,6 +325,11 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
         return budget
     train = apply_fit(recipe.train, choose_fit(recipe, budget, recipe.train.memory_bytes))
     return make_budget(recipe.model_copy(update={"train": train}), network, plan, num_processes, recipe.train.bf16)
+
+
+def count_rounds(recipe: Recipe) -> int:
+    """Raises: InputError: a task is unknown, or its rows are missing."""
+    return len(find_sequence(recipe.continual, recipe.data.root).tasks) if recipe.continual else 1
 
 
 def make_manifest(parent: str | None) -> Manifest:

@@ -31,6 +31,8 @@ from hftcli.evaluate import Reading, TokenizedTask, hold_out, read_pairs, score_
 from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.launching.processes import StopRequest, hold_round
+from hftcli.launching.signals import ignore_signals
 from hftcli.methods import make_methods
 from hftcli.models import (
     describe_model,
@@ -47,7 +49,6 @@ from hftcli.models import (
     verify_checkpoint,
 )
 from hftcli.planning import apply_fit, choose_fit, make_budget
-from hftcli.processes import StopRequest, hold_round
 from hftcli.references import PrecomputedReference, Reference, SharedReference, make_reference_key
 from hftcli.run import (
     HELD_OUT,
@@ -64,6 +65,7 @@ from hftcli.run import (
     RoundSpec,
     Score,
     Scores,
+    StepSaves,
     write_model,
 )
 from hftcli.seals import list_files, seal_files
@@ -278,6 +280,9 @@ def run_round(round_: Round, stop: StopRequest) -> None:
         num_tokens=trainer.num_tokens,
         seconds=clock.seconds,
         resumed_from=int(step.name) if step else None,
+        step_saves=StepSaves(
+            num_saves=keeper.num_saves, seconds=trainer.saving_seconds + keeper.seconds, num_bytes=keeper.num_bytes
+        ),
         peak_memory_bytes=measure_peak_memory(),
         gradient_bytes=callback.gradient_bytes,
         optimizer_bytes=measure_optimizer_bytes(trainer.optimizer),
@@ -438,7 +443,7 @@ def main() -> None:
             stop.listen()
             run_round(round_, stop)
     except Exception as error:
-        stop.ignore()
+        ignore_signals()
         known = explain_failure(error, round_)
         if not round_.failure_path.exists():
             failure = Failure(message=known.message, fix=known.fix, exit_code=known.exit_code, traceback=traceback.format_exc())

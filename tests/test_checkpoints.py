@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hftcli.checkpoints import MANIFEST_NAME, Origin, choose_step, clear_remains, read_step, remove_steps
 from hftcli.errors import InputError
-from hftcli.launch import worker_environment
+from hftcli.launching.command import worker_environment
 from hftcli.recipe import load_recipe
 from hftcli.run import Round
 from hftcli.runners import prepare_single
@@ -73,6 +74,22 @@ DAMAGES = {"truncated": truncate, "one bit": flip, "removed": Path.unlink}
 def test_the_files_of_a_checkpoint_are_those_damaged_below(trained):
     assert trained.saved_steps == [4, 3]
     assert list_files(trained.steps / "4") == sorted(FILES)
+
+
+def test_the_frozen_half_is_not_stored_again(trained):
+    """For each trained weight, and for no other, a float32 master and two moments, and a little besides."""
+    plan = trained.read_plan()
+    assert load_file(trained.steps / "4" / "trained.safetensors").keys() == set(plan.trained)
+    num_bytes = sum(path.stat().st_size for path in (trained.steps / "4").iterdir())
+    assert 12 * plan.num_trainable <= num_bytes <= 12 * plan.num_trainable + 200_000
+
+
+def test_what_step_checkpoints_cost_is_told(trained):
+    result = trained.read_result()
+    assert result.step_saves.num_saves == 4
+    assert 0 < result.step_saves.seconds < result.seconds["training"]
+    files = read_step(trained.steps / "4").files
+    assert result.step_saves.num_bytes == sum(seal.num_bytes for seal in files.values())
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from hftcli import cluster
-from hftcli.cluster import Node, NodeOrder, describe_end, describe_nodes, make_nodes, run_nodes
 from hftcli.errors import InputError
-from hftcli.hosts import Host
+from hftcli.launching import cluster
+from hftcli.launching.cluster import Node, NodeOrder, describe_end, describe_nodes, make_nodes, run_nodes
+from hftcli.launching.hosts import Host
 from hftcli.recipe import LaunchSection
 from hftcli.run import Failure
 
@@ -139,7 +139,7 @@ def test_a_host_that_does_not_start_is_the_users_to_mend(tmp_path, monkeypatch):
 
 FRONT = """\
 import sys
-from hftcli.cluster import run_nodes
+from hftcli.launching.cluster import run_nodes
 sys.path.insert(0, {tests!r})
 from test_cluster import make_node
 lines = run_nodes([make_node(name, {script!r}.replace("NAME", name)) for name in ("a", "b")])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from hftcli.doctor import Finding, HostReport, Probe
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, Unit, assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
-from hftcli.hosts import Host
+from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.launching.hosts import Host
 from hftcli.recipe import LaunchSection, SlurmSection, load_recipe
+from hftcli.run import CheckpointIdentity, DeltaRecord, write_model
+from hftcli.runners import count_rounds
 
 
 def make_llama(num_layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> list[Parameter]:
@@ -113,21 +116,72 @@ def test_hosts_are_asked_over_ssh(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("free", "status"), [(10_000, "ok"), (1100, "warning"), (999, "fault")])
 def test_disk_is_held_against_the_checkpoints(tmp_path, free, status):
-    assert doctor.judge_disk(tmp_path, free, 1000).status == status
+    assert doctor.judge_disk(tmp_path, free, 600, 400).status == status
 
 
-def test_a_checkpoint_is_as_large_as_its_start_or_as_its_data_type_makes_it(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
-    as_it_is, cast = load_recipe(None), load_recipe(None, ["model.dtype=bfloat16"])
-    assert doctor.count_checkpoint_bytes(as_it_is, tmp_path, 300) == 1000
-    assert doctor.count_checkpoint_bytes(as_it_is, Path("owner/name"), 300) == 1200
-    assert doctor.count_checkpoint_bytes(cast, tmp_path, 300) == 600
+@pytest.fixture
+def plan() -> FreezePlan:
+    """200 of 300 weights train."""
+    units = [
+        Unit("model.norm", "final_norm", None, (Parameter("model.norm.weight", (200,)),)),
+        Unit("lm_head", "head", None, (Parameter("lm_head.weight", (10, 10)),)),
+    ]
+    return make_plan(units, FreezeRule(head="freeze"), 0)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "is_seen", "num_bytes"),
+    [
+        ([], True, 999),
+        ([], False, 1200),
+        (["model.dtype=bfloat16"], True, 600),
+        (["checkpoint.format=delta"], True, 666),
+        (["checkpoint.format=delta", "model.dtype=bfloat16"], False, 400),
+    ],
+)
+def test_a_checkpoint_is_as_large_as_its_start_or_as_its_data_type_and_format_make_it(
+    tmp_path, plan, overrides, is_seen, num_bytes
+):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 999)
+    start = tmp_path if is_seen else Path("owner/name")
+    assert doctor.count_checkpoint_bytes(load_recipe(None, overrides), start, plan) == num_bytes
+
+
+def test_a_start_that_is_a_delta_is_counted_whole(tmp_path, plan):
+    (tmp_path / "delta.safetensors").write_bytes(b"x" * 10)
+    record = DeltaRecord(base=CheckpointIdentity(path="base", files={}), fingerprint="f", dtype="bfloat16", tensors=())
+    write_model(tmp_path / "delta.json", record)
+    assert doctor.count_checkpoint_bytes(load_recipe(None), tmp_path, plan) == 600
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "num_bytes"),
+    [
+        ([], 1, 3 * 200 * 12),
+        ([], 8, 3 * 200 * 16),
+        (["checkpoint.keep=1"], 1, 2 * 200 * 12),
+        (["checkpoint.save_every_minutes=null"], 1, 0),
+    ],
+)
+def test_step_checkpoints_are_those_kept_and_the_one_being_written(plan, overrides, num_ranks, num_bytes):
+    assert doctor.count_step_bytes(load_recipe(None, overrides).checkpoint, plan, num_ranks) == num_bytes
+
+
+def test_every_round_of_a_run_leaves_a_checkpoint(tmp_path, plan, monkeypatch):
+    """Eight rounds of 1200 bytes and three step checkpoints of 2400 do not fit where one round would."""
+    free = shutil.disk_usage(tmp_path)._replace(free=12_000)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: free)
+    recipe = load_recipe(None, [f"output={tmp_path}"])
+    assert doctor.check_disk(recipe, Path("owner/name"), plan, 1, 1).status == "ok"
+    assert doctor.check_disk(recipe, Path("owner/name"), plan, 1, 8).status == "fault"
+    assert count_rounds(recipe) == 1
+    assert count_rounds(load_recipe(None, objective="continual")) == 5
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, plan):
     recipe = load_recipe(None, ["output=/proc/run"])
-    assert doctor.check_disk(recipe, tmp_path, 1).status == "fault"
-    assert doctor.check_disk(load_recipe(None, [f"output={tmp_path}/a/b"]), tmp_path, 1).status == "ok"
+    assert doctor.check_disk(recipe, tmp_path, plan, 1, 1).status == "fault"
+    assert doctor.check_disk(load_recipe(None, [f"output={tmp_path}/a/b"]), tmp_path, plan, 1, 1).status == "ok"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 
 from hftcli.errors import InputError
-from hftcli.hosts import collect_environment, count_slots, is_secret, read_hostfile
+from hftcli.launching.hosts import collect_environment, count_slots, is_secret, read_hostfile
 
 
 @pytest.fixture

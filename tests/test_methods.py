@@ -17,7 +17,8 @@ from hftcli.data import TOKEN_FEATURES
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan, narrow_plan
-from hftcli.launch import launch_round
+from hftcli.launching.processes import StopRequest
+from hftcli.launching.watch import launch_round
 from hftcli.methods import make_methods
 from hftcli.methods.agem import project_on_plane
 from hftcli.methods.ewc import Ewc, QuadraticPenalty, sum_squared_gradients
@@ -29,7 +30,6 @@ from hftcli.methods.method import draw_rows
 from hftcli.methods.olora import measure_overlap
 from hftcli.methods.replay import order_passes
 from hftcli.models import describe_model, load_model, verify_checkpoint
-from hftcli.processes import StopRequest
 from hftcli.recipe import (
     PACKAGE,
     DataSection,

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hftcli.errors import InputError
+from hftcli.launching.slurm import add_section, check_allocation, make_script, make_step_command, submit
 from hftcli.recipe import LaunchSection, SlurmSection, load_recipe
 from hftcli.run import Run
-from hftcli.slurm import add_section, check_allocation, make_script, make_step_command, submit
 
 LAUNCH = LaunchSection(num_nodes=2, num_processes=4, slurm=SlurmSection())
 
@@ -67,35 +68,64 @@ def test_shellcheck_finds_nothing(tmp_path, name):
 
 
 FRONT = """\
-trap 'sleep 0.5; echo saved > {folder}/saved; exit {code}' {name}
+trap 'sleep 0.5; echo saved > {folder}/saved; exit {code}' USR1 TERM
 echo $$ > {folder}/ready
 while :; do sleep 0.1; done
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "is_queued"), [(signal.SIGUSR1, 75, True), (signal.SIGTERM, 75, True), (signal.SIGUSR1, 1, False)]
-)
-def test_a_signal_reaches_the_front_and_only_75_queues_again(tmp_path, commands, number, code, is_queued):
-    """Slurm signals the batch shell alone (`--signal=B:`), which must outlive the signal and wait for the checkpoint."""
-    front = FRONT.format(folder=tmp_path, code=code, name=number.name.removeprefix("SIG"))
-    text = make_script(Run(tmp_path), ["bash", "-c", front], LAUNCH, {})
-    environment = {**os.environ, "SLURM_JOB_ID": "12"}
-    shell = subprocess.Popen(["bash", "-c", text], env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
+@pytest.fixture
+def run_script(tmp_path, commands) -> Iterator[Callable[[str], subprocess.Popen]]:
+    """Start the batch script with this front, a script of bash, and wait until it is ready."""
+    started = []
+
+    def start(front: str) -> subprocess.Popen:
+        text = make_script(Run(tmp_path), ["bash", "-c", front], LAUNCH, {})
+        environment = {**os.environ, "SLURM_JOB_ID": "12"}
+        shell = subprocess.Popen(["bash", "-c", text], env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        started.append(shell)
         deadline = time.monotonic() + 30
         while not (tmp_path / "ready").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        shell.send_signal(number)
-        assert shell.wait(30) == code
-    finally:
+        return shell
+
+    yield start
+    for shell in started:
         if shell.poll() is None:  # and its front, which would run on
             os.killpg(shell.pid, signal.SIGKILL)
             shell.wait()
+
+
+def is_queued_again(commands: Path) -> bool:
+    return (commands / "calls").exists() and "scontrol requeue 12\n" in (commands / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "is_queued"),
+    [
+        ([signal.SIGUSR1], 75, True),
+        ([signal.SIGUSR1, signal.SIGTERM], 75, True),  # the time was over before the checkpoint was written
+        ([signal.SIGTERM], 75, False),  # the job was cancelled
+        ([signal.SIGUSR1], 1, False),
+    ],
+)
+def test_a_signal_reaches_the_front_and_only_75_queues_again(tmp_path, commands, run_script, numbers, code, is_queued):
+    """Slurm signals the batch shell alone (`--signal=B:`), which must outlive the signal and wait for the checkpoint."""
+    shell = run_script(FRONT.format(folder=tmp_path, code=code))
+    for number in numbers:
+        shell.send_signal(number)
+        time.sleep(0.1)
+    assert shell.wait(30) == code
     assert (tmp_path / "saved").exists()
-    calls = (commands / "calls").read_text() if (commands / "calls").exists() else ""
-    assert ("scontrol requeue 12\n" in calls) == is_queued
+    assert is_queued_again(commands) == is_queued
+
+
+def test_a_signal_that_comes_before_the_front_can_take_it_queues_again(tmp_path, commands, run_script):
+    shell = run_script(f"echo $$ > {tmp_path}/ready; exec sleep 30")  # like Python while it starts, it dies of the signal
+    shell.send_signal(signal.SIGUSR1)
+    assert shell.wait(20) == 75
+    assert is_queued_again(commands)
 
 
 def test_a_task_of_srun_becomes_a_rank(commands, monkeypatch):
@@ -141,6 +171,8 @@ def test_a_recipe_keeps_its_section():
         ("launch.slurm.time=8:00:00", "write it in quotes, such as '8:00:00'"),
         ("launch.slurm.partition=a b", "launch.slurm.partition: string should match"),
         ("launch.slurm.options=[qos]", "launch.slurm.options.0: string should match"),
+        ("launch.slurm={time: '5', signal_seconds: 300}", "signal_seconds is 300, and time gives 300 seconds in all"),
+        ("launch.slurm={time: '0-0:04:59'}", "signal_seconds is 300, and time gives 299 seconds in all"),
         ("launch.slurm.nodes=2", "unknown key 'nodes' under launch.slurm"),
     ],
 )
@@ -148,6 +180,11 @@ def test_what_sbatch_would_misread_is_refused(setting, message):
     with pytest.raises(InputError) as caught:
         load_recipe(None, [setting])
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize("time", ["5:01", "0:5:01", "0-1", "1-0:0", "UNLIMITED"])
+def test_a_time_limit_that_leaves_time_to_train_is_taken(time):
+    assert SlurmSection(time=time, signal_seconds=300).time == time
 
 
 def test_the_command_writes_the_script(hft, tmp_path, settings):

@@ -34,7 +34,7 @@ def write_run(
     """The files that a finished run leaves, with these scores: of the start, then after each round."""
     recipe = load_recipe(None, [*overrides, f"output={folder}"], objective)
     run = Run(folder)
-    run.claim(recipe, make_manifest(None))
+    run.claim(recipe, recipe.launch, make_manifest(None))
     for index, task in enumerate(tasks):
         round_ = run.round(f"{index:02d}-{objective}")
         round_.folder.mkdir(parents=True)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,7 +209,7 @@ SLURM_CONF = """\
 ClusterName=hft
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=15
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -302,3 +302,39 @@ def test_a_job_of_slurm_runs_round_after_round(hft, settings, tmp_path):
     job = shown.splitlines()[-1]
     wait_for_job(job, run)
     assert len(list(run.glob("rounds/*/result.json"))) == len(list(run.glob("rounds/*/round.json"))) > 1
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_job_that_is_warned_is_queued_again_and_one_that_is_cancelled_is_not(hft, settings, tmp_path):
+    """Both leave a checkpoint of the step that they were at."""
+    run = tmp_path / "run"
+    round_ = Round(run / "rounds" / "00-sft")
+    long = SHORT | {"train.max_steps": 100_000, "launch.slurm.gres": "none"}
+    job = hft("sft", "--output", run, "--num-processes", 1, "--slurm", "--submit", *settings(long)).stdout.strip()
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 600
+        while not what():
+            assert time.monotonic() < deadline, (run / f"slurm-{job}.log").read_text()
+            time.sleep(0.5)
+
+    def is_past(step: int) -> bool:
+        place = read_model(round_.progress_path, Progress) if round_.progress_path.exists() else None
+        return place is not None and place.phase == "training" and place.done > step
+
+    def has_state(state: str) -> bool:
+        return f"JobState={state}" in _run("scontrol", "show", "job", job).stdout
+
+    wait_for(lambda: is_past(2))
+    _run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does ahead of the limit
+    wait_for(lambda: has_state("PENDING"))
+    (first,) = round_.saved_steps
+    assert first > 2
+    assert "the job is queued again" in (run / f"slurm-{job}.log").read_text()
+
+    wait_for(lambda: is_past(first))  # once the credential of the first start has expired, which SLURM_CONF has it do soon
+    _run("scancel", job)
+    wait_for(lambda: has_state("CANCELLED"))
+    assert round_.saved_steps[0] > first
+    time.sleep(5)
+    assert has_state("CANCELLED")

@@ -188,6 +188,65 @@ def test_a_signal_after_the_last_step_loses_no_step(start, short, undisturbed, t
     assert_same(running.round, undisturbed)
 
 
+@pytest.fixture
+def prepared(hft, tmp_path) -> Path:
+    """A run of five rounds, of which none has begun."""
+    hft("continual", "--output", tmp_path / "run", "--dry-run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_the_front_works_by_itself(hft, start, prepared, number):
+    """It waits for its own manifest, which comes through a pipe, and so is surely in nobody's hands but its own."""
+    manifest = prepared / "manifest.json"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    os.mkfifo(manifest)
+    running = start(prepared, {}, "continual", "00-newcomers")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            pipe = os.open(manifest, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:  # nobody reads yet
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    running.front.send_signal(number)
+    error = running.end(75)
+    os.close(pipe)
+    assert error.startswith("hft: stopped by a signal; what was finished before is kept\n     fix: run the same command again")
+    manifest.unlink()
+    manifest.write_bytes(content)
+    hft("continual", "--output", prepared, "--dry-run")
+
+
+@pytest.mark.slow
+def test_a_signal_between_two_rounds_loses_nothing(start, tmp_path):
+    """After a round the front adds a row to the matrix, then draws it and writes the page, and then begins the next round."""
+    values = {
+        "continual.tasks": "[tinyworld/newcomers, tinyworld/topic]",
+        "data.max_examples": 16,
+        "train.max_steps": 2,
+        "eval.max_examples": 4,
+    }
+    plain = start(tmp_path / "plain", values, "continual", "01-topic")
+    plain.end(0)
+    run = tmp_path / "run"
+    running = start(run, values, "continual", "01-topic")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (run / "forgetting.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    running.front.terminate()
+    running.end(75)
+    assert not running.round.result_path.exists()
+    running = start(run, values, "continual", "01-topic")
+    running.end(0)
+    assert_same(running.round, plain.round)
+    assert (run / "forgetting.json").read_bytes() == (tmp_path / "plain" / "forgetting.json").read_bytes()
+    assert (run / "report.html").exists()
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(start, short, tmp_path):
     running = start(tmp_path / "run", short | {"train.max_steps": 4000, "train.num_train_epochs": 400})
@@ -196,7 +255,9 @@ def test_a_second_signal_ends_a_run_at_once(start, short, tmp_path):
     for rank in ranks:
         rank.suspend()  # it cannot answer the first
     running.front.terminate()
-    time.sleep(0.5)
+    running.front.terminate()  # one that comes twice is one
+    time.sleep(1.5)
+    assert running.front.poll() is None
     running.front.terminate()
     assert "stopped at once; 00-sft goes on from its checkpoint at step 5" in running.end(1)
     assert not any(rank.is_running() for rank in ranks)
@@ -222,6 +283,12 @@ def test_a_lost_rank_ends_the_job_and_the_rerun_goes_on(start, short, tmp_path, 
     running.find_ranks()[-1].kill()
     error = running.end(1)
     assert "00-sft goes on from its checkpoint at step 10" in error
+    frozen = set(running.round.read_plan().frozen)
+    for path in (running.round.steps / "10").rglob("*model_states.pt"):
+        held = torch.load(path, weights_only=False)
+        assert held["module"]
+        assert not frozen & held["module"].keys()
+        assert not held["frozen_param_fragments"]
     running = start(tmp_path / "run", two)
     running.end(0)
     assert running.round.read_result().resumed_from == 10

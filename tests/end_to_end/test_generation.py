@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hftcli.freezing.selection import FreezeRule
-from hftcli.launch import launch_round
+from hftcli.launching.watch import launch_round
 from hftcli.recipe import PACKAGE, DataSection, LaunchSection, ModelSection, TrainSection
 from hftcli.run import Round, RoundSpec, Scoring, write_model
 from hftcli.tasks import load_task

@@ -2,7 +2,7 @@
 
 The batch script runs the front on the first node; the front starts every round with srun, one rank a task, so that a run of
 many rounds keeps its allocation, and a signal to srun reaches the ranks with no launcher in between. Exit code 75 queues the
-job again: the same command then goes on where it stopped.
+job again, unless it was cancelled: the same command then goes on where it stopped.
 """
 
 import os
@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hftcli.errors import InputError
-from hftcli.hosts import collect_environment, is_secret
+from hftcli.launching.hosts import collect_environment, is_secret
 from hftcli.recipe import LaunchSection, Recipe, SlurmSection
 from hftcli.run import Run, write_text
 
-# What one task does. srun ends a step at once when a task fails, so a rank that fails waits for rank 0 to say why; the shell
-# stays alive under the signals that its rank acts on.
+# What one task does. The shell stays alive under the signals that its rank acts on. srun ends a step at once when a task fails,
+# so a rank that fails waits for rank 0 to say why.
 TASK = """\
+trap : INT TERM USR1
 hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") || exit
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=${hosts%%$'\\n'*} MASTER_PORT=$1
 shift
-trap : INT TERM USR1
 "$@"
 code=$?
 [ "$code" -eq 0 ] || sleep 3
@@ -35,19 +35,25 @@ SCRIPT = """\
 {directives}
 
 # Written by hft. Queue it with: sbatch {path}
+
+# USR1 is Slurm's word to this shell alone that the time is nearly over. TERM goes to every process of a job that is cancelled
+# or preempted: it stops in the same way, and what becomes of it is not for this script to say.
+front=
+early=
+warned=
+cancelled=
+trap 'signalled=1; early=USR1; warned=1; [ -z "$front" ] || kill -USR1 "$front"' USR1
+trap 'signalled=1; early=TERM; [ -n "$warned" ] || cancelled=1; [ -z "$front" ] || kill -TERM "$front"' TERM
+
 cd {folder} || exit
 {exports}
 # srun takes over the cores of a task only from this name.
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# Slurm signals this shell alone; `wait` returns at each signal, and the run is still writing its checkpoint then.
-front=
-early=
-trap 'signalled=1; early=USR1; [ -z "$front" ] || kill -USR1 "$front"' USR1
-trap 'signalled=1; early=TERM; [ -z "$front" ] || kill -TERM "$front"' TERM
 {command} &
 front=$!
 [ -z "$early" ] || kill -"$early" "$front"
+# `wait` returns at each signal, and the run is still writing its checkpoint then.
 signalled=1
 while [ -n "$signalled" ]; do
     signalled=
@@ -55,8 +61,9 @@ while [ -n "$signalled" ]; do
     code=$?
 done
 
-if [ "$code" -eq 75 ]; then
-    echo "stopped after a complete checkpoint; the job is queued again"
+[ "$code" -ne 138 ] || code=75 # USR1 came before the front could take it, and nothing had begun
+if [ "$code" -eq 75 ] && [ -z "$cancelled" ]; then
+    echo "stopped by a signal; the job is queued again"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from hftcli import launch
-from hftcli.errors import InputError, TrainingError, VerificationError
+from hftcli.errors import HftError, InputError, Interrupted, TrainingError, VerificationError
+from hftcli.launching import command as room
+from hftcli.launching.watch import _read_outcome
 from hftcli.recipe import LaunchSection, SlurmSection
 from hftcli.run import Round
 
 
 def test_one_process_needs_no_launcher():
-    command = launch.worker_command(Path("r"), LaunchSection(num_processes=1), 1)
+    command = room.worker_command(Path("r"), LaunchSection(num_processes=1), 1)
     assert command == [sys.executable, "-m", "hftcli.worker", "r"]
 
 
 def test_several_processes_go_through_deepspeed():
-    command = launch.worker_command(Path("r"), LaunchSection(num_processes=8), 29500)
+    command = room.worker_command(Path("r"), LaunchSection(num_processes=8), 29500)
     assert command[2:] == [
         "deepspeed.launcher.runner", "--num_gpus", "8", "--master_port", "29500", "--no_local_rank",
         "--module", "hftcli.worker", "r",
@@ -27,27 +28,27 @@ def test_several_processes_go_through_deepspeed():
 
 def test_several_machines_go_over_ssh_or_through_slurm(tmp_path):
     over_ssh = LaunchSection(hostfile="hosts", num_nodes=2, num_processes=1)
-    command = launch.worker_command(tmp_path, over_ssh, 29500)
-    assert command == [sys.executable, "-m", "hftcli.cluster", str(tmp_path), "29500"]
+    command = room.worker_command(tmp_path, over_ssh, 29500)
+    assert command == [sys.executable, "-m", "hftcli.launching.cluster", str(tmp_path), "29500"]
     through_slurm = LaunchSection(slurm=SlurmSection(), num_nodes=2, num_processes=1)
-    command = launch.worker_command(Path("r"), through_slurm, 29500)
+    command = room.worker_command(Path("r"), through_slurm, 29500)
     assert (command[0], command[-4:]) == ("srun", [sys.executable, "-m", "hftcli.worker", "r"])
     with pytest.raises(InputError, match="nothing says how to reach the machines"):
-        launch.worker_command(Path("r"), LaunchSection(num_nodes=2, num_processes=1), 1)
+        room.worker_command(Path("r"), LaunchSection(num_nodes=2, num_processes=1), 1)
 
 
 def test_machines_are_counted_from_the_hostfile_or_the_recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # this machine's one GPU says nothing about the others
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
     monkeypatch.chdir(tmp_path)
-    resolved = launch.resolve_launch(LaunchSection(hostfile="hosts"))
+    resolved = room.resolve_launch(LaunchSection(hostfile="hosts"))
     assert (resolved.num_nodes, resolved.num_processes, resolved.num_ranks) == (2, 8, 16)
     assert resolved.hostfile == str(tmp_path / "hosts")
-    assert launch.resolve_launch(resolved) == resolved
-    assert launch.count_ranks(LaunchSection(hostfile="hosts", num_processes=4)) == 8
-    assert launch.count_ranks(LaunchSection(num_nodes=3, num_processes=8)) == 24
-    assert launch.resolve_launch(LaunchSection(num_nodes=3, num_processes=8)).num_ranks == 24
-    assert launch.resolve_launch(LaunchSection(slurm=SlurmSection(), num_processes=8)).num_ranks == 8
+    assert room.resolve_launch(resolved) == resolved
+    assert room.count_ranks(LaunchSection(hostfile="hosts", num_processes=4)) == 8
+    assert room.count_ranks(LaunchSection(num_nodes=3, num_processes=8)) == 24
+    assert room.resolve_launch(LaunchSection(num_nodes=3, num_processes=8)).num_ranks == 24
+    assert room.resolve_launch(LaunchSection(slurm=SlurmSection(), num_processes=8)).num_ranks == 8
 
 
 @pytest.mark.parametrize(
@@ -63,39 +64,45 @@ def test_launches_that_do_not_go_together(tmp_path, monkeypatch, values, message
     (tmp_path / "hosts").write_text("a slots=8\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
-        launch.resolve_launch(LaunchSection(**values))
+        room.resolve_launch(LaunchSection(**values))
 
 
 @pytest.mark.parametrize(("visible", "num_gpus"), [("", 0), ("-1", 0), ("0", 1), ("0,3,5", 3)])
 def test_visible_gpus_are_counted(monkeypatch, visible, num_gpus):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launch.count_gpus() == num_gpus
+    assert room.count_gpus() == num_gpus
 
 
 def test_every_visible_gpu_by_default_and_never_more(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert launch.resolve_launch(LaunchSection()).num_processes == 2
+    assert room.resolve_launch(LaunchSection()).num_processes == 2
     with pytest.raises(InputError, match="launch.num_processes is 4, but this machine has 2 GPUs"):
-        launch.resolve_launch(LaunchSection(num_processes=4))
+        room.resolve_launch(LaunchSection(num_processes=4))
 
 
 def test_without_gpus_one_process_or_that_many_cpu_ranks(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert launch.resolve_launch(LaunchSection()).num_processes == 1
-    assert launch.resolve_launch(LaunchSection(num_processes=3)).num_processes == 3
+    assert room.resolve_launch(LaunchSection()).num_processes == 1
+    assert room.resolve_launch(LaunchSection(num_processes=3)).num_processes == 3
 
 
-@pytest.mark.parametrize(
-    ("code", "kind"), [(1, launch.HftError), (2, InputError), (3, VerificationError), (75, launch.Interrupted)]
-)
+@pytest.mark.parametrize(("code", "kind"), [(1, HftError), (2, InputError), (3, VerificationError), (75, Interrupted)])
 def test_the_workers_word_decides_over_the_launchers_code(tmp_path, code, kind):
     failure = {"message": "why", "fix": "how", "exit_code": code}
     (tmp_path / "failure.json").write_text(json.dumps(failure))
     with pytest.raises(kind) as caught:
-        launch._read_outcome(Round(tmp_path), 1)
+        _read_outcome(Round(tmp_path), 1)
     assert (caught.value.message, caught.value.fix, caught.value.exit_code) == ("why", "how", code)
 
 
 def test_a_worker_that_dies_without_a_word(tmp_path):
-    with pytest.raises(TrainingError, match="ended with code -9 and left no word"):
-        launch._read_outcome(Round(tmp_path), -9)
+    for code in (-9, 137):  # as the kernel tells it, and as srun does
+        with pytest.raises(TrainingError, match="ended with code -9 and left no word"):
+            _read_outcome(Round(tmp_path), code)
+
+
+@pytest.mark.parametrize("code", [-15, 143, 138])
+def test_a_worker_that_dies_of_a_signal_while_it_starts(tmp_path, code):
+    """143 is srun's word for SIGTERM, 138 that for SIGUSR1."""
+    with pytest.raises(Interrupted, match="stopped by a signal while starting"):
+        _read_outcome(Round(tmp_path), code)

@@ -1,7 +1,8 @@
 """The processes of a round: how each hears that it shall stop, and that no two starts of a round overlap.
 
-    front    the first signal becomes a file, `stop`, which reaches every rank on every machine, past the launchers: those
-             answer a signal by ending the ranks within seconds. A second signal ends them at once.
+    front    while ranks run, the first signal becomes a file, `stop`, which reaches every rank on every machine, past the
+             launchers: those answer a signal by ending the ranks within seconds. A second signal ends them at once. While the
+             front works by itself, signals.py has it stop at once.
     rank     a signal to itself, or that file, asks for a stop; training honours it at the end of a step, together with the
              other ranks. Where nothing would be lost it is honoured at once.
 
@@ -21,11 +22,12 @@ from types import FrameType
 from typing import BinaryIO
 
 from hftcli.errors import InputError, Interrupted
+from hftcli.launching.signals import SIGNALS
 from hftcli.run import Round
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FRONT_VARIABLE = "HFT_FRONT"  # which process is the front, in the environment of its ranks
 POLL_SECONDS = 0.2
+ECHO_SECONDS = 1.0  # a signal may come twice: from Slurm, and from the batch shell that hands on its own
 OVERLAP_SECONDS = 30.0  # how long the ranks of an earlier start, whose front is gone, may take to end
 
 
@@ -35,14 +37,17 @@ def passing_signals(round_: Round) -> Iterator[None]:
 
     Raises:
         Interrupted: at the end, where a signal came and the body did not raise an error of its own.
-        KeyboardInterrupt: at the second signal.
+        KeyboardInterrupt: at the second signal. SIGUSR1 does not count as the first: it is a word ahead of time, as Slurm gives
+            it, and SIGTERM comes when the time is over.
     """
-    received: list[int] = []
+    received: list[tuple[int, float]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if received:
+        now = time.monotonic()
+        orders = [moment for earlier, moment in received if earlier != signal.SIGUSR1]
+        if orders and now - orders[0] > ECHO_SECONDS:
             raise KeyboardInterrupt
-        received.append(number)
+        received.append((number, now))
         round_.stop_path.touch()
 
     previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
@@ -79,11 +84,6 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._take)
         threading.Thread(target=self._watch, daemon=True).start()
-
-    def ignore(self) -> None:
-        """Take no more signals: this process is ending, and has its last word to write."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.is_requested = True

@@ -1,7 +1,7 @@
 """A round on the hosts of a hostfile: DeepSpeed's per-node launcher on each of them, over plain ssh.
 
-    python -m hftcli.cluster RUN/rounds/00-sft PORT     here: one ssh a host, until all have ended
-    python -m hftcli.cluster                            on each host: read a NodeOrder from stdin, and carry it out
+    python -m hftcli.launching.cluster RUN/rounds/00-sft PORT     here: one ssh a host, until all have ended
+    python -m hftcli.launching.cluster                            on each host: read a NodeOrder from stdin, and carry it out
 
 DeepSpeed's own way, pdsh, leaves ranks behind when a connection breaks, ends them by a pattern over all of a host's processes,
 and forwards little of the environment, on the command line, where every user of the host can read it. Here the order goes
@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hftcli.errors import HftError, InputError, Interrupted
-from hftcli.hosts import Host, collect_environment, is_secret, read_hostfile
-from hftcli.launch import count_gpus, worker_environment
+from hftcli.launching.command import count_gpus, worker_environment
+from hftcli.launching.hosts import Host, collect_environment, is_secret, read_hostfile
+from hftcli.launching.signals import SIGNALS
 from hftcli.recipe import LaunchSection, Section
 from hftcli.run import Failure, Round, read_model, write_model
 
@@ -33,7 +34,6 @@ SSH = (
     "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4",
 )  # fmt: skip
 STARTED = "hft: the host has started its ranks"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.1
 BEAT_SECONDS = 5.0  # between the empty lines that say that this side is there
 SILENCE_SECONDS = 60.0  # without any: the host takes the line for cut
@@ -137,7 +137,7 @@ class Line:
         self.last_words = ""
         # In a session of its own, so that a signal to this process's group does not cut the line but goes through it.
         self.ssh = subprocess.Popen(
-            make_ssh_command(node.host, ["-m", "hftcli.cluster"]),
+            make_ssh_command(node.host, ["-m", "hftcli.launching.cluster"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,117 @@
+"""Where a worker runs, and the command and environment that start it there."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from hftcli.errors import InputError
+from hftcli.launching.hosts import count_slots, read_hostfile
+from hftcli.launching.slurm import make_step_command
+from hftcli.recipe import LaunchSection
+
+
+def count_gpus() -> int:
+    """GPUs that a worker on this machine would see, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def resolve_launch(launch: LaunchSection) -> LaunchSection:
+    """Fill in the numbers of machines and processes, and check them against the hostfile or this machine's GPUs.
+
+    Raises:
+        InputError: settings that do not go together, a faulty hostfile, or more processes than slots or GPUs.
+    """
+    if launch.hostfile and launch.slurm:
+        raise InputError("launch.hostfile and launch.slurm both say where to run", "drop one of them")
+    if launch.hostfile:
+        return _resolve_hosts(launch)
+    if launch.slurm and launch.num_processes is None:
+        raise InputError(
+            "launch.num_processes is null, and the GPUs of Slurm's nodes cannot be counted from here",
+            "give --num-processes: the processes on each node, one per GPU",
+        )
+    num_gpus = count_gpus()
+    num_processes = launch.num_processes or max(num_gpus, 1)
+    is_here = not launch.slurm and (launch.num_nodes or 1) == 1
+    if is_here and num_gpus and num_processes > num_gpus:
+        raise InputError(
+            f"launch.num_processes is {num_processes}, but this machine has {num_gpus} GPUs",
+            f"set it to {num_gpus} or less, or leave it out to take them all",
+        )
+    return launch.model_copy(update={"num_processes": num_processes, "num_nodes": launch.num_nodes or 1})
+
+
+def _resolve_hosts(launch: LaunchSection) -> LaunchSection:
+    hosts = read_hostfile(launch.hostfile)
+    if launch.num_nodes not in (None, len(hosts)):
+        raise InputError(
+            f"launch.num_nodes is {launch.num_nodes}, but {launch.hostfile} names {len(hosts)} hosts",
+            "leave launch.num_nodes out: the hostfile says it",
+        )
+    update = {
+        "hostfile": str(Path(launch.hostfile).resolve()),
+        "num_nodes": len(hosts),
+        "num_processes": count_slots(hosts, launch.num_processes),
+    }
+    return launch.model_copy(update=update)
+
+
+def count_ranks(launch: LaunchSection) -> int:
+    """Processes on all machines, on which this machine need not be one: a launch is planned before there are devices for it.
+
+    Raises:
+        InputError: a faulty hostfile.
+    """
+    if launch.hostfile:
+        launch = _resolve_hosts(launch)
+    return (launch.num_processes or max(count_gpus(), 1)) * (launch.num_nodes or 1)
+
+
+def worker_command(folder: Path, launch: LaunchSection, port: int) -> list[str]:
+    """The command that runs a prepared round from this machine.
+
+    One process; or DeepSpeed's launcher here; or, for several machines, DeepSpeed's launcher on each host of the hostfile
+    (see cluster.py), or Slurm's srun.
+
+    Raises:
+        InputError: several machines, with neither a hostfile nor Slurm to reach them.
+    """
+    if launch.hostfile:
+        return [sys.executable, "-m", "hftcli.launching.cluster", str(folder.resolve()), str(port)]
+    worker = [sys.executable, "-m", "hftcli.worker", str(folder)]
+    if launch.slurm:
+        return make_step_command(worker, launch, port)
+    if (launch.num_nodes or 1) > 1:
+        raise InputError(
+            f"launch.num_nodes is {launch.num_nodes}, and nothing says how to reach the machines",
+            "give --hostfile or --slurm; or start the round that --dry-run prepares on each machine, with torchrun",
+        )
+    if launch.num_processes == 1:
+        return worker
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(launch.num_processes)]
+    return [*launcher, "--master_port", str(port), "--no_local_rank", "--module", *worker[2:]]
+
+
+def worker_environment(launch: LaunchSection) -> dict[str, str]:
+    """The environment of a worker, where it differs from the front's."""
+    changes = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1"}
+    if launch.hostfile is None and count_gpus() == 0:  # the hosts of a hostfile each look at their own devices
+        changes["DS_ACCELERATOR"] = "cpu"
+        if launch.num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+            changes["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // launch.num_processes, 1))
+    return changes
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
