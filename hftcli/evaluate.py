@@ -133,10 +133,10 @@ def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenize
 
 
 def find_stops(characters: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens with one of the characters, and no letter or digit before it that would be lost where the token ends an answer."""
+    """Tokens with one of the characters, and nothing but blanks before it that would be lost where the token ends an answer."""
     if not characters:
         return set()
-    backend, stop = get_backend(tokenizer), re.compile(rf"\W*?[{re.escape(characters)}]")
+    backend, stop = get_backend(tokenizer), re.compile(rf"\s*[{re.escape(characters)}]")
     return {token for token in range(backend.get_vocab_size()) if stop.match(backend.decode([token]))}
 
 

@@ -40,7 +40,7 @@ def run(folder: Path, start: Path, num_processes: int = 1, zero_stage: int = 2) 
         data=DataSection(max_length=96, max_examples=320),
         freeze=FreezeRule(),
         train=TrainSection(
-            max_steps=30, learning_rate=3e-3, global_batch_size=32, per_device_train_batch_size=32 // num_processes
+            bf16=False, max_steps=30, learning_rate=3e-3, global_batch_size=32, per_device_train_batch_size=32 // num_processes
         ),
         launch=launch,
         scoring=Scoring(before=(LEARNED,), after=(LEARNED, OTHER), likelihood=(UNSEEN,), max_examples=NUM_QUESTIONS),
