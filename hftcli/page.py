@@ -23,6 +23,7 @@ from hftcli.recipe import Recipe, load_recipe
 from hftcli.report import describe_adjusted, describe_pairs, describe_transitions, format_bytes
 from hftcli.run import Round, RoundResult, Run, Score, write_text
 from hftcli.statistics import NATS, POINTS
+from hftcli.tasks.general import SUFFIX
 
 TEMPLATE = "page.html.jinja"
 OBJECTIVES = {"sft": "supervised fine-tuning", "dpo": "preference optimization", "continual": "continual learning"}
@@ -120,7 +121,7 @@ def _describe_task(task: str, before: Score, after: Score, items: ItemChange | N
     has_scores = before.score is not None and after.score is not None
     interval = items.change if items and items.change.low is not None else None
     return Knowledge(
-        task=task,
+        task=Path(task).name if task.endswith(SUFFIX) else task,  # of a file, the manifest has the whole path
         num_examples=after.num_examples,
         before=POINTS.show(before.score),
         after=POINTS.show(after.score),
