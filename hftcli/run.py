@@ -63,6 +63,7 @@ Moment = Literal["before", "after"]  # of a round
 
 DELTA_NAME = "delta.json"  # its presence tells a delta checkpoint from a full one
 MERGE_NAME = "merge.json"
+HELD_OUT = "held-out rows"  # among the tasks of `Scores`, by likelihood alone
 # How the names begin that a run's folder may hold while it is claimed, those of files being written among them.
 CLAIM_NAMES = (".lock", ".holder", "..holder.", ".recipe.yaml.", ".manifest.json.")
 
@@ -186,9 +187,6 @@ class Verification(Section):
     @property
     def passed(self) -> bool:
         return not self.violations and not self.unmoved and not self.damaged
-
-
-HELD_OUT = "held-out rows"  # among the tasks of `Scores`: likelihood alone
 
 
 class Score(Section):

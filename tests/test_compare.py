@@ -78,6 +78,14 @@ def test_likelihood_measures_what_has_no_score(tmp_path):
     assert "--by nll" in caught.value.fix
 
 
+def test_made_model_has_no_likelihood_of_held_out_rows(tmp_path):
+    rows = tuple({HELD_OUT: make_score(None, nll), FACTS: make_score(0.9)} for nll in (2.5, 2.1))
+    run = write_run(tmp_path / "run", rows=rows)
+    made = write_made(tmp_path / "mean", run, {FACTS: 0.9}, kind="interpolation", weight=0.5)
+    with pytest.raises(InputError, match="hft eval asks no held-out rows"):
+        read_point(made, by="nll")
+
+
 def test_likelihood_is_told_in_nats(tmp_path, capsys):
     folders = []
     for share, gap in (("0.5", 0.0), ("1.0", 0.1)):
