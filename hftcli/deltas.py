@@ -1,9 +1,10 @@
 """Delta checkpoints: what a round trained, on top of the checkpoint that it started from.
 
 A delta's folder has the configs and the tokenizer of a full checkpoint, the stored tensors under the names of the model's
-parameters, and delta.json, which says to the byte what the base is. The base may be a delta itself, so a checkpoint is a stack:
-one full folder at the root, and any number of deltas. The weight file is not called as transformers calls its own, so that
-nothing that does not know of deltas takes one for a model.
+parameters, and delta.json, which says to the byte what the base is. Of a tensor of which only some rows changed, as embeddings
+do in those of the tokens that were seen, the file holds these rows and their numbers. The base may be a delta itself, so a
+checkpoint is a stack: one full folder at the root, and any number of deltas. The weight file is not called as transformers
+calls its own, so that nothing that does not know of deltas takes one for a model.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.run import DELTA_NAME, CheckpointIdentity, DeltaRecord, read_model, write_model
 
 WEIGHTS_NAME = "delta.safetensors"
+ROWS_SUFFIX = "/rows"  # of the tensor with the numbers of the rows of another
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,26 @@ def _hash_file(file: Path, num_bytes: int, modified_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_delta(weights: dict[str, torch.Tensor], folder: Path, base: Path, plan: FreezePlan, dtype: torch.dtype) -> None:
-    """Write tensors, all of one data type, and what they stand on into a folder; delta.json comes last."""
-    save_file({name: values.contiguous() for name, values in weights.items()}, folder / WEIGHTS_NAME, {"format": "pt"})
+def write_delta(
+    weights: dict[str, torch.Tensor],
+    rows: dict[str, torch.Tensor],
+    folder: Path,
+    base: Path,
+    plan: FreezePlan,
+    dtype: torch.dtype,
+) -> None:
+    """Write tensors, all of one data type, and what they stand on into a folder; delta.json comes last.
+
+    Args:
+        rows: for those of which only some rows are in `weights`, the numbers of these rows, int32 [R].
+    """
+    content = weights | {name + ROWS_SUFFIX: numbers for name, numbers in rows.items()}
+    save_file({name: values.contiguous() for name, values in content.items()}, folder / WEIGHTS_NAME, {"format": "pt"})
     record = DeltaRecord(
         base=identify_checkpoint(base),
         fingerprint=plan.fingerprint,
         dtype=str(dtype).removeprefix("torch."),
         tensors=tuple(weights),
+        rows=tuple(rows),
     )
     write_model(folder / DELTA_NAME, record)

@@ -20,13 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hftcli.deltas import Stack, hash_checkpoint, open_stack, write_delta
+from hftcli.deltas import ROWS_SUFFIX, Stack, hash_checkpoint, open_stack, write_delta
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe import ModelSection
 from hftcli.run import Round, Verification, find_checkpoint_damage
 
+MOST_ROWS = 0.9  # of a tensor's rows; where more of them changed, a delta stores it whole
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -293,7 +294,7 @@ def save_delta(
     start: Path,
     plan: FreezePlan,
 ) -> None:
-    """Write what `save_checkpoint` would, less the frozen parameters whose bits are found to be the start's.
+    """Write what `save_checkpoint` would, less the parameters, and rows of matrices, whose bits are found to be the start's.
 
     A frozen parameter that did move is stored like a trained one, so that `verify_checkpoint` finds it as in a full folder.
 
@@ -301,14 +302,19 @@ def save_delta(
         weights: every parameter, all of one data type.
         start: the checkpoint that the round started from.
     """
-    reader = CheckpointReader(start, plan.frozen)
+    reader = CheckpointReader(start, tuple(weights))
     dtype = next(iter(weights.values())).dtype
-    moved = {name for name in plan.frozen if not _is_same(weights[name], reader.read(name))}
-    stored = {name: values for name, values in weights.items() if name in moved or name in set(plan.trained)}
+    stored, rows = {}, {}
+    for name, values in weights.items():
+        changed_R = _find_changed_rows(values, reader.read(name))
+        if len(changed_R) > MOST_ROWS * len(values):
+            stored[name] = values
+        elif len(changed_R):
+            stored[name], rows[name] = values[changed_R], changed_R.int()
     with _replace_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict={})  # the configs as they are beside a full model, and no weights
         tokenizer.save_pretrained(temporary)
-        write_delta(stored, temporary, start, plan, dtype)
+        write_delta(stored, rows, temporary, start, plan, dtype)
 
 
 @contextmanager
@@ -336,7 +342,8 @@ class CheckpointReader:
         self.stack = open_stack(folder, base)
         self.layers = [_map_tensors(self.stack.root), *(_map_tensors(delta.folder) for delta in self.stack.deltas)]
         for delta, layer in zip(self.stack.deltas, self.layers[1:], strict=True):
-            if odd := sorted(set(layer) ^ set(delta.record.tensors)):
+            expected = {*delta.record.tensors, *(name + ROWS_SUFFIX for name in delta.record.rows)}
+            if odd := sorted(set(layer) ^ expected):
                 raise ModelError(f"{delta.folder} is damaged: its delta.json and its weights differ in {odd[0]}")
         self.model = None
         if any(all(name not in layer for layer in self.layers) for name in names):
@@ -347,19 +354,24 @@ class CheckpointReader:
                 raise ModelError(f"{root} lacks {len(missing)} parameters, the first is {missing[0]}")
 
     def read(self, name: str) -> torch.Tensor:
-        place = self._find_layer(name)
-        if place == 0 and self.model is not None:
-            values = self.model.get_parameter(name).detach()
-        else:
-            with safe_open(self.layers[place][name], framework="pt") as file:
-                values = file.get_tensor(name)
-        for delta in self.stack.deltas[place:]:
-            values = values.to(delta.dtype)
-        return values
+        return self._read_at(name, len(self.stack.deltas))
 
-    def _find_layer(self, name: str) -> int:
-        """Index of the newest layer that stores a parameter; 0, the root, where no delta does."""
-        return max((place for place, layer in enumerate(self.layers) if name in layer), default=0)
+    def _read_at(self, name: str, place: int) -> torch.Tensor:
+        """A parameter as it is with that many deltas on the root."""
+        if place == 0:
+            return self.model.get_parameter(name).detach() if self.model is not None else self._read_stored(name, 0)
+        delta = self.stack.deltas[place - 1]
+        if name in delta.record.rows:
+            values = self._read_at(name, place - 1).to(delta.dtype, copy=True)
+            values[self._read_stored(name + ROWS_SUFFIX, place)] = self._read_stored(name, place)
+            return values
+        if name in delta.record.tensors:
+            return self._read_stored(name, place)
+        return self._read_at(name, place - 1).to(delta.dtype)
+
+    def _read_stored(self, name: str, place: int) -> torch.Tensor:
+        with safe_open(self.layers[place][name], framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def _map_tensors(folder: Path) -> dict[str, Path]:
@@ -404,6 +416,13 @@ def verify_round(round_: Round) -> Verification:
     start = fetch_checkpoint(round_.read_spec().model.path)
     verification = verify_checkpoint(start, round_.checkpoint, round_.read_plan(), round_.read_result().updates)
     return verification.model_copy(update={"damaged": tuple(find_checkpoint_damage(round_.checkpoint))})
+
+
+def _find_changed_rows(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Numbers [R] of the rows whose bits differ in the data type of the new tensor; a vector changes as a whole."""
+    if old.shape == new.shape and new.ndim > 1:
+        return (_read_bits(new) != _read_bits(old.to(new.dtype))).flatten(1).any(1).nonzero().squeeze(1)
+    return torch.arange(0 if _is_same(new, old) else len(new))
 
 
 def _is_same(new: torch.Tensor, old: torch.Tensor) -> bool:

@@ -421,7 +421,9 @@ class DeltaRecord(Section):
     dtype: Literal["float32", "bfloat16", "float16"]
     """Data type of the checkpoint; what comes from the base is rounded to it."""
     tensors: tuple[str, ...]
-    """Names of the parameters stored here: those that trained, and any other whose bytes are not the base's."""
+    """Names of the parameters stored here: those whose bytes are not the base's, frozen ones too."""
+    rows: tuple[str, ...] = ()
+    """Names of those of which only the rows that are not the base's are stored."""
 
 
 class MergeManifest(Section):

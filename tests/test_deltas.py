@@ -35,18 +35,26 @@ def draw(folder: Path, round_index: int = 0) -> FreezePlan:
 
 
 def train(
-    start: Path, full: Path, delta: Path, round_index: int = 0, dtype=torch.float32, moved: tuple[str, ...] = ()
+    start: Path,
+    full: Path,
+    delta: Path,
+    round_index: int = 0,
+    dtype=torch.float32,
+    moved: tuple[str, ...] = (),
+    seen: slice = slice(None),
 ) -> FreezePlan:
     """What a round does to the weights, kept in both forms.
 
     Args:
         moved: frozen parameters to move by one bit, as a bug would.
+        seen: the tokens whose embeddings change.
     """
     plan = draw(start, round_index)
     model = load_model(ModelSection(path=str(start)), start, plan, mixed=False, sharded=False)
     weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     for name in plan.trained:
-        weights[name] += 0.1 * (round_index + 1)
+        rows = seen if "embed_tokens" in name else slice(None)
+        weights[name][rows] += 0.1 * (round_index + 1)
     weights = {name: values.to(dtype) for name, values in weights.items()}
     for name in moved:
         weights[name].view(torch.int32).view(-1)[0] ^= 1
@@ -114,6 +122,23 @@ def test_the_rounding_of_a_delta_in_another_data_type_is_that_of_the_full_model(
     for dtype in (torch.float32, torch.bfloat16):
         one, two = (load_weights(tmp_path / form, dtype) for form in ("delta", "full"))
         assert_same(dict(one.named_parameters()), dict(two.named_parameters()))
+
+
+def test_of_embeddings_a_delta_holds_the_rows_of_the_tokens_that_were_seen(chain, tmp_path):
+    """Two rounds that saw other tokens, the second in another data type; where 29 of 32 were seen, all rows are kept."""
+    name = "model.embed_tokens.weight"
+    start = chain / "base"
+    for index, (seen, dtype) in enumerate([(slice(3, 9), torch.float32), (slice(7, 20), torch.bfloat16)]):
+        train(start, tmp_path / "full", tmp_path / "delta" / str(index), index, dtype, seen=seen)
+        stored = load_file(tmp_path / "delta" / str(index) / "delta.safetensors")
+        assert stored[f"{name}/rows"].tolist() == list(range(32))[seen]
+        assert len(stored[name]) == len(stored[f"{name}/rows"])
+        assert_same(read_all(tmp_path / "delta" / str(index)), read_all(tmp_path / "full"))
+        one, two = (load_weights(folder, torch.float32) for folder in (tmp_path / "delta" / str(index), tmp_path / "full"))
+        assert_same(dict(one.named_parameters()), dict(two.named_parameters()))
+        start = tmp_path / "delta" / str(index)
+    train(chain / "base", tmp_path / "full", tmp_path / "whole", seen=slice(3, None))
+    assert load_file(tmp_path / "whole" / "delta.safetensors").keys() & {name, f"{name}/rows"} == {name}
 
 
 def test_a_delta_is_verified_as_a_full_checkpoint_is(chain, tmp_path):
@@ -216,7 +241,7 @@ def test_the_hash_of_a_checkpoint_changes_with_what_lies_below_it(copied):
 
 
 def test_a_delta_of_llama_2_7b_is_a_half_and_eight_rounds_are_less_than_six_tenths(tmp_path):
-    """By the plans alone: two bytes a weight, eight rounds with halves of their own."""
+    """By the plans alone: two bytes a weight, eight rounds with halves of their own, which see half of the tokens each."""
     LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
         tie_word_embeddings=False,
@@ -227,3 +252,5 @@ def test_a_delta_of_llama_2_7b_is_a_half_and_eight_rounds_are_less_than_six_tent
     deltas = sum(plan.num_trainable for plan in plans)
     assert deltas / (8 * full) == pytest.approx(0.519, abs=0.001)
     assert (full + deltas) / (full + 8 * full) == pytest.approx(0.572, abs=0.001)
+    unseen = 8 * 16000 * (4096 - 2)  # two: a row's number takes four bytes
+    assert (full + deltas - unseen) / (full + 8 * full) <= 0.57
