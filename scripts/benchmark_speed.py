@@ -3,11 +3,11 @@
     python scripts/benchmark_speed.py --model FOLDER                        a real model's shape, on this machine
     python scripts/benchmark_speed.py --shape 1b --tokens 2048              where a GPU is at hand
 
-Full fine-tuning, the paper's rule, the rule with a frozen prefix of a quarter, and halves of whole layers; each without and
-with activation checkpointing, and full fine-tuning once more with as much of it as it needs in the memory in which the paper's
-rule needs none (`--memory-bytes` sets another limit). The settings take turns on one model, so that a machine whose speed
-drifts is fair to all; the table gives medians over the turns, and for ratios the median of those within a turn with their
-range. Prints Markdown.
+Full fine-tuning, the paper's rule, the rule with a frozen prefix of a quarter, halves of whole layers, and LoRA on all linear
+layers; each without and with activation checkpointing, and full fine-tuning once more with as much of it as it needs in the
+memory in which the paper's rule needs none (`--memory-bytes` sets another limit). The settings take turns on one model, so that
+a machine whose speed drifts is fair to all; the table gives medians over the turns, and for ratios the median of those within a
+turn with their range. Prints Markdown.
 """
 
 import argparse
@@ -20,10 +20,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, LoraModel
 from transformers import LlamaConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from hftcli.freezing.activations import Network, Workload
+from hftcli.freezing.activations import Flops, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
@@ -37,7 +38,8 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "7b": (4096, 11008, 32, 32, 32),
 }
 VOCABULARY = 32000
-FULL, HALF = "full", "half"
+FULL, HALF, LORA = "full", "half", "LoRA, r 8"
+LORA_RANK = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,27 @@ class Setting:
     rule: str
     checkpointing: str
     budget: Budget
+
+    @property
+    def num_trained(self) -> int:
+        if self.rule != LORA:
+            return self.budget.plan.num_trainable
+        units = [unit for unit in self.budget.network.units if unit.layer is not None]
+        shapes = [parameter.shape for unit in units for parameter in unit.parameters]
+        return sum(LORA_RANK * sum(shape) for shape in shapes if len(shape) == 2)
+
+    @property
+    def flops(self) -> Flops:
+        """For each token. LoRA passes gradients on as full fine-tuning does, and computes those of its own weights alone."""
+        _, flops = self.budget.half_step
+        if self.rule != LORA:
+            return flops
+        return replace(
+            flops,
+            forward=flops.forward + 2 * self.num_trained,
+            activation_gradient=flops.activation_gradient + 2 * self.num_trained,
+            weight_gradient=2 * self.num_trained,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,8 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
         # A tied head is the embeddings, which the prefix freezes.
         "half, prefix 0.25": FreezeRule(frozen_prefix=0.25, head="freeze" if is_tied else "train"),
         "half, whole layers": FreezeRule(group="layer"),
+        # Its activations pass gradients on as if all layers trained.
+        LORA: FreezeRule(trainable_fraction=1, embeddings="freeze", head="freeze"),
     }
     mixed = torch.cuda.is_available()
     work = Workload(arguments.micro_batch, arguments.tokens, arithmetic=find_arithmetic(mixed, 1))
@@ -144,6 +169,9 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Se
     work = setting.budget.work
     device = next(model.parameters()).device
     freeze_model(model, setting.budget.plan)
+    tuner = None
+    if setting.rule == LORA:
+        tuner = LoraModel(model, LoraConfig(r=LORA_RANK, target_modules="all-linear"), "default")
     for parameter in model.parameters():
         # One process under autocast holds in bfloat16 what is frozen.
         is_half = work.arithmetic == "autocast" and not parameter.requires_grad
@@ -167,6 +195,8 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Se
         optimizer.zero_grad()
         times.append(read_clock(device))
         parts.append([later - earlier for earlier, later in pairwise(times)])
+    if tuner is not None:
+        tuner.unload()
     return Seconds(*(statistics.mean(values) for values in zip(*parts[1:], strict=True)))
 
 
@@ -192,17 +222,18 @@ def print_table(turns: list[dict[Setting, Seconds]], settings: list[Setting], ar
         base = next((other for other in settings if other.rule == FULL and other.checkpointing.partition(":")[0] == name), None)
         seconds = [statistics.median(getattr(turn[setting], part) for turn in turns) for part in Seconds.__annotations__]
         step = statistics.median(turn[setting].step for turn in turns)
-        _, flops = setting.budget.half_step
+        flops = setting.flops
         cells = ["", ""]
         if base is not None:
             ratios = sorted(turn[setting].step / turn[base].step for turn in turns)
             cells[0] = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-            cells[1] = f"{flops.total / base.budget.half_step[1].total:.3f}"
+            cells[1] = f"{flops.total / base.flops.total:.3f}"
         print(
-            f"| {setting.rule} | {setting.checkpointing} | {setting.budget.plan.trainable_fraction:.1%} | "
+            f"| {setting.rule} | {setting.checkpointing} | {setting.num_trained / setting.budget.plan.num_parameters:.1%} | "
             + " | ".join(f"{value:.4f}" for value in (*seconds, step))
             + f" | {' | '.join(cells)} | {(flops.total - flops.recompute) * num_tokens / step / 1e12:.3f} | "
-            f"{setting.budget.half.high_bytes / 2**20:,.0f} |"
+            + ("" if setting.rule == LORA else f"{setting.budget.half.high_bytes / 2**20:,.0f}")
+            + " |"
         )
 
 
