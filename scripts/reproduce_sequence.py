@@ -17,9 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FULL = {"freeze.trainable_fraction": 1.0}
+EMBEDDINGS_FROZEN = {"freeze.embeddings": "freeze", "freeze.head": "freeze"}  # tied, so that the prefix freezes both
 SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
     "full": (5, FULL),
     "half": (5, {}),
+    "half, embeddings frozen": (3, EMBEDDINGS_FROZEN),
+    "half, prefix 0.25": (3, EMBEDDINGS_FROZEN | {"freeze.frozen_prefix": 0.25}),
     "full, replay": (3, FULL | {"method.replay.fraction": 0.1}),
     "full, EWC": (3, FULL | {"method.ewc.strength": 4e6}),  # of 4e2, 4e4, 4e6, on two of the tasks with another seed
     "full, GEM": (3, FULL | {"method.gem": "{}"}),
@@ -49,7 +52,7 @@ def main() -> None:
 
 def measure(folder: Path, name: str, seed: int) -> dict:
     """The report of a run."""
-    output = folder / f"{name.replace(', ', '-')}-{seed}"
+    output = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     settings = {**SETTINGS[name][1], "freeze.seed": seed, "train.seed": seed}
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     hft = [sys.executable, "-m", "hftcli"]

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
 
 from hftcli.freezing.activations import Network, Workload, count_activations
 from hftcli.freezing.budget import estimate_memory
 from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
-from hftcli.models import describe_model, freeze_model
+from hftcli.models import describe_model, freeze_model, halve_frozen
 from hftcli.probe import SavedTensors, compute_loss, make_inputs, make_random_model, measure_steps
 from hftcli.recipe import PACKAGE
 from hftcli.trainers import checkpoint_layers
@@ -149,13 +150,13 @@ def test_an_unknown_family_is_not_guessed():
 
 @pytest.mark.parametrize("every", [None, 1])
 def test_the_backward_pass_ends_above_a_frozen_prefix(every):
-    """Nothing is kept below it, nothing is computed again there, and what trains gets the gradients that it gets anyhow."""
+    """Nothing is kept below it, nothing is computed again there, and what trains gets the gradients of a whole pass."""
     network, plan = describe(EMBEDDED, PREFIX)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).train()
-    freeze_model(model, plan)
     work = Workload(2, 64, loss="plain", checkpoint_every=every)
     inputs = make_inputs(model.config.vocab_size, work, torch.device("cpu"))
     expected = take_gradients(model, inputs, work)
+    freeze_model(model, plan)
 
     calls: Counter[int] = Counter()
     for index, layer in enumerate(model.model.layers):
@@ -170,8 +171,8 @@ def test_the_backward_pass_ends_above_a_frozen_prefix(every):
     loss.backward()
     assert calls == {index: 2 if every and index >= 2 else 1 for index in range(6)}
     assert model.model.embed_tokens.weight.grad is None
-    for name, gradient in expected.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+    for name in plan.trained:
+        torch.testing.assert_close(model.get_parameter(name).grad, expected[name])
     _, flops_of_all = count_activations(network, {*plan.trained, *plan.frozen}, work)
     assert flops.activation_gradient < 0.75 * flops_of_all.activation_gradient
 
@@ -213,3 +214,34 @@ def test_checkpointing_some_layers_changes_no_gradient(every):
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert torch.equal(gradient, expected[name])
+
+
+def test_the_chunked_loss_is_the_plain_one():
+    """TRL's, which never holds all logits; and so are the gradients."""
+    _, plan = describe(EMBEDDED, FreezeRule())
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).train()
+    freeze_model(model, plan)
+    inputs = make_inputs(model.config.vocab_size, Workload(2, 64), torch.device("cpu"))
+    expected = compute_loss(model, inputs, Workload(2, 64, loss="plain")).item()
+    gradients = take_gradients(model, inputs, Workload(2, 64, loss="plain"))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    assert compute_loss(model, inputs, Workload(2, 64)).item() == pytest.approx(expected, abs=1e-5)
+    for name, gradient in take_gradients(model, inputs, Workload(2, 64)).items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_half_held_in_bfloat16_is_the_one_that_autocast_rounds():
+    """To the bit, from a start in bfloat16: a frozen weight has no update that a float32 copy could keep."""
+    _, plan = describe(EMBEDDED, FreezeRule())
+    found = []
+    for halve in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.bfloat16).float().train()
+        freeze_model(model, plan)
+        if halve:
+            halve_frozen(model)
+        torch.manual_seed(0)
+        inputs = make_inputs(model.config.vocab_size, Workload(2, 64), torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(take_gradients(model, inputs, Workload(2, 64, loss="plain")))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name])
