@@ -1,15 +1,16 @@
-"""Speed and memory of `hft sft` at share 1.0 and 0.5, against a bare TRL script with the same settings.
+"""Speed, memory and start-up of `hft sft` at share 1.0 and 0.5, against a bare TRL script with the same settings.
 
     python scripts/benchmark_sft.py --model FOLDER --rows FILE.jsonl                 a real model, on this machine
     python scripts/benchmark_sft.py --shape 1b --rows FILE.jsonl                     random weights, where a GPU is at hand
 
 Rows have `messages`, of which the first two turns serve, or `prompt` and `completion`. The three commands take turns, so that a
 machine whose speed drifts is fair to all; the table gives medians over the rounds and, for ratios, the median of the ratios
-within a round with their range. Prints Markdown.
+within a round with their range. Nothing is in a cache when a command starts, so that all of them tokenize. Prints Markdown.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,13 +28,23 @@ VOCABULARY = 32000
 
 @dataclass(frozen=True)
 class Measurement:
-    """One whole training run."""
+    """One whole training run.
+
+    Attributes:
+        phases_s: by the name of a part of the start-up, the seconds since the command at which it was over.
+    """
 
     tokens_per_s: float
     step_s: float
     peak_memory_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    phases_s: dict[str, float]
+
+    @property
+    def start_s(self) -> float:
+        """From the command to the first step."""
+        return max(self.phases_s.values())
 
 
 def main() -> None:
@@ -41,6 +52,7 @@ def main() -> None:
     if arguments.bare:
         run_bare(arguments)
         return
+    arguments.float32 |= not has_bfloat16()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.shape:
             arguments.model = make_random_model(arguments.shape, Path(folder) / "model")
@@ -71,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--float32", action="store_true", help="also where the device has bfloat16")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this file runs itself with it
     return parser.parse_args()
 
@@ -103,7 +116,7 @@ def hft_settings(arguments: argparse.Namespace, share: float) -> list[str]:
         "train.activation_checkpointing": str(arguments.activation_checkpointing).lower(),
         "launch.num_processes": 1,
         "eval.tasks": "[]",
-        "train.bf16": "true",
+        "train.bf16": str(not arguments.float32).lower(),
     }
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
@@ -114,6 +127,12 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def has_bfloat16() -> bool:
+    from hftcli.trainers import has_bfloat16
+
+    return has_bfloat16()
+
+
 def plan_share(arguments: argparse.Namespace) -> float:
     """The trainable share that `hft plan` computes."""
     command = [sys.executable, "-m", "hftcli", "plan", "--json", *hft_settings(arguments, 0.5)]
@@ -122,15 +141,34 @@ def plan_share(arguments: argparse.Namespace) -> float:
 
 def measure_hft(arguments: argparse.Namespace, share: float, output: Path) -> Measurement:
     command = [sys.executable, "-m", "hftcli", "sft", "--output", str(output), *hft_settings(arguments, share)]
-    subprocess.run(command, check=True, capture_output=True)
+    environment = {**os.environ, "HFT_CACHE": str(output.with_suffix(".cache"))}
+    started = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    begun = watch_phases(process, output / "rounds" / "00-sft")
     result = json.loads((output / "rounds" / "00-sft" / "result.json").read_text())
+    ends = zip(begun, [*begun.values()][1:], strict=False)
     return Measurement(
         tokens_per_s=result["num_tokens"] / result["seconds"]["training"],
         step_s=result["seconds"]["training"] / result["num_steps"],
         peak_memory_bytes=result["peak_memory_bytes"],
         gradient_bytes=result["gradient_bytes"],
         optimizer_bytes=result["optimizer_bytes"],
+        phases_s={phase: end - started for phase, end in ends},
     )
+
+
+def watch_phases(process: subprocess.Popen, round_: Path) -> dict[str, float]:
+    """The times, in seconds since the epoch, at which the parts of a start-up began, in their order; waits for the end."""
+    begun = {"front": time.time()}
+    while process.poll() is None:
+        time.sleep(0.01)
+        if "imports" not in begun and (round_ / "round.json").exists():
+            begun["imports"] = time.time()
+        if "training" not in begun and (round_ / "progress.json").exists():
+            begun.setdefault(json.loads((round_ / "progress.json").read_text())["phase"], time.time())
+    if process.returncode:
+        sys.exit(f"{' '.join(process.args)} ended with {process.returncode}")
+    return begun
 
 
 def measure_bare(arguments: argparse.Namespace) -> Measurement:
@@ -140,8 +178,14 @@ def measure_bare(arguments: argparse.Namespace) -> Measurement:
     command += ["--micro-batch", str(arguments.micro_batch)]
     command += ["--max-length", str(arguments.max_length)]
     command += ["--activation-checkpointing"] if arguments.activation_checkpointing else []
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+    command += ["--float32"] if arguments.float32 else []
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "HF_DATASETS_CACHE": cache}
+        started = time.time()
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    found = json.loads(done.stdout.splitlines()[-1])
+    phases_s = {phase: end - started for phase, end in found.pop("ends").items()}
+    return Measurement(**found, phases_s=phases_s)
 
 
 def run_bare(arguments: argparse.Namespace) -> None:
@@ -150,11 +194,14 @@ def run_bare(arguments: argparse.Namespace) -> None:
 
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from hftcli.trainers import has_bfloat16
+    class Start(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            ends.setdefault("set-up", time.time())
 
+    ends = {"imports": time.time()}
     rows = [json.loads(line) for line in Path(arguments.rows).read_text().splitlines()]
     gpu = has_gpu()
     config = SFTConfig(
@@ -167,7 +214,7 @@ def run_bare(arguments: argparse.Namespace) -> None:
         packing=True,
         max_length=arguments.max_length,
         activation_checkpointing=arguments.activation_checkpointing,
-        bf16=has_bfloat16(),
+        bf16=not arguments.float32,
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
         logging_steps=1,
@@ -182,20 +229,23 @@ def run_bare(arguments: argparse.Namespace) -> None:
         config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
+        callbacks=[Start()],
     )
+    ends["model and tokenizing"] = time.time()
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
     states = [value for state in trainer.optimizer.optimizer.state.values() for value in state.values()]
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    measurement = Measurement(
-        tokens_per_s=trainer.state.log_history[-2]["num_tokens"] / seconds,
-        step_s=seconds / arguments.steps,
-        peak_memory_bytes=peak,
-        gradient_bytes=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
-        optimizer_bytes=sum(value.nbytes for value in states if value.dim() > 0),
-    )
-    print(json.dumps(vars(measurement)))
+    measurement = {
+        "tokens_per_s": trainer.state.log_history[-2]["num_tokens"] / seconds,
+        "step_s": seconds / arguments.steps,
+        "peak_memory_bytes": peak,
+        "gradient_bytes": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        "optimizer_bytes": sum(value.nbytes for value in states if value.dim() > 0),
+        "ends": ends,
+    }
+    print(json.dumps(measurement))
 
 
 def make_random_model(shape: str, folder: Path) -> str:
@@ -246,6 +296,12 @@ def print_table(rounds: list[dict[str, Measurement]], share: float, arguments: a
     print(f"| gradients, half over full | {ratio(half, full, 'gradient_bytes')} |")
     print(f"| optimizer state, half over full | {ratio(half, full, 'optimizer_bytes')} |")
     print(f"| peak memory, half over full | {ratio(half, full, 'peak_memory_bytes')} |")
+    print(f"| from the command to the first step, hft at share 0.5 over bare TRL | {ratio(half, 'bare TRL', 'start_s')} |")
+    print("\n| seconds since the command, when it was over |\n|---|")
+    for name in ("bare TRL", half):
+        phases = rounds[0][name].phases_s
+        ends = {phase: statistics.median(round_[name].phases_s[phase] for round_ in rounds) for phase in phases}
+        print(f"| {name}: {', '.join(f'{phase} {end:.2f}' for phase, end in ends.items())} |")
 
 
 if __name__ == "__main__":
