@@ -4,6 +4,8 @@ Nothing heavy is imported before the command that needs it runs: `hft --help` st
 command opens a model or its data in this process.
 """
 
+import atexit
+import gc
 import json
 import os
 import shlex
@@ -47,6 +49,7 @@ def main() -> None:
     """The `hft` command; an HftError becomes its message, its fix and its exit code."""
     show_traceback = "--traceback" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
+    atexit.register(gc.freeze)  # where torch was imported, the interpreter's own last collection would take seconds
     stop_at_signals()
     try:
         app()
