@@ -82,6 +82,7 @@ from hftcli.trainers import (
     TaskTrainer,
     is_mixed,
     is_sharded,
+    keep_freed_memory,
     make_training_arguments,
     measure_optimizer_bytes,
     silence_libraries,
@@ -446,6 +447,7 @@ def main() -> None:
     atexit.register(gc.freeze)  # the interpreter's own last collection would take seconds
     round_ = Round(Path(sys.argv[-1]))
     silence_libraries()
+    keep_freed_memory()
     stop = StopRequest(round_)
     try:
         with hold_round(round_):

@@ -31,6 +31,7 @@ from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.models import describe_model, freeze_model
 from hftcli.planning import find_arithmetic, list_checkpointing
 from hftcli.probe import compute_loss, make_inputs, make_random_model
+from hftcli.trainers import has_bfloat16, keep_freed_memory
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "135m": (576, 1536, 30, 9, 3),
@@ -38,7 +39,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "7b": (4096, 11008, 32, 32, 32),
 }
 VOCABULARY = 32000
-FULL, HALF, LORA = "full", "half", "LoRA, r 8"
+FULL, HALF, PREFIX, LORA = "full", "half", "half, prefix 0.25", "LoRA, r 8"
 LORA_RANK = 8
 
 
@@ -92,6 +93,7 @@ def main() -> None:
         settings = make_settings(path, arguments)
         model = make_random_model(path, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()
     model.to(device).train()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     turns = []
@@ -111,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a setting in a turn, after one that is not")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--memory-bytes", type=int, help="the limit of the last rows")
+    parser.add_argument("--float32", action="store_true", help="also where the device has bfloat16")
     return parser.parse_args()
 
 
@@ -131,12 +134,12 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
         FULL: FreezeRule(trainable_fraction=1),
         HALF: FreezeRule(),
         # A tied head is the embeddings, which the prefix freezes.
-        "half, prefix 0.25": FreezeRule(frozen_prefix=0.25, head="freeze" if is_tied else "train"),
+        PREFIX: FreezeRule(frozen_prefix=0.25, head="freeze" if is_tied else "train"),
         "half, whole layers": FreezeRule(group="layer"),
         # Its activations pass gradients on as if all layers trained.
         LORA: FreezeRule(trainable_fraction=1, embeddings="freeze", head="freeze"),
     }
-    mixed = torch.cuda.is_available()
+    mixed = has_bfloat16() and not arguments.float32
     work = Workload(arguments.micro_batch, arguments.tokens, arithmetic=find_arithmetic(mixed, 1))
     network = Network(described.model_type, units, described.num_heads)
 
@@ -149,7 +152,7 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
 
     settings = [make_setting(rule, *how) for how in (("none", None), ("all", 1)) for rule in rules]
     memory_bytes = arguments.memory_bytes or make_setting(HALF, "none", None).budget.half.high_bytes
-    for rule in (FULL, HALF):
+    for rule in (FULL, HALF, PREFIX):
         for every in list_checkpointing(described.num_layers):
             setting = make_setting(rule, f"in {memory_bytes / 2**20:,.0f} MiB: {name_checkpointing(every)}", every)
             if setting.budget.half.high_bytes <= memory_bytes:
@@ -209,8 +212,10 @@ def read_clock(device: torch.device) -> float:
 def print_table(turns: list[dict[Setting, Seconds]], settings: list[Setting], arguments: argparse.Namespace) -> None:
     num_tokens = arguments.micro_batch * arguments.tokens
     threads = "one GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    arithmetic = settings[0].budget.work.arithmetic
     print(
-        f"{arguments.shape or Path(arguments.model).name}, {arguments.micro_batch} x {arguments.tokens} tokens, {threads}; "
+        f"{arguments.shape or Path(arguments.model).name}, {arguments.micro_batch} x {arguments.tokens} tokens, {threads}, "
+        f"{arithmetic}; "
         f"medians of {len(turns)} interleaved turns of {arguments.steps} steps; ratios: median (range) within a turn, over "
         "full fine-tuning with the same checkpointing or in the same memory; TFLOP/s without what is computed again\n"
     )
