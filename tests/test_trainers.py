@@ -1,5 +1,9 @@
 """What is handed to TRL: no key of the user's is lost, and packing keeps rows apart."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,3 +78,23 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
         nats.append(picked[trained_BT].sort().values)
     assert report.num_sequences < report.num_used
     torch.testing.assert_close(nats[0], nats[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(), reason="only glibc on a CPU is told to keep freed memory"
+)
+def test_a_cpu_keeps_the_memory_of_a_step_for_the_next_one():
+    """64 MiB, freed and taken again ten times, are 160,000 pages of 4 KiB that the kernel need not zero."""
+    code = """
+import resource, torch
+from hftcli.trainers import keep_freed_memory
+keep_freed_memory()
+count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+before = count()
+for _ in range(10):
+    torch.ones(2**24)
+print(count() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 1000
