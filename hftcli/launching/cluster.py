@@ -259,7 +259,7 @@ def serve() -> int:
     process = subprocess.Popen(
         order.command, stdin=subprocess.DEVNULL, env={**own, **os.environ, **order.environment}, start_new_session=True
     )
-    print(STARTED, flush=True)
+    os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())  # at once: a word of a rank could fall between a line and its end
     heard = time.monotonic()
     while process.poll() is None:
         if select.select([line], [], [], POLL_SECONDS)[0]:
