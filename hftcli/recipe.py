@@ -253,7 +253,7 @@ class CheckpointSection(Section):
     """What a round leaves, and its step checkpoints, from which a stopped one goes on; with both intervals null it has none."""
 
     format: Literal["full", "delta"] = "full"
-    """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what trained and the identity of the start, about half
+    """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what changed and the identity of the start, about half
     as large. hft reads both alike, and `hft merge` makes the one out of the other. A step checkpoint leaves the frozen half out
     with either."""
 

@@ -12,7 +12,7 @@
         progress.json           Progress: where the worker is
         metrics.jsonl           a row per logging step, with the trainer's own keys
         worker.log              all that the processes print
-        checkpoint/             a plain Hugging Face folder, or a delta: what trained, and delta.json (DeltaRecord)
+        checkpoint/             a plain Hugging Face folder, or a delta: what changed, and delta.json (DeltaRecord)
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
         checksums.json          Checksums: size and sha256 of the checkpoint's files
@@ -415,7 +415,7 @@ class DeltaRecord(Section):
     version: Literal[1] = 1
     """Version of this form."""
     base: CheckpointIdentity
-    """The round's start, which holds every tensor that this checkpoint does not; may be a delta itself."""
+    """The round's start, which holds all that this checkpoint does not; may be a delta itself."""
     fingerprint: str
     """Of the round's freeze plan."""
     dtype: Literal["float32", "bfloat16", "float16"]

@@ -201,7 +201,7 @@ def test_a_lost_host_ends_the_job_with_its_name_and_the_rerun_finishes(settings,
 def _read_command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends while it is read
         return b""
 
 
