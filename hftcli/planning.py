@@ -1,22 +1,27 @@
 """The budget of a recipe or of a round, and the fit: the micro-batch and the activation checkpointing that a device carries."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hftcli.errors import InputError
-from hftcli.freezing.activations import Arithmetic, Attention, Network, Workload
+from hftcli.freezing.activations import Arithmetic, Attention, LossKernel, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe import Recipe, TrainSection
 from hftcli.run import FitReport, RoundSpec
 
+PLAIN_BYTES = 2**30  # of float32 logits, up to which they are kept without being asked
 
-def make_budget(source: Recipe | RoundSpec, network: Network, plan: FreezePlan, num_processes: int, mixed: bool) -> Budget:
+
+def make_budget(
+    source: Recipe | RoundSpec, network: Network, plan: FreezePlan, num_processes: int, mixed: bool, has_gpu: bool = True
+) -> Budget:
     """What a plan costs under the settings of a recipe or a round.
 
     Args:
         num_processes: devices that share the work.
         mixed: compute in bfloat16, with float32 masters for what trains.
+        has_gpu: whether the devices are GPUs.
     """
     budget = Budget(
         plan=plan,
@@ -26,23 +31,34 @@ def make_budget(source: Recipe | RoundSpec, network: Network, plan: FreezePlan, 
         reference=source.reference,
         network=network,
     )
-    return replace(budget, work=make_workload(source, find_arithmetic(mixed, num_processes)))
+    return replace(budget, work=make_workload(source, network, find_arithmetic(mixed, num_processes), has_gpu))
 
 
-def make_workload(source: Recipe | RoundSpec, arithmetic: Arithmetic) -> Workload:
+def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arithmetic, has_gpu: bool) -> Workload:
     """The micro-batch of a recipe or a round, with sequences of full length."""
     train = source.train
     extra = train.model_extra
     every = (extra.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
-    return Workload(
+    work = Workload(
         num_sequences=train.per_device_train_batch_size * count_sequences(source),
         length=source.data.max_length,
         packed=train.packing and source.dpo is None,
         attention=find_attention(source.model.attn_implementation),
-        loss="plain" if extra.get("label_smoothing_factor") else "chunked",
         arithmetic=arithmetic,
         checkpoint_every=every if train.activation_checkpointing else None,
     )
+    if extra.get("label_smoothing_factor"):  # for which TRL needs the logits
+        return replace(work, loss="plain")
+    is_small = 4 * work.num_tokens * network.vocabulary <= PLAIN_BYTES
+    kernels = list_kernels(train, has_gpu)
+    return replace(work, loss=kernels[0] if is_small else kernels[-1])
+
+
+def list_kernels(train: TrainSection, has_gpu: bool) -> tuple[LossKernel, ...]:
+    """The loss kernels that settings admit, the better ones first."""
+    if train.loss_kernel is not None:
+        return (train.loss_kernel,)
+    return ("chunked",) if has_gpu else ("plain", "chunked")
 
 
 def count_sequences(source: Recipe | RoundSpec) -> int:
@@ -64,12 +80,13 @@ def find_attention(implementation: str | None) -> Attention:
     return "eager" if implementation == "eager" else "sdpa"
 
 
-def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int) -> FitReport:
-    """The micro-batch and the checkpointing for a memory: least is computed again, then most sequences go at once.
+def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int, has_gpu: bool = True) -> FitReport:
+    """What a memory carries: least is computed again, then most sequences go at once.
 
     Args:
         budget: that of the recipe or the round.
         memory_bytes: what one device may use.
+        has_gpu: whether the devices are GPUs.
 
     Raises:
         InputError: nothing fits, or the model's activations are not counted.
@@ -83,13 +100,17 @@ def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int) ->
     most = min(per_process, source.train.per_device_train_batch_size)
     sizes = [size for size in range(most, 0, -1) if per_process % size == 0]
     needed = 0
-    for every in list_checkpointing(budget.network.num_layers):
+    for work in list_works(budget, list_kernels(source.train, has_gpu)):
         for size in sizes:
-            work = replace(budget.work, num_sequences=size * count_sequences(source), checkpoint_every=every)
-            needed = replace(budget, work=work).half.high_bytes
+            sized = replace(work, num_sequences=size * count_sequences(source))
+            needed = replace(budget, work=sized).half.high_bytes
             if needed <= memory_bytes:
                 return FitReport(
-                    per_device_train_batch_size=size, checkpoint_every=every, needed_bytes=needed, memory_bytes=memory_bytes
+                    per_device_train_batch_size=size,
+                    checkpoint_every=work.checkpoint_every,
+                    loss_kernel=work.loss,
+                    needed_bytes=needed,
+                    memory_bytes=memory_bytes,
                 )
     raise InputError(
         f"train.fit: a micro-batch of 1 with {source.data.max_length} tokens and every layer checkpointed needs {needed:,} "
@@ -106,11 +127,19 @@ def apply_fit(train: TrainSection, fit: FitReport) -> TrainSection:
         "memory_bytes": None,
         "per_device_train_batch_size": fit.per_device_train_batch_size,
         "activation_checkpointing": every is not None,
+        "loss_kernel": fit.loss_kernel,
     }
     if every is not None:
         kwargs = train.model_extra.get("activation_checkpointing_kwargs") or {}
         found["activation_checkpointing_kwargs"] = {**kwargs, "every_n_layers": every}
     return TrainSection(**{**train.model_dump(), **found})
+
+
+def list_works(budget: Budget, kernels: Sequence[LossKernel]) -> list[Workload]:
+    """A budget's micro-batch with all checkpointing and these loss kernels, from that which computes least again."""
+    intervals = list_checkpointing(budget.network.num_layers)
+    works = [replace(budget.work, checkpoint_every=every, loss=kernel) for every in intervals for kernel in kernels]
+    return sorted(works, key=lambda work: replace(budget, work=work).half_step[1].recompute)
 
 
 def list_checkpointing(num_layers: int) -> Iterator[int | None]:

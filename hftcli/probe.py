@@ -12,11 +12,11 @@ from weakref import WeakSet
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from hftcli.freezing.activations import Workload
 from hftcli.freezing.budget import Budget, MeasuredStep
 from hftcli.freezing.selection import FreezePlan
+from hftcli.loss import set_loss_kernel
 from hftcli.models import freeze_model, halve_frozen
 from hftcli.planning import find_arithmetic
 from hftcli.recipe import Recipe
@@ -97,8 +97,7 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
     if work.checkpoint_every is not None:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=work.checkpoint_every)
         model.disable_input_require_grads()
-    if work.loss == "chunked":
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    set_loss_kernel(model, work.loss)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     inputs = make_inputs(model.config.get_text_config().vocab_size, work, device)
@@ -109,7 +108,7 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
         saved = SavedTensors(model)
         started = time.perf_counter()
         with saved.watch(), torch.autocast(device.type, torch.bfloat16, enabled=work.arithmetic == "autocast"):
-            loss = compute_loss(model, inputs, work)
+            loss = compute_loss(model, inputs)
         activations_bytes = saved.num_bytes
         del saved
         loss.backward()
@@ -128,10 +127,8 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
     )
 
 
-def compute_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor], work: Workload) -> torch.Tensor:
-    """The mean negative log-likelihood, as TRL's trainer computes it."""
-    if work.loss == "plain":
-        return model(**inputs, use_cache=False).loss
+def compute_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean negative log-likelihood, as TRL's trainer computes it; the model has a loss kernel."""
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     return -outputs.log_probs.sum() / outputs.label_mask.sum()
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from hftcli.errors import RecipeError
+from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 
@@ -109,9 +110,9 @@ class TrainSection(Section):
     """Sequences, or pairs, per forward pass of one process; with `fit: auto`, the most that it may choose."""
 
     fit: Literal["auto"] | None = None
-    """`auto` chooses the least activation checkpointing (none, every so many layers, all) that the device's memory carries by
-    the budget of `hft plan`, and with it the largest micro-batch that divides the global batch. Null takes
-    `per_device_train_batch_size` and `activation_checkpointing` as they are given."""
+    """`auto` chooses what computes least again of what the device's memory carries by the budget of `hft plan`: the activation
+    checkpointing (none, every so many layers, all), the loss kernel, and with them the largest micro-batch that divides the
+    global batch. Null takes `per_device_train_batch_size` and `activation_checkpointing` as they are given."""
 
     memory_bytes: Annotated[int, Field(ge=1)] | None = None
     """With `fit: auto`: bytes that one device may use; null takes the GPU's memory, and must be given where there is no GPU."""
@@ -127,6 +128,11 @@ class TrainSection(Section):
 
     activation_checkpointing: bool = False
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more compute."""
+
+    loss_kernel: LossKernel | None = None
+    """`chunked` computes the logits tile by tile, and once more in the backward pass; `plain` keeps those of trained tokens.
+    The losses are the same up to rounding. Null is `chunked` on a GPU, and elsewhere `plain`, which is faster there, unless
+    the logits of a micro-batch may come to more than a gibibyte."""
 
     bf16: bool = True
     """Compute in bfloat16 where the GPU, or without one the processor, has it, with float32 masters for what trains; elsewhere

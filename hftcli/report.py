@@ -177,7 +177,7 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
 def _describe_fit(fit: FitReport) -> str:
     return (
         f"fit: micro-batch {fit.per_device_train_batch_size}, {_name_checkpointed(fit.checkpoint_every)} checkpointed, "
-        f"{format_bytes(fit.needed_bytes)} of {format_bytes(fit.memory_bytes)}"
+        f"{fit.loss_kernel} loss, {format_bytes(fit.needed_bytes)} of {format_bytes(fit.memory_bytes)}"
     )
 
 
@@ -297,7 +297,7 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
     work = budget.work
     console.print(
         f"{work.num_sequences} sequences of {work.length} tokens at once{', packed' if work.packed else ''}, "
-        f"{work.attention} attention, {_name_checkpointed(work.checkpoint_every)} checkpointed",
+        f"{work.attention} attention, {_name_checkpointed(work.checkpoint_every)} checkpointed, {work.loss} loss",
         highlight=False,
         soft_wrap=True,
     )

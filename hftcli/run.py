@@ -40,6 +40,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
 from hftcli.errors import InputError
+from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan, FreezeRule
 from hftcli.recipe import (
@@ -340,6 +341,8 @@ class FitReport(Section):
     """Sequences, or pairs, per forward pass of one process."""
     checkpoint_every: int | None
     """Every so many layers keep their input alone and are computed again; 1 is all of them, null none."""
+    loss_kernel: LossKernel = "chunked"
+    """Whether the logits are kept (`plain`) or computed again."""
     needed_bytes: int
     """What the budget says that this takes on one device, with all that it counts as possible."""
     memory_bytes: int
@@ -366,6 +369,8 @@ class RoundResult(Section):
     """The plan's fingerprint as each rank computed it."""
     precision: Literal["float32", "bfloat16"]
     """What the round computed in; bfloat16 only where `train.bf16` asks for it and the device has it."""
+    loss_kernel: LossKernel = "chunked"
+    """Whether the logits were kept (`plain`) or computed again."""
     num_steps: int
     """Optimizer steps taken."""
     train_loss: float

@@ -19,6 +19,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hftcli.checkpoints import ResumableTrainer
 from hftcli.errors import InputError, TrainingError
+from hftcli.freezing.activations import LossKernel
+from hftcli.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits
 from hftcli.methods import Method
 from hftcli.references import Reference
 from hftcli.run import Progress, Round, RoundSpec, write_model, write_text
@@ -30,6 +32,7 @@ SPENT_KEYS = {
     "completion_only_loss",
     "fit",
     "memory_bytes",
+    "loss_kernel",
 }  # before the trainer exists
 
 
@@ -175,8 +178,11 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
         methods: list[Method],
+        loss_kernel: LossKernel,
     ):
         super().__init__(methods, args, model=model, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+        if loss_kernel == "plain":
+            keep_logits(model, SFT_OUTPUTS)
 
 
 class MethodCallback(TrainerCallback):
@@ -226,6 +232,7 @@ class PairTrainer(MethodTrainer, DPOTrainer):
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
         methods: list[Method],
+        loss_kernel: LossKernel,
         reference: Reference | None,
         ref_model: PreTrainedModel | None,
     ):
@@ -243,6 +250,8 @@ class PairTrainer(MethodTrainer, DPOTrainer):
             )
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"dpo: TRL refuses these settings: {error}") from error
+        if loss_kernel == "plain":
+            keep_logits(model, DPO_OUTPUTS if args.use_weighting else DPO_OUTPUTS[:-1])
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         inputs = dict(inputs)

@@ -231,9 +231,11 @@ def run_round(round_: Round, stop: StopRequest) -> None:
     keeper = StepKeeper(round_, origin, stop, args, recall)
     callbacks = [callback, keeper]
     if spec.objective == "sft":
-        trainer = TaskTrainer(model, args, dataset, tokenizer, callbacks, methods)
+        trainer = TaskTrainer(model, args, dataset, tokenizer, callbacks, methods, spec.train.loss_kernel)
     else:
-        trainer = PairTrainer(model, args, dataset, tokenizer, callbacks, methods, reference, second)
+        trainer = PairTrainer(
+            model, args, dataset, tokenizer, callbacks, methods, spec.train.loss_kernel, reference, second
+        )  # fmt: skip
     if isinstance(reference, SharedReference):
         reference.remember(model)  # before a step checkpoint is laid in
     with clock.measure("training"):
@@ -284,6 +286,7 @@ def run_round(round_: Round, stop: StopRequest) -> None:
         fingerprint=plan.fingerprint,
         rank_fingerprints=fingerprints,
         precision="bfloat16" if is_mixed(spec) else "float32",
+        loss_kernel=spec.train.loss_kernel,
         num_steps=trainer.state.global_step,
         train_loss=outcome.training_loss,
         num_tokens=trainer.num_tokens,
@@ -333,22 +336,23 @@ def open_model(
 
 
 def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:
-    """The round with its micro-batch and checkpointing chosen, where it asks for that.
+    """The round with its loss kernel, and where it asks for that its micro-batch and checkpointing, chosen for this machine.
 
     Raises:
         InputError: nothing fits, or there is neither a GPU nor `train.memory_bytes`.
     """
+    has_gpu = torch.cuda.is_available()
+    budget = make_budget(spec, network, plan, spec.launch.num_ranks, is_mixed(spec), has_gpu)
     if spec.train.fit is None:
-        return spec, None
+        return spec.model_copy(update={"train": spec.train.model_copy(update={"loss_kernel": budget.work.loss})}), None
     memory_bytes = spec.train.memory_bytes
     if memory_bytes is None:
-        if not torch.cuda.is_available():
+        if not has_gpu:
             raise InputError("train.fit: auto reads the GPU's memory, and there is no GPU", "set train.memory_bytes")
         # All ranks must choose alike, so the smallest device of the machine counts, and nothing that changes.
         devices = range(torch.cuda.device_count())
         memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
-    budget = make_budget(spec, network, plan, spec.launch.num_ranks, is_mixed(spec))
-    fit = choose_fit(spec, budget, memory_bytes)
+    fit = choose_fit(spec, budget, memory_bytes, has_gpu)
     return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
 
 

@@ -4,10 +4,11 @@
     python scripts/benchmark_speed.py --shape 1b --tokens 2048              where a GPU is at hand
 
 Full fine-tuning, the paper's rule, the rule with a frozen prefix of a quarter, halves of whole layers, and LoRA on all linear
-layers; each without and with activation checkpointing, and full fine-tuning once more with as much of it as it needs in the
-memory in which the paper's rule needs none (`--memory-bytes` sets another limit). The settings take turns on one model, so that
-a machine whose speed drifts is fair to all; the table gives medians over the turns, and for ratios the median of those within a
-turn with their range. Prints Markdown.
+layers; each without and with activation checkpointing, and the first three once more in equal memory, with what `train.fit:
+auto` would choose in it: by default, the least in which the paper's rule computes nothing again and full fine-tuning fits at
+all (`--memory-bytes` sets another limit). The settings take turns on one model, so that a machine whose speed drifts is fair to
+all; the table gives medians over the turns, and for ratios the median of those within a turn with their range. Prints
+Markdown.
 """
 
 import argparse
@@ -22,15 +23,16 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, LoraModel
 from transformers import LlamaConfig, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from hftcli.freezing.activations import Flops, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.loss import SFT_OUTPUTS, keep_logits, set_loss_kernel
 from hftcli.models import describe_model, freeze_model
-from hftcli.planning import find_arithmetic, list_checkpointing
+from hftcli.planning import find_arithmetic, list_kernels, list_works
 from hftcli.probe import compute_loss, make_inputs, make_random_model
+from hftcli.recipe import TrainSection
 from hftcli.trainers import has_bfloat16, keep_freed_memory
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
@@ -95,10 +97,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     model.to(device).train()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    set_loss_kernel(model, "chunked")
+    forwards = {"chunked": model.forward}
+    keep_logits(model, SFT_OUTPUTS)
+    forwards["plain"] = model.forward
     turns = []
     for number in range(arguments.repeats):
-        turns.append({setting: time_setting(model, setting, arguments.steps) for setting in settings})
+        times = {}
+        for setting in settings:
+            model.forward = forwards[setting.budget.work.loss]
+            times[setting] = time_setting(model, setting, arguments.steps)
+        turns.append(times)
         print(f"turn {number + 1} of {arguments.repeats} done", file=sys.stderr, flush=True)
     print_table(turns, settings, arguments)
 
@@ -140,31 +149,30 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
         LORA: FreezeRule(trainable_fraction=1, embeddings="freeze", head="freeze"),
     }
     mixed = has_bfloat16() and not arguments.float32
-    work = Workload(arguments.micro_batch, arguments.tokens, arithmetic=find_arithmetic(mixed, 1))
+    kernels = list_kernels(TrainSection(), torch.cuda.is_available())
+    work = Workload(arguments.micro_batch, arguments.tokens, loss=kernels[0], arithmetic=find_arithmetic(mixed, 1))
     network = Network(described.model_type, units, described.num_heads)
 
-    def make_setting(rule: str, checkpointing: str, every: int | None) -> Setting:
+    def make_budget(rule: str, every: int | None = None) -> Budget:
         plan = make_plan(units, rules[rule], 0)
-        budget = Budget(
-            plan, "mixed" if mixed else "float32", 1, 0, network=network, work=replace(work, checkpoint_every=every)
-        )
-        return Setting(rule, checkpointing, budget)
+        return Budget(plan, "mixed" if mixed else "float32", 1, 0, network=network, work=replace(work, checkpoint_every=every))
 
-    settings = [make_setting(rule, *how) for how in (("none", None), ("all", 1)) for rule in rules]
-    memory_bytes = arguments.memory_bytes or make_setting(HALF, "none", None).budget.half.high_bytes
+    settings = [Setting(rule, name, make_budget(rule, every)) for name, every in (("none", None), ("all", 1)) for rule in rules]
+    ways = {rule: [replace(make_budget(rule), work=way) for way in list_works(make_budget(rule), kernels)] for rule in rules}
+    least = max(ways[HALF][0].half.high_bytes, min(way.half.high_bytes for way in ways[FULL]))
+    memory_bytes = arguments.memory_bytes or least
     for rule in (FULL, HALF, PREFIX):
-        for every in list_checkpointing(described.num_layers):
-            setting = make_setting(rule, f"in {memory_bytes / 2**20:,.0f} MiB: {name_checkpointing(every)}", every)
-            if setting.budget.half.high_bytes <= memory_bytes:
-                settings.append(setting)
-                break
-        else:
+        way = next((way for way in ways[rule] if way.half.high_bytes <= memory_bytes), None)
+        if way is None:
             print(f"{rule} does not fit in {memory_bytes / 2**20:,.0f} MiB at all", file=sys.stderr)
+        else:
+            settings.append(Setting(rule, f"in {memory_bytes / 2**20:,.0f} MiB: {name_checkpointing(way.work)}", way))
     return settings
 
 
-def name_checkpointing(every: int | None) -> str:
-    return {None: "none", 1: "all"}.get(every, f"1 in {every}")
+def name_checkpointing(work: Workload) -> str:
+    checkpointing = {None: "none", 1: "all"}.get(work.checkpoint_every, f"1 in {work.checkpoint_every}")
+    return f"{checkpointing}, {work.loss} loss"
 
 
 def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Seconds:
@@ -190,7 +198,7 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Se
     for _ in range(num_steps + 1):
         times = [read_clock(device)]
         with torch.autocast(device.type, torch.bfloat16, enabled=work.arithmetic == "autocast"):
-            loss = compute_loss(model, inputs, work)
+            loss = compute_loss(model, inputs)
         times.append(read_clock(device))
         loss.backward()
         times.append(read_clock(device))

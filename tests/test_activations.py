@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from hftcli.freezing.activations import Network, Workload, count_activations
 from hftcli.freezing.budget import estimate_memory
 from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits, set_loss_kernel
 from hftcli.models import describe_model, freeze_model, halve_frozen
 from hftcli.probe import SavedTensors, compute_loss, make_inputs, make_random_model, measure_steps
 from hftcli.recipe import PACKAGE
@@ -49,10 +50,11 @@ def check_measured(folder: Path | str, rule: FreezeRule, work: Workload, attn_im
         (Workload(2, 64, packed=True), 0.5, None),
         (Workload(2, 96, attention="eager"), 0.5, "eager"),
         (Workload(2, 96, loss="plain"), 0.5, None),
+        (Workload(1, 96, loss="plain", arithmetic="autocast"), 1.0, None),
         (Workload(2, 96, arithmetic="autocast"), 0.5, None),
         (Workload(2, 96, checkpoint_every=3), 0.5, None),
     ],
-    ids=["half", "full", "packed", "eager", "plain loss", "autocast", "every third layer"],
+    ids=["half", "full", "packed", "eager", "plain loss", "plain loss in autocast", "autocast", "every third layer"],
 )
 def test_activations_are_those_that_autograd_keeps(work, share, attn_implementation):
     ratio = check_measured(EMBEDDED, FreezeRule(trainable_fraction=share), work, attn_implementation)
@@ -152,10 +154,10 @@ def test_an_unknown_family_is_not_guessed():
 def test_the_backward_pass_ends_above_a_frozen_prefix(every):
     """Nothing is kept below it, nothing is computed again there, and what trains gets the gradients of a whole pass."""
     network, plan = describe(EMBEDDED, PREFIX)
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).train()
+    model = load_embedded()
     work = Workload(2, 64, loss="plain", checkpoint_every=every)
     inputs = make_inputs(model.config.vocab_size, work, torch.device("cpu"))
-    expected = take_gradients(model, inputs, work)
+    expected = take_gradients(model, inputs)
     freeze_model(model, plan)
 
     calls: Counter[int] = Counter()
@@ -165,7 +167,7 @@ def test_the_backward_pass_ends_above_a_frozen_prefix(every):
         set_up_checkpointing(model, every)
     saved = SavedTensors(model)
     with saved.watch():
-        loss = compute_loss(model, inputs, work)
+        loss = compute_loss(model, inputs)
     activations, flops = count_activations(network, frozenset(plan.trained), work)
     assert saved.num_bytes == pytest.approx(activations.saved_bytes, rel=0.05)
     loss.backward()
@@ -175,6 +177,13 @@ def test_the_backward_pass_ends_above_a_frozen_prefix(every):
         torch.testing.assert_close(model.get_parameter(name).grad, expected[name])
     _, flops_of_all = count_activations(network, {*plan.trained, *plan.frozen}, work)
     assert flops.activation_gradient < 0.75 * flops_of_all.activation_gradient
+
+
+def load_embedded(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The embedded model in float32, from a start in some data type, with the plain loss."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=dtype).float().train()
+    set_loss_kernel(model, "plain")
+    return model
 
 
 def set_up_checkpointing(model: torch.nn.Module, every: int) -> None:
@@ -187,8 +196,8 @@ def set_up_checkpointing(model: torch.nn.Module, every: int) -> None:
     assert not model.get_input_embeddings()(torch.tensor([1])).requires_grad
 
 
-def take_gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor], work: Workload) -> dict[str, torch.Tensor]:
-    compute_loss(model, inputs, work).backward()
+def take_gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    compute_loss(model, inputs).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.zero_grad()
     return gradients
@@ -197,11 +206,10 @@ def take_gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor], work
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_checkpointing_some_layers_changes_no_gradient(every):
     _, plan = describe(EMBEDDED, FreezeRule())
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).train()
+    model = load_embedded()
     freeze_model(model, plan)
-    work = Workload(2, 64, loss="plain")
-    inputs = make_inputs(model.config.vocab_size, work, torch.device("cpu"))
-    expected = take_gradients(model, inputs, work)
+    inputs = make_inputs(model.config.vocab_size, Workload(2, 64), torch.device("cpu"))
+    expected = take_gradients(model, inputs)
     args = TrainingArguments(
         activation_checkpointing=True,
         activation_checkpointing_kwargs={"every_n_layers": every, "use_reentrant": False},
@@ -210,24 +218,46 @@ def test_checkpointing_some_layers_changes_no_gradient(every):
     checkpoint_layers(model, args)
     checkpoint_layers(model, args)  # as often as one likes: no hook is left behind
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [index % every == 0 for index in range(6)]
-    found = take_gradients(model, inputs, work)
+    found = take_gradients(model, inputs)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert torch.equal(gradient, expected[name])
 
 
-def test_the_chunked_loss_is_the_plain_one():
-    """TRL's, which never holds all logits; and so are the gradients."""
+@pytest.mark.parametrize("outputs", [SFT_OUTPUTS, DPO_OUTPUTS])
+def test_both_loss_kernels_are_the_model_itself(outputs):
+    """Loss and gradients, with prompts of two lengths that train no token; and what DPO asks besides."""
     _, plan = describe(EMBEDDED, FreezeRule())
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).train()
     freeze_model(model, plan)
     inputs = make_inputs(model.config.vocab_size, Workload(2, 64), torch.device("cpu"))
-    expected = compute_loss(model, inputs, Workload(2, 64, loss="plain")).item()
-    gradients = take_gradients(model, inputs, Workload(2, 64, loss="plain"))
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    assert compute_loss(model, inputs, Workload(2, 64)).item() == pytest.approx(expected, abs=1e-5)
-    for name, gradient in take_gradients(model, inputs, Workload(2, 64)).items():
-        torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-6)
+    inputs["labels"] = inputs["labels"].clone()
+    inputs["labels"][0, :9] = inputs["labels"][1, :30] = inputs["labels"][1, -1] = -100
+    loss = model(**inputs).loss
+    loss.backward()
+    expected = {name: model.get_parameter(name).grad for name in plan.trained}
+    model.zero_grad()
+
+    add_fused_lm_head(model, outputs=outputs)
+    chunked = model(**inputs, fused_lm_head=True)
+    gradients = take_gradients(model, inputs)
+    keep_logits(model, outputs)
+    plain = model(**inputs, fused_lm_head=True)
+    for name in (*outputs, "label_mask"):
+        torch.testing.assert_close(getattr(plain, name), getattr(chunked, name), rtol=1e-4, atol=1e-5)
+    assert compute_loss(model, inputs).item() == pytest.approx(loss.item(), abs=1e-5)
+    for name, gradient in take_gradients(model, inputs).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_trains_no_token_has_a_gradient_of_zeros():
+    """As with TRL's kernel: another micro-batch of the step, or another rank, has tokens."""
+    model = load_embedded()
+    inputs = make_inputs(model.config.vocab_size, Workload(1, 16), torch.device("cpu"))
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    model(**inputs, fused_lm_head=True).log_probs.sum().backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_a_frozen_half_held_in_bfloat16_is_the_one_that_autocast_rounds():
@@ -235,13 +265,13 @@ def test_a_frozen_half_held_in_bfloat16_is_the_one_that_autocast_rounds():
     _, plan = describe(EMBEDDED, FreezeRule())
     found = []
     for halve in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.bfloat16).float().train()
+        model = load_embedded(torch.bfloat16)
         freeze_model(model, plan)
         if halve:
             halve_frozen(model)
         torch.manual_seed(0)
         inputs = make_inputs(model.config.vocab_size, Workload(2, 64), torch.device("cpu"))
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(take_gradients(model, inputs, Workload(2, 64, loss="plain")))
+            found.append(take_gradients(model, inputs))
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name])

@@ -495,7 +495,7 @@ def make_trainer(spec: RoundSpec, rows: dict[str, Dataset], folder: Path) -> Tas
     for method in methods:
         method.prepare_model(model, plan, START, mixed=False, sharded=False)
     args = make_training_arguments(spec, folder)
-    return TaskTrainer(model, args, dataset, AutoTokenizer.from_pretrained(START), [], methods)
+    return TaskTrainer(model, args, dataset, AutoTokenizer.from_pretrained(START), [], methods, "plain")
 
 
 def train(spec: RoundSpec, rows: dict[str, Dataset], folder: Path) -> dict[str, torch.Tensor]:

@@ -5,12 +5,21 @@ from dataclasses import replace
 import pytest
 
 from hftcli.errors import InputError
-from hftcli.freezing.activations import Network
+from hftcli.freezing.activations import LossKernel, Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.models import describe_model
-from hftcli.planning import apply_fit, choose_fit, find_arithmetic, find_attention, list_checkpointing, make_budget
+from hftcli.planning import (
+    PLAIN_BYTES,
+    apply_fit,
+    choose_fit,
+    find_arithmetic,
+    find_attention,
+    list_checkpointing,
+    list_works,
+    make_budget,
+)
 from hftcli.recipe import PACKAGE, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.run import FitReport, RoundSpec
 from hftcli.worker import fit_round
@@ -94,7 +103,43 @@ def test_the_worker_asks_for_a_limit_where_there_is_no_gpu(network, monkeypatch)
         fit_round(make_spec(), network, plan)
     assert fit_round(make_spec(memory_bytes=2**40), network, plan)[1].memory_bytes == 2**40
     plain = make_spec().model_copy(update={"train": TrainSection()})
-    assert fit_round(plain, network, plan) == (plain, None)
+    found, fit = fit_round(plain, network, plan)
+    assert fit is None
+    assert found.train == plain.train.model_copy(update={"loss_kernel": "plain"})
+
+
+def test_logits_are_kept_where_that_is_faster_and_they_are_few(network):
+    """Not on a GPU, whose kernel leaves out what trains no token; and what is asked for is done."""
+    plan = make_plan(network.units, FreezeRule(), 0)
+
+    def choose(has_gpu: bool, length: int = 128, kernel: LossKernel | None = None) -> LossKernel:
+        spec = make_spec(loss_kernel=kernel).model_copy(update={"data": DataSection(path="d", max_length=length)})
+        return make_budget(spec, network, plan, 1, mixed=False, has_gpu=has_gpu).work.loss
+
+    many = PLAIN_BYTES // (4 * 8 * network.vocabulary) + 1  # tokens of each of 8 rows
+    assert [choose(True), choose(False), choose(False, many)] == ["chunked", "plain", "chunked"]
+    assert [choose(True, kernel="plain"), choose(False, kernel="chunked"), choose(False, many, "plain")] == [
+        "plain", "chunked", "plain"
+    ]  # fmt: skip
+
+
+def test_the_fit_computes_the_logits_again_before_a_layer_if_they_are_the_less_work(network):
+    budget = budget_of(make_spec(), network)
+    works = [replace(budget, work=work) for work in list_works(budget, ("plain", "chunked"))]
+    assert (works[0].work.checkpoint_every, works[0].work.loss) == (None, "plain")
+    assert (works[-1].work.checkpoint_every, works[-1].work.loss) == (1, "chunked")
+    again = [work.half_step[1].recompute for work in works]
+    assert again == sorted(again)
+    assert len(works) == 2 * len(list(list_checkpointing(network.num_layers)))
+    assert choose_fit(make_spec(), budget, 2**40, has_gpu=False).loss_kernel == "plain"
+    assert choose_fit(make_spec(), budget, 2**40).loss_kernel == "chunked"
+    little = min(work.half.high_bytes for work in (replace(at, work=replace(at.work, num_sequences=1)) for at in works))
+    fit = choose_fit(make_spec(), budget, little, has_gpu=False)
+    least = replace(
+        budget, work=replace(budget.work, num_sequences=1, checkpoint_every=fit.checkpoint_every, loss=fit.loss_kernel)
+    )
+    assert least.half.high_bytes == little
+    assert apply_fit(make_spec().train, fit).loss_kernel == fit.loss_kernel
 
 
 def test_a_pair_is_two_sequences(network):

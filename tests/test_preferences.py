@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli.errors import InputError
 from hftcli.evaluate import read_pairs, score_pairs
+from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.methods.l2sp import L2sp
@@ -36,7 +37,7 @@ def make_pairs() -> Dataset:
     )
 
 
-def make_trainer(folder: Path, mode: str, **dpo: object) -> PairTrainer:
+def make_trainer(folder: Path, mode: str, kernel: LossKernel = "plain", **dpo: object) -> PairTrainer:
     spec = RoundSpec(
         objective="dpo", index=0, model=ModelSection(path=str(START)), data=DataSection(path="d", max_length=32),
         freeze=FreezeRule(), train=TrainSection(bf16=False, global_batch_size=4), launch=LaunchSection(num_processes=1),
@@ -53,8 +54,9 @@ def make_trainer(folder: Path, mode: str, **dpo: object) -> PairTrainer:
     args = make_training_arguments(spec, folder)
     tokenizer = AutoTokenizer.from_pretrained(START)
     trainer = PairTrainer(
-        model, args, make_pairs(), tokenizer, [], [], reference, second.requires_grad_(False) if mode == "full" else None
-    )
+        model, args, make_pairs(), tokenizer, [], [], kernel, reference,
+        second.requires_grad_(False) if mode == "full" else None,
+    )  # fmt: skip
     if reference is not None:
         reference.prepare(trainer)
     torch.manual_seed(0)
@@ -87,9 +89,11 @@ def compute_by_hand(model: torch.nn.Module, start: torch.nn.Module) -> tuple[tor
     return -torch.stack(margins).sigmoid().log().mean(), [margin.item() for margin in margins]
 
 
-@pytest.mark.parametrize("mode", ["precompute", "shared", "full"])
-def test_loss_and_gradient_are_those_of_float64(tmp_path, mode):
-    trainer = make_trainer(tmp_path, mode)
+@pytest.mark.parametrize(
+    ("mode", "kernel"), [("precompute", "plain"), ("shared", "plain"), ("full", "plain"), ("shared", "chunked")]
+)
+def test_loss_and_gradient_are_those_of_float64(tmp_path, mode, kernel):
+    trainer = make_trainer(tmp_path, mode, kernel)
     loss = compute_loss(trainer)
     loss.backward()
     model = copy.deepcopy(AutoModelForCausalLM.from_pretrained(START, dtype=torch.float64))

@@ -39,7 +39,7 @@ FLOORS = [
 METHODS = ["method", "replay", "ewc", "gem", "agem", "lora", "olora", "l2sp", "ia3"]
 BELOW = [  # torch is imported here
     *["deltas", "models", "arithmetic", "rows", "chat", "data", "references", "checkpoints"],
-    *[*(f"methods.{name}" for name in METHODS), "methods", "trainers", "options", "evaluate", "drift", "harness"],
+    *[*(f"methods.{name}" for name in METHODS), "methods", "loss", "trainers", "options", "evaluate", "drift", "harness"],
     *["scoring", "probe", "machine", "worker"],
 ]
 

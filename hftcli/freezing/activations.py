@@ -30,7 +30,7 @@ class Workload:
         length: tokens of a sequence.
         packed: the sequences are laid into one row, whose attention is kept apart by a mask.
         attention: the kernel; `flash` needs no mask, `eager` keeps every score.
-        loss: `chunked` is TRL's default, which never has all logits at once; `plain` keeps them.
+        loss: `chunked` is TRL's, which never has all logits at once; `plain` keeps them, here of every token.
         arithmetic: `autocast` computes in bfloat16 and holds what trains in float32; `bfloat16` is DeepSpeed's.
         checkpoint_every: every so many layers keep their input alone; None keeps all.
     """
@@ -75,6 +75,11 @@ class Network:
     @property
     def num_layers(self) -> int:
         return len({unit.layer for unit in self.units if unit.layer is not None})
+
+    @property
+    def vocabulary(self) -> int:
+        sizes = [unit.parameters[0].shape[0] for unit in self.units if unit.role in ("embedding", "head")]
+        return max(sizes, default=0)
 
 
 @dataclass(frozen=True)
@@ -320,11 +325,14 @@ def bill_loss(ledger: Ledger, head: Unit, value: Value) -> int:
     """The head and the loss; gives the bytes that they need for a moment."""
     work = ledger.work
     vocabulary, _ = head.parameters[0].shape
-    if work.loss == "plain":
-        ledger.multiply(head, value)
-        ledger.keep(ledger.make(vocabulary, 4, True))
-        return 2 * 4 * vocabulary * work.num_tokens
     trains = ledger.trains(head)
+    weight_gradient = 4 * head.num_parameters if trains and work.arithmetic != "float32" else 0
+    if work.loss == "plain":
+        logits = ledger.multiply(head, Value(value.num_elements, value.item_bytes, value.has_gradient))
+        ledger.keep(ledger.make(vocabulary, 4, True))  # logarithms of the probabilities
+        ledger.keep(ledger.make(1, 8 + 1, False))  # target, mask
+        rounded = logits.num_bytes if logits.item_bytes == 2 else 0
+        return 2 * 4 * logits.num_elements + rounded + weight_gradient
     flops = 2.0 * head.num_parameters
     ledger.forward += flops
     ledger.recompute += flops
@@ -334,7 +342,6 @@ def bill_loss(ledger: Ledger, head: Unit, value: Value) -> int:
     ledger.keep(value if work.packed or work.num_sequences == 1 else Value(value.num_elements, value.item_bytes, True))
     ledger.keep(ledger.make(1, 8 + 4 + 4 + 1, False))  # target, logarithm of the sum, entropy, mask
     tile = min(work.num_tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * (4 if work.arithmetic == "float32" else 2)
-    weight_gradient = 4 * head.num_parameters if trains and work.arithmetic != "float32" else 0
     return tile + 4 * value.num_elements + weight_gradient
 
 

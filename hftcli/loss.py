@@ -1,0 +1,70 @@
+"""The head and the loss of a forward pass, in one of two ways that give the same numbers up to rounding.
+
+    chunked   TRL's: no two tiles of logits at once; the backward pass computes them again
+    plain     the logits of the trained tokens are kept, so nothing is computed again
+
+Where there is no GPU, TRL's kernel also multiplies what trains no token: prompts, padding.
+
+Shapes: B, sequences; T, tokens of a sequence; N, tokens that some sequence of the batch trains on; V, the vocabulary.
+"""
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+from hftcli.freezing.activations import LossKernel
+
+# What TRL's trainers ask their kernel for; the last one where `use_weighting` is set.
+SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")
+DPO_OUTPUTS = (*SFT_OUTPUTS, "mean_logits", "log_sum_sq_probs")
+
+
+def set_loss_kernel(model: PreTrainedModel, kernel: LossKernel) -> None:
+    """Let a model answer `fused_lm_head=True` as in SFTTrainer."""
+    add_fused_lm_head(model, outputs=SFT_OUTPUTS)
+    if kernel == "plain":
+        keep_logits(model, SFT_OUTPUTS)
+
+
+def keep_logits(model: PreTrainedModel, outputs: Collection[str]) -> None:
+    """Have a model that has TRL's fused head keep its logits, wherever a graph is built.
+
+    Args:
+        outputs: fields of FusedCausalLMOutput to fill besides the log-probabilities; they have no gradient.
+    """
+    chunked = model.forward
+
+    @functools.wraps(chunked)
+    def forward(
+        *args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> FusedCausalLMOutput | Any:
+        if not fused_lm_head or labels is None or not torch.is_grad_enabled():
+            return chunked(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        targets_BT = labels[:, 1:]
+        mask_BT = targets_BT != -100
+        columns_N = mask_BT.any(0).nonzero().squeeze(-1)
+        found = chunked(*args, logits_to_keep=columns_N, **kwargs)
+        logits_BNV = found.logits.float()
+        scores_BNV = torch.log_softmax(logits_BNV, dim=-1)
+        targets_BN = targets_BT[:, columns_N].clamp(min=0)
+        values = {"log_probs": scores_BNV.gather(-1, targets_BN.unsqueeze(-1)).squeeze(-1)}
+        with torch.no_grad():
+            if "entropy" in outputs:
+                values["entropy"] = -scores_BNV.exp().mul_(scores_BNV).sum(-1)
+            if "is_top1" in outputs:
+                values["is_top1"] = scores_BNV.argmax(-1) == targets_BN
+            if "mean_logits" in outputs:
+                values["mean_logits"] = logits_BNV.mean(-1)
+            if "log_sum_sq_probs" in outputs:
+                values["log_sum_sq_probs"] = (2 * scores_BNV).logsumexp(-1)
+        fields = {
+            name: torch.zeros_like(mask_BT, dtype=value.dtype).index_copy(1, columns_N, value).masked_fill(~mask_BT, 0)
+            for name, value in values.items()
+        }
+        return FusedCausalLMOutput(label_mask=mask_BT, aux_loss=getattr(found, "aux_loss", None), **fields)
+
+    model.forward = forward
