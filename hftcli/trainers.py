@@ -80,6 +80,8 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         "disable_tqdm": True,
     }
     values.setdefault("report_to", "none")
+    if spec.objective == "dpo" or not spec.train.packing:
+        values.setdefault("pad_to_multiple_of", find_padding(spec.data.max_length))
     if spec.train.activation_checkpointing:
         kwargs = spec.train.model_extra.get("activation_checkpointing_kwargs") or {}
         if kwargs.get("use_reentrant"):
@@ -117,6 +119,13 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
         init_distributed(dist_backend="nccl" if has_gpu else "gloo")
     return args
+
+
+def find_padding(max_length: int) -> int | None:
+    """What lengths are rounded up to: matrix kernels are made for every new length, and are slower at odd ones. A row gets at
+    most 15 tokens longer, a thirty-second of the longest one, and never longer than that."""
+    multiple = min(16, max_length // 32)
+    return multiple if multiple > 1 and max_length % multiple == 0 else None
 
 
 def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:

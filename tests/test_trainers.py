@@ -12,9 +12,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from hftcli.data import prepare_dataset
 from hftcli.errors import InputError
 from hftcli.freezing.selection import FreezeRule
+from hftcli.loss import set_loss_kernel
+from hftcli.probe import compute_loss
 from hftcli.recipe import OWN_KEYS, PACKAGE, REPLACED_KEYS, DataSection, LaunchSection, ModelSection, TrainSection
 from hftcli.run import RoundSpec
-from hftcli.trainers import SPENT_KEYS, make_training_arguments
+from hftcli.trainers import SPENT_KEYS, find_padding, make_training_arguments
 
 
 def make_spec(**train: object) -> RoundSpec:
@@ -57,6 +59,29 @@ def test_accumulation_follows_from_the_global_batch(tmp_path):
 def test_a_value_that_trl_refuses_is_the_users_fault(tmp_path):
     with pytest.raises(InputError, match="TRL refuses these settings"):
         make_training_arguments(make_spec(lr_scheduler_type="curly"), tmp_path)
+
+
+def test_lengths_are_rounded_up_a_little(tmp_path):
+    """And not where the user says otherwise, or where the longest row would get longer."""
+    assert [find_padding(length) for length in (8, 64, 128, 512, 1024, 2048)] == [None, 2, 4, 16, 16, 16]
+    assert [find_padding(length) for length in (1000, 999, 1023)] == [None, None, None]
+    assert make_training_arguments(make_spec(), tmp_path).pad_to_multiple_of == 3
+    assert make_training_arguments(make_spec(pad_to_multiple_of=8), tmp_path).pad_to_multiple_of == 8
+    assert make_training_arguments(make_spec(packing=True), tmp_path).pad_to_multiple_of is None
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
+def test_rounding_a_length_up_changes_no_loss(kernel):
+    folder = PACKAGE / "tinyworld" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    set_loss_kernel(model, kernel)
+    rows = [{"input_ids": list(range(3, 24)), "labels": [-100] * 5 + list(range(8, 24))}]
+    losses = []
+    for multiple in (None, 16):
+        batch = DataCollatorForLanguageModeling(pad_token_id=0, pad_to_multiple_of=multiple)(rows)
+        assert batch["input_ids"].shape == (1, 21 if multiple is None else 32)
+        losses.append(compute_loss(model, batch).item())
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_packed_rows_do_not_see_each_other(tmp_path):
