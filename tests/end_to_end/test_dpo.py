@@ -54,7 +54,8 @@ def one_process(hft, settings, pairs, tmp_path_factory) -> Path:
 
 
 def test_the_first_loss_is_that_of_a_coin_and_the_frozen_half_is_kept(hft, one_process, shared):
-    assert losses(one_process)[0] == pytest.approx(math.log(2), abs=1e-6)
+    # Up to rounding: the reference's logits are computed tile by tile, the model's are kept.
+    assert losses(one_process)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses(one_process)[-1] < math.log(2) - 1e-3
     hft("verify", one_process)
     plan = round_of(one_process).read_plan()
@@ -85,7 +86,7 @@ def test_every_reference_gives_the_same_losses_under_a_method(hft, settings, pai
         hft("dpo", "--output", tmp_path / mode, *settings(pairs | {"reference": mode, "method": f"{{{method}}}"}))
         found[mode] = losses(tmp_path / mode)
         hft("verify", tmp_path / mode)
-    assert found["precompute"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["precompute"][0] == pytest.approx(math.log(2), abs=1e-5)
     assert found["precompute"][-1] < math.log(2) - 1e-5
     assert found["precompute"] == pytest.approx(found["shared"], abs=1e-5)
     assert found["precompute"] == pytest.approx(found["full"], abs=1e-5)

@@ -16,14 +16,24 @@ def losses(run: Path, objective: str) -> list[float]:
 def test_the_fit_is_in_the_manifest_and_changes_no_loss(hft, settings, small, tmp_path):
     """In a memory that carries one row with some checkpointing, the losses are those of the whole batch at once."""
     hft("sft", "--output", tmp_path / "plain", *settings(small))
-    fitted = {**small, "train.fit": "auto", "train.memory_bytes": 36_500_000}
+    fitted = {**small, "train.fit": "auto", "train.memory_bytes": 7_000_000}
     shown = hft("sft", "--output", tmp_path / "fitted", *settings(fitted)).stdout
     fit = read_model(tmp_path / "fitted" / "manifest.json", Manifest).rounds["00-sft"].fit
     assert fit.checkpoint_every is not None
-    assert fit.needed_bytes <= fit.memory_bytes == 36_500_000
+    assert fit.needed_bytes <= fit.memory_bytes == 7_000_000
     assert f"fit: micro-batch {fit.per_device_train_batch_size}, " in shown
     assert losses(tmp_path / "fitted", "sft") == pytest.approx(losses(tmp_path / "plain", "sft"), abs=1e-4)
     hft("sft", "--output", tmp_path / "none", *settings({**fitted, "train.memory_bytes": 1000}), code=2)
+
+
+@pytest.mark.slow
+def test_computing_the_logits_again_changes_no_loss(hft, settings, small, tmp_path):
+    found = {}
+    for kernel in ("plain", "chunked"):
+        hft("sft", "--output", tmp_path / kernel, *settings({**small, "train.loss_kernel": kernel, "train.bf16": "false"}))
+        assert Round(tmp_path / kernel / "rounds" / "00-sft").read_result().loss_kernel == kernel
+        found[kernel] = losses(tmp_path / kernel, "sft")
+    assert found["plain"] == pytest.approx(found["chunked"], abs=1e-5)
 
 
 @pytest.mark.slow
