@@ -1,4 +1,4 @@
-"""The budget of a recipe or of a round, and the fit: the micro-batch and the activation checkpointing that a device carries."""
+"""The budget of a recipe or of a round, and the fit: the micro-batch, checkpointing and loss kernel that a device carries."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -37,8 +37,7 @@ def make_budget(
 def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arithmetic, has_gpu: bool) -> Workload:
     """The micro-batch of a recipe or a round, with sequences of full length."""
     train = source.train
-    extra = train.model_extra
-    every = (extra.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
+    every = (train.model_extra.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
     work = Workload(
         num_sequences=train.per_device_train_batch_size * count_sequences(source),
         length=source.data.max_length,
@@ -47,8 +46,6 @@ def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arit
         arithmetic=arithmetic,
         checkpoint_every=every if train.activation_checkpointing else None,
     )
-    if extra.get("label_smoothing_factor"):  # for which TRL needs the logits
-        return replace(work, loss="plain")
     is_small = 4 * work.num_tokens * network.vocabulary <= PLAIN_BYTES
     kernels = list_kernels(train, has_gpu)
     return replace(work, loss=kernels[0] if is_small else kernels[-1])
@@ -56,6 +53,8 @@ def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arit
 
 def list_kernels(train: TrainSection, has_gpu: bool) -> tuple[LossKernel, ...]:
     """The loss kernels that settings admit, the better ones first."""
+    if train.model_extra.get("label_smoothing_factor"):
+        return ("plain",)  # TRL keeps the logits for it
     if train.loss_kernel is not None:
         return (train.loss_kernel,)
     return ("chunked",) if has_gpu else ("plain", "chunked")

@@ -313,8 +313,8 @@ def resolve_subject(path: str) -> Subject:
 def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int) -> Budget:
     """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's.
 
-    With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's memory is to decide,
-    that which is given.
+    They are taken for GPUs. With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's
+    memory is to decide, that which is given.
     """
     units = assign_roles(model_type, parameters)
     plan = make_plan(units, recipe.freeze, start.num_rounds)

@@ -116,6 +116,8 @@ def test_logits_are_kept_where_that_is_faster_and_they_are_few(network):
         spec = make_spec(loss_kernel=kernel).model_copy(update={"data": DataSection(path="d", max_length=length)})
         return make_budget(spec, network, plan, 1, mixed=False, has_gpu=has_gpu).work.loss
 
+    smoothed = make_spec(label_smoothing_factor=0.1)
+    assert make_budget(smoothed, network, plan, 1, mixed=False).work.loss == "plain", "TRL keeps the logits for it"
     many = PLAIN_BYTES // (4 * 8 * network.vocabulary) + 1  # tokens of each of 8 rows
     assert [choose(True), choose(False), choose(False, many)] == ["chunked", "plain", "chunked"]
     assert [choose(True, kernel="plain"), choose(False, kernel="chunked"), choose(False, many, "plain")] == [
