@@ -1,3 +1,3 @@
-from hftcli.cli import main
+from hftcli.commands.cli import main
 
 main()

@@ -13,11 +13,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hftcli import __version__
+from hftcli import PACKAGE, __version__
+from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.errors import InputError, ModelError, VerificationError
-from hftcli.evaluation import Subject
-from hftcli.figures import draw_matrix
-from hftcli.forgetting import ForgettingMatrix
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
@@ -25,12 +23,19 @@ from hftcli.freezing.selection import make_plan
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
+from hftcli.launching.planning import apply_fit, choose_fit, make_budget
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
-from hftcli.page import write_page
-from hftcli.planning import apply_fit, choose_fit, make_budget
-from hftcli.recipe import ADAPTERS, PACKAGE, QUICK_START, DataSection, LaunchSection, Recipe
-from hftcli.run import EarlierRound, Manifest, Progress, Round, RoundResult, RoundSpec, Run, Scoring, write_model
+from hftcli.measuring.evaluation import Subject
+from hftcli.recipe.methods import ADAPTERS
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.sections import QUICK_START, DataSection, LaunchSection
+from hftcli.reporting.figures import draw_matrix
+from hftcli.reporting.page import write_page
+from hftcli.runs.files import write_model
+from hftcli.runs.records import Manifest, RoundResult
+from hftcli.runs.run import Round, Run
+from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring
 from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence
 from hftcli.tasks.check import check_sequence
 
@@ -367,7 +372,7 @@ def describe_launch(round_: Round) -> str:
 def _describe_torchrun(round_: Round, launch: LaunchSection) -> str:
     options = f"--nnodes {launch.num_nodes} --nproc_per_node {launch.num_processes}"
     place = "--node_rank NODE_RANK --master_addr MASTER_ADDR --master_port MASTER_PORT"
-    return f"torchrun {options} {place} -m hftcli.worker {shlex.quote(str(round_.folder))}"
+    return f"torchrun {options} {place} -m hftcli.training.worker {shlex.quote(str(round_.folder))}"
 
 
 def _make_absolute(path: str) -> str:

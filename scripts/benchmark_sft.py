@@ -128,7 +128,7 @@ def has_gpu() -> bool:
 
 
 def has_bfloat16() -> bool:
-    from hftcli.trainers import has_bfloat16
+    from hftcli.models.device import has_bfloat16
 
     return has_bfloat16()
 

@@ -28,12 +28,13 @@ from hftcli.freezing.activations import Flops, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
-from hftcli.loss import SFT_OUTPUTS, keep_logits, set_loss_kernel
-from hftcli.models import describe_model, freeze_model
-from hftcli.planning import find_arithmetic, list_kernels, list_works
-from hftcli.probe import compute_loss, make_inputs, make_random_model
-from hftcli.recipe import TrainSection
-from hftcli.trainers import has_bfloat16, keep_freed_memory
+from hftcli.launching.planning import find_arithmetic, list_kernels, list_works
+from hftcli.models.checkpoint import freeze_model
+from hftcli.models.description import describe_model
+from hftcli.models.device import has_bfloat16, keep_freed_memory
+from hftcli.recipe.sections import TrainSection
+from hftcli.training.loss import SFT_OUTPUTS, keep_logits, set_loss_kernel
+from hftcli.training.probe import compute_loss, make_inputs, make_random_model
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "135m": (576, 1536, 30, 9, 3),

@@ -12,8 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from hftcli.recipe import Recipe, open_section
-from hftcli.run import RoundResult
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.section import open_section
+from hftcli.runs.records import RoundResult
 
 README = Path(__file__).parent.parent / "README.md"
 

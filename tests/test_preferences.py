@@ -9,17 +9,20 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hftcli import PACKAGE
 from hftcli.errors import InputError
-from hftcli.evaluate import read_pairs, score_pairs
 from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.measuring.pairs import read_pairs, score_pairs
 from hftcli.methods.l2sp import L2sp
-from hftcli.models import describe_model, load_model
-from hftcli.recipe import PACKAGE, DataSection, DpoSection, L2spSection, LaunchSection, ModelSection, TrainSection
-from hftcli.references import PrecomputedReference, SharedReference, make_reference_key, read_log_probs
-from hftcli.run import RoundSpec
-from hftcli.trainers import PairTrainer, make_training_arguments
+from hftcli.models.checkpoint import load_model
+from hftcli.models.description import describe_model
+from hftcli.recipe.methods import L2spSection
+from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
+from hftcli.runs.spec import RoundSpec
+from hftcli.training.references import PrecomputedReference, SharedReference, make_reference_key, read_log_probs
+from hftcli.training.trainers import PairTrainer, make_training_arguments
 
 START = PACKAGE / "tinyworld" / "model"
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ def test_every_file_that_is_named_exists():
 
 
 def test_every_command_that_is_shown_exists():
-    from hftcli.cli import app
+    from hftcli.commands.cli import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
     for command in set(re.findall(r"^hft (\w+)", README, re.MULTILINE)):

@@ -2,21 +2,13 @@
 
 from pathlib import Path
 
-from hftcli.recipe import load_recipe
-from hftcli.run import (
-    DataReport,
-    Hardware,
-    PairScores,
-    RoundResult,
-    RoundSpec,
-    Run,
-    Score,
-    Scores,
-    Source,
-    Verification,
-    write_model,
-)
+from hftcli.recipe.loading import load_recipe
 from hftcli.runners import make_manifest
+from hftcli.runs.files import write_model
+from hftcli.runs.records import DataReport, Hardware, RoundResult, Source, Verification
+from hftcli.runs.run import Run
+from hftcli.runs.scores import PairScores, Score, Scores
+from hftcli.runs.spec import RoundSpec
 
 FACTS, REWORDED, SKILL = "tinyworld/facts", "tinyworld/facts-reworded", "tinyworld/skill"
 

@@ -1,0 +1,1 @@
+"""Which parameters train and which are frozen: names and numbers, no tensors."""

@@ -27,8 +27,11 @@ from hftcli.errors import HftError, InputError, Interrupted
 from hftcli.launching.command import count_gpus, worker_environment
 from hftcli.launching.hosts import Host, collect_environment, is_secret, read_hostfile
 from hftcli.launching.signals import SIGNALS
-from hftcli.recipe import LaunchSection, Section
-from hftcli.run import Failure, Round, read_model, write_model
+from hftcli.recipe.section import Section
+from hftcli.recipe.sections import LaunchSection
+from hftcli.runs.files import read_model, write_model
+from hftcli.runs.run import Round
+from hftcli.runs.spec import Failure
 
 SSH = (
     "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4",
@@ -87,7 +90,7 @@ def make_nodes(folder: Path, launch: LaunchSection, port: int, environment: Mapp
             f"{launch.hostfile} names {len(hosts)} hosts, and the round was prepared for {launch.num_nodes}",
             "run the same `hft` command again, which prepares it anew",
         )
-    worker = ["hftcli.worker", str(folder.resolve())]
+    worker = ["hftcli.training.worker", str(folder.resolve())]
     slots = {host.name: list(range(launch.num_processes)) for host in hosts}
     world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     address = find_address(hosts[0]) if launch.num_ranks > 1 else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from hftcli.errors import InputError
 from hftcli.launching.hosts import count_slots, read_hostfile
 from hftcli.launching.slurm import make_step_command
-from hftcli.recipe import LaunchSection
+from hftcli.recipe.sections import LaunchSection
 
 
 def count_gpus() -> int:
@@ -87,7 +87,7 @@ def worker_command(folder: Path, launch: LaunchSection, port: int) -> list[str]:
     """
     if launch.hostfile:
         return [sys.executable, "-m", "hftcli.launching.cluster", str(folder.resolve()), str(port)]
-    worker = [sys.executable, "-m", "hftcli.worker", str(folder)]
+    worker = [sys.executable, "-m", "hftcli.training.worker", str(folder)]
     if launch.slurm:
         return make_step_command(worker, launch, port)
     if (launch.num_nodes or 1) > 1:

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from hftcli.errors import InputError, Interrupted
 from hftcli.launching.signals import SIGNALS
-from hftcli.run import Round
+from hftcli.runs.run import Round
 
 FRONT_VARIABLE = "HFT_FRONT"  # which process is the front, in the environment of its ranks
 POLL_SECONDS = 0.2
@@ -129,7 +129,7 @@ def await_ranks(round_: Round) -> None:
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{round_.folder}: ranks of an earlier start still run, without their front",
-                        "end them (they are listed by `pgrep -f hftcli.worker`), then run the same command again",
+                        "end them (they are listed by `pgrep -f hftcli.training.worker`), then run the same command again",
                     ) from None
             time.sleep(POLL_SECONDS)
 

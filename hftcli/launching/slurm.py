@@ -14,8 +14,10 @@ from pathlib import Path
 
 from hftcli.errors import InputError
 from hftcli.launching.hosts import collect_environment, is_secret
-from hftcli.recipe import LaunchSection, Recipe, SlurmSection
-from hftcli.run import Run, write_text
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.sections import LaunchSection, SlurmSection
+from hftcli.runs.files import write_text
+from hftcli.runs.run import Run
 
 # What one task does. The shell stays alive under the signals that its rank acts on. srun ends a step at once when a task fails,
 # so a rank that fails waits for rank 0 to say why.

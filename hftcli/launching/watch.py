@@ -22,8 +22,11 @@ from hftcli.errors import (
 from hftcli.launching.command import find_free_port, worker_command, worker_environment
 from hftcli.launching.processes import FRONT_VARIABLE, await_ranks, describe_front
 from hftcli.launching.signals import SIGNALS
-from hftcli.recipe import LaunchSection
-from hftcli.run import Failure, Progress, Round, RoundResult, read_model
+from hftcli.recipe.sections import LaunchSection
+from hftcli.runs.files import read_model
+from hftcli.runs.records import RoundResult
+from hftcli.runs.run import Round
+from hftcli.runs.spec import Failure, Progress
 
 POLL_SECONDS = 0.1
 LOG_TAIL_BYTES = 1 << 16

@@ -9,7 +9,7 @@ from hftcli.methods.lora import Lora
 from hftcli.methods.method import Method
 from hftcli.methods.olora import Olora
 from hftcli.methods.replay import Replay
-from hftcli.run import RoundSpec
+from hftcli.runs.spec import RoundSpec
 
 
 def make_methods(spec: RoundSpec) -> list[Method]:

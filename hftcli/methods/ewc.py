@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, Trainer
 
-from hftcli.data import IGNORED
+from hftcli.data.tokens import IGNORED
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method, draw_rows
-from hftcli.run import Round
+from hftcli.runs.run import Round
 
 Inputs = dict[str, torch.Tensor]
 

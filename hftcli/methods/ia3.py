@@ -25,8 +25,9 @@ from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan, restrict_plan
 from hftcli.methods.lora import ADAPTER, write_tensors
 from hftcli.methods.method import Method
-from hftcli.models import read_master, read_start_dtype
-from hftcli.run import Round
+from hftcli.models.checkpoint import read_master
+from hftcli.models.description import read_start_dtype
+from hftcli.runs.run import Round
 
 # By role, the last parts of the names of the layers that are scaled.
 SCALED = {

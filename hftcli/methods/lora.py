@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan, narrow_plan
 from hftcli.methods.method import Method
-from hftcli.models import CheckpointReader, fetch_checkpoint, read_master, read_start_dtype
-from hftcli.run import Round
+from hftcli.models.checkpoint import read_master
+from hftcli.models.description import fetch_checkpoint, read_start_dtype
+from hftcli.models.proof import CheckpointReader
+from hftcli.runs.run import Round
 
 ADAPTER = "default"  # PEFT's name for the only one
 PREFIX = "base_model.model."  # before the layers' names in PEFT's files

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
-from hftcli.recipe import Section
-from hftcli.run import Round, RoundSpec
+from hftcli.recipe.section import Section
+from hftcli.runs.run import Round
+from hftcli.runs.spec import RoundSpec
 
 
 class Method:

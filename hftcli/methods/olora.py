@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer
 
 from hftcli.methods.lora import ADAPTER, Adapter, Lora, read_adapter
-from hftcli.run import Round
+from hftcli.runs.run import Round
 
 
 class Olora(Lora):

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hftcli.methods.method import Method, draw_rows
-from hftcli.recipe import TrainSection
+from hftcli.recipe.sections import TrainSection
 
 
 class Replay(Method):

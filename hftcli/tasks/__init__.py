@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hftcli.errors import DataError, InputError
-from hftcli.recipe import ContinualSection
+from hftcli.recipe.sections import ContinualSection
 from hftcli.tasks.examples import Benchmark, Protocol, Split, Task
 from hftcli.tasks.folder import FOLDER, find_close, suggest
 from hftcli.tasks.general import FILE, SUFFIX

@@ -7,7 +7,7 @@ run; all of it changes what its numbers mean.
 import json
 from collections.abc import Iterable
 
-from hftcli.recipe import Section
+from hftcli.recipe.section import Section
 from hftcli.tasks import find_benchmark, load_task, locate_rows
 from hftcli.tasks.examples import Example, Task
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from hftcli.errors import DataError
-from hftcli.recipe import Section
+from hftcli.recipe.section import Section
 from hftcli.tasks.examples import Benchmark, Cut, Example, Split, Task
 from hftcli.tasks.metrics import METRICS
 

@@ -11,7 +11,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from hftcli.recipe import PACKAGE
+from hftcli import PACKAGE
 from hftcli.tasks import folder
 from hftcli.tasks.examples import Benchmark, Example, Split, Task
 from hftcli.tasks.folder import TaskSheet, read_rows

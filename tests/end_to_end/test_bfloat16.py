@@ -2,8 +2,8 @@
 
 import pytest
 
-from hftcli.run import Round
-from hftcli.trainers import has_bfloat16
+from hftcli.models.device import has_bfloat16
+from hftcli.runs.run import Round
 
 pytestmark = pytest.mark.skipif(not has_bfloat16(), reason="neither a GPU nor this processor has bfloat16")
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from hftcli.run import Progress, Round, read_model
+from hftcli.runs.files import read_model
+from hftcli.runs.run import Round
+from hftcli.runs.spec import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -45,7 +47,7 @@ def test_a_prepared_round_is_launched_by_hand(hft, settings, one_machine, tmp_pa
     hft("sft", "--output", run, "--num-processes", 2, "--dry-run", *settings(SHORT))
     program, *options = launcher.split()
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [BIN / program, *options, "hftcli.worker", run / "rounds" / "00-sft"]
+    command = [BIN / program, *options, "hftcli.training.worker", run / "rounds" / "00-sft"]
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
     assert losses(run) == losses(one_machine)
     # The command that prepared it finds it done.
@@ -58,7 +60,7 @@ def test_another_number_of_ranks_than_prepared_is_refused(hft, settings, tmp_pat
     run = tmp_path / "run"
     hft("sft", "--output", run, "--num-processes", 2, "--dry-run", *settings(SHORT))
     folder = run / "rounds" / "00-sft"
-    done = subprocess.run([sys.executable, "-m", "hftcli.worker", folder], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "hftcli.training.worker", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "is prepared for 2 ranks, and 1 were started" in json.loads((folder / "failure.json").read_text())["message"]
 
@@ -188,7 +190,7 @@ def test_a_lost_host_ends_the_job_with_its_name_and_the_rerun_finishes(settings,
     assert front.returncode == 1
     assert f"lost second ({two_hosts.hostfile}:2)" in errors
     deadline = time.monotonic() + 100  # the host that stays ends its rank; the one cut off finds the line silent
-    while any(b"hftcli.worker" in _read_command(pid) for index in (0, 1) for pid in two_hosts.find_processes(index)):
+    while any(b"hftcli.training.worker" in _read_command(pid) for index in (0, 1) for pid in two_hosts.find_processes(index)):
         assert time.monotonic() < deadline, "a rank is left"
         time.sleep(0.5)
     two_hosts.hostfile.write_text("10.77.0.1 slots=2\n")

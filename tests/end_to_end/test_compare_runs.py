@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hftcli.run import Run
+from hftcli.runs.run import Run
 
 VARY = ("--vary", "freeze.trainable_fraction=0.5,1.0", "--seeds", "1")
 SHORT = {"train.max_steps": 6, "eval.tasks": "[tinyworld/facts,tinyworld/skill]"}

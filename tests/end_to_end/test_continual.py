@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hftcli.forgetting import read_matrix
-from hftcli.run import Run
+from hftcli.comparing.forgetting import read_matrix
+from hftcli.runs.run import Run
 
 SHORT = {"train.max_steps": 8, "eval.max_examples": 20, "eval.tasks": "[tinyworld/facts]"}
 TASKS = ("newcomers", "topic", "reverse")

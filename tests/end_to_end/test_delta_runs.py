@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hftcli.models import verify_round
-from hftcli.run import Round
+from hftcli.models.proof import verify_round
+from hftcli.runs.run import Round
 
 
 def round_of(run: Path) -> Round:

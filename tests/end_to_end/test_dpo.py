@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hftcli.run import Round
+from hftcli.runs.run import Round
 
 STEPS = 4
 

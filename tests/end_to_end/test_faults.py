@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hftcli.checkpoints import read_step
 from hftcli.errors import ModelError
-from hftcli.models import make_start_key, verify_round
-from hftcli.run import Round
+from hftcli.models.description import make_start_key
+from hftcli.models.proof import verify_round
+from hftcli.runs.run import Round
+from hftcli.training.steps import read_step
 
 PATIENCE_SECONDS = 500.0  # a busy machine is slow, not at fault
 

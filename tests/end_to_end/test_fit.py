@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hftcli.run import Manifest, Round, read_model
+from hftcli.runs.files import read_model
+from hftcli.runs.records import Manifest
+from hftcli.runs.run import Round
 
 
 def losses(run: Path, objective: str) -> list[float]:

@@ -7,10 +7,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hftcli import PACKAGE
 from hftcli.freezing.selection import FreezeRule
 from hftcli.launching.watch import launch_round
-from hftcli.recipe import PACKAGE, DataSection, LaunchSection, ModelSection, TrainSection
-from hftcli.run import Round, RoundSpec, Scoring, write_model
+from hftcli.recipe.sections import DataSection, LaunchSection, ModelSection, TrainSection
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Round
+from hftcli.runs.spec import RoundSpec, Scoring
 from hftcli.tasks import load_task
 
 LEARNED, OTHER, UNSEEN = "tinyworld/sum", "tinyworld/topic", "tinyworld/sale"

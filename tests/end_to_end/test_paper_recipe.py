@@ -5,7 +5,7 @@ from statistics import mean
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hftcli.run import Round
+from hftcli.runs.run import Round
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hftcli.run import Round
+from hftcli.runs.run import Round
 
 
 def test_the_quick_start_learns_and_shows_what_was_known(hft, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hftcli.recipe import PACKAGE
-from hftcli.run import Round
+from hftcli import PACKAGE
+from hftcli.runs.run import Round
 
 
 def losses(run: Path) -> list[float]:

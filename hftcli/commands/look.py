@@ -1,0 +1,200 @@
+"""The commands that look: `hft plan`, `hft data`, `hft verify`, `hft report`, `hft doctor`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hftcli.commands.options import (
+    HostfileOption,
+    JsonOption,
+    OutputOption,
+    ProcessesOption,
+    RecipeOption,
+    SetOption,
+    place_run,
+    read_recipe,
+)
+from hftcli.errors import InputError
+
+if TYPE_CHECKING:
+    from hftcli.doctor.doctor import Finding
+    from hftcli.recipe.recipe import Recipe
+
+
+def plan(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")] = None,
+    num_processes: ProcessesOption = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take two steps here and correct the estimate.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What trains, what is frozen, and the memory and compute per device, beside full fine-tuning."""
+    from hftcli import runners
+    from hftcli.models.description import describe_model
+    from hftcli.reporting.plans import print_plan
+
+    if model is not None:
+        # What the quick start sets for its tiny model does not suit another one.
+        plain = ["train.bf16=true", "launch.num_processes=null"] if recipe is None else []
+        overrides = [f"model.path={json.dumps(model)}", *plain, *(overrides or ())]
+    resolved = read_recipe(recipe, overrides, None, num_processes)
+    start = runners.resolve_start(resolved.model.path)
+    described = describe_model(start.path)
+    budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
+    checked = None
+    if measure:
+        from hftcli.training.probe import check_budget
+
+        budget, checked = check_budget(resolved, start.path, budget)
+    print_plan(budget, checked, as_json)
+
+
+def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """What the data are: format, counts, lengths, and a sample with its trained tokens in colour.
+
+    A recipe with a section `dpo` has preference pairs.
+    """
+    from hftcli import runners
+    from hftcli.data.chat import set_chat_template
+    from hftcli.data.prepare import decode_samples, default_cache, prepare_dataset, prepare_pairs
+    from hftcli.models.description import fetch_checkpoint, load_tokenizer
+    from hftcli.reporting.terminal import print_data
+
+    resolved = read_recipe(recipe, overrides, None, None)
+    tokenizer = load_tokenizer(fetch_checkpoint(runners.resolve_start(resolved.model.path).path))
+    set_chat_template(tokenizer, resolved.model.chat_template)
+    if resolved.objective == "sft":
+        dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
+    else:
+        dataset, summary = prepare_pairs(resolved.data, tokenizer, default_cache())
+    print_data(summary, decode_samples(dataset, tokenizer, 0), as_json)
+
+
+def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round's.")], as_json: JsonOption = False) -> None:
+    """Check that frozen parameters are bit-identical to the start and trained ones moved; exit 3 if not."""
+    from hftcli.models.proof import verify_round
+    from hftcli.reporting.rounds import print_verification
+    from hftcli.runs.run import find_rounds
+
+    found = {round_.name: verify_round(round_) for round_ in find_rounds(path)}
+    print_verification(found, as_json)
+    if not all(verification.passed for verification in found.values()):
+        raise typer.Exit(3)
+
+
+def report(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a matrix file.")],
+    as_json: JsonOption = False,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Draw the matrix into this .svg or .png file.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write the run's page into this file.")] = None,
+) -> None:
+    """What a run learned and lost; of a continual run, the forgetting matrix and its metrics.
+
+    A matrix file is {"tasks": [...], "scores": [[...], ...]}: row 0 the base model, values in [0, 1] or null.
+    """
+    from hftcli.comparing.forgetting import read_matrix
+    from hftcli.reporting.figures import check_figure_path, draw_matrix
+    from hftcli.reporting.measures import print_matrix
+    from hftcli.reporting.page import write_page
+    from hftcli.reporting.rounds import print_run, print_run_json
+    from hftcli.runs.run import Run, find_rounds
+
+    run = Run(path)
+    is_single = run.recipe_path.exists() and not run.matrix_path.exists()
+    if figure:
+        check_figure_path(figure)
+        if is_single:
+            raise InputError(f"{path} has no forgetting matrix to draw", "give --html: its figures are on its page")
+    if is_single:
+        find_rounds(path)
+        print_run_json(run) if as_json else print_run(run)
+    else:
+        matrix = read_matrix(path)
+        print_matrix(matrix, as_json)
+        if figure:
+            draw_matrix(matrix, figure)
+            print(f"figure  {figure}", file=sys.stderr)
+    if page:
+        write_page(run, page)
+        print(f"page    {page}", file=sys.stderr)
+
+
+def doctor(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."""
+    from hftcli.reporting.terminal import print_findings
+
+    extra = [*(overrides or ()), *place_run(hostfile)]
+    resolved = read_recipe(recipe, extra, output, num_processes) if recipe or extra or num_processes else None
+    findings = _examine(resolved, is_model_given=recipe is not None)
+    print_findings(findings, as_json)
+    if any(finding.status == "fault" for finding in findings):
+        raise typer.Exit(2)
+
+
+def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
+    """Every check that can be made; one that fails does not keep the others from being made."""
+    from hftcli import runners
+    from hftcli.doctor.doctor import (
+        Finding,
+        check_devices,
+        check_disk,
+        check_hosts,
+        check_launcher,
+        check_memory,
+        check_ops,
+        check_packages,
+        find_existing,
+        share_memory,
+    )
+    from hftcli.launching.command import resolve_launch
+    from hftcli.launching.hosts import read_hostfile
+
+    findings = check_packages()
+    try:
+        from hftcli.doctor.machine import probe_machine
+        from hftcli.models.description import describe_model
+
+        probe = probe_machine()
+    except (ImportError, OSError) as error:
+        return [*findings, Finding("torch", "fault", f"does not load: {error}", "install hft and what it needs again")]
+    findings += [*check_devices(probe, recipe), check_ops(probe)]
+    if recipe is None:
+        return findings
+    try:
+        resolved = resolve_launch(recipe.launch)
+    except InputError as error:
+        return [*findings, Finding("launch", "fault", error.message, error.fix)]
+    findings += (launchers := check_launcher(resolved))
+    reports = []
+    if resolved.hostfile and all(finding.status == "ok" for finding in launchers):
+        folder = find_existing(Path(recipe.output))
+        found, reports = check_hosts(read_hostfile(resolved.hostfile), resolved.num_processes, folder)
+        findings += found
+    if not is_model_given:
+        return findings
+    try:
+        start = runners.resolve_start(recipe.model.path)
+        described = describe_model(start.path)
+        budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
+    except InputError as error:
+        return [*findings, Finding("model", "fault", error.message, error.fix)]
+    try:
+        num_rounds = runners.count_rounds(recipe)
+    except InputError as error:
+        return [*findings, Finding("tasks", "fault", error.message, error.fix)]
+    return [
+        *findings,
+        check_disk(recipe, Path(start.path), budget.plan, resolved.num_ranks, num_rounds),
+        check_memory(budget, share_memory(resolved, reports)),
+    ]

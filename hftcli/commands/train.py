@@ -1,0 +1,129 @@
+"""The commands that train: `hft sft`, `hft dpo`, `hft continual`."""
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hftcli.commands.options import (
+    DryRunOption,
+    HostfileOption,
+    OutputOption,
+    ProcessesOption,
+    RecipeOption,
+    SetOption,
+    SlurmOption,
+    SubmitOption,
+    check_place,
+    place_run,
+    read_recipe,
+)
+
+if TYPE_CHECKING:
+    from hftcli.recipe.recipe import Recipe
+    from hftcli.runs.run import Run
+
+
+def sft(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Supervised fine-tuning; with no recipe, the built-in quick start."""
+    extra = [*(overrides or ()), *place_run(hostfile, slurm, submit, dry_run)]
+    _run_single(read_recipe(recipe, extra, output, num_processes, "sft"), dry_run, slurm, submit)
+
+
+def dpo(
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Direct preference optimization; with no recipe, the built-in quick start."""
+    extra = [*(overrides or ()), *place_run(hostfile, slurm, submit, dry_run)]
+    _run_single(read_recipe(recipe, extra, output, num_processes, "dpo"), dry_run, slurm, submit)
+
+
+def continual(
+    recipe: RecipeOption = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="A benchmark (tinyworld, trace, standard), or tasks, with commas between.")
+    ] = None,
+    order: Annotated[str | None, typer.Option("--order", help="Which of the benchmark's orders.")] = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    num_processes: ProcessesOption = None,
+    hostfile: HostfileOption = None,
+    slurm: SlurmOption = False,
+    submit: SubmitOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
+    from hftcli import runners
+    from hftcli.reporting.progress import show_progress
+    from hftcli.reporting.rounds import print_continual
+    from hftcli.tasks.check import format_report
+
+    given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
+    given += [f"continual.order={json.dumps(order)}"] if order else []
+    given += [*(overrides or ()), *place_run(hostfile, slurm, submit, dry_run)]
+    resolved = read_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, "continual")
+    run = runners.prepare_continual(check_place(resolved, dry_run, slurm))
+    print(format_report(run.read_manifest().sequence))
+    if dry_run or slurm:
+        _print_launch(run, "continual", dry_run, slurm, submit)
+        return
+    with show_progress() as on_progress:
+        matrix = runners.finish_continual(run, on_progress)
+    print_continual(run, matrix)
+
+
+def _find_task_recipe(tasks: str | None) -> str | None:
+    """The shipped recipe that is called as the benchmark; None leaves the quick start's."""
+    from hftcli.recipe.loading import list_recipes
+    from hftcli.recipe.sections import QUICK_START
+
+    return tasks if tasks != QUICK_START and tasks in {file.stem for file in list_recipes()} else None
+
+
+def _run_single(recipe: "Recipe", dry_run: bool, use_slurm: bool, submit: bool) -> None:
+    from hftcli import runners
+    from hftcli.reporting.progress import show_progress
+    from hftcli.reporting.rounds import print_run
+
+    recipe = check_place(recipe, dry_run, use_slurm)
+    if dry_run or use_slurm:
+        _print_launch(runners.prepare_single(recipe)[0], recipe.objective, dry_run, use_slurm, submit)
+        return
+    with show_progress() as on_progress:
+        run = runners.run_single(recipe, on_progress)
+    print_run(run)
+
+
+def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, submit: bool) -> None:
+    """Show what would run a prepared run's rounds, or write the batch script and queue it."""
+    from hftcli import runners
+    from hftcli.launching import slurm
+
+    if use_slurm:
+        script = slurm.write_script(run, command, run.rounds[0].read_spec().launch)
+        if dry_run:
+            print(f"# {script}\n{script.read_text(encoding='utf-8')}")
+        elif submit:
+            print(slurm.submit(script))
+        else:
+            print(f"sbatch {shlex.quote(str(script))}")
+    if dry_run:
+        for round_ in run.rounds:
+            print(runners.describe_launch(round_))

@@ -1,0 +1,1 @@
+"""Learning against forgetting: matrices, runs as points, methods at equal learning."""

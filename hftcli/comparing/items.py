@@ -1,0 +1,74 @@
+"""Item by item: which questions a model answered before, and which of them it lost or won."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hftcli.comparing.statistics import (
+    Adjusted,
+    Estimate,
+    Transitions,
+    adjust_for_chance,
+    bootstrap_mean,
+    compute_mcnemar,
+    count_transitions,
+)
+from hftcli.runs.run import Run
+from hftcli.runs.scores import Prediction
+
+
+@dataclass(frozen=True)
+class ItemChange:
+    """What became of the questions of one task.
+
+    Attributes:
+        change: mean gain in score over the questions, a share, with its paired bootstrap interval.
+        transitions: known and lost, or won; None where scores have degrees.
+        p_value: of McNemar's exact test that as many were lost as won; None like `transitions`.
+        adjusted: of multiple choice, the shares of the questions lost and won, less what guessing would show; None elsewhere.
+    """
+
+    change: Estimate
+    transitions: Transitions | None
+    p_value: float | None
+    adjusted: Adjusted | None
+
+
+def compare_items(before: Sequence[Prediction], after: Sequence[Prediction]) -> ItemChange | None:
+    """The same questions of one task, answered by two models; both by the task's own metric.
+
+    Returns:
+        None where a question has no score.
+    """
+    pairs = [(first.score, last.score) for first, last in zip(before, after, strict=True)]
+    if any(None in pair for pair in pairs):
+        return None
+    change, transitions = bootstrap_mean([last - first for first, last in pairs]), count_transitions(*zip(*pairs, strict=True))
+    if transitions is None:
+        return ItemChange(change, None, None, None)
+    groups: dict[int | None, list[tuple[float, float]]] = {}
+    for prediction, pair in zip(before, pairs, strict=True):
+        groups.setdefault(prediction.num_choices, []).append(pair)
+    counted = {num_choices: count_transitions(*zip(*group, strict=True)) for num_choices, group in groups.items()}
+    return ItemChange(
+        change=change,
+        transitions=transitions,
+        p_value=compute_mcnemar(transitions.num_lost, transitions.num_won),
+        adjusted=None if None in counted else adjust_for_chance(counted),
+    )
+
+
+def read_item_changes(run: Run) -> dict[str, ItemChange]:
+    """By task, what became of its questions between the start of a run and the last of its finished rounds.
+
+    Only tasks of which both kept every question's score are there.
+    """
+    last = run.last_finished
+    if last is None:
+        return {}
+    first, found = run.rounds[0], {}
+    for task in first.read_scores().before:
+        if first.predictions_path("before", task).exists() and last.predictions_path("after", task).exists():
+            change = compare_items(first.read_predictions("before", task), last.read_predictions("after", task))
+            if change is not None:
+                found[task] = change
+    return found

@@ -1,0 +1,226 @@
+"""A run as a point: what it learned and what it lost, by task, out of its files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from hftcli.comparing.statistics import (
+    NATS,
+    POINTS,
+    Unit,
+)
+from hftcli.errors import InputError
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.methods import ADAPTERS
+from hftcli.recipe.recipe import Recipe
+from hftcli.runs.files import read_model
+from hftcli.runs.records import MERGE_NAME, MergeManifest, RoundResult
+from hftcli.runs.run import Round, Run
+from hftcli.runs.scores import HELD_OUT, Score
+
+By = Literal["score", "nll"]
+UNITS: dict[By, Unit] = {"score": POINTS, "nll": NATS}
+SEED_KEYS = ("train.seed", "freeze.seed")
+RATE_KEY = "train.learning_rate"
+FULL = "full"
+EVALUATION_NAME = "evaluation.json"  # beside the merge.json of a model that was made
+# Where a run was written, and what is held to be equal by its outcome: the data by their hashes, the tasks by their names.
+UNTOLD_KEYS = ("output", "data.path", "data.root")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run.
+
+    Attributes:
+        values: its recipe by dotted keys.
+        title: its method in a word or two.
+        learned: by task that was trained, the gain in score, a share, or the fall of its negative log-likelihood.
+        lost: by task that was known, the loss in score, or the rise of its negative log-likelihood.
+        alike: what has to be the same in every run that is compared with this one, by what it is called in a message.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    title: str
+    learned: Mapping[str, float]
+    lost: Mapping[str, float]
+    alike: Mapping[str, Any]
+
+    @property
+    def learning(self) -> float:
+        return fmean(self.learned.values())
+
+    @property
+    def forgetting(self) -> float:
+        return fmean(self.lost.values())
+
+    @property
+    def seed(self) -> tuple[int, ...]:
+        return tuple(self.values[key] for key in SEED_KEYS)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.values[RATE_KEY]
+
+
+def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> Point:
+    """What a finished run learned and lost, or a model that `hft reset` or `hft merge` made of one.
+
+    Such a model stands for the run's own where `hft eval --output FOLDER/evaluation.json` has scored it.
+
+    Raises:
+        InputError: neither, not finished, or nothing in it measures learning or forgetting.
+    """
+    made = _read_made(folder) if (folder / MERGE_NAME).exists() else None
+    run = made.run if made else Run(folder)
+    if not run.recipe_path.exists():
+        raise InputError(
+            f"{run.folder} is no run: it has no {run.recipe_path.name}", "give folders that hft made with --output"
+        )
+    recipe = load_recipe(run.recipe_path)
+    results = {round_: round_.read_result() for round_ in run.rounds}
+    unfinished = [round_.name for round_, result in results.items() if result is None]
+    if unfinished or not results:
+        raise InputError(
+            f"{run.folder} is not finished: {', '.join(unfinished) or 'no round'} has not run to its end",
+            "run its recipe again: it goes on where it stopped",
+        )
+    if len(results) == 1:
+        gains, losses, num_examples = _read_single(folder, recipe, results, learned, made, by)
+    elif made:
+        raise InputError(f"{folder} is made of a run of {len(results)} rounds", "compare models that are made of runs of one")
+    else:
+        gains, losses, num_examples = _read_sequence(folder, results, learned, by)
+    if not gains:
+        raise InputError(
+            f"{folder}: none of its tasks ({', '.join(losses) or 'none'}) asks for what was trained on",
+            "say which of them measures learning: --learned TASK; or, with eval.held_out, compare --by nll",
+        )
+    if not losses:
+        raise InputError(f"{folder}: nothing that was known before was scored", "name such tasks under eval.tasks")
+    values = {key: value for key, value in _flatten(recipe.model_dump(mode="json")).items() if key not in UNTOLD_KEYS}
+    title = _name_method(recipe)
+    return Point(
+        name=str(folder),
+        values=values | (made.values if made else {}),
+        title=f"{title}, {made.title}" if made else title,
+        learned=gains,
+        lost=losses,
+        alike={
+            "objective": recipe.objective,
+            "model": recipe.model.path,
+            "data": [_describe_data(result) for result in results.values()],
+            "tasks": {name: f"{count} questions" for name, count in num_examples.items()},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model that was made of a run's.
+
+    Attributes:
+        run: whose model it was made of.
+        title: how, in a word or two.
+        values: how, by keys like those of a recipe.
+        after: its scores by task.
+    """
+
+    run: Run
+    title: str
+    values: Mapping[str, Any]
+    after: Mapping[str, Score]
+
+
+def _read_made(folder: Path) -> Made:
+    """Raises: InputError: it was not made of a run's model, or it is not scored."""
+    manifest = read_model(folder / MERGE_NAME, MergeManifest)
+    tuned = manifest.inputs.get("tuned")
+    if tuned is None:
+        raise InputError(f"{folder} is a delta laid over its base, which the run itself stands for", "give the run")
+    path = folder / EVALUATION_NAME
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        after = {name: Score.model_validate(score) for name, score in tasks.items()}
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is not scored: it has no {path.name}", f"hft eval --model {folder} --tasks ... --output {path}"
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is not what hft eval writes: {error}") from None
+    title = "reset" if manifest.weight is None else f"averaged {manifest.weight:g}"
+    rule = _flatten(manifest.plan.rule.model_dump(mode="json"), "reset") if manifest.plan else {}
+    values = {"made": title} | {key: value for key, value in rule.items() if key != "reset.seed"}
+    return Made(Run(Path(tuned.path).parents[2]), title, values, after)  # RUN/rounds/00-sft/checkpoint
+
+
+Measures = tuple[dict[str, float], dict[str, float], dict[str, int]]  # gains, losses, questions
+
+
+def _read_single(
+    folder: Path, recipe: Recipe, results: Mapping[Round, RoundResult], learned: Sequence[str], made: Made | None, by: By
+) -> Measures:
+    """Of a run with one round: the task whose rows were trained on, or the held-out rows, against the other tasks."""
+    ((round_, result),) = results.items()
+    scores = round_.read_scores()
+    before, after = scores.before, made.after if made else scores.after
+    before = {name: score for name, score in before.items() if getattr(score, by) is not None}
+    if made and HELD_OUT in before:
+        raise InputError(f"{folder} is made of a run's model, which hft eval asks no held-out rows", "compare it by score")
+    for name, score in before.items():
+        if name not in after or after[name].num_examples != score.num_examples:
+            raise InputError(
+                f"{folder}: {name} was not scored as before the run, on {score.num_examples} questions",
+                f"hft eval --tasks {','.join(before)}",
+            )
+    changes = {name: -_lose(score, after[name], by) for name, score in before.items()}
+    if unknown := [name for name in learned if name not in changes]:
+        raise InputError(f"{folder}: --learned {unknown[0]} is none of its tasks: {', '.join(changes) or 'none'}")
+    trained = tuple(learned) or (round_.read_spec().task or recipe.data.path, HELD_OUT)
+    gains = {name: change for name, change in changes.items() if name in trained}
+    losses = {name: -change for name, change in changes.items() if name not in trained}
+    num_examples = {name: score.num_examples for name, score in before.items()}
+    if result.pairs is not None and not learned and not made and by == "score":
+        gains["reward accuracy"] = result.pairs.after.reward_accuracy - result.pairs.before.reward_accuracy
+        num_examples["reward accuracy"] = result.pairs.after.num_pairs
+    return gains, losses, num_examples
+
+
+def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: Sequence[str], by: By) -> Measures:
+    """Of a continual run: what each task gained in its own round, against what was lost since of it and of the other tasks."""
+    if learned:
+        raise InputError(f"{folder}: --learned has no effect on a run of several tasks, which trains on each", "drop it")
+    tasks = [round_.read_spec().task for round_ in results]
+    rows = [round_.read_scores() for round_ in results]
+    before, last = rows[0].before, rows[-1].after
+    gains = {task: -_lose(before[task], row.after[task], by) for task, row in zip(tasks, rows, strict=True)}
+    losses = {name: _lose(score, last[name], by) for name, score in before.items() if name not in tasks}
+    losses |= {task: _lose(row.after[task], last[task], by) for task, row in zip(tasks[:-1], rows[:-1], strict=True)}
+    return gains, losses, {name: score.num_examples for name, score in last.items()}
+
+
+def _lose(before: Score, after: Score, by: By) -> float:
+    return before.score - after.score if by == "score" else after.nll - before.nll
+
+
+def _describe_data(result: RoundResult) -> str:
+    hashes = " ".join(f"{Path(source.path).name} {source.fingerprint[:12]}" for source in result.data.sources)
+    return f"{result.data.num_rows} rows of {hashes}"
+
+
+def _name_method(recipe: Recipe) -> str:
+    """`full`, `half`, `half + replay`; `lora` where adapters are on everything."""
+    share, names = recipe.freeze.trainable_fraction, recipe.method.names
+    if share == 1 and set(ADAPTERS) & set(names):
+        return " + ".join(names)
+    return " + ".join(({1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}"), *names))
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:  # an empty section says something: it is there
+        return {prefix: value}
+    return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{prefix}.{name}".lstrip(".")).items()}

@@ -1,0 +1,1 @@
+"""What stands between this machine, or the hosts, and a run."""

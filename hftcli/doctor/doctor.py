@@ -1,0 +1,395 @@
+"""`hft doctor`: what stands between this machine, or the hosts of a hostfile, and a run.
+
+    python -m hftcli.doctor.doctor FILE     on a host: a HostReport as JSON, and whether FILE, written here, is there too
+
+Every check is a function that returns findings. A fault keeps the run from working; a warning may.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from pydantic import ValidationError
+
+from hftcli import __version__
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.selection import FreezePlan
+from hftcli.launching.cluster import make_ssh_command
+from hftcli.launching.command import count_gpus
+from hftcli.launching.hosts import Host
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.section import Section
+from hftcli.recipe.sections import CheckpointSection, LaunchSection
+from hftcli.runs.files import read_model
+from hftcli.runs.records import DELTA_NAME, DeltaRecord
+
+HOST_SECONDS = 30.0  # for a host to answer
+ALIKE = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets")  # the same on every host
+MIN_SHARED_MEMORY_BYTES = 512 * 2**20  # below this, NCCL between the GPUs of a machine may fail
+MAX_FILLED_FRACTION = 0.8  # of a device, where activations are not counted and need the rest; of a disk
+
+Status = Literal["ok", "warning", "fault"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's.
+
+    Attributes:
+        check: what was looked at.
+        message: what was found.
+        fix: what to do about it; empty where all is well.
+    """
+
+    check: str
+    status: Status
+    message: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What torch and DeepSpeed see of this machine.
+
+    Attributes:
+        cuda: version of CUDA that torch is built for; None for a CPU build.
+        num_devices: GPUs that torch can use.
+        has_bfloat16: whether they compute in it.
+        ops: DeepSpeed's compiled operations, and whether this machine has what it takes to build each one.
+    """
+
+    cuda: str | None
+    num_devices: int
+    has_bfloat16: bool
+    ops: dict[str, bool]
+
+
+class HostReport(Section):
+    """What a host says of itself, without torch."""
+
+    versions: dict[str, str]
+    """Installed versions of hft and what computes."""
+    num_gpus: int
+    """GPUs that a worker would see."""
+    device_bytes: int
+    """Memory of the smallest GPU, or of the machine where there is none."""
+    sees_file: bool
+    """Whether the file that the asking machine wrote is there."""
+
+
+def check_packages() -> list[Finding]:
+    """Installed versions against those that hft's own metadata asks for."""
+    try:
+        return judge_packages(importlib.metadata.requires("hftcli") or ())
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("packages", "warning", "hftcli runs from a folder and is not installed", "pip install it")]
+
+
+def judge_packages(required: Iterable[str]) -> list[Finding]:
+    """Args: required: requirements as pip takes them; those of extras are passed over."""
+    findings, good = [], []
+    for requirement in map(Requirement, required):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = find_version(requirement.name)
+        if version is None:
+            findings.append(Finding("packages", "fault", f"{requirement.name} is missing", f"pip install '{requirement}'"))
+        elif not requirement.specifier.contains(version, prereleases=True):
+            message = f"{requirement.name} is {version}, and hft needs {requirement.specifier}"
+            findings.append(Finding("packages", "fault", message, f"pip install '{requirement}'"))
+        elif requirement.name in ALIKE:
+            good.append(f"{requirement.name} {version}")
+    python = ".".join(map(str, sys.version_info[:3]))
+    return [*findings, Finding("packages", "ok", f"hft {__version__}, Python {python}, {', '.join(good)}")]
+
+
+def find_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_devices(probe: Probe, recipe: Recipe | None) -> list[Finding]:
+    """GPUs that the driver lists, against those that torch can use."""
+    listed = count_gpus()
+    if listed == 0:
+        precision = "bfloat16" if probe.has_bfloat16 else "float32"
+        return [Finding("devices", "ok", f"no GPU: CPU ranks, {precision} at most, {os.cpu_count()} cores")]
+    if probe.cuda is None:
+        message = f"{listed} GPUs, but this torch is a CPU build"
+        return [Finding("devices", "fault", message, "install the CUDA build of torch (https://pytorch.org)")]
+    if probe.num_devices < listed:
+        message = f"{listed} GPUs, of which torch (CUDA {probe.cuda}) can use {probe.num_devices}"
+        return [Finding("devices", "fault", message, "install a driver as new as that CUDA, or a torch for an older one")]
+    names = ", ".join(sorted({name for name, _ in list_gpus()})) or "unnamed"
+    findings = [Finding("devices", "ok", f"{listed} GPUs ({names}), CUDA {probe.cuda}")]
+    if not probe.has_bfloat16 and (recipe is None or recipe.train.bf16):
+        message = "these GPUs do not compute in bfloat16: rounds run in float32, with twice the memory"
+        findings.append(Finding("devices", "warning", message, "set train.bf16: false, to say so"))
+    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    if listed > 1 and shared < MIN_SHARED_MEMORY_BYTES:
+        message = f"/dev/shm has {shared / 2**20:.0f} MiB, and NCCL may need more between GPUs"
+        findings.append(Finding("devices", "warning", message, "in a container: --shm-size=1g, or --ipc=host"))
+    return findings
+
+
+def list_gpus() -> list[tuple[str, int]]:
+    """Names and bytes of this machine's GPUs, as the driver lists them."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return []
+    rows = [line.rpartition(", ") for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
+    return [(name, int(mebibytes) * 2**20) for name, _, mebibytes in rows if mebibytes.isdigit()]
+
+
+def measure_device_bytes() -> int:
+    """Memory of the smallest GPU, or of the machine where there is none."""
+    gpus = [num_bytes for _, num_bytes in list_gpus()] if count_gpus() else []
+    return min(gpus, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def check_ops(probe: Probe) -> Finding:
+    """DeepSpeed's compiled operations. hft's own settings use none; a recipe that adds DeepSpeed's optimizers would."""
+    able = sorted(name for name, is_able in probe.ops.items() if is_able)
+    return Finding("ops", "ok", f"DeepSpeed can build {len(able)} of its {len(probe.ops)} operations here: {', '.join(able)}")
+
+
+def check_launcher(launch: LaunchSection) -> list[Finding]:
+    """The programs that start the ranks."""
+    if launch.hostfile:
+        needed, fix = ("ssh",), "install OpenSSH's client"
+    elif launch.slurm:
+        needed, fix = ("sbatch", "srun", "scontrol"), "run this where Slurm's commands are, mostly on a login node"
+    else:
+        return [Finding("launcher", "ok", "DeepSpeed's, on this machine")]
+    missing = [name for name in needed if shutil.which(name) is None]
+    if missing:
+        return [Finding("launcher", "fault", f"not found: {', '.join(missing)}", fix)]
+    return [Finding("launcher", "ok", ", ".join(shutil.which(name) for name in needed))]
+
+
+def check_hosts(hosts: Sequence[Host], num_processes: int, folder: Path) -> tuple[list[Finding], list[HostReport]]:
+    """Ask every host at once: reachable, of the same versions, with devices enough, and on the same file system.
+
+    Args:
+        num_processes: ranks on each.
+        folder: of the run, or the nearest one above it that exists.
+
+    Returns:
+        Findings, and what the hosts that answered said.
+    """
+    mark = folder / f".hft-doctor-{secrets.token_hex(4)}"
+    try:
+        mark.touch()
+    except OSError as error:
+        return [Finding("hosts", "fault", f"{folder} cannot be written: {error}", "give another --output")], []
+    try:
+        with ThreadPoolExecutor(max_workers=32) as pool:
+            answers = list(pool.map(lambda host: ask_host(host, mark), hosts))
+    finally:
+        mark.unlink()
+    here = find_versions()
+    findings = []
+    for host, answer in zip(hosts, answers, strict=True):
+        findings += judge_host(host, answer, here, num_processes, folder)
+    return findings, [answer for answer in answers if isinstance(answer, HostReport)]
+
+
+def ask_host(host: Host, mark: Path) -> HostReport | str:
+    """What a host says of itself, or why it does not."""
+    command = make_ssh_command(host, ["-m", "hftcli.doctor.doctor", str(mark.resolve())])
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=HOST_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {HOST_SECONDS:.0f} s"
+    lines = done.stdout.strip().splitlines()
+    try:
+        return HostReport.model_validate_json(lines[-1] if lines else "")
+    except ValidationError:
+        said = (done.stderr.strip() or done.stdout.strip() or f"ssh ended with code {done.returncode}").splitlines()
+        return said[-1]
+
+
+def judge_host(host: Host, answer: HostReport | str, here: dict[str, str], num_processes: int, folder: Path) -> list[Finding]:
+    """Findings about one host.
+
+    Args:
+        here: the versions of this machine.
+    """
+    name = f"host {host.name}"
+    if isinstance(answer, str):
+        fix = f"`ssh {host.name} true` must work with no password, and {sys.executable} and {os.getcwd()} must be there"
+        return [Finding(name, "fault", f"{host.place}: {answer}", fix)]
+    findings = []
+    other = [
+        f"{key} {answer.versions.get(key)} (here {value})" for key, value in here.items() if answer.versions.get(key) != value
+    ]
+    if other:
+        findings.append(Finding(name, "fault", f"other versions: {', '.join(other)}", "install the same on all hosts"))
+    if not answer.sees_file:
+        message = f"does not see what this machine writes to {folder}"
+        findings.append(Finding(name, "fault", message, "give an --output on a file system that all hosts share"))
+    if 0 < answer.num_gpus < num_processes:
+        message = f"{host.place}: {num_processes} ranks, but {answer.num_gpus} GPUs"
+        findings.append(Finding(name, "fault", message, "lower its slots, or --num-processes"))
+    devices = f"{answer.num_gpus} GPUs of {answer.device_bytes / 1e9:.0f} GB" if answer.num_gpus else "no GPU"
+    return findings or [Finding(name, "ok", f"reachable, same versions, shared folder, {devices}")]
+
+
+def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, num_rounds: int) -> Finding:
+    """Free disk where the run goes, against the checkpoints that it leaves and the step checkpoints beside them.
+
+    Args:
+        start: the start's folder; a hub id is none.
+        plan: the next round's, which stands for all: other rounds train about as much.
+        num_rounds: rounds of the run, each of which leaves a checkpoint.
+    """
+    folder = find_existing(Path(recipe.output))
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
+    kept = num_rounds * count_checkpoint_bytes(recipe, start, plan)
+    passing = count_step_bytes(recipe.checkpoint, plan, num_ranks)
+    return judge_disk(folder, shutil.disk_usage(folder).free, kept, passing)
+
+
+def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int:
+    """Bytes of what a round leaves: as many as the start has, or by the recipe's data type; of an unseen start, at most."""
+    dtype, files = recipe.model.dtype, sorted(start.glob("*.safetensors"))
+    if dtype is None and (start / DELTA_NAME).exists():
+        dtype = read_model(start / DELTA_NAME, DeltaRecord).dtype
+    if dtype is None and files:
+        num_bytes = sum(file.stat().st_size for file in files)
+    else:
+        num_bytes = plan.num_parameters * (2 if dtype in ("bfloat16", "float16") else 4)
+    return math.ceil(num_bytes * plan.trainable_fraction) if recipe.checkpoint.format == "delta" else num_bytes
+
+
+def count_step_bytes(checkpoint: CheckpointSection, plan: FreezePlan, num_ranks: int) -> int:
+    """Most bytes of a round's step checkpoints at a time: those kept, and the one being written.
+
+    Each holds for every trained weight a float32 master and two moments; under DeepSpeed, what the ranks compute with too.
+    """
+    if not checkpoint.is_on:
+        return 0
+    return (checkpoint.keep + 1) * plan.num_trainable * (12 if num_ranks == 1 else 16)
+
+
+def judge_disk(folder: Path, free_bytes: int, kept_bytes: int, step_bytes: int) -> Finding:
+    """Args: kept_bytes: what the run leaves. step_bytes: what it needs besides until it is done."""
+    message = f"{free_bytes / 1e9:,.1f} GB free at {folder}, and the run leaves {kept_bytes / 1e9:,.3f} GB of checkpoints"
+    if step_bytes:
+        message += f", with {step_bytes / 1e9:,.3f} GB of step checkpoints at a time until it is done"
+    needed_bytes = kept_bytes + step_bytes
+    if needed_bytes > free_bytes:
+        fix = "free some, give an --output on a larger disk, or set checkpoint.format: delta, which leaves about half"
+        return Finding("disk", "fault", message, fix)
+    if needed_bytes > MAX_FILLED_FRACTION * free_bytes:
+        return Finding("disk", "warning", message, "tokens and logs come on top: free some, or give another --output")
+    return Finding("disk", "ok", message)
+
+
+def find_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.resolve()
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def check_memory(budget: Budget, rank_bytes: int | None) -> Finding:
+    """What the recipe's next round holds on each device, against what the device has.
+
+    Args:
+        rank_bytes: memory that one rank has to itself, on the smallest device; None where the devices cannot be seen from
+            here.
+    """
+    memory = budget.half
+    message = f"a round takes {memory.total_bytes / 1e9:,.2f} GB on each of {budget.num_processes} devices"
+    if budget.half_step is None:
+        message += ", and activations, which are not counted for this model"
+    if rank_bytes is None:
+        return Finding("memory", "ok", f"{message}; the devices cannot be seen from here")
+    message += f"; there are {rank_bytes / 1e9:,.2f} GB"
+    if has_room(budget, rank_bytes):
+        return Finding("memory", "ok", message)
+    status = "fault" if memory.total_bytes > rank_bytes else "warning"
+    return Finding("memory", status, message, suggest_launch(budget, rank_bytes))
+
+
+def has_room(budget: Budget, rank_bytes: int) -> bool:
+    """Whether a round surely fits; where activations are not counted, whether it leaves them room."""
+    if budget.half_step is None:
+        return budget.half.total_bytes <= MAX_FILLED_FRACTION * rank_bytes
+    return budget.half.high_bytes <= rank_bytes
+
+
+def suggest_launch(budget: Budget, rank_bytes: int) -> str:
+    """The smallest change with which a round surely fits, by the same count that refused it."""
+    changes: list[tuple[str, Budget]] = []
+    if budget.reference in ("shared", "full"):
+        changes.append(("reference: precompute", replace(budget, reference="precompute")))
+    if budget.work is not None:
+        fitted = replace(budget, work=replace(budget.work, num_sequences=2 if budget.reference else 1, checkpoint_every=1))
+        changes.append(("train.fit: auto, which takes a micro-batch and activation checkpointing that fit", fitted))
+        budget = fitted
+    if budget.num_processes > 1:
+        changes += [
+            (f"launch.zero_stage: {stage}", replace(budget, zero_stage=stage)) for stage in range(budget.zero_stage + 1, 4)
+        ]
+    for factor in (2**power for power in range(1, 11)):
+        reference = budget.reference and "precompute"
+        wider = replace(budget, num_processes=budget.num_processes * factor, zero_stage=3, reference=reference)
+        changes.append((f"{wider.num_processes} devices at launch.zero_stage: 3", wider))
+    for words, changed in changes:
+        if has_room(changed, rank_bytes):
+            return f"{words} ({changed.half.total_bytes / 1e9:,.2f} GB on each)"
+    return "a smaller model"
+
+
+def find_versions() -> dict[str, str]:
+    return {"hft": __version__, **{name: find_version(name) or "missing" for name in ALIKE}}
+
+
+def share_memory(launch: LaunchSection, reports: Iterable[HostReport]) -> int | None:
+    """Bytes that a rank has to itself: a GPU's, or its part of a machine without one; None for machines not seen from here.
+
+    Args:
+        launch: with `num_processes` and `num_nodes` resolved.
+        reports: the hosts' words, where the launch has hosts.
+    """
+    if launch.hostfile:
+        machines = [(report.num_gpus, report.device_bytes) for report in reports]
+    elif launch.slurm or launch.num_nodes > 1:
+        machines = []
+    else:
+        machines = [(count_gpus(), measure_device_bytes())]
+    parts = [num_bytes if num_gpus else math.floor(num_bytes / launch.num_processes) for num_gpus, num_bytes in machines]
+    return min(parts, default=None)
+
+
+def main() -> None:
+    found = HostReport(
+        versions=find_versions(),
+        num_gpus=count_gpus(),
+        device_bytes=measure_device_bytes(),
+        sees_file=Path(sys.argv[1]).exists(),
+    )
+    print(json.dumps(found.model_dump()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The budget of a recipe or of a round, and the fit: the micro-batch, checkpointing and loss kernel that a device carries."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from hftcli.errors import InputError
+from hftcli.freezing.activations import Arithmetic, Attention, LossKernel, Network, Workload
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.selection import FreezePlan
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.sections import TrainSection
+from hftcli.runs.records import FitReport
+from hftcli.runs.spec import RoundSpec
+
+PLAIN_BYTES = 2**30  # of float32 logits, up to which they are kept without being asked
+
+
+def make_budget(
+    source: Recipe | RoundSpec, network: Network, plan: FreezePlan, num_processes: int, mixed: bool, has_gpu: bool = True
+) -> Budget:
+    """What a plan costs under the settings of a recipe or a round.
+
+    Args:
+        num_processes: devices that share the work.
+        mixed: compute in bfloat16, with float32 masters for what trains.
+        has_gpu: whether the devices are GPUs.
+    """
+    budget = Budget(
+        plan=plan,
+        precision="mixed" if mixed else "float32",
+        num_processes=num_processes,
+        zero_stage=source.launch.zero_stage,
+        reference=source.reference,
+        network=network,
+    )
+    return replace(budget, work=make_workload(source, network, find_arithmetic(mixed, num_processes), has_gpu))
+
+
+def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arithmetic, has_gpu: bool) -> Workload:
+    """The micro-batch of a recipe or a round, with sequences of full length."""
+    train = source.train
+    every = (train.model_extra.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
+    work = Workload(
+        num_sequences=train.per_device_train_batch_size * count_sequences(source),
+        length=source.data.max_length,
+        packed=train.packing and source.dpo is None,
+        attention=find_attention(source.model.attn_implementation),
+        arithmetic=arithmetic,
+        checkpoint_every=every if train.activation_checkpointing else None,
+    )
+    is_small = 4 * work.num_tokens * network.vocabulary <= PLAIN_BYTES
+    kernels = list_kernels(train, has_gpu)
+    return replace(work, loss=kernels[0] if is_small else kernels[-1])
+
+
+def list_kernels(train: TrainSection, has_gpu: bool) -> tuple[LossKernel, ...]:
+    """The loss kernels that settings admit, the better ones first."""
+    if train.model_extra.get("label_smoothing_factor"):
+        return ("plain",)  # TRL keeps the logits for it
+    if train.loss_kernel is not None:
+        return (train.loss_kernel,)
+    return ("chunked",) if has_gpu else ("plain", "chunked")
+
+
+def count_sequences(source: Recipe | RoundSpec) -> int:
+    """Sequences that a unit of the batch is: a pair has two."""
+    return 1 if source.dpo is None else 2
+
+
+def find_arithmetic(mixed: bool, num_processes: int) -> Arithmetic:
+    """How a process computes: DeepSpeed, which several processes mean, holds its weights in bfloat16."""
+    if not mixed:
+        return "float32"
+    return "autocast" if num_processes == 1 else "bfloat16"
+
+
+def find_attention(implementation: str | None) -> Attention:
+    """The kind of kernel that transformers' name means; null is `sdpa` in every family that is counted."""
+    if implementation is not None and ("flash" in implementation or "flex" in implementation):
+        return "flash"
+    return "eager" if implementation == "eager" else "sdpa"
+
+
+def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int, has_gpu: bool = True) -> FitReport:
+    """What a memory carries: least is computed again, then most sequences go at once.
+
+    Args:
+        budget: that of the recipe or the round.
+        memory_bytes: what one device may use.
+        has_gpu: whether the devices are GPUs.
+
+    Raises:
+        InputError: nothing fits, or the model's activations are not counted.
+    """
+    if budget.half_step is None:
+        raise InputError(
+            f"train.fit: the activations of model_type {budget.network.model_type!r} are not counted",
+            "set train.per_device_train_batch_size and train.activation_checkpointing by hand",
+        )
+    per_process = source.train.global_batch_size // budget.num_processes
+    most = min(per_process, source.train.per_device_train_batch_size)
+    sizes = [size for size in range(most, 0, -1) if per_process % size == 0]
+    needed = 0
+    for work in list_works(budget, list_kernels(source.train, has_gpu)):
+        for size in sizes:
+            sized = replace(work, num_sequences=size * count_sequences(source))
+            needed = replace(budget, work=sized).half.high_bytes
+            if needed <= memory_bytes:
+                return FitReport(
+                    per_device_train_batch_size=size,
+                    checkpoint_every=work.checkpoint_every,
+                    loss_kernel=work.loss,
+                    needed_bytes=needed,
+                    memory_bytes=memory_bytes,
+                )
+    raise InputError(
+        f"train.fit: a micro-batch of 1 with {source.data.max_length} tokens and every layer checkpointed needs {needed:,} "
+        f"bytes on a device, and there are {memory_bytes:,}",
+        "lower data.max_length, use more processes with launch.zero_stage 2 or 3, or take a smaller model",
+    )
+
+
+def apply_fit(train: TrainSection, fit: FitReport) -> TrainSection:
+    """The settings with the choice in place of `fit`."""
+    every = fit.checkpoint_every
+    found = {
+        "fit": None,
+        "memory_bytes": None,
+        "per_device_train_batch_size": fit.per_device_train_batch_size,
+        "activation_checkpointing": every is not None,
+        "loss_kernel": fit.loss_kernel,
+    }
+    if every is not None:
+        kwargs = train.model_extra.get("activation_checkpointing_kwargs") or {}
+        found["activation_checkpointing_kwargs"] = {**kwargs, "every_n_layers": every}
+    return TrainSection(**{**train.model_dump(), **found})
+
+
+def list_works(budget: Budget, kernels: Sequence[LossKernel]) -> list[Workload]:
+    """A budget's micro-batch with all checkpointing and these loss kernels, from that which computes least again."""
+    intervals = list_checkpointing(budget.network.num_layers)
+    works = [replace(budget.work, checkpoint_every=every, loss=kernel) for every in intervals for kernel in kernels]
+    return sorted(works, key=lambda work: replace(budget, work=work).half_step[1].recompute)
+
+
+def list_checkpointing(num_layers: int) -> Iterator[int | None]:
+    """From no layer computed again to all of them; of the intervals that come to as many layers, the smallest.
+
+    The smallest interval ends lowest: the highest layers are computed again while all below them is still kept.
+    """
+    yield None
+    yield from {-(-num_layers // every): every for every in range(num_layers, 0, -1)}.values()

@@ -1,0 +1,282 @@
+"""Asking a model: a task as tokens, the likelihood of its right answers, and the answers that the model writes.
+
+By likelihood, one forward pass over question and right answer. By generation, where a task's metric reads what the model
+writes: left-padded batches with a cache, which a row leaves once its answer has ended. By options, where a question lists what
+may be said (options.py).
+
+Shapes: B rows of a batch, T tokens, V vocabulary, N places of answers or rows of a task, S tokens that are generated.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from hftcli.data.prepare import deal_rows
+from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, tokenize_examples, tokenize_prompts
+from hftcli.errors import DataError, ModelError
+from hftcli.measuring.options import Question, tokenize_questions
+from hftcli.runs.scores import HELD_OUT
+from hftcli.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 8192  # padded tokens in a forward pass
+CACHED_TOKENS = 16384  # places in the cache of a batch that is generated: 8 GiB for Llama-2-7B in 16 bits
+SAMPLING_SEED = 0  # of the draws of answers: a temperature gives the same answers every time
+NOTHING = -1  # where an answer has ended
+
+Row = tuple[list[int], list[int]]  # token ids, and labels that are ids where the answer is
+
+
+@dataclass(frozen=True)
+class TokenizedTask:
+    """A task as a model meets it.
+
+    Attributes:
+        rows: the questions with their answers, laid out as in training.
+        prompts: the questions alone, with room left for an answer; none where nothing is generated.
+        num_new_tokens: where an answer that has not ended is cut; 0 where nothing is generated.
+        end_ids: tokens that end an answer.
+        questions: the questions with all that may be said, in place of `rows`; none where nothing is listed.
+        bare_questions: of multiple choice: the same after a prompt that asks nothing.
+    """
+
+    task: Task
+    rows: list[Row]
+    prompts: list[list[int]]
+    num_new_tokens: int
+    end_ids: list[int]
+    questions: list[Question] = field(default_factory=list)
+    bare_questions: list[Question] = field(default_factory=list)
+
+
+def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+    """Tokenize a task's questions.
+
+    Args:
+        max_length: tokens of a plain question with its answer, be it the right one or the model's. The body is cut to it, then
+            the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most half of it.
+
+    Raises:
+        DataError: a question does not fit, even without its body.
+        ModelError: the task asks in conversations, and the tokenizer has no chat template.
+    """
+    if task.examples[0].options:
+        return _tokenize_options(task, max_length, tokenizer)
+    try:
+        tokens, _ = tokenize_examples(task.examples, task.cut, max_length, tokenizer)
+    except ModelError as error:
+        raise ModelError(f"task {task.name}: {error.message}", error.fix) from None
+    num_new_tokens = 0 if task.max_new_tokens is None else min(task.max_new_tokens, max_length // 2)
+    room = max_length - num_new_tokens
+    if num_new_tokens < (task.max_new_tokens or 0):
+        logger.warning(
+            "%s: answers are cut at %d tokens, half of data.max_length, and not at %d",
+            task.name, num_new_tokens, task.max_new_tokens,
+        )  # fmt: skip
+    prompts = tokenize_prompts(task.examples, task.cut, room, tokenizer) if num_new_tokens else []
+    rows = []
+    for example, (ids, labels) in zip(task.examples, tokens, strict=True):
+        length = max_length if isinstance(example.prompt, str) else len(ids)
+        rows.append((ids[:length], labels[:length].tolist()))
+    for number, (_, labels) in enumerate(rows, start=1):
+        if labels.count(IGNORED) == len(labels):
+            raise _describe_overlong(task, number, f"is longer than data.max_length, {max_length} tokens")
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) > room:
+            raise _describe_overlong(
+                task, number, f"has {len(prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
+            )
+    return TokenizedTask(task, rows, prompts, num_new_tokens, find_ends(tokens, tokenizer))
+
+
+def hold_out(rows: Dataset) -> TokenizedTask:
+    """Rows, as `prepare_dataset` gives them, as a task of which only the likelihood of the trained tokens is measured."""
+    pairs = list(zip(rows["input_ids"], rows["labels"], strict=True))
+    return TokenizedTask(Task(HELD_OUT, examples=()), pairs, prompts=[], num_new_tokens=0, end_ids=[])
+
+
+def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+    num_new_tokens = min(task.max_new_tokens or 0, max_length // 2)
+    room = max_length - num_new_tokens
+    bare_rows = [(task.bare_prompt, row.options) for row in task.examples] if task.bare_prompt else []
+    return TokenizedTask(
+        task=task,
+        rows=[],
+        prompts=tokenize_prompts(task.examples, task.cut, room, tokenizer) if num_new_tokens else [],
+        num_new_tokens=num_new_tokens,
+        end_ids=sorted(find_stops(task.stops, tokenizer) | ({tokenizer.eos_token_id} - {None})) if num_new_tokens else [],
+        questions=tokenize_questions([(row.prompt, row.options) for row in task.examples], max_length, tokenizer),
+        bare_questions=tokenize_questions(bare_rows, max_length, tokenizer),
+    )
+
+
+def find_stops(characters: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens with one of the characters, and nothing but blanks before it that would be lost where the token ends an answer."""
+    if not characters:
+        return set()
+    backend, stop = get_backend(tokenizer), re.compile(rf"\s*[{re.escape(characters)}]")
+    return {token for token in range(backend.get_vocab_size()) if stop.match(backend.decode([token]))}
+
+
+def _describe_overlong(task: Task, number: int, fault: str) -> DataError:
+    return DataError(f"task {task.name}: question {number}, even without its body, {fault}", "raise data.max_length")
+
+
+def find_ends(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token, and what ends an answer in training where that is a special token too."""
+    _, labels = rows[0]
+    last = int(labels[labels != IGNORED][-1])
+    special = {last} & set(tokenizer.get_added_vocab().values())
+    return sorted(special | ({tokenizer.eos_token_id} - {None}))
+
+
+def read_answers(
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    device: torch.device,
+    rank: int = 0,
+    num_ranks: int = 1,
+    on_batch: Progress = ignore_progress,
+) -> torch.Tensor:
+    """Feed a model the right answers.
+
+    Args:
+        model: maps `input_ids` and `attention_mask` (B, T) to `logits` (B, T, V).
+
+    Returns:
+        (N, 3) in float64, on all ranks: nats of each answer, its tokens, and 1 where greedy decoding gives it exactly.
+    """
+    readings_N3 = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
+    batches = deal_rows([len(ids) for ids, _ in rows], BATCH_TOKENS, num_ranks)
+    for index, batch in enumerate(batches):
+        own = batch[rank::num_ranks]
+        # A rank that has no row of its own passes only so that ZeRO 3 can gather.
+        logits_NV, targets_N, is_answer_BT = predict_answers(model, [rows[row] for row in own or batch[:1]], device)
+        if own:
+            place_N = is_answer_BT.nonzero()[:, 0]
+            nats_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double()
+            nats_B = nats_N.new_zeros(len(own)).index_add(0, place_N, nats_N)
+            is_right_BT = torch.ones_like(is_answer_BT)
+            is_right_BT[is_answer_BT] = logits_NV.argmax(-1) == targets_N
+            readings_N3[own] = torch.stack([nats_B, is_answer_BT.sum(-1).double(), is_right_BT.all(-1).double()], dim=-1)
+        on_batch(index + 1, len(batches))
+    if num_ranks > 1:
+        torch.distributed.all_reduce(readings_N3)
+    return readings_N3.cpu()
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    asked: TokenizedTask,
+    device: torch.device,
+    rank: int = 0,
+    num_ranks: int = 1,
+    temperature: float = 0.0,
+    on_batch: Progress = ignore_progress,
+) -> list[list[int]]:
+    """Let a model answer a task's questions, with nothing of its `generation_config`, so that no checkpoint brings rules along.
+
+    Returns:
+        Token ids of each answer without its end, on all ranks.
+    """
+    answers_NS = torch.zeros(len(asked.prompts), asked.num_new_tokens, dtype=torch.long, device=device)
+    # One number for each place of each answer: what is drawn does not depend on the batch or the rank.
+    generator = torch.Generator().manual_seed(SAMPLING_SEED)
+    uniforms_NS = torch.rand(answers_NS.shape, dtype=torch.float64, generator=generator).to(device)
+    batches = deal_rows([len(prompt) + asked.num_new_tokens for prompt in asked.prompts], CACHED_TOKENS, num_ranks)
+    for index, batch in enumerate(batches):
+        if own := batch[rank::num_ranks]:
+            prompts = [asked.prompts[row] for row in own]
+            answers_NS[own] = _generate_batch(model, prompts, asked.end_ids, uniforms_NS[own], temperature)
+        on_batch(index + 1, len(batches))
+    if num_ranks > 1:
+        torch.distributed.all_reduce(answers_NS)
+    return [[token for token in answer if token != NOTHING] for answer in answers_NS.tolist()]
+
+
+def _generate_batch(
+    model: PreTrainedModel, prompts: list[list[int]], end_ids: list[int], uniforms_BS: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Answers (B, S): token ids, and `NOTHING` from the end token on."""
+    device, longest = uniforms_BS.device, max(map(len, prompts))
+    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, longest - len(prompt) :] = 1
+    ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    ends = torch.tensor(end_ids, device=device)
+    answers_BS = torch.full(uniforms_BS.shape, NOTHING, device=device)
+    going = torch.arange(len(prompts), device=device)  # rows whose answer has not ended
+    cache = DynamicCache(config=model.config)
+    for step in range(uniforms_BS.shape[1]):
+        logits_BTV = model(
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits  # fmt: skip
+        tokens_B = choose_tokens(logits_BTV[:, -1].float(), uniforms_BS[going, step], temperature)
+        goes_on_B = ~torch.isin(tokens_B, ends)
+        if not goes_on_B.all():
+            going, tokens_B, mask_BT, positions_BT = (
+                part[goes_on_B] for part in (going, tokens_B, mask_BT, positions_BT)
+            )  # fmt: skip
+            if not len(going):
+                break
+            cache.batch_select_indices(goes_on_B.nonzero()[:, 0])
+        answers_BS[going, step] = tokens_B
+        ids_BT, positions_BT = tokens_B[:, None], positions_BT[:, -1:] + 1
+        mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+    return answers_BS
+
+
+def choose_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Token ids (B,): the likeliest, or drawn by the inverse of the distribution function.
+
+    Args:
+        uniforms_B: in [0, 1), float64; one number decides one draw.
+        temperature: what the logits are divided by; 0 takes the likeliest.
+    """
+    if not temperature:
+        return logits_BV.argmax(-1)
+    reached_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
+    drawn_B1 = torch.searchsorted(reached_BV, uniforms_B[:, None] * reached_BV[:, -1:], right=True)
+    return drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+
+
+def decode_answer(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that an answer adds to its prompt: alone, it would lose the space that some decoders take from a beginning."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return decode(prompt + answer)[len(decode(prompt)) :]
+
+
+def predict_answers(
+    model: torch.nn.Module, rows: list[Row], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the model says at the N places before answer tokens: logits (N, V) in float32, targets (N,), and where they are."""
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels_BT = torch.full((len(rows), longest), IGNORED)
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    for row, (ids, labels) in enumerate(rows):
+        input_ids_BT[row, : len(ids)] = torch.tensor(ids)
+        labels_BT[row, : len(ids)] = torch.tensor(labels)
+        mask_BT[row, : len(ids)] = 1
+    # Places before the first answer of the batch need no logits, which would take most of the time and memory.
+    first = (labels_BT != IGNORED).any(0).nonzero()[0, 0].item()
+    logits_BTV = model(
+        input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False,
+        logits_to_keep=longest - first + 1,
+    ).logits  # fmt: skip
+    targets_BT = labels_BT[:, first:].to(device)
+    is_answer_BT = targets_BT != IGNORED
+    return logits_BTV[:, :-1][is_answer_BT].float(), targets_BT[is_answer_BT], is_answer_BT

@@ -1,0 +1,173 @@
+"""One model scored from beginning to end: its tasks, and how far it has moved from its base."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hftcli.comparing.items import compare_items
+from hftcli.data.tokens import Progress
+from hftcli.errors import ModelError
+from hftcli.measuring.asking import Row, tokenize_task
+from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, read_prompts, read_texts
+from hftcli.measuring.evaluation import Evaluation, Item
+from hftcli.measuring.harness import PREFIX, find_harness_tasks, score_harness
+from hftcli.measuring.judging import score_task
+from hftcli.models.checkpoint import load_finished
+from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
+from hftcli.runs.scores import Prediction, Score
+from hftcli.tasks import load_task
+
+USUAL_LENGTH = 2048  # tokens, where neither the user nor a run says how many, and the model has places for them
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What is asked of a model.
+
+    Attributes:
+        model, base: folders or hub ids; without a base, nothing is measured beside it.
+        tasks: names of tasks; those that begin with `harness:` are lm-evaluation-harness's.
+        root: `data.root` of the tasks.
+        max_examples: the first so many rows of each task and file; None takes all.
+        max_length: tokens of a question with its answer; None takes as many as the model has places for, to `USUAL_LENGTH`.
+        text: file of base text; None lets the base write some.
+        prompts: task or file of prompts; None measures nothing on prompts.
+        dtype: data type to compute in, as torch names it.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    base: str | None = None
+    root: str | None = None
+    max_examples: int | None = None
+    max_length: int | None = None
+    text: Path | None = None
+    prompts: str | None = None
+    dtype: str = "float32"
+
+
+def examine_model(
+    asked: Examination, versions: dict[str, str], on_progress: Callable[[str, int, int], None]
+) -> tuple[Evaluation, list[Item]]:
+    """Score a model; all that can be wrong with tasks and rows is found before the first question is asked.
+
+    Args:
+        on_progress: called with what is being done, and with batches done and in all.
+
+    Returns:
+        The evaluation, and an item for each question.
+
+    Raises:
+        InputError: a task, a file or a model is not what it should be.
+    """
+    transformers.utils.logging.disable_progress_bar()  # hft shows its own
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = fetch_checkpoint(asked.model)
+    base_folder = None if asked.base is None else fetch_checkpoint(asked.base)
+    max_length = find_length(asked.max_length, [folder] if base_folder is None else [folder, base_folder])
+    tokenizer = load_tokenizer(folder)
+    names = tuple(dict.fromkeys(asked.tasks))
+    own = {
+        name: tokenize_task(load_task(name, asked.root, max_examples=asked.max_examples), max_length, tokenizer)
+        for name in names
+        if not name.startswith(PREFIX)
+    }
+    foreign = find_harness_tasks([name for name in names if name.startswith(PREFIX)])
+    texts = prompts = None
+    if base_folder is not None:
+        check_vocabulary(base_folder, tokenizer)
+        if asked.text is not None:
+            texts = read_texts(asked.text, max_length, asked.max_examples, tokenizer)
+        if asked.prompts is not None:
+            prompts = read_prompts(asked.prompts, asked.root, max_length, asked.max_examples, tokenizer)
+
+    def ask(model: PreTrainedModel, name: str, shown: str) -> tuple[Score, list[Prediction]]:
+        on_progress(shown, 0, 0)
+        if name in own:
+            return score_task(model, own[name], tokenizer, device, on_batch=_name(shown, on_progress))
+        return score_harness(model, tokenizer, foreign[name], asked.max_examples)
+
+    model = load_finished(folder, getattr(torch, asked.dtype), device)
+    scores, answers, seconds = {}, {}, {}
+    for name in names:
+        start = time.perf_counter()
+        scores[name], answers[name] = ask(model, name, name)
+        seconds[name] = time.perf_counter() - start
+
+    base_scores, base_answers = {}, {}
+    on_text = on_prompts = None
+    if base_folder is not None:
+        base = load_finished(base_folder, getattr(torch, asked.dtype), device)
+        _check_width(model, base)
+        for name in names:
+            base_scores[name], base_answers[name] = ask(base, name, f"{name}, the base")
+        on_progress("base text", 0, 0)
+        source = "samples of the base" if texts is None else str(asked.text)
+        rows, owners = texts or _own_all(draw_texts(base, tokenizer, device))
+        on_text = measure_drift(base, model, rows, owners, source, device, _name("base text", on_progress))
+        if prompts is not None:
+            answered, asking = prompts
+            rows, owners = _own_all(answered or draw_answers(base, asking, tokenizer, device))
+            on_prompts = measure_drift(base, model, rows, owners, asked.prompts, device, _name("prompts", on_progress))
+    changes = {name: compare_items(base_answers[name], answers[name]) for name in base_answers}
+    evaluation = Evaluation(
+        model=asked.model, base=asked.base, dtype=asked.dtype, max_length=max_length, max_examples=asked.max_examples,
+        versions=versions, tasks=scores, seconds=seconds, base_tasks=base_scores, base_text=on_text, prompts=on_prompts,
+        items={name: change for name, change in changes.items() if change is not None},
+    )  # fmt: skip
+    return evaluation, [item for name in names for item in _list_items(name, answers[name], base_answers.get(name))]
+
+
+def _list_items(task: str, answers: Sequence[Prediction], base_answers: Sequence[Prediction] | None) -> list[Item]:
+    base_scores = [None] * len(answers) if base_answers is None else [answer.score for answer in base_answers]
+    return [
+        Item(task=task, base_score=score, **answer.model_dump()) for answer, score in zip(answers, base_scores, strict=True)
+    ]
+
+
+def _own_all(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[int]]:
+    """Rows that are a text each."""
+    return rows, range(len(rows))
+
+
+def _name(name: str, on_progress: Callable[[str, int, int], None]) -> Progress:
+    return lambda done, total: on_progress(name, done, total)
+
+
+def find_length(given: int | None, folders: Sequence[Path]) -> int:
+    """Tokens that fit into all of the models.
+
+    Raises:
+        ModelError: `given` is more than a model has places for, or a model's config does not load.
+    """
+    known = {folder: describe_model(str(folder)).max_positions for folder in folders}
+    places = {folder: number for folder, number in known.items() if number is not None}
+    for folder, number in places.items():
+        if given is not None and given > number:
+            raise ModelError(f"--max-length is {given}, but {folder} has {number} positions", f"give {number} or less")
+    return given or min([USUAL_LENGTH, *places.values()])
+
+
+def check_vocabulary(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: ModelError: the base has other tokens, so that what the two models predict cannot be compared."""
+    held, own = load_tokenizer(base_folder).get_vocab(), tokenizer.get_vocab()
+    if held != own:
+        odd = sorted(set(held.items()) ^ set(own.items()))
+        raise ModelError(
+            f"{base_folder} has another tokenizer than {tokenizer.name_or_path}: {len(odd)} entries differ, "
+            f"the first is {odd[0][0]!r}",
+            "give the --base that the model was trained from",
+        )
+
+
+def _check_width(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    widths = [each.get_output_embeddings().weight.shape[0] for each in (model, base)]
+    if widths[0] != widths[1]:
+        raise ModelError(
+            f"the model predicts {widths[0]:,} tokens, and its base {widths[1]:,}", "give the --base it was trained from"
+        )

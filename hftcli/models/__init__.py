@@ -1,0 +1,1 @@
+"""Checkpoints: what they are, how they are loaded, saved, compared and calculated with."""

@@ -1,0 +1,137 @@
+"""What a checkpoint is, without its weights: its config, its parameters by name and shape, its tokenizer, its data type."""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from hftcli.errors import ModelError
+from hftcli.freezing.roles import Parameter
+from hftcli.models.deltas import hash_checkpoint, open_stack
+from hftcli.recipe.sections import ModelSection
+from hftcli.runs.run import find_checkpoint_damage
+
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a config alone says about a model; no weights are read."""
+
+    model_type: str
+    parameters: tuple[Parameter, ...]
+    max_positions: int | None
+    num_layers: int
+    num_heads: int
+
+
+def make_start_key(folder: Path) -> str:
+    """A hash of a checkpoint's weights and config; those of a round must be what the round wrote.
+
+    Raises:
+        ModelError: a file of it is damaged.
+    """
+    if damage := find_checkpoint_damage(folder):
+        raise ModelError(f"{folder} is damaged: {'; '.join(damage)}", "restore it, or run its round again in a new folder")
+    return hashlib.sha256(json.dumps(hash_checkpoint(folder), sort_keys=True).encode()).hexdigest()
+
+
+def describe_model(path: str) -> ModelDescription:
+    """Build the model of a folder, a config file or a hub id without memory, and list its parameters; tied ones count once.
+
+    Raises:
+        ModelError: there is no such model, or its config does not load.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
+    text_config = config.get_text_config()
+    return ModelDescription(
+        model_type=model.config.model_type,
+        parameters=tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters()),
+        max_positions=text_config.to_dict().get("max_position_embeddings"),
+        num_layers=text_config.num_hidden_layers,
+        num_heads=text_config.num_attention_heads,
+    )
+
+
+def fetch_checkpoint(path: str) -> Path:
+    """The local folder of a checkpoint, full or delta: the path itself, or the snapshot of a hub id.
+
+    Raises:
+        ModelError: no such model, no weights as safetensors, or a delta whose base is not the one that it was made on.
+    """
+    if Path(path).is_dir():
+        folder = Path(path)
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(
+                f"model.path {path}: no such folder, and the hub does not give it: {get_first_line(error)}",
+                "give a folder with a config.json, a finished run, or a hub id you have access to",
+            ) from None
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has no weights as safetensors", "convert them with transformers' save_pretrained")
+    open_stack(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises: ModelError: the folder has no tokenizer that transformers can load."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the tokenizer does not load: {get_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_start_dtype(section: ModelSection, folder: Path) -> torch.dtype:
+    """The data type of the start: the recipe's, or that of the checkpoint's largest tensor."""
+    if section.dtype is not None:
+        return getattr(torch, section.dtype)
+    header = read_header(min(folder.glob("*.safetensors")))
+    largest = max(header.values(), key=lambda entry: entry["data_offsets"][1] - entry["data_offsets"][0])
+    if largest["dtype"] not in SAFETENSORS_DTYPES:
+        raise ModelError(f"{folder} stores {largest['dtype']} weights", "set model.dtype: bfloat16 or float32")
+    return getattr(torch, SAFETENSORS_DTYPES[largest["dtype"]])
+
+
+def read_header(file: Path) -> dict[str, dict]:
+    """Names, dtypes, shapes and byte offsets of the tensors in a safetensors file, without reading them.
+
+    Raises:
+        ModelError: the file is not one, or is shorter than its header says.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (struct.error, ValueError, MemoryError):
+        raise ModelError(f"{file} is damaged: its header does not read") from None
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if file.stat().st_size != expected:
+        raise ModelError(f"{file} is damaged: it has {file.stat().st_size:,} bytes, and its header says {expected:,}")
+    return header
+
+
+def get_first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

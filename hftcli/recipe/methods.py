@@ -1,0 +1,136 @@
+"""The sections of the methods that defend old knowledge besides freezing, and which of them go together."""
+
+from itertools import combinations
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from hftcli.recipe.section import Section
+
+
+class ReplaySection(Section):
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of each earlier task's training rows that is trained on again."""
+
+    when: Literal["mixed", "after"] = "mixed"
+    """Mixed in among the rows of the task, in every epoch, or one pass after the task, as TRACE does."""
+
+    extra: str | None = None
+    """A task under `data.root` whose training rows all join the replayed ones in every round, as TRACE's `Lima`."""
+
+
+class EwcSection(Section):
+    strength: Annotated[float, Field(gt=0)] = 400.0
+    """Lambda of arXiv 1612.00796, equation 3: the weight of the quadratic penalty."""
+
+    num_examples: Annotated[int, Field(ge=1)] = 256
+    """Training rows of a task on which its Fisher information is estimated, at the end of its round."""
+
+
+class L2spSection(Section):
+    strength: Annotated[float, Field(gt=0)]
+    """Alpha of arXiv 1802.01483: the penalty is half of it times the squared distance of the weights from where the round
+    starts."""
+
+
+class GemSection(Section):
+    num_examples: Annotated[int, Field(ge=1)] = 256
+    """Training rows of each earlier task that are remembered."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Remembered rows of each earlier task whose gradient is taken in a step."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    """Gamma of arXiv 1706.08840, section 3: how far the projection leans to the earlier tasks."""
+
+
+class AgemSection(Section):
+    num_examples: Annotated[int, Field(ge=1)] = 256
+    """Training rows of each earlier task that are remembered."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Remembered rows, of all earlier tasks together, whose gradient is taken in a step."""
+
+
+class LoraSection(Section):
+    r: Annotated[int, Field(ge=1)] = 8
+    """Rank of the adapters."""
+
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: an adapter adds `lora_alpha / r` times its product."""
+
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout before an adapter; DPO has none, as long as TRL's `dpo.disable_dropout` is on."""
+
+    target_modules: tuple[str, ...] | None = None
+    """Last parts of the names of the linear layers that take adapters, such as `q_proj`; null takes all that the freeze plan
+    trains in the layers."""
+
+
+class OloraSection(LoraSection):
+    orthogonality: Annotated[float, Field(ge=0)] = 0.5
+    """Lambda 1 of arXiv 2310.14152, equation 8: the weight of the overlap with the adapters of the earlier tasks."""
+
+
+class Ia3Section(Section):
+    """Nothing to choose: the vectors stand where the paper has them."""
+
+
+class MethodSection(Section):
+    """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `lora: {}`."""
+
+    replay: ReplaySection | None = None
+    """Train on rows of earlier tasks again."""
+
+    ewc: EwcSection | None = None
+    """Elastic weight consolidation (arXiv 1612.00796)."""
+
+    l2sp: L2spSection | None = None
+    """A penalty on the distance from the start (L2-SP, arXiv 1802.01483)."""
+
+    gem: GemSection | None = None
+    """Gradient episodic memory (arXiv 1706.08840)."""
+
+    agem: AgemSection | None = None
+    """Averaged gradient episodic memory (arXiv 1812.00420)."""
+
+    lora: LoraSection | None = None
+    """One low-rank adapter that is trained through all tasks."""
+
+    olora: OloraSection | None = None
+    """A low-rank adapter for each task, orthogonal to the earlier ones (arXiv 2310.14152)."""
+
+    ia3: Ia3Section | None = None
+    """Vectors that scale keys, values and the mlp's inner activations (arXiv 2205.05638)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods that are on."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "MethodSection":
+        for first, second, reason in CLASHING_METHODS:
+            if first in self.names and second in self.names:
+                raise PydanticCustomError("clashing_methods", f"{first} and {second} do not go together: {reason}: drop one")
+        return self
+
+
+# Methods that train something else in place of the weights.
+ADAPTERS = ("lora", "olora", "ia3")
+# Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
+SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
+# Pairs of methods that contradict each other, and why.
+CLASHING_METHODS = (
+    ("gem", "agem", "agem is gem with one constraint in place of one for each task"),
+    *(
+        (first, second, "each trains something of its own in place of the weights")
+        for first, second in combinations(ADAPTERS, 2)
+    ),
+    *(
+        (holder, adapter, f"{holder} holds the weights of the model, and {adapter} leaves them and trains others")
+        for holder in ("ewc", "l2sp")
+        for adapter in ADAPTERS
+    ),
+)

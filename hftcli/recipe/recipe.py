@@ -1,0 +1,48 @@
+"""The recipe: what the user asks for, all sections of it. The docstring under a field is that field's only documentation."""
+
+from typing import Literal
+
+from hftcli.freezing.budget import ReferenceMode
+from hftcli.freezing.selection import FreezeRule
+from hftcli.recipe.methods import MethodSection
+from hftcli.recipe.section import Section
+from hftcli.recipe.sections import (
+    CheckpointSection,
+    ContinualSection,
+    DataSection,
+    DpoSection,
+    EvalSection,
+    LaunchSection,
+    ModelSection,
+    TrainSection,
+)
+
+Objective = Literal["sft", "dpo", "continual"]
+
+
+class Recipe(Section):
+    """One YAML file, resolved."""
+
+    model: ModelSection
+    data: DataSection = DataSection()
+    freeze: FreezeRule = FreezeRule()
+    train: TrainSection = TrainSection()
+    launch: LaunchSection = LaunchSection()
+    dpo: DpoSection | None = None
+    """Preference optimization. A recipe with this section is one for `hft dpo`, which fills it in where it is not given."""
+    reference: ReferenceMode | None = None
+    """Where DPO's reference comes from: `precompute` (the default) asks the untouched model once about all pairs and keeps its
+    answers on disk, so that no second model exists in training; `shared` is the model with the trained half as it was, of which
+    a copy is kept; `full` is a second model. All three give the same losses."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    continual: ContinualSection | None = None
+    """Learning task after task. A recipe with this section is one for `hft continual`, which fills it in where it is not
+    given."""
+    method: MethodSection = MethodSection()
+    output: str | None = None
+    """Folder of the run; null gives `runs/<name of the recipe>`."""
+
+    @property
+    def objective(self) -> Objective:
+        return "continual" if self.continual else "dpo" if self.dpo else "sft"

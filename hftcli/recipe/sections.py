@@ -1,0 +1,299 @@
+"""The sections of a recipe: model, data, train, dpo, launch, checkpoint, eval, continual."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from hftcli.freezing.activations import LossKernel
+from hftcli.recipe.section import Section
+
+QUICK_START = "tinyworld"  # the model and data that ship with the package
+
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+    "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+class ModelSection(Section):
+    path: str
+    """A folder with a Hugging Face checkpoint, the folder of a finished run, a hub id, or `tinyworld`."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Data type in which the start is loaded and the checkpoint is written; null keeps the start's own. What trains has float32
+    masters in any case."""
+
+    chat_template: str | None = None
+    """A Jinja file, or a template that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the
+    model."""
+
+    attn_implementation: str | None = None
+    """Attention kernel, as transformers names it (`sdpa`, `flash_attention_2`, ...); null lets transformers choose."""
+
+
+class DataSection(Section):
+    path: str | None = None
+    """A JSON, JSONL or Parquet file, a folder of them, a hub dataset, or `tinyworld/skill`."""
+
+    root: str | None = None
+    """Continual learning: the folder with one folder for each task, `<task>/{train,eval,test}.json`; tinyworld needs none."""
+
+    name: str | None = None
+    """Configuration of a hub dataset."""
+
+    split: str = "train"
+    """Split of a hub dataset, or of a folder with one file per split."""
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens in one sequence. Longer rows are cut at the end; rows that lose every trained token are dropped and counted. With
+    DPO, a prompt with one of its answers is a sequence."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Use the first so many rows, of each task; null uses all."""
+
+    drop_identical: bool = False
+    """DPO: drop the pairs whose answers the cut to `data.max_length` makes the same. Otherwise they are counted, warned of, and
+    kept: they teach nothing."""
+
+
+class TrainSection(Section):
+    """Names are those of transformers' TrainingArguments and TRL's SFTConfig; any other field of theirs may be given too. With
+    DPO, those of TRL's DPOConfig are given under `dpo`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data."""
+
+    max_steps: int = -1
+    """Optimizer steps; overrides `num_train_epochs` when positive."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of AdamW."""
+
+    lr_scheduler_type: str = "linear"
+    """Schedule after warm-up, by transformers' names."""
+
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.03
+    """Steps of linear warm-up; below 1, a share of all steps."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on what trains only."""
+
+    global_batch_size: Annotated[int, Field(ge=1)] = 32
+    """Sequences, or pairs, per optimizer step over all processes. Gradient accumulation is derived from it, so that a recipe
+    means the same on 1 and on 64 GPUs."""
+
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 4
+    """Sequences, or pairs, per forward pass of one process; with `fit: auto`, the most that it may choose."""
+
+    fit: Literal["auto"] | None = None
+    """`auto` chooses what computes least again of what the device's memory carries by the budget of `hft plan`: the activation
+    checkpointing (none, every so many layers, all), the loss kernel, and with them the largest micro-batch that divides the
+    global batch. Null takes `per_device_train_batch_size` and `activation_checkpointing` as they are given."""
+
+    memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """With `fit: auto`: bytes that one device may use; null takes the GPU's memory, and must be given where there is no GPU."""
+
+    packing: bool = False
+    """Lay several conversations into one sequence of `data.max_length` tokens; attention never crosses their borders."""
+
+    assistant_only_loss: bool = True
+    """Conversations: train on the assistant's turns and their end tokens only."""
+
+    completion_only_loss: bool = True
+    """Prompt and completion: train on the completion and its end token only."""
+
+    activation_checkpointing: bool = False
+    """Keep fewer activations and compute them again in the backward pass: less memory, about a third more compute."""
+
+    loss_kernel: LossKernel | None = None
+    """`chunked` computes the logits tile by tile, and once more in the backward pass; `plain` keeps those of trained tokens.
+    The losses are the same up to rounding. Null is `chunked` on a GPU, and elsewhere `plain`, which is faster there, unless
+    the logits of a micro-batch may come to more than a gibibyte."""
+
+    bf16: bool = True
+    """Compute in bfloat16 where the GPU, or without one the processor, has it, with float32 masters for what trains; elsewhere
+    in float32."""
+
+    seed: int = 42
+    """Order of the data, dropout. The halves have a seed of their own, `freeze.seed`."""
+
+    logging_steps: Annotated[int, Field(ge=1)] = 1
+    """Steps between rows of metrics.jsonl."""
+
+
+class DpoSection(Section):
+    """Names are those of TRL's DPOConfig; any other field of it may be given too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to the reference: the reward of an answer is beta times the logarithm of how much likelier
+    the model finds it than the reference does."""
+
+    loss_type: LossType | tuple[LossType, ...] = "sigmoid"
+    """The loss on a pair's rewards, or several that are added; `sigmoid` is that of the DPO paper (arXiv 2305.18290, equation
+    7)."""
+
+    loss_weights: tuple[float, ...] | None = None
+    """The weight of each of several losses; null weighs each 1."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs whose answers are taken to be the wrong way round; counts for the losses `robust`, `exo_pair`, `aot`
+    and `aot_unpaired`."""
+
+
+def _refuse_sexagesimal(value: Any) -> Any:
+    """YAML 1.1 reads 8:00:00 as the number 28800, which sbatch would take for minutes."""
+    if isinstance(value, int):
+        raise ValueError("write it in quotes, such as '8:00:00', since YAML reads a time as a number")
+    return value
+
+
+SlurmWord = Annotated[str, Field(pattern=r"^\S+$")]
+
+
+class SlurmSection(Section):
+    """What the batch script of `--slurm` asks of Slurm. Nodes and processes are those of `launch`."""
+
+    partition: SlurmWord | None = None
+    """Partition to run in; null takes the site's own choice."""
+
+    account: SlurmWord | None = None
+    """Account to charge; null takes the user's own."""
+
+    time: Annotated[SlurmWord | None, BeforeValidator(_refuse_sexagesimal)] = None
+    """Time limit, as sbatch takes it (`8:00:00`, `2-00:00:00`); null takes the partition's."""
+
+    gres: SlurmWord | None = None
+    """Devices of each node, as sbatch's `--gres` takes them; null asks for `gpu:N`, one for each process, and `none` for CPU
+    ranks."""
+
+    signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 300
+    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again: more than a step and
+    a step checkpoint take."""
+
+    options: tuple[Annotated[str, Field(pattern=r"^-.*$")], ...] = ()
+    """Other options of sbatch, each as on its command line: `--qos=long`."""
+
+    @model_validator(mode="after")
+    def _leave_time_to_train(self) -> "SlurmSection":
+        """Slurm would signal such a job when it begins, and the job would be queued again and again."""
+        if self.time is not None and (limit := _count_seconds(self.time)) is not None and self.signal_seconds >= limit:
+            raise PydanticCustomError(
+                "no_time", f"signal_seconds is {self.signal_seconds}, and time gives {limit} seconds in all: lower it"
+            )
+        return self
+
+
+def _count_seconds(time: str) -> int | None:
+    """A time limit as sbatch reads it; None where it is not one of numbers."""
+    days, _, clock = time.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
+        return None
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+
+
+class LaunchSection(Section):
+    num_processes: Annotated[int, Field(ge=1)] | None = None
+    """Processes on each machine: one per GPU, or CPU ranks where there is none; null takes the hostfile's slots, or every
+    visible GPU, or one process."""
+
+    num_nodes: Annotated[int, Field(ge=1)] | None = None
+    """Machines: those that Slurm gives, or on which `torchrun` starts a prepared round by hand; null takes the hostfile's, or
+    one."""
+
+    hostfile: str | None = None
+    """The machines, in DeepSpeed's format (`host slots=8`), each reached over ssh from this one; null runs on this machine."""
+
+    slurm: SlurmSection | None = None
+    """Launch with Slurm's srun. `--slurm` fills it in where it is not given, and writes the batch script."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights. 0
+    shards nothing, and is for float32 only."""
+
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = 60.0
+    """Minutes without any progress of the worker after which it counts as hung and is ended; null waits for ever. A download of
+    the model does not count."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes on all machines, once `num_processes` and `num_nodes` are resolved."""
+        return (self.num_processes or 1) * (self.num_nodes or 1)
+
+    @property
+    def split(self) -> dict[str, int | None]:
+        """How a resolved launch splits the work. Nothing else of it changes the result: not where the ranks are, nor how they
+        are reached."""
+        stage = self.zero_stage if self.num_ranks > 1 else None
+        return {"launch.num_processes x launch.num_nodes": self.num_ranks, "launch.zero_stage": stage}
+
+
+class CheckpointSection(Section):
+    """What a round leaves, and its step checkpoints, from which a stopped one goes on; with both intervals null it has none."""
+
+    format: Literal["full", "delta"] = "full"
+    """What a round leaves: `full`, a plain Hugging Face folder; `delta`, what changed and the identity of the start, about half
+    as large. hft reads both alike, and `hft merge` makes the one out of the other. A step checkpoint leaves the frozen half out
+    with either."""
+
+    save_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between step checkpoints; null goes by the clock alone."""
+
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    """Minutes between step checkpoints; null goes by steps alone. One is also written when a signal stops the run."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Step checkpoints kept: an older one is removed when a newer one is complete, and all when the round is done. With two, a
+    damaged one costs the steps since the one before."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.save_steps is not None or self.save_every_minutes is not None
+
+
+class HeldOutSection(Section):
+    path: str | None = None
+    """Held-out rows, as under `data.path`, to measure before and after each round: by the likelihood of what would be trained;
+    with DPO, by reward accuracy, margin and KL to the reference. Null measures none."""
+
+    name: str | None = None
+    """Configuration of a hub dataset."""
+
+    split: str = "test"
+    """Split of a hub dataset, or of a folder with one file per split."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Use the first so many rows; null uses all."""
+
+
+class EvalSection(Section):
+    tasks: tuple[str, ...] = ()
+    """Tasks to score before and after each round, such as `tinyworld/facts`. With continual learning they stand beside those of
+    the sequence: what the model knew besides."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Ask the first so many questions of each task; null asks all."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Temperature at which answers are drawn; 0 takes the likeliest token at every place. Null is 0, or the protocol's."""
+
+    held_out: HeldOutSection = HeldOutSection()
+
+
+class ContinualSection(Section):
+    tasks: str | tuple[str, ...] = QUICK_START
+    """A benchmark (`tinyworld`, `trace`, `standard`), or a list of tasks: folders under `data.root`, or tasks of a benchmark
+    such as `trace/FOMC`."""
+
+    order: Annotated[str, Field(coerce_numbers_to_str=True)] | None = None
+    """Which of the benchmark's orders; null takes its first, or that of the list."""
+
+    protocol: Literal["paper", "scripts"] | None = None
+    """Whose epochs for each task and whose decoding: those of the benchmark's paper, or of its scripts where they differ. Null
+    takes `train.num_train_epochs` for each task, and the likeliest token at every place."""

@@ -1,0 +1,249 @@
+"""Measures on the terminal: the forgetting matrix, comparisons of methods, evaluations of a model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hftcli.comparing.comparison import Comparison
+from hftcli.comparing.forgetting import ForgettingMatrix, ForgettingMetrics, Row, TaskMetrics, compute_metrics
+from hftcli.comparing.items import ItemChange
+from hftcli.comparing.statistics import NATS, POINTS, Estimate, Unit
+from hftcli.measuring.evaluation import Evaluation
+from hftcli.reporting.terminal import make_number_table, print_json, print_whole
+from hftcli.runs.scores import Score
+
+ADJUSTED_HEADINGS = ("lost, less guessing", "won, less guessing")
+
+
+def make_score_table(
+    befores: Mapping[str, Score], afters: Mapping[str, Score], changes: Mapping[str, ItemChange], title: str
+) -> Table:
+    """Score in points and negative log-likelihood in nats per token, before and after; what became of the questions."""
+    title += ": scores in points (0 to 100), nll in nats per token"
+    has_choices = any(items.adjusted for items in changes.values())
+    if changes:
+        title += ";\nchange with its 95 % interval; lost of those known before, won of the others; p of McNemar's exact test"
+    if has_choices:
+        title += ";\nless guessing: the questions lost and won, points of all, less what guessing at the choices would show"
+    table = Table(title=title, title_justify="left")
+    headings = ("task", "before", "after", "change", "nll before", "nll after", *(("lost", "won", "p") if changes else ()))
+    for heading in (*headings, *(ADJUSTED_HEADINGS if has_choices else ())):
+        table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading == "task")
+    for name, before in befores.items():
+        after, items = afters[name], changes.get(name)
+        change = "" if None in (before.score, after.score) else POINTS.show(after.score - before.score, signed=True)
+        if items and items.change.low is not None:
+            change += f" ({POINTS.show(items.change.low, True)} to {POINTS.show(items.change.high, True)})"
+        table.add_row(
+            name, POINTS.show(before.score), POINTS.show(after.score), change, NATS.show(before.nll), NATS.show(after.nll),
+            *(describe_transitions(items) if changes else ()), *(describe_adjusted(items) if has_choices else ()),
+        )  # fmt: skip
+    return table
+
+
+def describe_transitions(items: ItemChange | None) -> tuple[str, ...]:
+    """Questions lost of those known, won of the others, and McNemar's p; empty where scores have degrees."""
+    if items is None or items.transitions is None:
+        return "", "", ""
+    moved = items.transitions
+    p_value = "< 0.001" if items.p_value < 0.001 else f"{items.p_value:.3f}"
+    return f"{moved.num_lost} of {moved.num_known}", f"{moved.num_won} of {moved.num_items - moved.num_known}", p_value
+
+
+def describe_adjusted(items: ItemChange | None) -> tuple[str, str]:
+    """Questions lost and won in points of all, less what guessing would show; empty where there are no choices."""
+    if items is None or items.adjusted is None:
+        return "", ""
+    return POINTS.show(items.adjusted.lost), POINTS.show(items.adjusted.won)
+
+
+def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
+    """The scores after every round, what each task gained and lost, and the metrics with their definitions."""
+    kinds = _list_kinds(matrix)
+    metrics = {name: compute_metrics(matrix.tasks, rows, unit is NATS) for name, rows, unit in kinds}
+    if as_json:
+        others = {name: metrics[name].model_dump() if name in metrics else None for name in ("lenient", "nll")}
+        general = {
+            name: {task: _describe_change(column) for task, column in columns.items()}
+            for name, columns in (("general", matrix.general), ("general_nll", matrix.general_nll))
+        }
+        rounds = {"num_rounds": matrix.num_rounds, "is_finished": matrix.is_finished}
+        print_json({**rounds, **metrics["strict"].model_dump(), **others, **general})
+        return
+    console = Console()
+    for name, rows, unit in kinds:
+        if name == "lenient" and rows == matrix.scores:
+            console.print("lenient scores: the same", highlight=False)
+            continue
+        console.print(f"{name} scores, {unit.note}; bold after its own round, dim before it:", highlight=False, soft_wrap=True)
+        print_whole(_make_matrix_table(matrix, rows, unit))
+        print_whole(_make_task_table(metrics[name].per_task, unit))
+    for name, columns, unit in (("general", matrix.general, POINTS), ("general nll", matrix.general_nll, NATS)):
+        if columns:
+            console.print(f"{name}, tasks that are never trained, {unit.note}:", highlight=False, soft_wrap=True)
+            print_whole(_make_general_table(columns, unit))
+    console.print(_make_metric_table({name: (metrics[name], unit) for name, _, unit in kinds}))
+    console.print(
+        "R[t][i] is the score on task i after round t of T; row 0 is the base model's. "
+        "bwt and fwt are gains, forgetting is a loss, for nll too.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not matrix.is_finished:
+        console.print(
+            f"{matrix.num_rounds} of {len(matrix.tasks)} rounds are there: what needs the last row is left blank. "
+            "Row 0 is the base model's; where it was not scored, it is a row of nulls.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def print_comparison(comparison: Comparison, as_json: bool) -> None:
+    """A row per setting with its means and 95 % intervals over the seeds, and every two methods at equal learning."""
+    if as_json:
+        print_json(describe_comparison(comparison))
+        return
+    console = Console()
+    console.print(f"learning   mean gain on {', '.join(comparison.learned)}", highlight=False, soft_wrap=True)
+    console.print(f"forgetting mean loss on {', '.join(comparison.known)}", highlight=False, soft_wrap=True)
+    table = make_number_table("method", "learning rate", "seeds", "learning", "forgetting", "")
+    unit = comparison.unit
+    table.title = f"{unit.name}, means over seeds with 95 % intervals; * on the frontier"
+    table.title_justify = "left"
+    for method in comparison.methods:
+        for index, setting in enumerate(method.settings):
+            table.add_row(
+                Text(method.name), f"{setting.learning_rate:g}", f"{len(setting.points)}",
+                *(_show_estimate(estimate, unit) for estimate in (setting.learning, setting.forgetting)),
+                "*" if index in method.frontier else "",
+            )  # fmt: skip
+    print_whole(table)
+    for difference in comparison.differences:
+        console.print(difference.sentence, highlight=False, soft_wrap=True)
+
+
+def describe_comparison(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON has it; gains, losses and differences are shares, or nats per token."""
+    return {
+        "by": comparison.by,
+        "learned": comparison.learned,
+        "known": comparison.known,
+        "methods": {
+            method.name: [
+                {
+                    "learning_rate": setting.learning_rate,
+                    "is_on_frontier": index in method.frontier,
+                    "learning": asdict(setting.learning),
+                    "forgetting": asdict(setting.forgetting),
+                    "runs": [
+                        {
+                            "run": point.name,
+                            "seeds": point.seed,
+                            "learning": point.learning,
+                            "forgetting": point.forgetting,
+                            "learned": point.learned,
+                            "lost": point.lost,
+                        }
+                        for point in setting.points
+                    ],
+                }
+                for index, setting in enumerate(method.settings)
+            ]
+            for method in comparison.methods
+        },
+        "differences": [{**asdict(difference), "sentence": difference.sentence} for difference in comparison.differences],
+    }
+
+
+def _show_estimate(estimate: Estimate, unit: Unit) -> str:
+    if estimate.low is None:
+        return unit.show(estimate.mean)
+    return f"{unit.show(estimate.mean)} ± {unit.show(estimate.high - estimate.mean)}"
+
+
+def _list_kinds(matrix: ForgettingMatrix) -> list[tuple[str, tuple[Row, ...], Unit]]:
+    kinds = (("strict", matrix.scores, POINTS), ("lenient", matrix.lenient, POINTS), ("nll", matrix.nll, NATS))
+    return [(name, rows, unit) for name, rows, unit in kinds if rows is not None]
+
+
+def _describe_change(column: Row) -> dict[str, float | None]:
+    base, last = column[0], column[-1]
+    return {"base": base, "last": last, "change": None if base is None or last is None else last - base}
+
+
+def _make_matrix_table(matrix: ForgettingMatrix, rows: tuple[Row, ...], unit: Unit) -> Table:
+    """Columns are numbered, since the names of eight tasks do not fit side by side; the rows tell the numbers."""
+    table = make_number_table("after", *range(1, len(matrix.tasks) + 1))
+    for t, (name, row) in enumerate(zip(matrix.row_names, rows, strict=True)):
+        styles = ("bold" if i + 1 == t else "dim" if i + 1 > t else "" for i in range(len(row)))
+        cells = (Text(unit.show(score), style=style) for score, style in zip(row, styles, strict=True))
+        table.add_row(Text(f"{t}  {name}"), *cells)
+    return table
+
+
+def _make_task_table(per_task: Mapping[str, TaskMetrics], unit: Unit) -> Table:
+    table = make_number_table("task", "learned", "final", "bwt", "forgetting", "fwt")
+    for index, (task, part) in enumerate(per_task.items(), start=1):
+        changes = (unit.show(change, signed=True) for change in (part.bwt, part.forgetting, part.fwt))
+        table.add_row(Text(f"{index}  {task}"), unit.show(part.learned), unit.show(part.final), *changes)
+    return table
+
+
+def _make_general_table(columns: Mapping[str, Row], unit: Unit) -> Table:
+    num_rounds = len(next(iter(columns.values()))) - 1
+    table = make_number_table("task", "base", *range(1, num_rounds + 1), "change")
+    for task, column in columns.items():
+        table.add_row(Text(task), *map(unit.show, column), unit.show(_describe_change(column)["change"], signed=True))
+    return table
+
+
+def _make_metric_table(metrics: Mapping[str, tuple[ForgettingMetrics, Unit]]) -> Table:
+    """A row per metric, a column per kind of score, and the first sentence of the metric's own documentation."""
+    table = make_number_table("metric", *metrics)
+    table.add_column("definition")
+    for name, field in ForgettingMetrics.model_fields.items():
+        if name != "per_task":
+            signed = name not in ("op", "plasticity")
+            values = (unit.show(getattr(found, name), signed) for found, unit in metrics.values())
+            definition = " ".join(field.description.split()).partition(". ")[0].rstrip(".")
+            table.add_row(name, *values, Text(definition))
+    return table
+
+
+def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+    """Scores by task; beside a base, what became of the questions, and the drift from it."""
+    if as_json:
+        print_json(evaluation.model_dump(mode="json"))
+        return
+    if evaluation.tasks:
+        print("scores in points (0 to 100), nll in nats per token:")
+        names = list(dict.fromkeys(name for score in evaluation.tasks.values() for name in score.others))
+        table = make_number_table("task", "score", "lenient", *names, "nll", "questions", "seconds")
+        for task, score in evaluation.tasks.items():
+            shown = (POINTS.show(value) for value in (score.score, score.lenient, *map(score.others.get, names)))
+            time_s = f"{evaluation.seconds[task]:.1f}"
+            table.add_row(Text(task), *shown, NATS.show(score.nll), str(score.num_examples), time_s)
+        print_whole(table)
+    if evaluation.base_tasks:
+        title = f"before, {evaluation.base}, and after"
+        print_whole(make_score_table(evaluation.base_tasks, evaluation.tasks, evaluation.items, title))
+    drifts = {name: drift for name, drift in (("text", evaluation.base_text), ("prompts", evaluation.prompts)) if drift}
+    if drifts:
+        print(f"moved from {evaluation.base}, nats per token, with standard errors:")
+        table = make_number_table("on", "nll of the base", "of the model", "change", "KL(base || model)", "tokens", "texts")
+        for name, drift in drifts.items():
+            table.add_row(
+                Text(f"{name}: {drift.source}"), NATS.show(drift.base_nll), NATS.show(drift.model_nll),
+                _show_mean(drift.nll_change, drift.nll_change_error), _show_mean(drift.kl, drift.kl_error),
+                f"{drift.num_tokens:,}", f"{drift.num_texts:,}",
+            )  # fmt: skip
+        print_whole(table)
+
+
+def _show_mean(mean: float, error: float | None) -> str:
+    return f"{mean:+z.4f}" if error is None else f"{mean:+z.4f} ± {error:.4f}"

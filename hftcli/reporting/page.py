@@ -1,0 +1,386 @@
+"""A run on one page: self-contained HTML that opens from disk, in a light and a dark dress, at any width.
+
+The figures are SVG and CSS inside the page, so that they take its colours and its width; page.html.jinja says how it looks.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hftcli.comparing.forgetting import ForgettingMatrix, ForgettingMetrics, Row, compute_metrics, read_matrix
+from hftcli.comparing.items import ItemChange, read_item_changes
+from hftcli.comparing.statistics import NATS, POINTS
+from hftcli.errors import InputError
+from hftcli.freezing.roles import FAMILIES, Parameter, Unit, assign_roles
+from hftcli.freezing.selection import FreezePlan
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.recipe import Recipe
+from hftcli.reporting.measures import describe_adjusted, describe_transitions
+from hftcli.reporting.rounds import describe_pairs
+from hftcli.reporting.terminal import format_bytes
+from hftcli.runs.files import write_text
+from hftcli.runs.records import RoundResult
+from hftcli.runs.run import Round, Run
+from hftcli.runs.scores import Score
+from hftcli.tasks.general import SUFFIX
+
+TEMPLATE = "page.html.jinja"
+OBJECTIVES = {"sft": "supervised fine-tuning", "dpo": "preference optimization", "continual": "continual learning"}
+LAYER_ROLES = ("attention", "mlp", "router", "experts", "norm")  # from left to right
+CELL, GAP, MARGIN = 14, 8, 34  # of the plan's picture, in pixels
+MAX_CURVE_POINTS = 400
+MIN_LOG_RATIO = 20.0  # highest to lowest loss, from where on the scale is logarithmic
+
+
+def write_page(run: Run, path: Path) -> None:
+    """Write the page of a run with at least one finished round.
+
+    Raises:
+        InputError: no such run, or no round is finished.
+    """
+    page = make_page(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+
+
+def make_page(run: Run) -> str:
+    """The page as text. See write_page."""
+    if not run.recipe_path.exists():
+        raise InputError(f"{run.folder} is no run, and only a run has a page", "give a folder that hft made with --output")
+    recipe, manifest = load_recipe(run.recipe_path), run.read_manifest()
+    rounds = [(round_, result) for round_ in run.rounds if (result := round_.read_result()) is not None]
+    if not rounds:
+        raise InputError(f"{run.folder} has no finished round", "run its recipe again: it goes on where it stopped")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    matrix = read_matrix(run.folder) if run.matrix_path.exists() else None
+    plans = [round_.read_plan() for round_, _ in rounds]
+    return environment.get_template(TEMPLATE).render(
+        name=run.folder.resolve().name,
+        objective=OBJECTIVES[recipe.objective],
+        num_rounds=len(run.rounds),
+        num_finished=len(rounds),
+        facts=list(_list_facts(recipe, rounds, plans)),
+        knowledge=list(_describe_knowledge(run, rounds)),
+        matrices=list(_describe_matrices(matrix)) if matrix else [],
+        metrics=_describe_metrics(matrix) if matrix else [],
+        pairs=[(round_.name, describe_pairs(result.pairs)) for round_, result in rounds if result.pairs is not None],
+        curves=_draw_curves([round_ for round_, _ in rounds]),
+        pictures=[_draw_plan(round_, plan) for (round_, _), plan in zip(rounds, plans, strict=True)],
+        speeds=[_describe_speed(round_, result) for round_, result in rounds],
+        manifest=list(_list_manifest(manifest.model_dump(mode="json"), rounds)),
+        recipe=run.recipe_path.read_text(encoding="utf-8"),
+    )
+
+
+def _list_facts(
+    recipe: Recipe, rounds: Sequence[tuple[Round, RoundResult]], plans: Sequence[FreezePlan]
+) -> Iterator[tuple[str, str]]:
+    """The head of the page in a few numbers."""
+    shares = [plan.trainable_fraction for plan in plans]
+    trained = f"{min(shares):.1%}" if max(shares) - min(shares) < 5e-4 else f"{min(shares):.1%} to {max(shares):.1%}"
+    yield "model", recipe.model.path
+    yield "parameters", f"{plans[0].num_parameters:,}"
+    yield "trained in a round", trained
+    yield "method", ", ".join(recipe.method.names) or "none besides freezing"
+    yield "training", _format_seconds(sum(result.seconds["training"] for _, result in rounds))
+    yield "peak memory", format_bytes(max(result.peak_memory_bytes for _, result in rounds))
+    passed = all(result.verification.passed for _, result in rounds)
+    is_full = all(not plan.frozen for plan in plans)
+    yield "frozen", "nothing" if is_full else "bit for bit as it was" if passed else "NOT as it was: see hft verify"
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """A task before the first and after the last round; what is not known is empty text."""
+
+    task: str
+    num_examples: int
+    before: str
+    after: str
+    change: str
+    interval: str
+    transitions: tuple[str, ...]
+    adjusted: tuple[str, ...]
+    nll: str
+    marks: tuple[float, float] | None  # before and after in per cent of the bar
+
+
+def _describe_knowledge(run: Run, rounds: Sequence[tuple[Round, RoundResult]]) -> Iterator[Knowledge]:
+    first, last = rounds[0][0].read_scores(), rounds[-1][0].read_scores()
+    changes = read_item_changes(run)
+    for task, before in (first.before if first else {}).items():
+        if last is not None and task in last.after:
+            yield _describe_task(task, before, last.after[task], changes.get(task))
+
+
+def _describe_task(task: str, before: Score, after: Score, items: ItemChange | None) -> Knowledge:
+    has_scores = before.score is not None and after.score is not None
+    interval = items.change if items and items.change.low is not None else None
+    return Knowledge(
+        task=Path(task).name if task.endswith(SUFFIX) else task,  # of a file, the manifest has the whole path
+        num_examples=after.num_examples,
+        before=POINTS.show(before.score),
+        after=POINTS.show(after.score),
+        change=POINTS.show(after.score - before.score, signed=True) if has_scores else "",
+        interval=f"{POINTS.show(interval.low, True)} to {POINTS.show(interval.high, True)}" if interval else "",
+        transitions=describe_transitions(items),
+        adjusted=describe_adjusted(items),
+        nll=f"{NATS.show(before.nll)} to {NATS.show(after.nll)}",
+        marks=(100 * before.score, 100 * after.score) if has_scores else None,
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score after a round: `own` right after its own task's round, `seen` later, `unseen` before."""
+
+    text: str
+    kind: str
+    share: float  # of the colour, in per cent
+
+
+@dataclass(frozen=True)
+class MatrixTable:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def _describe_matrices(matrix: ForgettingMatrix) -> Iterator[MatrixTable]:
+    """The matrix as tables: what is trained, then what is not."""
+    for name, rows in (("scores", matrix.scores), ("lenient scores", matrix.lenient)):
+        if rows is not None:
+            cells = [
+                tuple(_make_cell(score, "own" if t == i + 1 else "seen" if t > i else "unseen") for i, score in enumerate(row))
+                for t, row in enumerate(rows)
+            ]
+            yield MatrixTable(f"{name}, points", matrix.tasks, _name_rows(matrix, cells))
+    if matrix.general:
+        rows = zip(*matrix.general.values(), strict=True)
+        cells = [tuple(_make_cell(score, "seen") for score in row) for row in rows]
+        yield MatrixTable("tasks that are never trained, points", tuple(matrix.general), _name_rows(matrix, cells))
+
+
+def _name_rows(matrix: ForgettingMatrix, cells: Sequence[tuple[Cell, ...]]) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+    names = ["base", *(f"after {task}" for task in matrix.row_names[1:])]
+    return tuple(zip(names, cells, strict=True))
+
+
+def _make_cell(score: float | None, kind: str) -> Cell:
+    return Cell("", "none", 0.0) if score is None else Cell(POINTS.show(score), kind, 100 * score)
+
+
+def _describe_metrics(matrix: ForgettingMatrix) -> list[tuple[str, str, str, str]]:
+    """Name, strict and lenient value, definition."""
+    kinds: tuple[Sequence[Row] | None, ...] = (matrix.scores, matrix.lenient)
+    found = [rows and compute_metrics(matrix.tasks, rows) for rows in kinds]
+    lines = []
+    for name, field in ForgettingMetrics.model_fields.items():
+        if name != "per_task":
+            signed = name not in ("op", "plasticity")
+            values = [POINTS.show(getattr(metrics, name), signed) if metrics else "" for metrics in found]
+            lines.append((name, *values, " ".join(field.description.split())))
+    return lines
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A round's loss, in per cent of the plot from its lower left corner upwards."""
+
+    name: str
+    path: str
+    num_steps: int
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The losses of all rounds on one scale; `ticks` are heights in per cent with their labels."""
+
+    curves: tuple[Curve, ...]
+    ticks: tuple[tuple[float, str], ...]
+    is_log: bool
+
+
+def _draw_curves(rounds: Sequence[Round]) -> Curves | None:
+    """None where no step was logged."""
+    read = {
+        round_.name: [(row["step"], row["loss"]) for row in round_.read_metrics() if "loss" in row]
+        for round_ in rounds
+        if round_.metrics_path.exists()
+    }
+    losses = {name: [point for point in rows if math.isfinite(point[1])] for name, rows in read.items()}
+    losses = {name: _thin(rows) for name, rows in losses.items() if rows}
+    values = [loss for rows in losses.values() for _, loss in rows]
+    if not values:
+        return None
+    is_log = min(values) > 0 and max(values) / min(values) > MIN_LOG_RATIO
+    ticks = _find_decades(min(values), max(values)) if is_log else _find_ticks(min(values), max(values))
+    low, high = _scale(ticks[0], is_log), _scale(ticks[-1], is_log)
+
+    def place(value: float) -> float:
+        return 100 * (_scale(value, is_log) - low) / (high - low)
+
+    curves = []
+    for name, rows in losses.items():
+        width = max(rows[-1][0], 1)
+        points = " ".join(f"{100 * step / width:.2f},{100 - place(loss):.2f}" for step, loss in rows)
+        curves.append(Curve(name, f"M{points}", rows[-1][0], rows[0][1], rows[-1][1]))
+    return Curves(tuple(curves), tuple((place(tick), f"{tick:g}") for tick in ticks), is_log)
+
+
+def _thin(rows: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Means of neighbours where there are more points than pixels."""
+    size = math.ceil(len(rows) / MAX_CURVE_POINTS)
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [(part[-1][0], math.fsum(loss for _, loss in part) / len(part)) for part in parts]
+
+
+def _scale(value: float, is_log: bool) -> float:
+    return math.log10(value) if is_log else value
+
+
+def _find_decades(low: float, high: float) -> list[float]:
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+
+
+def _find_ticks(low: float, high: float) -> list[float]:
+    """Round numbers around the values, 0 among them unless they are far from it."""
+    low = min(low, 0.0) if low < high / 2 else low
+    span = (high - low) or abs(high) or 1.0
+    step = min(
+        (base * 10.0**power for base in (1, 2, 5) for power in range(-12, 13)), key=lambda step: abs(span / step - 4)
+    )  # fmt: skip
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a round trained: a square per unit, layers from top to bottom, roles from left to right.
+
+    Attributes:
+        squares: x, y, width, height, whether it trained, and what it is, for a pointer that rests on it.
+        labels: x, y and text.
+        columns: unit names by role.
+        outside: roles outside the layers, and whether they trained.
+    """
+
+    name: str
+    summary: str
+    width: int
+    height: int
+    squares: tuple[tuple[int, int, int, int, bool, str], ...]
+    labels: tuple[tuple[int, int, str, str], ...]
+    columns: tuple[tuple[str, str], ...]
+    outside: tuple[tuple[str, bool], ...]
+
+
+def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
+    """Without squares where the round's checkpoint is gone, which says what family the model is of."""
+    config = round_.checkpoint / "config.json"
+    model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
+    names = (*plan.trained, *plan.frozen)
+    units = assign_roles(model_type, [Parameter(name, ()) for name in names]) if model_type else ()
+    trained = set(plan.trained)
+
+    def trains(unit: Unit) -> bool:
+        return unit.parameters[0].name in trained
+
+    layers = sorted({unit.layer for unit in units if unit.layer is not None})
+    inside = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: _find_place(model_type, unit))
+    by_role = {
+        role: list(dict.fromkeys(_shorten_unit(unit) for unit in members))
+        for role, members in groupby(inside, key=lambda unit: unit.role)
+    }
+    height = CELL if len(layers) <= 16 else CELL // 2
+    places, labels, x = {}, [], MARGIN
+    for role, columns in by_role.items():
+        labels.append((x, 12, role if len(columns) * CELL > 6 * len(role) else role[:4], "start"))
+        for column in columns:
+            places[role, column] = x
+            x += CELL
+        x += GAP
+    squares = tuple(
+        (
+            places[unit.role, _shorten_unit(unit)], 18 + layers.index(unit.layer) * height, CELL - 2, height - 2, trains(unit),
+            f"{unit.name}: {'trained' if trains(unit) else 'frozen'}",
+        )
+        for unit in inside
+    )  # fmt: skip
+    every = max(len(layers) // 8, 1)
+    labels += [
+        (MARGIN - 6, 18 + row * height + height - 3, str(layer), "end") for row, layer in enumerate(layers) if row % every == 0
+    ]
+    return Picture(
+        name=round_.name,
+        summary=f"{plan.trainable_fraction:.1%} of the weights, {plan.num_trainable_units} of {plan.num_units} units in layers",
+        width=x,
+        height=20 + len(layers) * height,
+        squares=squares,
+        labels=tuple(labels),
+        columns=tuple((role, ", ".join(columns)) for role, columns in by_role.items()),
+        outside=tuple((unit.role, trains(unit)) for unit in units if unit.layer is None),
+    )
+
+
+def _find_place(model_type: str, unit: Unit) -> tuple[int, int]:
+    """Of a unit's column: by role, and then as the family's entry lists its units."""
+    listed = re.findall(r"\w+", FAMILIES[model_type][unit.role])
+    short = _shorten_unit(unit)
+    return LAYER_ROLES.index(unit.role), next(place for place, word in enumerate(listed) if short.startswith(word))
+
+
+def _shorten_unit(unit: Unit) -> str:
+    """`q_proj` of `model.layers.0.self_attn.q_proj`."""
+    return unit.name.rpartition(f".{unit.layer}.")[2].rpartition(".")[2]
+
+
+def _describe_speed(round_: Round, result: RoundResult) -> tuple[str, ...]:
+    training = result.seconds["training"]
+    return (
+        round_.name,
+        f"{result.num_steps:,}",
+        f"{result.num_tokens:,}",
+        f"{result.num_tokens / training:,.0f}" if training else "",
+        _format_seconds(training),
+        _format_seconds(result.seconds["scoring"]),
+        _format_seconds(math.fsum(result.seconds.values())),
+        format_bytes(result.peak_memory_bytes),
+        format_bytes(result.gradient_bytes) if result.gradient_bytes else "",
+        format_bytes(result.optimizer_bytes),
+        result.precision,
+    )
+
+
+def _format_seconds(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.1f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _list_manifest(manifest: Mapping[str, Any], rounds: Sequence[tuple[Round, RoundResult]]) -> Iterator[tuple[str, str]]:
+    yield "command", " ".join(manifest["command"])
+    yield "created", manifest["created"]
+    yield "started from", manifest["parent"] or "a model"
+    yield "Python", manifest["python"]
+    yield "platform", manifest["platform"]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    hardware = rounds[-1][1].hardware
+    cores = f"{hardware.num_cores} cores, {hardware.num_threads} threads a process"
+    yield "hardware", f"{hardware.num_processes} x {hardware.device}, {cores}, {format_bytes(hardware.memory_bytes)}"
+    for round_, result in rounds:
+        data = result.data
+        sources = "; ".join(f"{source.path} ({source.fingerprint[:12]})" for source in data.sources)
+        yield f"data of {round_.name}", f"{data.num_used:,} of {data.num_rows:,} rows, {data.num_tokens:,} tokens: {sources}"
+        yield f"plan of {round_.name}", result.fingerprint

@@ -1,0 +1,138 @@
+"""The plan on the terminal: what trains, and the memory and compute that it takes, beside full fine-tuning."""
+
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from hftcli.freezing.activations import Activations, Flops
+from hftcli.freezing.budget import Budget, MeasuredStep, Memory
+from hftcli.reporting.terminal import format_bytes, print_json
+
+
+def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_json: bool) -> None:
+    """Units and parameters per role, and memory per device and FLOPs per token beside full fine-tuning.
+
+    Args:
+        checked: a measurement and the budget that it belongs to, where one was made.
+    """
+    plan = budget.plan
+    if as_json:
+        print_json(
+            {
+                "num_parameters": plan.num_parameters,
+                "num_trainable": plan.num_trainable,
+                "trainable_fraction": plan.trainable_fraction,
+                "num_units": plan.num_units,
+                "num_trainable_units": plan.num_trainable_units,
+                "roles": {name: count.model_dump() for name, count in plan.roles.items()},
+                "fingerprint": plan.fingerprint,
+                "memory": {
+                    "precision": budget.precision,
+                    "num_processes": budget.num_processes,
+                    "zero_stage": budget.zero_stage,
+                    "work": budget.work and asdict(budget.work),
+                    "half": _memory_parts(budget.half),
+                    "full": _memory_parts(budget.full),
+                },
+                "flops_per_token": {"half": _flops_parts(budget.half_step), "full": _flops_parts(budget.full_step)},
+                "measured": checked and asdict(checked[1]),
+            }
+        )
+        return
+    console = Console()
+    console.print(
+        f"{plan.num_parameters:,} parameters; {plan.num_trainable:,} train ({plan.trainable_fraction:.1%}); "
+        f"{plan.num_trainable_units} of {plan.num_units} units in layers; round {plan.round_index}, "
+        f"plan {plan.short_fingerprint}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    roles = Table("role", "units", "train", "parameters", "train", "share")
+    for name, count in plan.roles.items():
+        roles.add_row(
+            name, f"{count.num_units}", f"{count.num_trainable_units}", f"{count.num_parameters:,}",
+            f"{count.num_trainable:,}", f"{count.num_trainable / count.num_parameters:.1%}",
+        )  # fmt: skip
+    console.print(roles)
+    stage = f"ZeRO {budget.zero_stage} on {budget.num_processes} devices" if budget.num_processes > 1 else "one device"
+    precision = "bfloat16 with float32 masters" if budget.precision == "mixed" else "float32"
+    work = budget.work
+    console.print(
+        f"{work.num_sequences} sequences of {work.length} tokens at once{', packed' if work.packed else ''}, "
+        f"{work.attention} attention, {name_checkpointed(work.checkpoint_every)} checkpointed, {work.loss} loss",
+        highlight=False,
+        soft_wrap=True,
+    )
+    memory = Table("per device", "this plan", "full fine-tuning", "ratio", title=f"{precision}, {stage}", title_justify="left")
+    full_parts = _memory_parts(budget.full)
+    for name, half in _memory_parts(budget.half).items():
+        full = full_parts[name]
+        if full:  # there may be no reference
+            memory.add_row(MEMORY_ROWS[name], format_bytes(half), format_bytes(full), f"{half / full:.3f}")
+    console.print(memory)
+    if budget.half_step is None:
+        console.print(
+            f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.",
+            highlight=False,
+        )
+    else:
+        console.print(_make_flops_table(_flops_parts(budget.half_step), _flops_parts(budget.full_step)))
+    if checked is not None:
+        console.print(_make_measurement_table(*checked))
+
+
+def name_checkpointed(every: int | None) -> str:
+    return {None: "no layer", 1: "every layer"}.get(every, f"one layer in {every}")
+
+
+def _make_flops_table(half: dict[str, float], full: dict[str, float]) -> Table:
+    table = Table("MFLOP per token", "this plan", "full fine-tuning", "ratio")
+    for name, value in half.items():
+        ratio = f"{value / full[name]:.3f}" if full[name] else ""
+        table.add_row(name.replace("_", " "), f"{value / 1e6:,.1f}", f"{full[name] / 1e6:,.1f}", ratio)
+    return table
+
+
+def _make_measurement_table(budget: Budget, measured: MeasuredStep) -> Table:
+    """A measurement on this machine beside the budget of the same, before its correction."""
+    title = f"one process on this machine, in {budget.work.arithmetic}, a step of {measured.step_s:.2f} s"
+    table = Table("", "estimated", "measured", "ratio", title=title, title_justify="left")
+    memory = budget.half
+    rows = {
+        "weights": (memory.weights_bytes, measured.weights_bytes),
+        "gradients": (memory.gradients_bytes, measured.gradients_bytes),
+        "optimizer": (memory.optimizer_bytes, measured.optimizer_bytes),
+    }
+    if budget.half_step is not None:
+        activations, _ = budget.half_step
+        rows["kept after the forward pass"] = (activations.saved_bytes + activations.cast_bytes, measured.activations_bytes)
+        if measured.peak_bytes is not None:
+            rows["in all"] = (memory.total_bytes, measured.peak_bytes)
+    else:
+        table.add_row("kept after the forward pass", "", format_bytes(measured.activations_bytes), "")
+    for name, (estimated, found) in rows.items():
+        table.add_row(name, format_bytes(estimated), format_bytes(found), f"{found / estimated:.3f}")
+    return table
+
+
+MEMORY_ROWS = {
+    "weights_bytes": "weights",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer",
+    "reference_bytes": "reference",
+    "activations_bytes": "activations",
+    "buffers_bytes": "buffers",
+    "low_bytes": "in all, low",
+    "total_bytes": "in all, expected",
+    "high_bytes": "in all, high",
+}
+
+
+def _memory_parts(memory: Memory) -> dict[str, int]:
+    return {name: getattr(memory, name) for name in MEMORY_ROWS}
+
+
+def _flops_parts(step: tuple[Activations, Flops] | None) -> dict[str, float] | None:
+    """By kind; None where they are not counted."""
+    return step and {**asdict(step[1]), "total": step[1].total}

@@ -1,0 +1,147 @@
+"""A finished run on the terminal: what each round trained, what the model knew before and after, what was verified."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from hftcli.comparing.forgetting import ForgettingMatrix
+from hftcli.comparing.items import read_item_changes
+from hftcli.recipe.methods import ADAPTERS
+from hftcli.reporting.measures import make_score_table, print_matrix
+from hftcli.reporting.plans import name_checkpointed
+from hftcli.reporting.terminal import format_bytes, print_json, print_whole
+from hftcli.runs.records import DELTA_NAME, FitReport, RoundResult, Verification
+from hftcli.runs.run import Round, Run
+from hftcli.runs.scores import PairScores
+
+
+def print_run(run: Run) -> None:
+    """What a finished run did: what trained, how fast, what the model knew before and after, and where it is."""
+    console = Console()
+    for round_ in run.rounds:
+        result, scores = round_.read_result(), round_.read_scores()
+        console.print(_describe_round(round_, result), highlight=False, soft_wrap=True)
+        if scores is not None and scores.before:
+            print_whole(make_score_table(scores.before, scores.after, read_item_changes(run), "what the model knew"))
+        if result.pairs is not None:
+            console.print(_make_pair_table(result.pairs))
+    _print_end(run, console)
+
+
+def print_run_json(run: Run) -> None:
+    """What a run of one round did, as JSON: shares, nats per token, and the questions that were lost and won."""
+    (round_,) = run.rounds
+    result, scores, changes = round_.read_result(), round_.read_scores(), read_item_changes(run)
+    tasks = {
+        name: {
+            "before": before.model_dump(),
+            "after": scores.after[name].model_dump(),
+            "items": asdict(changes[name]) if name in changes else None,
+        }
+        for name, before in scores.before.items()
+    }
+    print_json({"tasks": tasks, **result.model_dump(mode="json", include={"pairs", "num_steps", "train_loss", "seconds"})})
+
+
+def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
+    """What every round trained, the forgetting matrix with its metrics, and where the last model is."""
+    console = Console()
+    for round_ in run.rounds:
+        console.print(_describe_round(round_, round_.read_result()), highlight=False, soft_wrap=True)
+    print_matrix(matrix, as_json=False)
+    console.print(f"figure  {run.figures / 'forgetting.svg'}", highlight=False, soft_wrap=True)
+    _print_end(run, console)
+
+
+def _print_end(run: Run, console: Console) -> None:
+    checkpoint = run.last_finished.checkpoint
+    console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
+    if (checkpoint / DELTA_NAME).exists():
+        console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
+    if run.page_path.exists():
+        console.print(f"page    {run.page_path}", highlight=False, soft_wrap=True)
+    console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
+
+
+def _describe_round(round_: Round, result: RoundResult) -> str:
+    plan = round_.read_plan()
+    through = "".join(f" through {name}" for name in round_.read_spec().method.names if name in ADAPTERS)
+    speed = result.num_tokens / result.seconds["training"] if result.seconds["training"] else 0.0
+    seconds = f"{result.seconds['training']:.1f} s ({speed:,.0f} tokens/s)"
+    lines = [
+        f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained{through} "
+        f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
+        f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
+        f"peak memory {format_bytes(result.peak_memory_bytes)}",
+        _describe_verification(result.verification),
+    ]
+    if result.fit is not None:
+        lines.insert(1, _describe_fit(result.fit))
+    return "\n".join(lines)
+
+
+def _describe_fit(fit: FitReport) -> str:
+    return (
+        f"fit: micro-batch {fit.per_device_train_batch_size}, {name_checkpointed(fit.checkpoint_every)} checkpointed, "
+        f"{fit.loss_kernel} loss, {format_bytes(fit.needed_bytes)} of {format_bytes(fit.memory_bytes)}"
+    )
+
+
+def _make_pair_table(scores: PairScores) -> Table:
+    """What became of held-out preference pairs, shares in points."""
+    table = Table("", "before", "after", title=f"{scores.before.num_pairs} held-out pairs", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in describe_pairs(scores):
+        table.add_row(*row)
+    return table
+
+
+def describe_pairs(scores: PairScores) -> list[tuple[str, str, str]]:
+    """Rows of a table: what was measured of held-out pairs, before and after."""
+    rows = (
+        (
+            "reward accuracy, points",
+            lambda score: f"{100 * score.reward_accuracy:.1f} ± {100 * score.reward_accuracy_error:.1f}",
+        ),
+        ("reward margin", lambda score: f"{score.reward_margin:.3f}"),
+        ("chosen likelier, points", lambda score: f"{100 * score.likelihood_accuracy:.1f}"),
+        ("KL to the reference, nats/token", lambda score: f"{score.kl:.4f}"),
+    )
+    return [(name, show(scores.before), show(scores.after)) for name, show in rows]
+
+
+def print_verification(found: Mapping[str, Verification], as_json: bool) -> None:
+    if as_json:
+        total = {
+            "num_frozen": sum(item.num_frozen for item in found.values()),
+            "num_trained": sum(item.num_trained for item in found.values()),
+            "violations": [f"{name}: {item}" for name, one in found.items() for item in one.violations],
+            "unmoved": [f"{name}: {item}" for name, one in found.items() for item in one.unmoved],
+            "damaged": [f"{name}: {item}" for name, one in found.items() for item in one.damaged],
+            "rounds": {name: item.model_dump(mode="json") for name, item in found.items()},
+        }
+        print_json(total)
+        return
+    console = Console()
+    for name, verification in found.items():
+        console.print(f"{name}: {_describe_verification(verification)}", highlight=False, soft_wrap=True)
+        for parameter in verification.violations:
+            console.print(f"  frozen, but moved: {parameter}", highlight=False, soft_wrap=True)
+        for parameter in verification.unmoved:
+            console.print(f"  trained, but did not move: {parameter}", highlight=False, soft_wrap=True)
+        for damage in verification.damaged:
+            console.print(f"  damaged: checkpoint/{damage}", highlight=False, soft_wrap=True)
+
+
+def _describe_verification(verification: Verification) -> str:
+    same = verification.num_frozen - len(verification.violations)
+    moved = verification.num_trained - len(verification.unmoved) - len(verification.below_resolution)
+    rounded = len(verification.below_resolution)
+    note = f" ({rounded} more moved by less than the checkpoint's data type holds)" if rounded else ""
+    return (
+        f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
+        f"bit-identical to the start, {moved} of {verification.num_trained} trained ones moved{note}"
+    )

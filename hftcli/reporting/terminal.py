@@ -1,0 +1,103 @@
+"""What commands print besides the tables of rounds, plans and measures; and how tables are printed."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from hftcli.doctor.doctor import Finding
+from hftcli.runs.records import DataReport, MergeManifest
+
+
+def print_merge(manifest: MergeManifest, output: Path) -> None:
+    """What a model was made of, and where it is."""
+    console = Console()
+    for role, identity in manifest.inputs.items():
+        console.print(f"{role:<6} {identity.path}", highlight=False, soft_wrap=True)
+    if manifest.plan is not None:
+        plan = manifest.plan
+        num_reset = plan.num_parameters - plan.num_trainable
+        share = f"{num_reset / plan.num_parameters:.1%} of {plan.num_parameters:,} weights"
+        console.print(f"reset  {share} are back at the base, plan {plan.short_fingerprint}", highlight=False, soft_wrap=True)
+    console.print(f"model  {output}", highlight=False, soft_wrap=True)
+
+
+def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
+    """What the doctor found, a line each, with its fix below."""
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    styles = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        console.print(
+            Text.assemble((f"{finding.status:8}", styles[finding.status]), f"{finding.check:{width}}  {finding.message}")
+        )
+        if finding.fix:
+            console.print(Text(f"{'':8}{'':{width}}  fix: {finding.fix}"))
+
+
+def print_data(summary: DataReport, samples: Mapping[str, list[tuple[str, bool]]], as_json: bool) -> None:
+    """Counts, lengths, and one sequence, or one pair's two, with the trained tokens in colour."""
+    if as_json:
+        shown = {name: [{"text": t, "trained": b} for t, b in pieces] for name, pieces in samples.items()}
+        print_json({**summary.model_dump(mode="json"), **shown})
+        return
+    console = Console()
+    table = Table(show_header=False)
+    lengths = ", ".join(f"{name} {value:,}" for name, value in summary.length_percentiles.items())
+    for name, value in (
+        ("format", summary.format),
+        ("rows", f"{summary.num_rows:,}; used {summary.num_used:,}, dropped {summary.num_dropped:,}, "
+                 f"cut {summary.num_truncated:,}" + (f", made the same by the cut {summary.num_identical:,}"
+                                                     if summary.num_identical else "")),
+        ("sequences", f"{summary.num_sequences:,}"),
+        ("tokens", f"{summary.num_tokens:,}; trained {summary.num_trained_tokens:,} "
+                   f"({summary.num_trained_tokens / summary.num_tokens:.1%})"),
+        ("row lengths", lengths),
+        ("cache key", summary.key[:12]),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    console.print(table)
+    marks = "trained in green" if console.color_system else "trained between ⟦ ⟧"
+    for name, pieces in samples.items():
+        console.print(f"first {name}, {marks}:", highlight=False)
+        text = Text()
+        for part, trained in pieces:
+            text.append(part, style="bold green" if trained else "dim")
+        console.print(text if console.color_system else "".join(f"⟦{t}⟧" if b else t for t, b in pieces), markup=False)
+
+
+def make_number_table(first: str, *headings: object) -> Table:
+    table = Table()
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(str(heading), justify="right", no_wrap=True)
+    return table
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is: a number that is cut to the console's width would be another number."""
+    console = Console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum)
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"

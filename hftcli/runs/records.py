@@ -1,0 +1,271 @@
+"""What the files of a run hold once there is something to tell: data, results, checkpoints, the manifest."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hftcli.freezing.activations import LossKernel
+from hftcli.freezing.budget import ReferenceMode
+from hftcli.freezing.selection import FreezePlan
+from hftcli.recipe.section import Section
+from hftcli.runs.scores import PairScores
+from hftcli.runs.seals import FileSeal
+from hftcli.runs.spec import RoundSpec
+from hftcli.tasks.check import SequenceReport
+
+DELTA_NAME = "delta.json"  # its presence tells a delta checkpoint from a full one
+MERGE_NAME = "merge.json"
+
+
+class Verification(Section):
+    """What a comparison of a round's checkpoint with its start found, tensor by tensor, byte by byte."""
+
+    num_frozen: int
+    """Frozen parameters compared."""
+    num_trained: int
+    """Trained parameters compared."""
+    violations: tuple[str, ...]
+    """Frozen parameters whose bytes differ: must be none."""
+    unmoved: tuple[str, ...]
+    """Trained parameters whose bytes are the same: must be none."""
+    below_resolution: tuple[str, ...] = ()
+    """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
+    damaged: tuple[str, ...] = ()
+    """Files of the checkpoint that are not what the round wrote, and how: must be none."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.violations and not self.unmoved and not self.damaged
+
+
+class ReferenceReport(Section):
+    """What the reference of preference optimization was."""
+
+    mode: ReferenceMode
+    """Where it came from."""
+    key: str | None
+    """Name of the precomputed log-probabilities in the cache: a hash of the start's weights, the tokens, the precision and the
+    options; null with another mode."""
+    is_reused: bool
+    """Whether they were there already."""
+    num_bytes: int
+    """Bytes that the reference takes on rank 0 while training."""
+
+
+class Source(Section):
+    """Where rows came from."""
+
+    path: str
+    """The file, the hub id, or the task."""
+    fingerprint: str
+    """sha256 of the file's bytes or the task's examples; of a hub dataset, the fingerprint that `datasets` gives it."""
+    num_bytes: int | None
+    """Size of the file; null for a hub dataset and a task."""
+
+
+class DataReport(Section):
+    """What became of the rows."""
+
+    format: str
+    """Format of the rows, as detected."""
+    num_rows: int
+    """Rows read."""
+    num_used: int
+    """Rows trained on."""
+    num_dropped: int
+    """Rows left out because the cut to `data.max_length` took all of their trained tokens; of a task, those that do not fit
+    without their body either."""
+    num_truncated: int
+    """Rows trained on without their end, which the cut took; of a task, without a part of their body."""
+    num_identical: int = 0
+    """Preference pairs whose answers the cut made the same."""
+    num_sequences: int
+    """Sequences: rows, or packs of rows."""
+    num_tokens: int
+    """Tokens in all sequences."""
+    num_trained_tokens: int
+    """Tokens that count in the loss."""
+    length_percentiles: dict[str, int]
+    """Tokens of a row before the cut: `p50`, `p90`, `p99`, `max`."""
+    sources: tuple[Source, ...]
+    """Where the rows came from."""
+    key: str
+    """Name of the entry in the cache: a hash of all that shapes the tokens."""
+
+
+class Hardware(Section):
+    device: str
+    """The GPU's name, or the processor's."""
+    num_processes: int
+    """Ranks of the round."""
+    num_cores: int
+    """Processor cores of the machine."""
+    num_threads: int
+    """Threads of each rank."""
+    memory_bytes: int
+    """Memory of the machine."""
+
+
+class FitReport(Section):
+    """What `train.fit: auto` chose."""
+
+    per_device_train_batch_size: int
+    """Sequences, or pairs, per forward pass of one process."""
+    checkpoint_every: int | None
+    """Every so many layers keep their input alone and are computed again; 1 is all of them, null none."""
+    loss_kernel: LossKernel = "chunked"
+    """Whether the logits are kept (`plain`) or computed again."""
+    needed_bytes: int
+    """What the budget says that this takes on one device, with all that it counts as possible."""
+    memory_bytes: int
+    """What there is."""
+
+
+class StepSaves(Section):
+    """What the step checkpoints of one start cost."""
+
+    num_saves: int = 0
+    """Step checkpoints written."""
+    seconds: float = 0.0
+    """Wall-clock seconds for which training stood still for them, in all."""
+    num_bytes: int = 0
+    """Size of the last one."""
+
+
+class RoundResult(Section):
+    """What a finished round leaves to the next one and to the report."""
+
+    fingerprint: str
+    """Of the freeze plan."""
+    rank_fingerprints: tuple[str, ...]
+    """The plan's fingerprint as each rank computed it."""
+    precision: Literal["float32", "bfloat16"]
+    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the device has it."""
+    loss_kernel: LossKernel = "chunked"
+    """Whether the logits were kept (`plain`) or computed again."""
+    num_steps: int
+    """Optimizer steps taken."""
+    train_loss: float
+    """Mean training loss over the round."""
+    num_tokens: int
+    """Tokens seen in training, over all ranks."""
+    seconds: dict[str, float]
+    """Wall-clock seconds of each phase, in the start that finished the round."""
+    resumed_from: int | None = None
+    """Step of the checkpoint that this start went on from; null where it began the round."""
+    step_saves: StepSaves = StepSaves()
+    """Step checkpoints that this start wrote, their size, and how long they held training up."""
+    peak_memory_bytes: int
+    """Peak memory of rank 0: of the GPU's allocator, or the process's resident set where there is none."""
+    gradient_bytes: int
+    """Bytes of gradients on rank 0 in a step; 0 where DeepSpeed keeps them to itself."""
+    optimizer_bytes: int
+    """Bytes of optimizer state on rank 0."""
+    updates: dict[str, float]
+    """Largest absolute change of each trained parameter, in float32."""
+    verification: Verification
+    """Frozen parts identical, trained parts moved."""
+    data: DataReport
+    """What the data were: format, counts, hashes."""
+    reference: ReferenceReport | None = None
+    """What the reference of preference optimization was; null with another objective."""
+    pairs: PairScores | None = None
+    """Held-out preference pairs before and after; null where there are none."""
+    fit: FitReport | None = None
+    """What `train.fit: auto` chose; null where it is off."""
+    hardware: Hardware
+    """What the worker ran on."""
+
+
+class CheckpointIdentity(Section):
+    """Which checkpoint it was, to the byte."""
+
+    path: str
+    """Its folder, where it was seen."""
+    files: dict[str, str]
+    """SHA-256 of its config, of its weight files, and of delta.json where it is a delta itself."""
+
+
+class DeltaRecord(Section):
+    """What a delta checkpoint lacks, and where that is."""
+
+    version: Literal[1] = 1
+    """Version of this form."""
+    base: CheckpointIdentity
+    """The round's start, which holds all that this checkpoint does not; may be a delta itself."""
+    fingerprint: str
+    """Of the round's freeze plan."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Data type of the checkpoint; what comes from the base is rounded to it."""
+    tensors: tuple[str, ...]
+    """Names of the parameters stored here: those whose bytes are not the base's, frozen ones too."""
+    rows: tuple[str, ...] = ()
+    """Names of those of which only the rows that are not the base's are stored."""
+
+
+class MergeManifest(Section):
+    """How a model was made out of the weights of others."""
+
+    kind: Literal["delta", "interpolation", "reset"]
+    """A delta laid over its base, the mean of two models, or a tuned model with one half back at its base."""
+    command: tuple[str, ...]
+    """The command line."""
+    created: str
+    """UTC time."""
+    version: str
+    """Version of hft."""
+    inputs: dict[str, CheckpointIdentity]
+    """What it was made of: `base`, and `delta` or `tuned`."""
+    weight: float | None = None
+    """Of an interpolation: the share A of the tuned model in (1 - A) base + A tuned, in [0, 1]."""
+    plan: FreezePlan | None = None
+    """Of a reset: the frozen parameters are back at the base, the trained ones are the tuned model's."""
+    files: dict[str, str]
+    """SHA-256 of the config and the weight files that were written."""
+
+
+class Checksums(Section):
+    """What a checkpoint's files were when they were written."""
+
+    files: dict[str, FileSeal]
+    """Size and hash of each."""
+
+
+class StepManifest(Section):
+    """A step checkpoint: what it holds, and what it may be resumed with. Written last; a folder without it is no checkpoint."""
+
+    step: int
+    """Optimizer steps taken."""
+    spec: RoundSpec
+    """The round."""
+    fingerprint: str
+    """Of the freeze plan: an optimizer restores its state by position, so another half would be corrupted without a word."""
+    data_key: str
+    """Of the tokens trained on, the round's own and those that methods add."""
+    start_key: str
+    """Hash of the start's weights, of which the frozen half is not stored again."""
+    files: dict[str, FileSeal]
+    """Size and hash of every other file."""
+    digest: str = ""
+    """Hash of this file, with this field empty."""
+
+
+class Manifest(Section):
+    """What a stranger needs to repeat the run."""
+
+    command: tuple[str, ...]
+    """The command line."""
+    created: str
+    """UTC time of the first start."""
+    versions: dict[str, str]
+    """Installed versions of what computes."""
+    python: str
+    """Python's version."""
+    platform: str
+    """Operating system and machine."""
+    parent: str | None
+    """Folder of the run that this one starts from."""
+    sequence: SequenceReport | None = None
+    """What the data of a sequence of tasks are; null without one."""
+    rounds: dict[str, RoundResult] = Field(default_factory=dict)
+    """Results of the finished rounds, by name."""

@@ -1,0 +1,250 @@
+"""A run on disk: every path and file name of it, and what the files hold, in one place.
+
+    runs/<name>/            Run
+      recipe.yaml             the recipe, resolved
+      manifest.json           Manifest: what a stranger needs to repeat the run
+      forgetting.json         ForgettingMatrix: scores after every round of a continual run
+      job.sh                  the batch script of `--slurm`
+      report.html             the run on one page
+      rounds/00-sft/          Round
+        round.json              RoundSpec: everything the worker needs, written by the runner
+        freeze_plan.json        FreezePlan: which parameters train
+        progress.json           Progress: where the worker is
+        metrics.jsonl           a row per logging step, with the trainer's own keys
+        worker.log              all that the processes print
+        checkpoint/             a plain Hugging Face folder, or a delta: what changed, and delta.json (DeltaRecord)
+        adapter/                the low-rank adapters, in PEFT's form, where a method trains them
+        method/                 what a method leaves to the rounds that follow
+        checksums.json          Checksums: size and sha256 of the checkpoint's files
+        steps/40/               a step checkpoint: what a stopped round goes on from; gone when the round is done
+          step.json               StepManifest: written last
+        stop                    there while the front asks its ranks to stop
+        scores.json             Scores: the round's tasks before and after
+        predictions/            a Prediction per question and line: before/trace--FOMC.jsonl, after/trace--FOMC.jsonl
+        failure.json            Failure: why the worker stopped, if it did
+        result.json             RoundResult: written last; it means done
+
+Files are written under a temporary name and renamed, so that a reader never meets half of one.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hftcli.errors import InputError
+from hftcli.freezing.selection import FreezePlan
+from hftcli.recipe.loading import dump_recipe
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.sections import LaunchSection
+from hftcli.runs.files import read_model, write_model, write_text
+from hftcli.runs.records import Checksums, Manifest, RoundResult
+from hftcli.runs.scores import Moment, Prediction, Scores
+from hftcli.runs.seals import find_damage
+from hftcli.runs.spec import RoundSpec
+
+# How the names begin that a run's folder may hold while it is claimed, those of files being written among them.
+CLAIM_NAMES = (".lock", ".holder", "..holder.", ".recipe.yaml.", ".manifest.json.")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's folder."""
+
+    folder: Path
+
+    spec_path = property(lambda self: self.folder / "round.json")
+    plan_path = property(lambda self: self.folder / "freeze_plan.json")
+    progress_path = property(lambda self: self.folder / "progress.json")
+    metrics_path = property(lambda self: self.folder / "metrics.jsonl")
+    log_path = property(lambda self: self.folder / "worker.log")
+    checkpoint = property(lambda self: self.folder / "checkpoint")
+    adapter = property(lambda self: self.folder / "adapter")
+    fisher_path = property(lambda self: self.folder / "method" / "ewc.safetensors")
+    checksums_path = property(lambda self: self.folder / "checksums.json")
+    steps = property(lambda self: self.folder / "steps")
+    stop_path = property(lambda self: self.folder / "stop")
+    lock_path = property(lambda self: self.folder / ".ranks.lock")  # held by every rank while it lives
+    scores_path = property(lambda self: self.folder / "scores.json")
+    predictions = property(lambda self: self.folder / "predictions")
+    failure_path = property(lambda self: self.folder / "failure.json")
+    result_path = property(lambda self: self.folder / "result.json")
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def saved_steps(self) -> list[int]:
+        """Steps with a checkpoint, the last one first."""
+        if not self.steps.is_dir():
+            return []
+        return sorted((int(path.name) for path in self.steps.iterdir() if path.name.isdigit()), reverse=True)
+
+    def describe_kept(self) -> str:
+        """What a stop of this round leaves, for a message."""
+        if steps := self.saved_steps:
+            return f"{self.name} goes on from its checkpoint at step {steps[0]}; finished rounds are untouched"
+        return f"{self.name} has no step checkpoint yet and starts again; finished rounds are untouched"
+
+    def read_spec(self) -> RoundSpec:
+        return read_model(self.spec_path, RoundSpec)
+
+    def read_plan(self) -> FreezePlan:
+        return read_model(self.plan_path, FreezePlan)
+
+    def read_result(self) -> RoundResult | None:
+        """The result, or None while the round is not done."""
+        return read_model(self.result_path, RoundResult) if self.result_path.exists() else None
+
+    def read_scores(self) -> Scores | None:
+        return read_model(self.scores_path, Scores) if self.scores_path.exists() else None
+
+    def predictions_path(self, moment: Moment, task: str) -> Path:
+        return self.predictions / moment / f"{task.replace('/', '--')}.jsonl"
+
+    def write_predictions(self, moment: Moment, task: str, predictions: Sequence[Prediction]) -> None:
+        path = self.predictions_path(moment, task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(prediction.model_dump_json() + "\n" for prediction in predictions))
+
+    def read_predictions(self, moment: Moment, task: str) -> list[Prediction]:
+        """Raises: FileNotFoundError: the task was not scored at that moment."""
+        lines = self.predictions_path(moment, task).read_text(encoding="utf-8").splitlines()
+        return [Prediction.model_validate_json(line) for line in lines]
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    folder: Path
+
+    recipe_path = property(lambda self: self.folder / "recipe.yaml")
+    manifest_path = property(lambda self: self.folder / "manifest.json")
+    matrix_path = property(lambda self: self.folder / "forgetting.json")
+    page_path = property(lambda self: self.folder / "report.html")
+    figures = property(lambda self: self.folder / "figures")
+    script_path = property(lambda self: self.folder / "job.sh")
+    holder_path = property(lambda self: self.folder / ".holder")
+
+    @cached_property
+    def lock(self) -> FileLock:
+        """Held from `claim` for as long as this object lives, or the process."""
+        return FileLock(self.folder / ".lock")
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The rounds that were started, in order."""
+        return [Round(path.parent) for path in sorted(self.folder.glob("rounds/*/round.json"))]
+
+    @property
+    def last_finished(self) -> Round | None:
+        return next((round_ for round_ in reversed(self.rounds) if round_.result_path.exists()), None)
+
+    def read_manifest(self) -> Manifest:
+        return read_model(self.manifest_path, Manifest)
+
+    def round(self, name: str) -> Round:
+        return Round(self.folder / "rounds" / name)
+
+    def claim(self, recipe: Recipe, launch: LaunchSection, manifest: Manifest) -> None:
+        """Make the folder this recipe's run, or find that it already is, and hold it.
+
+        A run of another recipe that has trained anything is never written over.
+
+        Args:
+            launch: the recipe's, resolved.
+
+        Raises:
+            InputError: the folder holds something else, or another `hft` is at work in it.
+        """
+        text = dump_recipe(recipe)
+        held = self.folder.iterdir() if self.folder.exists() and not self.recipe_path.exists() else ()
+        if any(not path.name.startswith(CLAIM_NAMES) for path in held):
+            raise InputError(f"{self.folder} is not empty and holds no run", "give another --output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        is_trained = any(round_.metrics_path.exists() or round_.result_path.exists() for round_ in self.rounds)
+        held = self.recipe_path.read_text(encoding="utf-8") if self.recipe_path.exists() else ""
+        if is_trained and held != text and (differences := self._find_differences(held, text, launch)):
+            raise InputError(
+                f"{self.folder} holds the run of another recipe (differs in {', '.join(differences)})",
+                "give another --output, or remove the folder",
+            )
+        if held != text:
+            write_text(self.recipe_path, text)
+        if not self.manifest_path.exists() or (held != text and not is_trained):
+            write_model(self.manifest_path, manifest)
+
+    def _find_differences(self, held: str, text: str, launch: LaunchSection) -> list[str]:
+        """What of two recipes gives another result; of `launch` that is only how it splits the work."""
+        import yaml
+
+        keys = find_differences(yaml.safe_load(held), yaml.safe_load(text))
+        # The output is this folder, by whatever name.
+        differences = [key for key in keys if key != "output" and not key.startswith("launch.")]
+        return differences + find_differences(self.rounds[0].read_spec().launch.split, launch.split)
+
+    def _hold(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            holder = self.holder_path.read_text(encoding="utf-8") if self.holder_path.exists() else "unknown"
+            raise InputError(
+                f"{self.folder} is in use by another hft, process {holder}", "wait for it or stop it, or give another --output"
+            ) from None
+        write_text(self.holder_path, f"{os.getpid()} on {socket.gethostname()}")
+
+    def record(self, round_: Round, result: RoundResult) -> None:
+        """Take a finished round into the manifest."""
+        manifest = self.read_manifest()
+        rounds = {**manifest.rounds, round_.name: result}
+        write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
+
+
+def find_checkpoint_damage(checkpoint: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint, a line for each; of one that no round of hft wrote, nothing is known."""
+    round_ = Round(checkpoint.parent)
+    if checkpoint.name != round_.checkpoint.name or not round_.checksums_path.exists():
+        return []
+    return find_damage(checkpoint, read_model(round_.checksums_path, Checksums).files)
+
+
+def find_differences(held: Any, given: Any) -> list[str]:
+    """Keys whose values differ between two nested mappings, with dots."""
+
+    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+    old, new = flatten(held), flatten(given)
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def find_rounds(path: Path) -> list[Round]:
+    """The finished rounds that a path means: a round's folder, or a run's.
+
+    Raises:
+        InputError: neither, or none is finished.
+    """
+    if Round(path).spec_path.exists():
+        rounds = [Round(path)]
+    elif Run(path).recipe_path.exists():
+        rounds = Run(path).rounds
+    else:
+        raise InputError(f"{path} is neither a run nor a round", "give a folder with a recipe.yaml or a round.json")
+    finished = [round_ for round_ in rounds if round_.result_path.exists()]
+    if not finished:
+        raise InputError(f"{path} has no finished round", "run its recipe again: it goes on where it stopped")
+    return finished

@@ -1,0 +1,86 @@
+"""What a model scores: on tasks, question by question, and on preference pairs."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hftcli.recipe.section import Section
+
+Moment = Literal["before", "after"]  # of a round
+HELD_OUT = "held-out rows"  # among the tasks of `Scores`, by likelihood alone
+
+
+class Score(Section):
+    """What a model scores on one task."""
+
+    score: float | None
+    """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
+    lenient: float | None
+    """By a metric that overlooks the form of the answer, in [0, 1]; null where there is none."""
+    nll: float | None
+    """Negative log-likelihood of the answers, nats per token; null where another program scored the task."""
+    num_examples: int
+    """Questions asked."""
+    others: dict[str, float] = Field(default_factory=dict)
+    """By further metrics of the task, by name. Of multiple choice, the accuracy when the choices are compared by log-likelihood
+    per character (`acc_norm`) and by how much the question raises it (`acc_content`)."""
+
+
+class Prediction(Section):
+    """What became of one question of a task."""
+
+    index: int
+    """Its place in the task, from 0."""
+    prediction: str | None
+    """What the model answered; of multiple choice, the likeliest choice; null where the answer is only judged by likelihood."""
+    score: float | None
+    """By the task's own metric, in [0, 1]; null where only the likelihood was measured."""
+    lenient: float | None
+    """By a metric that overlooks the form of the answer, in [0, 1]; null where nothing is generated."""
+    nll: float | None
+    """Negative log-likelihood of the right answer, nats per token; null where another program scored the task."""
+    num_tokens: int | None
+    """Tokens of the right answer, its end included where it is learned with one; null where `nll` is."""
+    others: dict[str, float] = Field(default_factory=dict)
+    """By further metrics of the task, by name."""
+    log_likelihoods: tuple[float, ...] | None = None
+    """Of each choice, or of each right answer where there are several, in nats; null for tasks that have neither."""
+    bare_log_likelihoods: tuple[float, ...] | None = None
+    """Of each choice after a prompt that asks nothing, in nats; null where there are no choices."""
+
+    @property
+    def num_choices(self) -> int | None:
+        """Choices of the question; None where there are none."""
+        return None if self.bare_log_likelihoods is None else len(self.bare_log_likelihoods)
+
+
+class PairScore(Section):
+    """What a model makes of preference pairs, beside the reference: the model as it was before the round."""
+
+    reward_accuracy: float
+    """Share of pairs whose chosen answer has the higher implicit reward, beta (log p - log p of the reference), in [0, 1];
+    equal rewards count one half, so that the reference itself has 0.5."""
+    reward_accuracy_error: float
+    """Standard error of `reward_accuracy` over the pairs."""
+    reward_margin: float
+    """Mean reward of the chosen answer over the rejected one."""
+    likelihood_accuracy: float
+    """Share of pairs whose chosen answer is the likelier one as a whole, with no reference."""
+    kl: float
+    """KL(reference || model), nats per answer token, estimated from tokens that the reference draws at every place."""
+    num_pairs: int
+    """Pairs measured."""
+
+
+class PairScores(Section):
+    before: PairScore
+    """Before the round, where the model is the reference."""
+    after: PairScore
+    """After it."""
+
+
+class Scores(Section):
+    before: dict[str, Score]
+    """Score on each task before the round."""
+    after: dict[str, Score] | None = None
+    """Score on each task after it; null until it is trained."""

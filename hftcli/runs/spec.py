@@ -1,0 +1,111 @@
+"""What the front asks of a worker, round.json, and what the worker says while it is at work."""
+
+from typing import Literal
+
+from hftcli.errors import InputError
+from hftcli.freezing.budget import ReferenceMode
+from hftcli.freezing.selection import FreezeRule
+from hftcli.recipe.methods import MethodSection
+from hftcli.recipe.recipe import Objective
+from hftcli.recipe.section import Section
+from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
+
+
+class EarlierRound(Section):
+    """What a method may need of a round before."""
+
+    task: str
+    """What it trained on."""
+    folder: str
+    """Where it is."""
+
+
+class Scoring(Section):
+    """What a round measures of a model's answers."""
+
+    before: tuple[str, ...] = ()
+    """Tasks scored before the round."""
+    after: tuple[str, ...] = ()
+    """Tasks scored after it."""
+    likelihood: tuple[str, ...] = ()
+    """Tasks of which only the likelihood of the answers is measured after it."""
+    max_examples: int | None = None
+    """The first so many questions of each task; null asks all."""
+    temperature: float = 0.0
+    """Temperature at which answers are drawn; 0 takes the likeliest token at every place."""
+
+
+class RoundSpec(Section):
+    """One training pass: one objective, one dataset, one starting checkpoint, one freeze rule."""
+
+    objective: Objective
+    """What is optimized."""
+    index: int
+    """Place of the round in the history of the model, from 0: every round draws another half."""
+    model: ModelSection
+    """The start; `path` is a folder or a hub id."""
+    data: DataSection
+    """The rows to train on."""
+    freeze: FreezeRule
+    """How the half is drawn."""
+    train: TrainSection
+    """The trainer's settings."""
+    launch: LaunchSection
+    """Processes and sharding, `num_processes` and `num_nodes` resolved."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """How the outcome is kept, and when step checkpoints are written."""
+    scoring: Scoring = Scoring()
+    """Tasks to score before and after."""
+    task: str | None = None
+    """The task whose training rows are the data, under `data.root`; null where `data.path` names the rows."""
+    method: MethodSection = MethodSection()
+    """How old knowledge is defended besides freezing."""
+    earlier: tuple[EarlierRound, ...] = ()
+    """The rounds of the same run before this one, in order."""
+    dpo: DpoSection | None = None
+    """Settings of preference optimization; null with another objective."""
+    reference: ReferenceMode | None = None
+    """Where the reference of preference optimization comes from; null with another objective."""
+    held_out: DataSection | None = None
+    """Held-out rows, or preference pairs, to measure on before and after; null measures none."""
+
+    @property
+    def num_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step and process.
+
+        Raises:
+            InputError: the global batch does not divide.
+        """
+        if self.train.fit == "auto" and self.train.global_batch_size % self.launch.num_ranks == 0:
+            return self.train.global_batch_size // self.launch.num_ranks  # the most: the worker chooses the micro-batch
+        batch = self.train.per_device_train_batch_size * self.launch.num_ranks
+        if self.train.global_batch_size % batch:
+            raise InputError(
+                f"train.global_batch_size is {self.train.global_batch_size}, not a multiple of "
+                f"train.per_device_train_batch_size x processes = {self.train.per_device_train_batch_size} x "
+                f"{self.launch.num_ranks} = {batch}",
+                "change one of the three so that it divides",
+            )
+        return self.train.global_batch_size // batch
+
+
+class Progress(Section):
+    phase: Literal["starting", "tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying"]
+    """What the worker does now."""
+    done: int = 0
+    """Units of the phase that are done: steps, rows, batches."""
+    total: int = 0
+    """Units of the phase in all; 0 where it is not known."""
+    loss: float | None = None
+    """Last training loss."""
+
+
+class Failure(Section):
+    message: str
+    """What went wrong and where."""
+    fix: str = ""
+    """What to do about it."""
+    exit_code: int
+    """The exit code that the front ends with."""
+    traceback: str = ""
+    """Where in the code, for `--traceback`."""

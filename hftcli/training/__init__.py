@@ -1,0 +1,1 @@
+"""One round of training, in one process per rank."""

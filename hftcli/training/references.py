@@ -1,0 +1,209 @@
+"""The reference of preference optimization: the model as it was before the round, without a second model in memory.
+
+    precompute   the untouched model is asked once about every pair; its answers are kept on disk and looked up by row
+    shared       the frozen half is the reference's already; a copy of the trained half is laid in for the reference's pass
+
+The third way, a second model, is TRL's own (`reference: full`). All three compute the reference with TRL's
+`compute_ref_log_probs`, so they give the same losses.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from trl import DPOTrainer
+
+from hftcli.data.prepare import deal_pairs
+from hftcli.data.tokens import Progress
+from hftcli.errors import InputError
+from hftcli.models.deltas import hash_checkpoint
+from hftcli.runs.spec import RoundSpec
+
+BATCH_TOKENS = 16384  # padded tokens, both answers counted, in a pass without a graph
+
+Inputs = dict[str, torch.Tensor]
+LogProbs = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected answers, each (B,)
+
+
+class Reference(Protocol):
+    """What a trainer asks for the reference's log-probabilities."""
+
+    key: str | None
+    is_reused: bool
+    num_bytes: int
+
+    def prepare(self, trainer: DPOTrainer) -> None:
+        """Called by all ranks when the model is where it trains, and untouched."""
+
+    def recall(self) -> torch.Tensor | None:
+        """What a step checkpoint has to keep: what the trained model could not give again."""
+
+    def restore(self, trainer: DPOTrainer, recalled: torch.Tensor | None) -> None:
+        """Called in place of `prepare` where the model comes from a step checkpoint."""
+
+    def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
+        """Log-probabilities of a batch's answers; `rows_B` are the pairs' places in the dataset."""
+
+
+class PrecomputedReference:
+    """Log-probabilities of every pair, computed once by the untouched model and kept on disk.
+
+    Args:
+        path: the file that keeps them, under a key of all that shapes them; rank 0 alone reads and writes it.
+        on_batch: called with batches done and in all.
+    """
+
+    def __init__(self, path: Path, on_batch: Progress):
+        self.path = path
+        self.on_batch = on_batch
+        self.is_reused = False
+        self.log_probs_P2 = torch.empty(0, 2)
+
+    @property
+    def key(self) -> str:
+        return self.path.stem
+
+    @property
+    def num_bytes(self) -> int:
+        return self.log_probs_P2.nbytes
+
+    def prepare(self, trainer: DPOTrainer) -> None:
+        is_first = trainer.args.process_index == 0
+        found = [read_log_probs(self.path, len(trainer.train_dataset)) if is_first and self.path.exists() else None]
+        if trainer.args.world_size > 1:  # the ranks may be on machines with other caches
+            torch.distributed.broadcast_object_list(found)
+        self.is_reused = found[0] is not None
+        self.log_probs_P2 = found[0] if self.is_reused else compute_log_probs(trainer, self.on_batch)
+        if is_first and not self.is_reused:
+            write_log_probs(self.path, self.log_probs_P2)
+
+    def recall(self) -> torch.Tensor:
+        return self.log_probs_P2
+
+    def restore(self, trainer: DPOTrainer, recalled: torch.Tensor) -> None:
+        self.log_probs_P2, self.is_reused = recalled, True
+
+    def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
+        chosen_B, rejected_B = self.log_probs_P2[rows_B.cpu()].to(inputs["input_ids"].device).unbind(-1)
+        return chosen_B, rejected_B
+
+
+class SharedReference:
+    """The model itself, with a copy of the trained half as it was. Every rank must hold whole parameters: not ZeRO 3."""
+
+    key = None
+    is_reused = False
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(copy.nbytes for _, copy in self.copies)
+
+    def prepare(self, trainer: DPOTrainer) -> None:
+        self.remember(trainer.model)
+
+    def remember(self, model: torch.nn.Module) -> None:
+        """Copy the trained half of a model as it is now."""
+        self.copies = [(value, value.detach().clone()) for value in model.parameters() if value.requires_grad]
+
+    def recall(self) -> None:
+        return None  # the start has it
+
+    def restore(self, trainer: DPOTrainer, recalled: None) -> None:
+        self.copies = [(value, copy.to(value.device)) for value, copy in self.copies]
+
+    def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
+        with self._laid_in(), evaluating(trainer.model):
+            return trainer.compute_ref_log_probs(trainer.model, inputs)
+
+    @contextmanager
+    def _laid_in(self) -> Iterator[None]:
+        """The trained half as it was; afterwards the very tensors that train are back, nothing is copied."""
+        trained = [parameter.data for parameter, _ in self.copies]
+        for parameter, copy in self.copies:
+            parameter.data = copy
+        try:
+            yield
+        finally:
+            for (parameter, _), values in zip(self.copies, trained, strict=True):
+                parameter.data = values
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model without dropout; left in the mode it came in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def compute_log_probs(trainer: DPOTrainer, on_batch: Progress) -> torch.Tensor:
+    """Log-probabilities of every pair's answers (P, 2), float32 on the CPU; the ranks share the pairs and all get the whole."""
+    args = trainer.args
+    batches = deal_pairs(trainer.train_dataset, BATCH_TOKENS, args.world_size)
+    log_probs_P2 = torch.zeros(len(trainer.train_dataset), 2)
+    with evaluating(trainer.model_wrapped):
+        for index, batch in enumerate(batches):
+            own = batch[args.process_index :: args.world_size]
+            # A rank without a pair passes all the same, because under ZeRO 3 the ranks gather the weights together.
+            inputs = trainer.data_collator([trainer.train_dataset[row] for row in own or batch[:1]])
+            rows_B = inputs.pop("row")
+            inputs = trainer._prepare_inputs(inputs)
+            if own:
+                log_probs_P2[rows_B] = torch.stack(_score(trainer, inputs), dim=-1).float().cpu()
+            else:
+                _score(trainer, inputs)
+            on_batch(index + 1, len(batches))
+    if args.world_size > 1:
+        log_probs_P2 = log_probs_P2.to(args.device)
+        torch.distributed.all_reduce(log_probs_P2)
+    return log_probs_P2.cpu()
+
+
+def _score(trainer: DPOTrainer, inputs: Inputs) -> LogProbs:
+    return trainer.compute_ref_log_probs(trainer.model_wrapped, inputs)
+
+
+def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: bool) -> str:
+    """A hash of all that shapes the reference's log-probabilities. What it left out would be trained on stale."""
+    shaping = {
+        "start": hash_checkpoint(start),
+        "tokens": tokens_key,
+        "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
+        "mixed": mixed,
+        "ld_alpha": spec.dpo.model_extra.get("ld_alpha"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+    }
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def read_log_probs(path: Path, num_pairs: int) -> torch.Tensor:
+    """Raises: InputError: the file is damaged, or holds those of other pairs."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            log_probs_P2 = file.get_tensor("log_probs")
+            key = file.metadata()["key"]
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}", "remove it: it is computed again") from None
+    if key != path.stem or log_probs_P2.shape != (num_pairs, 2):
+        raise InputError(f"{path} holds the reference of another model or of other pairs", "remove it: it is computed again")
+    return log_probs_P2
+
+
+def write_log_probs(path: Path, log_probs_P2: torch.Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    save_file({"log_probs": log_probs_P2}, temporary, {"key": path.stem})
+    temporary.replace(path)

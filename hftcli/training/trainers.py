@@ -1,0 +1,390 @@
+"""What goes around TRL's trainers: their arguments from a round's spec, and the callbacks that report a round."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from hftcli.errors import InputError, TrainingError
+from hftcli.freezing.activations import LossKernel
+from hftcli.methods import Method
+from hftcli.models.device import has_bfloat16
+from hftcli.runs.files import write_model, write_text
+from hftcli.runs.run import Round
+from hftcli.runs.spec import Progress, RoundSpec
+from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits
+from hftcli.training.references import Reference
+from hftcli.training.steps import ResumableTrainer
+
+SPENT_KEYS = {
+    "global_batch_size",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "fit",
+    "memory_bytes",
+    "loss_kernel",
+}  # before the trainer exists
+
+
+def is_mixed(spec: RoundSpec) -> bool:
+    """Whether this process computes in bfloat16."""
+    return spec.train.bf16 and has_bfloat16()
+
+
+def is_sharded(spec: RoundSpec) -> bool:
+    """Whether DeepSpeed holds the model."""
+    return spec.launch.num_ranks > 1
+
+
+def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOConfig:
+    """Translate a round's spec for TRL. With several processes, this is where they join.
+
+    Raises:
+        InputError: a value under `train` that TRL does not take, or another number of ranks than the round is prepared for.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks != spec.launch.num_ranks:  # started by hand: the global batch would be another one
+        raise InputError(
+            f"{folder} is prepared for {spec.launch.num_ranks} ranks, and {num_ranks} were started",
+            "start as many, or prepare it again with another launch.num_processes or launch.num_nodes",
+        )
+    has_gpu = torch.cuda.is_available()
+    values: dict[str, Any] = {
+        **spec.train.model_dump(exclude=SPENT_KEYS),
+        "output_dir": str(folder),
+        "bf16": is_mixed(spec),
+        "use_cpu": not has_gpu,
+        "gradient_accumulation_steps": spec.num_accumulation_steps,
+        "max_length": spec.data.max_length,
+        "dataloader_pin_memory": has_gpu,
+        "save_strategy": "no",  # checkpoints.py says when
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "disable_tqdm": True,
+    }
+    values.setdefault("report_to", "none")
+    if spec.objective == "dpo" or not spec.train.packing:
+        values.setdefault("pad_to_multiple_of", find_padding(spec.data.max_length))
+    if spec.train.activation_checkpointing:
+        kwargs = spec.train.model_extra.get("activation_checkpointing_kwargs") or {}
+        if kwargs.get("use_reentrant"):
+            raise InputError(
+                "train.activation_checkpointing_kwargs.use_reentrant is true: reentrant checkpoints leave layers above frozen "
+                "ones without a gradient",
+                "drop it",
+            )
+        values["activation_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}
+    if spec.objective == "sft":
+        kind = SFTConfig
+        values["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows come tokenized
+    else:
+        kind = DPOConfig
+        del values["packing"]
+        values |= spec.dpo.model_dump(mode="json")
+        # TRL then loads no second model; the log-probabilities come from hft's reference.
+        values["precompute_ref_log_probs"] = spec.reference != "full"
+    if is_sharded(spec):
+        values["deepspeed"] = make_deepspeed_config(spec)
+        if not has_gpu:
+            values["ddp_backend"] = "gloo"
+    try:
+        args = kind(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"train: TRL refuses these settings: {error}") from None
+    if is_sharded(spec):
+        import deepspeed.ops
+        from deepspeed import init_distributed
+
+        if not has_gpu:
+            # DeepSpeed would first compile a kernel for inference between CPU ranks, for a minute; where such a build was
+            # killed, its lock stays, and every later run would wait for it forever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
+        init_distributed(dist_backend="nccl" if has_gpu else "gloo")
+    return args
+
+
+def find_padding(max_length: int) -> int | None:
+    """What lengths are rounded up to: matrix kernels are made for every new length, and are slower at odd ones. A row gets at
+    most 15 tokens longer, a thirty-second of the longest one, and never longer than that."""
+    multiple = min(16, max_length // 32)
+    return multiple if multiple > 1 and max_length % multiple == 0 else None
+
+
+def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
+    """DeepSpeed's settings; `auto` is filled in by transformers from the training arguments.
+
+    Raises:
+        InputError: stage 0 in bfloat16, where DeepSpeed keeps no float32 masters and small updates would be lost.
+    """
+    if is_mixed(spec) and spec.launch.zero_stage == 0:
+        raise InputError(
+            "launch.zero_stage 0 in bfloat16 trains without float32 masters, so that small updates are lost",
+            "set launch.zero_stage: 1, which keeps them and shards them, or train.bf16: false",
+        )
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": is_mixed(spec)},
+        "zero_optimization": {"stage": spec.launch.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+class MethodTrainer(ResumableTrainer):
+    """To stand before one of TRL's trainers among a class's bases: methods, with their terms in its loss and their hand on its
+    gradients."""
+
+    def __init__(self, methods: list[Method], args: SFTConfig | DPOConfig, **kwargs: Any):
+        for method in methods:
+            method.set_arguments(args)
+        self.methods = methods
+        super().__init__(args=args, **kwargs)
+        self.add_callback(MethodCallback(self))
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # With the number of tokens in a step, TRL's loss is that of the step, and its parts are added up.
+        num_parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        for method in self.methods:
+            penalty = method.compute_penalty()
+            if penalty is not None:
+                self._metrics["train"]["penalty"].append(penalty.item())
+                loss = loss + penalty / num_parts
+        return loss
+
+
+class TaskTrainer(MethodTrainer, SFTTrainer):
+    """TRL's SFTTrainer on rows that come tokenized."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        methods: list[Method],
+        loss_kernel: LossKernel,
+    ):
+        super().__init__(methods, args, model=model, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+        if loss_kernel == "plain":
+            keep_logits(model, SFT_OUTPUTS)
+
+
+class MethodCallback(TrainerCallback):
+    """Calls the methods of a trainer before the first step, and between the last backward pass of a step and the step."""
+
+    def __init__(self, trainer: MethodTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.trainer.methods:
+            method.start(self.trainer)
+
+    def on_pre_optimizer_step(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.trainer.methods:
+            method.change_gradient(self.trainer)
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """Keeps the pairs' places in the dataset, by which their precomputed log-probabilities are found."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**super().torch_call(examples), "row": torch.tensor([example["row"] for example in examples])}
+
+
+class PairTrainer(MethodTrainer, DPOTrainer):
+    """TRL's DPOTrainer on pairs that come tokenized, with one of hft's references.
+
+    Args:
+        dataset: `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        reference: None leaves the reference to TRL, which asks `ref_model`.
+        ref_model: the second model, where there is one.
+
+    Raises:
+        InputError: settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DPOConfig,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+        methods: list[Method],
+        loss_kernel: LossKernel,
+        reference: Reference | None,
+        ref_model: PreTrainedModel | None,
+    ):
+        self.reference = reference
+        try:
+            super().__init__(
+                methods,
+                args,
+                model=model,
+                ref_model=ref_model,
+                data_collator=PairCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
+                train_dataset=dataset.add_column("row", list(range(len(dataset)))),
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"dpo: TRL refuses these settings: {error}") from error
+        if loss_kernel == "plain":
+            keep_logits(model, DPO_OUTPUTS if args.use_weighting else DPO_OUTPUTS[:-1])
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs = dict(inputs)
+        rows_B = inputs.pop("row")
+        if self.reference is not None:
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference.score(self, inputs, rows_B)
+        checkpoint_layers(self.model, self.args)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # tokenized and cut already
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # TRL would do it here, under a key that is the same for different models under ZeRO 3
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "row"]
+
+
+def checkpoint_layers(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:
+    """Set up activation checkpointing anew, without the hook that gives the embeddings' output a gradient.
+
+    transformers adds the hook for reentrant checkpoints. With others it is not needed, and where the lowest layers are frozen
+    it would have them keep a graph, recompute, and pass gradients down to nobody. TRL sets checkpointing up anew after it
+    asked a reference, with the hook and without `every_n_layers`.
+    """
+    if not args.activation_checkpointing:
+        return
+    kwargs = dict(args.activation_checkpointing_kwargs)
+    own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    model.disable_input_require_grads()
+    model.activation_checkpointing_enable(kwargs, **own)
+    model.disable_input_require_grads()
+
+
+class Reporter:
+    """Tells the front where the worker is; only rank 0 speaks."""
+
+    def __init__(self, round_: Round):
+        self.round = round_
+        self.is_first = int(os.environ.get("RANK", "0")) == 0
+
+    def report(self, phase: str, done: int = 0, total: int = 0, loss: float | None = None) -> None:
+        if self.is_first:
+            write_model(self.round.progress_path, Progress(phase=phase, done=done, total=total, loss=loss))
+
+
+class RoundCallback(TrainerCallback):
+    """Writes metrics.jsonl and progress, stops at a loss that is not a number, and measures gradients and states.
+
+    Args:
+        score_start: called with nothing once the model is ready and untouched.
+    """
+
+    def __init__(self, reporter: Reporter, score_start: Callable[[], None]):
+        self.reporter = reporter
+        self.score_start = score_start
+        self.loss: float | None = None
+        self.gradient_bytes = 0
+
+    def on_train_begin(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        if self.reporter.is_first and (rows := cut_metrics(self.reporter.round, state.global_step)):
+            self.loss = rows[-1]["loss"]
+        self.score_start()
+        checkpoint_layers(model, args)
+        self.reporter.report("training", 0, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        if not self.gradient_bytes:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+
+    def on_step_end(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.reporter.report("training", state.global_step, state.max_steps, self.loss)
+
+    def on_log(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in logs:
+            return
+        self.loss = float(logs["loss"])
+        if self.reporter.is_first:
+            with self.reporter.round.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not math.isfinite(self.loss):
+            raise TrainingError(
+                f"the loss became {self.loss} at step {state.global_step} and the round is stopped; "
+                f"{self.reporter.round.describe_kept()}",
+                "the same command would come to the same point: lower train.learning_rate and give another --output, or look "
+                "at the data with `hft data`; metrics.jsonl has every step",
+            )
+
+
+def cut_metrics(round_: Round, step: int) -> list[dict[str, Any]]:
+    """Drop the rows of metrics.jsonl after a step: they come again. Those that are left are returned."""
+    rows = round_.read_metrics() if round_.metrics_path.exists() else []
+    rows = [row for row in rows if row["step"] <= step]
+    write_text(round_.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def measure_optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's moments on this process; DeepSpeed's own optimizers wrap the one that holds them."""
+    while not isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
+
+
+def silence_libraries() -> None:
+    """Libraries tell their users' maintainers about themselves and draw their own bars; here they do neither."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,263 @@
+"""What the doctor finds, against machines that are described by hand and the one that is here."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hftcli import __version__
+from hftcli.doctor.doctor import (
+    Finding,
+    HostReport,
+    Probe,
+    check_devices,
+    check_disk,
+    check_hosts,
+    check_launcher,
+    check_memory,
+    check_packages,
+    count_checkpoint_bytes,
+    count_step_bytes,
+    judge_disk,
+    judge_host,
+    share_memory,
+    suggest_launch,
+)
+from hftcli.freezing.activations import Network, Workload
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.roles import Parameter, Unit, assign_roles
+from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.launching.hosts import Host
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.sections import LaunchSection, SlurmSection
+from hftcli.runners import count_rounds
+from hftcli.runs.files import write_model
+from hftcli.runs.records import CheckpointIdentity, DeltaRecord
+
+
+def make_llama(num_layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> list[Parameter]:
+    """The parameters of a Llama, untied."""
+    shapes = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
+    for index in range(num_layers):
+        layer = f"model.layers.{index}"
+        shapes |= {f"{layer}.self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
+        shapes |= {f"{layer}.self_attn.{name}_proj": (keys, hidden) for name in "kv"}
+        shapes |= {f"{layer}.mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj": (hidden, inner)}
+        shapes |= {f"{layer}.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    return [Parameter(f"{name}.weight", shape) for name, shape in shapes.items()]
+
+
+HOST = Host("worker-1", 8, "hosts:2")
+REPORT = HostReport(versions={"hft": "1", "torch": "2"}, num_gpus=8, device_bytes=80 * 10**9, sees_file=True)
+
+
+def statuses(findings: list[Finding]) -> list[str]:
+    return [finding.status for finding in findings]
+
+
+def test_installed_packages_are_held_against_those_that_hft_asks_for(monkeypatch):
+    assert statuses(check_packages()) == ["ok"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=99", "not-there-at-all", "x; extra == 'y'"])
+    torch, missing, last = check_packages()
+    assert (torch.status, missing.status, last.status) == ("fault", "fault", "ok")
+    assert "and hft needs >=99" in torch.message
+    assert missing.fix == "pip install 'not-there-at-all'"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "num_devices", "has_bfloat16", "expected"),
+    [
+        ("12.8", 2, True, ("ok", "2 GPUs")),
+        (None, 0, False, ("fault", "CPU build")),
+        ("13.0", 0, False, ("fault", "can use 0")),
+        ("12.8", 2, False, ("warning", "bfloat16")),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_a_fault(monkeypatch, cuda, num_devices, has_bfloat16, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    findings = check_devices(Probe(cuda, num_devices, has_bfloat16, {}), None)
+    assert any(found.status == expected[0] and expected[1] in found.message for found in findings), findings
+
+
+def test_without_gpus_there_are_cpu_ranks(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert statuses(check_devices(Probe(None, 0, False, {}), None)) == ["ok"]
+
+
+def test_launchers_that_are_missing_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (found,) = check_launcher(LaunchSection(slurm=SlurmSection()))
+    assert (found.status, found.message) == ("fault", "not found: sbatch, srun, scontrol")
+    assert statuses(check_launcher(LaunchSection(hostfile="hosts"))) == ["fault"]
+    assert statuses(check_launcher(LaunchSection())) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (REPORT.model_copy(update={"versions": {"hft": "1", "torch": "3"}}), "other versions: torch 3 (here 2)"),
+        (REPORT.model_copy(update={"sees_file": False}), "does not see what this machine writes"),
+        (REPORT.model_copy(update={"num_gpus": 4}), "hosts:2: 8 ranks, but 4 GPUs"),
+        ("Permission denied (publickey).", "hosts:2: Permission denied (publickey)."),
+    ],
+)
+def test_a_host_that_differs_is_a_fault(answer, message):
+    (found,) = judge_host(HOST, answer, {"hft": "1", "torch": "2"}, 8, Path("/runs"))
+    assert (found.check, found.status) == ("host worker-1", "fault")
+    assert message in found.message
+    assert found.fix
+
+
+def test_hosts_are_asked_over_ssh(tmp_path, monkeypatch):
+    """In place of ssh, a script that runs the command here, and refuses one host."""
+    (tmp_path / "ssh").write_text(
+        '#!/bin/bash\ncommand=${!#}; shift $(($# - 2))\n[ "$1" != gone ] || { echo "ssh: gone: no route" >&2; exit 255; }\n'
+        'exec bash -c "$command"\n'
+    )
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    findings, reports = check_hosts([Host("a", 2, "hosts:1"), Host("gone", 2, "hosts:2")], 2, shared)
+    assert statuses(findings) == ["ok", "fault"]
+    assert findings[1].message == "hosts:2: ssh: gone: no route"
+    assert reports[0].versions["hft"] == __version__
+    assert list(shared.iterdir()) == []
+
+
+@pytest.mark.parametrize(("free", "status"), [(10_000, "ok"), (1100, "warning"), (999, "fault")])
+def test_disk_is_held_against_the_checkpoints(tmp_path, free, status):
+    assert judge_disk(tmp_path, free, 600, 400).status == status
+
+
+@pytest.fixture
+def plan() -> FreezePlan:
+    """200 of 300 weights train."""
+    units = [
+        Unit("model.norm", "final_norm", None, (Parameter("model.norm.weight", (200,)),)),
+        Unit("lm_head", "head", None, (Parameter("lm_head.weight", (10, 10)),)),
+    ]
+    return make_plan(units, FreezeRule(head="freeze"), 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_seen", "num_bytes"),
+    [
+        ([], True, 999),
+        ([], False, 1200),
+        (["model.dtype=bfloat16"], True, 600),
+        (["checkpoint.format=delta"], True, 666),
+        (["checkpoint.format=delta", "model.dtype=bfloat16"], False, 400),
+    ],
+)
+def test_a_checkpoint_is_as_large_as_its_start_or_as_its_data_type_and_format_make_it(
+    tmp_path, plan, overrides, is_seen, num_bytes
+):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 999)
+    start = tmp_path if is_seen else Path("owner/name")
+    assert count_checkpoint_bytes(load_recipe(None, overrides), start, plan) == num_bytes
+
+
+def test_a_start_that_is_a_delta_is_counted_whole(tmp_path, plan):
+    (tmp_path / "delta.safetensors").write_bytes(b"x" * 10)
+    record = DeltaRecord(base=CheckpointIdentity(path="base", files={}), fingerprint="f", dtype="bfloat16", tensors=())
+    write_model(tmp_path / "delta.json", record)
+    assert count_checkpoint_bytes(load_recipe(None), tmp_path, plan) == 600
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "num_bytes"),
+    [
+        ([], 1, 3 * 200 * 12),
+        ([], 8, 3 * 200 * 16),
+        (["checkpoint.keep=1"], 1, 2 * 200 * 12),
+        (["checkpoint.save_every_minutes=null"], 1, 0),
+    ],
+)
+def test_step_checkpoints_are_those_kept_and_the_one_being_written(plan, overrides, num_ranks, num_bytes):
+    assert count_step_bytes(load_recipe(None, overrides).checkpoint, plan, num_ranks) == num_bytes
+
+
+def test_every_round_of_a_run_leaves_a_checkpoint(tmp_path, plan, monkeypatch):
+    """Eight rounds of 1200 bytes and three step checkpoints of 2400 do not fit where one round would."""
+    free = shutil.disk_usage(tmp_path)._replace(free=12_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    recipe = load_recipe(None, [f"output={tmp_path}"])
+    assert check_disk(recipe, Path("owner/name"), plan, 1, 1).status == "ok"
+    assert check_disk(recipe, Path("owner/name"), plan, 1, 8).status == "fault"
+    assert count_rounds(recipe) == 1
+    assert count_rounds(load_recipe(None, objective="continual")) == 5
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, plan):
+    recipe = load_recipe(None, ["output=/proc/run"])
+    assert check_disk(recipe, tmp_path, plan, 1, 1).status == "fault"
+    assert check_disk(load_recipe(None, [f"output={tmp_path}/a/b"]), tmp_path, plan, 1, 1).status == "ok"
+
+
+@pytest.fixture
+def budget() -> Budget:
+    units = [
+        Unit("model.norm", "final_norm", None, (Parameter("model.norm.weight", (400,)),)),
+        Unit("lm_head", "head", None, (Parameter("lm_head.weight", (20, 30)),)),
+    ]
+    return Budget(make_plan(units, FreezeRule(head="freeze"), 0), precision="mixed", num_processes=8, zero_stage=2)
+
+
+def test_what_does_not_fit_comes_with_the_smallest_change_that_does(budget):
+    # By hand: ZeRO 2 takes 2000 + 100 + 600 = 2700 bytes on each of 8 devices, ZeRO 3 takes 250 + 100 + 600 = 950.
+    assert check_memory(budget, 10_000).status == "ok"
+    assert check_memory(budget, 3000).status == "warning"
+    found = check_memory(budget, 2000)
+    assert (found.status, found.fix) == ("fault", "launch.zero_stage: 3 (0.00 GB on each)")
+    assert suggest_launch(budget, 900).startswith("16 devices at launch.zero_stage: 3")
+    assert suggest_launch(budget, 1) == "a smaller model"
+    assert suggest_launch(replace(budget, reference="full"), 3500).startswith("reference: precompute")
+    assert "cannot be seen from here" in check_memory(budget, None).message
+
+
+def test_a_smaller_micro_batch_is_proposed_where_activations_are_what_is_too_large():
+    units = assign_roles("llama", make_llama(num_layers=2, hidden=64, inner=128, keys=64, vocabulary=100))
+    budget = Budget(
+        make_plan(units, FreezeRule(), 0), precision="float32", num_processes=1, zero_stage=2,
+        network=Network("llama", units, 4), work=Workload(64, 512),
+    )  # fmt: skip
+    least = replace(budget, work=Workload(1, 512, checkpoint_every=1)).half.high_bytes
+    assert check_memory(budget, budget.half.high_bytes).status == "ok"
+    assert check_memory(budget, budget.half.total_bytes).status == "warning"
+    found = check_memory(budget, least)
+    assert found.status == "fault"
+    assert found.fix.startswith("train.fit: auto")
+    assert not suggest_launch(budget, least - 1).startswith("train.fit: auto")
+
+
+def test_memory_of_a_rank(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert share_memory(LaunchSection(num_nodes=1, num_processes=2), []) == machine // 2
+    hosts = LaunchSection(hostfile="hosts", num_nodes=2, num_processes=8)
+    assert share_memory(hosts, [REPORT, REPORT.model_copy(update={"device_bytes": 40})]) == 40
+    assert share_memory(hosts, [REPORT.model_copy(update={"num_gpus": 0, "device_bytes": 80})]) == 10
+    assert share_memory(LaunchSection(slurm=SlurmSection(), num_nodes=2, num_processes=8), []) is None
+
+
+@pytest.mark.slow
+def test_the_command_by_json(hft, tmp_path):
+    shown = hft("doctor", "--recipe", "tinyworld", "--output", tmp_path / "run", "--json").stdout
+    found = {finding["check"]: finding["status"] for finding in json.loads(shown)}
+    assert {"packages", "devices", "ops", "launcher", "disk", "memory"} == set(found)
+    assert "fault" not in found.values()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_there_is_one_fault_among_the_rest(hft):
+    refused = hft("doctor", "--recipe", "tinyworld", "--set", "model.path=./nowhere", code=2).stdout
+    assert "fault   model" in refused
+    assert "ok      packages" in refused

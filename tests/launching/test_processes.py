@@ -1,0 +1,50 @@
+"""What the front does with signals while its ranks run."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from hftcli.errors import Interrupted
+from hftcli.launching.processes import ECHO_SECONDS, passing_signals
+from hftcli.runs.run import Round
+
+PAUSE = 0  # no signal
+
+
+def receive(round_: Round, *numbers: int) -> None:
+    """Signals to this process, as if the ranks of a round ran all the while."""
+    with passing_signals(round_):
+        for number in numbers:
+            if number == PAUSE:
+                time.sleep(ECHO_SECONDS + 0.1)
+            else:
+                os.kill(os.getpid(), number)
+                assert round_.stop_path.exists()
+
+
+def test_without_a_signal_nothing_is_asked(tmp_path):
+    with passing_signals(Round(tmp_path)):
+        assert not Round(tmp_path).stop_path.exists()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGINT,),
+        (signal.SIGTERM, signal.SIGTERM),  # from Slurm, and from the batch shell that hands on its own
+        (signal.SIGUSR1, PAUSE, signal.SIGTERM, signal.SIGTERM),  # Slurm's word ahead of time, and that the time is over
+    ],
+)
+def test_a_signal_becomes_a_file_and_ends_the_run_when_the_ranks_have_ended(tmp_path, numbers):
+    with pytest.raises(Interrupted, match="stopped by a signal"):
+        receive(Round(tmp_path), *numbers)
+    assert not Round(tmp_path).stop_path.exists()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_all_at_once(tmp_path, second):
+    with pytest.raises(KeyboardInterrupt):
+        receive(Round(tmp_path), signal.SIGTERM, PAUSE, second, PAUSE)
+    assert not Round(tmp_path).stop_path.exists()

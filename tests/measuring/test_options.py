@@ -1,0 +1,136 @@
+"""Likelihoods of options, prompts shared, are those of one row at a time."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hftcli import PACKAGE
+from hftcli.data.tokens import get_backend
+from hftcli.measuring.asking import find_stops, tokenize_task
+from hftcli.measuring.judging import cut_answer, rank_choices, score_task
+from hftcli.measuring.options import read_options, tokenize_questions
+from hftcli.tasks import Task
+from hftcli.tasks.examples import Example
+
+CPU = torch.device("cpu")
+ROWS = [
+    ("Question: What colour has the sky?\nAnswer:", (" blue", " a bright and quiet green", " b")),
+    ("Answer:", (" blue", " red")),
+    ("Question: Who sells the fish in the harbour, and at what time of the day?\nAnswer:", (" Tom", " no one", " the fox")),
+    ("Once upon a ti", ("me there was", "re", " e")),  # tokens across the border
+    ("x", (" y",)),
+]
+
+
+@pytest.fixture(scope="module", params=["tinyworld", "stories260K"])
+def loaded(request):
+    if request.param == "tinyworld":
+        folder = PACKAGE / "tinyworld" / "model"
+    else:  # puts a token before every text
+        folder = request.getfixturevalue("shared") / "models" / "stories260K"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def read_one(model, tokenizer, prompt: str, option: str, max_length: int) -> float:
+    """Of the tokens that cover a character of the option, in one row, with no cache."""
+    encoding = get_backend(tokenizer).encode(prompt + option)
+    ids, offsets = encoding.ids, encoding.offsets
+    start = next(place for place, (first, last) in enumerate(offsets) if last > max(len(prompt), first))
+    num_gone = max(len(ids) - max_length, 0)
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([ids[num_gone:]])).logits[0].log_softmax(-1)
+    return sum(log_probs[place - num_gone - 1, ids[place]].item() for place in range(start, len(ids)))
+
+
+def test_likelihoods_are_those_of_one_row_at_a_time(loaded):
+    model, tokenizer = loaded
+    found = read_options(model, tokenize_questions(ROWS, 128, tokenizer), CPU)
+    for (prompt, options), values in zip(ROWS, found, strict=True):
+        assert values == pytest.approx([read_one(model, tokenizer, prompt, option, 128) for option in options], abs=1e-4)
+
+
+def read_on_rank(rank: int, store: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    questions = tokenize_questions(ROWS, 128, tokenizer)
+    assert read_options(model, questions, CPU, rank, 2) == [
+        pytest.approx(values, abs=1e-4) for values in read_options(model, questions, CPU)
+    ]
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_read_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(read_on_rank, (str(tmp_path / "store"), str(PACKAGE / "tinyworld" / "model")), nprocs=2)
+
+
+def test_a_long_prompt_loses_its_beginning(loaded, caplog):
+    model, tokenizer = loaded
+    prompt, options = "The old man went to the sea and back to the town " * 4 + "\nAnswer:", (" sea", " town")
+    with caplog.at_level(logging.WARNING):
+        questions = tokenize_questions([(prompt, options), ("Answer:", options)], 40, tokenizer)
+    assert "1 of 2 prompts lose their beginning: they have more than 40 tokens" in caplog.text
+    assert len(questions[0].prompt) + max(map(len, questions[0].options)) == 40
+    longest = max(options, key=lambda option: len(get_backend(tokenizer).encode(prompt + option).ids))
+    found = read_options(model, questions, CPU)[0]
+    assert found[options.index(longest)] == pytest.approx(read_one(model, tokenizer, prompt, longest, 40), abs=1e-4)
+
+
+def test_choices_are_ranked_in_three_ways():
+    options, likelihoods, bare = (" a", " bbbb", " cc"), (-3.0, -6.0, -3.5), (-1.0, -9.0, -9.5)
+    # Per character -3, -1.5, -1.75; raised by -2, 3, 6.
+    assert rank_choices(options, likelihoods, bare) == (" a", " bbbb", " cc")
+
+
+def test_a_choice_is_scored(loaded):
+    model, tokenizer = loaded
+    examples = tuple(Example(prompt, options[0], options=options) for prompt, options in ROWS[:3])
+    task = Task("task", examples, "choice", bare_prompt="Answer:")
+    scored, predictions = score_task(model, tokenize_task(task, 128, tokenizer), tokenizer, CPU)
+    for example, prediction in zip(examples, predictions, strict=True):
+        values = [read_one(model, tokenizer, example.prompt, option, 128) for option in example.options]
+        best = max(range(len(values)), key=values.__getitem__)
+        assert prediction.prediction == example.options[best].strip()
+        assert prediction.score == float(best == 0)
+        assert prediction.nll * prediction.num_tokens == pytest.approx(-values[0], rel=1e-4)
+        bare = [read_one(model, tokenizer, "Answer:", option, 128) for option in example.options]
+        assert prediction.bare_log_likelihoods == pytest.approx(bare, abs=1e-4)
+    assert set(scored.others) == {"acc_norm", "acc_content"}
+    read, _ = score_task(model, tokenize_task(task, 128, tokenizer), tokenizer, CPU, is_read_only=True)
+    assert (read.score, read.others, read.nll) == (None, {}, scored.nll)
+
+
+def test_of_several_right_answers_the_best_known_counts(loaded):
+    model, tokenizer = loaded
+    examples = tuple(Example(prompt, options[0], options=options) for prompt, options in ROWS[:3])
+    task = Task("task", examples, "closed_book", 8, stops="\n.,")
+    asked = tokenize_task(task, 128, tokenizer)
+    scored, predictions = score_task(model, asked, tokenizer, CPU)
+    for example, prediction, question in zip(examples, predictions, asked.questions, strict=True):
+        values = [read_one(model, tokenizer, example.prompt, option, 128) for option in example.options]
+        assert prediction.nll * prediction.num_tokens == pytest.approx(-max(values), rel=1e-4)
+        assert prediction.num_tokens == question.nums_scored[values.index(max(values))]
+        # Greedy decoding to the end of all tokens, cut as text.
+        ids = tokenizer(example.prompt)["input_ids"]
+        with torch.no_grad():
+            for _ in range(8):
+                token = model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
+                if token == tokenizer.eos_token_id:
+                    break
+                ids.append(token)
+        whole = tokenizer.decode(ids, skip_special_tokens=False)
+        assert prediction.prediction == cut_answer(whole[whole.index(example.prompt) + len(example.prompt) :], "\n.,")
+    assert scored.lenient >= scored.score
+
+
+def test_a_token_stops_only_where_nothing_is_lost(loaded):
+    _, tokenizer = loaded
+    backend = get_backend(tokenizer)
+    stops = find_stops("\n.,", tokenizer)
+    texts = {backend.decode([token]) for token in stops}
+    assert {".", ","} <= {text.strip(" ") for text in texts}
+    assert {cut_answer(text, "\n.,") for text in texts} == {""}
+    assert cut_answer(" St. Louis, Missouri", "\n.,") == "St"
+    assert cut_answer(" kept as it is\n", "") == " kept as it is\n"

@@ -1,0 +1,167 @@
+"""Checkpoints: what is loaded, frozen, compared, and in which data type."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from hftcli.errors import ModelError
+from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.models.checkpoint import freeze_model, load_model
+from hftcli.models.description import describe_model, fetch_checkpoint, read_start_dtype
+from hftcli.models.proof import measure_updates, verify_checkpoint
+from hftcli.recipe.sections import ModelSection
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Llama in bfloat16."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def draw(path, round_index: int = 0) -> FreezePlan:
+    description = describe_model(str(path))
+    return make_plan(assign_roles(description.model_type, description.parameters), FreezeRule(), round_index)
+
+
+def change(path, names: tuple[str, ...], amount: float, target) -> None:
+    """A copy of a checkpoint with some tensors changed by a relative amount."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data = (parameter.data.float() * (1 + amount) + (amount if "norm" not in name else 0)).to(parameter.dtype)
+    model.save_pretrained(target)
+
+
+def test_a_description_needs_the_config_alone(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    description = describe_model(str(tmp_path))
+    assert sum(parameter.num_elements for parameter in description.parameters) == sum(
+        value.numel() for value in load_file(folder / "model.safetensors").values()
+    )
+    with pytest.raises(ModelError, match="has no weights as safetensors"):
+        fetch_checkpoint(str(tmp_path))
+
+
+def test_a_config_that_does_not_load_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    with pytest.raises(ModelError, match="the model's config does not load"):
+        describe_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_the_start_keeps_its_data_type_unless_the_recipe_names_one(folder, given, expected):
+    assert read_start_dtype(ModelSection(path=str(folder), dtype=given), folder) == expected
+
+
+def test_a_start_in_another_data_type_is_rounded_to_it(folder):
+    model = load_model(ModelSection(path=str(folder), dtype="float16"), folder, draw(folder), mixed=False, sharded=False)
+    stored = load_file(folder / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, stored[name].to(torch.float16).float())
+
+
+def test_the_half_that_trains_and_no_other_can_get_a_gradient(folder):
+    plan = draw(folder)
+    model = load_model(ModelSection(path=str(folder)), folder, plan, mixed=False, sharded=False)
+    assert tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad) == plan.trained
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == set(plan.trained)
+
+
+def test_in_bfloat16_what_trains_has_float32_masters_and_what_is_frozen_has_none(folder):
+    plan = draw(folder)
+    model = load_model(ModelSection(path=str(folder)), folder, plan, mixed=True, sharded=False)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in plan.trained else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    loss.backward()
+    assert all(model.get_parameter(name).grad.dtype == torch.float32 for name in plan.trained)
+
+
+def test_a_plan_of_another_model_is_refused(folder, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 2}))
+    with pytest.raises(ModelError, match="the freeze plan is of another model: 18 parameters differ"):
+        freeze_model(model, draw(folder))
+
+
+def test_verification_passes_when_just_the_trained_half_moved(folder, tmp_path):
+    plan = draw(folder)
+    change(folder, plan.trained, 0.5, tmp_path)
+    found = verify_checkpoint(folder, tmp_path, plan, {})
+    assert found.passed
+    assert (found.num_trained, found.num_frozen) == (len(plan.trained), len(plan.frozen))
+
+
+def test_verification_names_what_should_not_have_moved_and_what_should(folder, tmp_path):
+    plan = draw(folder)
+    change(folder, (*plan.trained[1:], plan.frozen[0]), 0.5, tmp_path)
+    found = verify_checkpoint(folder, tmp_path, plan, {})
+    assert found.violations == plan.frozen[:1]
+    assert found.unmoved == plan.trained[:1]
+    assert not found.passed
+
+
+def test_one_flipped_bit_is_a_violation_even_where_the_values_are_equal(folder, tmp_path):
+    """0.0 and -0.0 compare equal."""
+    plan = draw(folder)
+    name = plan.frozen[0]
+    for path, zero in ((tmp_path / "a", 0.0), (tmp_path / "b", -0.0)):
+        path.mkdir()
+        weights = load_file(folder / "model.safetensors")
+        weights[name].view(-1)[0] = zero
+        save_file(weights, path / "model.safetensors")
+    assert verify_checkpoint(tmp_path / "a", tmp_path / "b", plan, dict.fromkeys(plan.trained, 1.0)).violations == (name,)
+
+
+def test_a_move_that_bfloat16_cannot_hold_is_told_from_no_move(folder, tmp_path):
+    plan = draw(folder)
+    norm = next(name for name in plan.trained if "layernorm" in name)
+    change(folder, tuple(name for name in plan.trained if name != norm), 0.5, tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    weights = {name: value.float() for name, value in stored.items()}
+    weights[norm] = weights[norm] + 1e-4
+    updates = measure_updates(weights, folder, torch.bfloat16, plan)
+    assert updates[norm] == pytest.approx(1e-4, rel=0.01)
+    assert verify_checkpoint(folder, tmp_path, plan, updates).below_resolution == (norm,)
+    assert verify_checkpoint(folder, tmp_path, plan, updates | {norm: 0.0}).unmoved == (norm,)
+
+
+def test_experts_that_files_keep_apart_are_compared_as_the_model_has_them(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_local_experts=2, num_key_value_heads=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "start")
+    plan = draw(tmp_path / "start")
+    change(tmp_path / "start", plan.trained, 0.5, tmp_path / "end")
+    assert any("experts" in name for name in plan.frozen)
+    assert verify_checkpoint(tmp_path / "start", tmp_path / "end", plan, {}).passed
+    assert len(verify_checkpoint(tmp_path / "start", tmp_path / "start", plan, {}).unmoved) == len(plan.trained)
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty"])
+def test_a_damaged_checkpoint_is_named(folder, tmp_path, damage):
+    whole = (folder / "model.safetensors").read_bytes()
+    damaged = {"cut": whole[:-1], "header": b"x" * 64, "empty": b""}[damage]
+    (tmp_path / "model.safetensors").write_bytes(damaged)
+    with pytest.raises(ModelError, match="model.safetensors is damaged"):
+        verify_checkpoint(folder, tmp_path, draw(folder), {})
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_named(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    name = draw(folder).frozen[0]
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ModelError, match=f"lacks 1 parameters, the first is {name}"):
+        verify_checkpoint(folder, tmp_path, draw(folder), {})

@@ -1,0 +1,143 @@
+"""A run on disk: claimed once, never written over, read back or refused."""
+
+import pytest
+
+from hftcli.errors import InputError
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.sections import LaunchSection
+from hftcli.runners import make_manifest
+from hftcli.runs.files import read_model, write_model, write_text
+from hftcli.runs.records import Manifest
+from hftcli.runs.run import Round, Run, find_rounds
+from hftcli.runs.spec import Progress, RoundSpec
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return make_manifest(parent=None)
+
+
+def test_claimed_run_can_be_claimed_again_by_its_recipe(tmp_path, manifest):
+    run, recipe = Run(tmp_path / "run"), load_recipe(None)
+    run.claim(recipe, recipe.launch, manifest)
+    created = run.manifest_path.read_text()
+    run.claim(recipe, recipe.launch, make_manifest(parent="elsewhere"))
+    assert run.manifest_path.read_text() == created
+
+
+@pytest.fixture
+def trained(tmp_path, manifest) -> Run:
+    """A run of eight ranks that has taken a step."""
+    run = Run(tmp_path / "run")
+    recipe = load_recipe(None, ["launch.num_processes=8"])
+    run.claim(recipe, recipe.launch, manifest)
+    round_ = run.round("00-sft")
+    round_.folder.mkdir(parents=True)
+    spec = RoundSpec(
+        objective="sft", index=0, model=recipe.model, data=recipe.data, freeze=recipe.freeze, train=recipe.train,
+        launch=recipe.launch,
+    )  # fmt: skip
+    write_model(round_.spec_path, spec)
+    round_.metrics_path.write_text("")
+    return run
+
+
+def claim_again(run: Run, *overrides: str, num_nodes: int = 1) -> None:
+    recipe = load_recipe(None, ["launch.num_processes=8", *overrides])
+    run.claim(recipe, recipe.launch.model_copy(update={"num_nodes": num_nodes}), make_manifest(None))
+
+
+def test_trained_run_refuses_another_recipe_and_names_the_keys(trained):
+    held = trained.recipe_path.read_text()
+    with pytest.raises(InputError, match=r"differs in freeze\.seed, train\.learning_rate\)"):
+        claim_again(trained, "freeze.seed=1", "train.learning_rate=1")
+    assert trained.recipe_path.read_text() == held
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["launch.hostfile=hosts", "launch.slurm={partition: long, time: '8:00:00'}", "launch.timeout_minutes=5", "output=./runs/a"],
+)
+def test_trained_run_may_move_to_other_machines(trained, override):
+    """Nothing of the result depends on where its ranks are; the recipe on disk says where they are now."""
+    created = trained.manifest_path.read_text()
+    claim_again(trained, override)
+    assert load_recipe(trained.recipe_path) == load_recipe(None, ["launch.num_processes=8", override])
+    assert trained.manifest_path.read_text() == created
+
+
+def test_trained_run_may_spread_its_ranks_over_machines(trained):
+    claim_again(trained, "launch.num_processes=4", "launch.hostfile=hosts", num_nodes=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "num_nodes", "named"),
+    [
+        ("launch.num_processes=4", 1, "launch.num_processes x launch.num_nodes"),
+        ("launch.timeout_minutes=5", 2, "launch.num_processes x launch.num_nodes"),
+        ("launch.zero_stage=3", 1, "launch.zero_stage"),
+    ],
+)
+def test_trained_run_refuses_to_split_its_work_otherwise(trained, override, num_nodes, named):
+    with pytest.raises(InputError) as caught:
+        claim_again(trained, override, num_nodes=num_nodes)
+    assert f"differs in {named})" in caught.value.message
+
+
+def test_one_process_shards_nothing_at_any_stage():
+    assert LaunchSection(zero_stage=2).split == LaunchSection(zero_stage=3).split
+
+
+def test_untrained_run_takes_a_mended_recipe(tmp_path, manifest):
+    run = Run(tmp_path / "run")
+    for overrides in (["data.path=typo"], []):
+        recipe = load_recipe(None, overrides)
+        run.claim(recipe, recipe.launch, manifest)
+    assert "typo" not in run.recipe_path.read_text()
+
+
+@pytest.mark.parametrize("left", [[], [".recipe.yaml.12"], ["recipe.yaml"], ["recipe.yaml", ".manifest.json.12"]])
+def test_a_claim_that_was_cut_short_is_made_again(tmp_path, manifest, left):
+    run, recipe = Run(tmp_path), load_recipe(None)
+    run.claim(recipe, recipe.launch, manifest)
+    for path in (run.recipe_path, run.manifest_path):
+        if path.name not in left:
+            path.unlink()
+    for name in left:
+        (tmp_path / name).touch()
+    run.claim(recipe, recipe.launch, manifest)
+    assert run.read_manifest() == manifest
+    assert load_recipe(run.recipe_path) == recipe
+
+
+def test_foreign_folder_is_left_alone(tmp_path, manifest):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        Run(tmp_path).claim(load_recipe(None), LaunchSection(), manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_files_are_written_whole_and_leave_no_litter(tmp_path):
+    write_text(tmp_path / "a.json", "old")
+    write_model(tmp_path / "a.json", Progress(phase="loading"))
+    assert read_model(tmp_path / "a.json", Progress).phase == "loading"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("text", ["{", '{"phase": "flying"}', '{"phase": "loading", "more": 1}'])
+def test_damaged_file_is_named(tmp_path, text):
+    (tmp_path / "progress.json").write_text(text)
+    with pytest.raises(InputError, match=r"progress\.json is damaged or of another version"):
+        read_model(tmp_path / "progress.json", Progress)
+
+
+def test_paths_that_are_no_run(tmp_path, manifest):
+    with pytest.raises(InputError, match="neither a run nor a round"):
+        find_rounds(tmp_path)
+    Run(tmp_path).claim(load_recipe(None), LaunchSection(), manifest)
+    with pytest.raises(InputError, match="no finished round"):
+        find_rounds(tmp_path)
+
+
+def test_round_names_its_files(tmp_path):
+    assert Round(tmp_path / "00-sft").result_path == tmp_path / "00-sft" / "result.json"
