@@ -6,12 +6,12 @@ All intervals are of 95 %. Items of a task are resampled; seeds are few, so that
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, variance
 
 import numpy as np
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
-MAX_FREEDOM = 1000  # from here on, t is the normal distribution to three digits
 
 Curve = Sequence[tuple[float, float]]  # learning and forgetting, one point per setting
 
@@ -55,7 +55,8 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     items_N = np.asarray(values, dtype=np.float64)
     if len(items_N) < 2:
         return Estimate(float(items_N.mean()), None, None, len(items_N))
-    # Equal values are drawn together: how often each is drawn is multinomial, and most scores are 0 or 1.
+    # Equal values are drawn together: how often each is drawn is multinomial, and most scores are 0 or 1. scipy's bootstrap
+    # draws every item by itself, so that its interval is of other draws, and slower.
     distinct_K, counts_K = np.unique(items_N, return_counts=True)
     shares_K = counts_K / len(items_N)
     draws_RK = np.random.default_rng(seed).multinomial(len(items_N), shares_K, size=NUM_RESAMPLES)
@@ -70,9 +71,9 @@ def compute_mcnemar(num_lost: int, num_won: int) -> float:
     Returns:
         The two-sided p value: 2 P(X <= min(lost, won)) for X ~ Binomial(lost + won, 1/2), at most 1.
     """
-    num_changed = num_lost + num_won
-    tail = sum(math.comb(num_changed, count) for count in range(min(num_lost, num_won) + 1))
-    return min(2 * tail / 2**num_changed, 1.0)
+    from scipy.special import bdtr  # takes a fifth of a second, which most commands need not pay
+
+    return min(2 * float(bdtr(min(num_lost, num_won), num_lost + num_won, 0.5)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -141,20 +142,20 @@ def count_transitions(before: Sequence[float | None], after: Sequence[float | No
 
 def estimate_mean(values: Sequence[float]) -> Estimate:
     """The mean over seeds with its t interval; none with one seed."""
-    count, mean = len(values), math.fsum(values) / len(values)
+    count, mean = len(values), fmean(values)
     if count < 2:
         return Estimate(mean, None, None, count)
-    half = find_t_bound(count - 1) * math.sqrt(_compute_variance(values) / count)
+    half = find_t_bound(count - 1) * math.sqrt(variance(values) / count)
     return Estimate(mean, mean - half, mean + half, count)
 
 
 def estimate_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """Mean of the first less that of the second, over seeds that have nothing in common: Welch's t interval."""
-    mean = math.fsum(first) / len(first) - math.fsum(second) / len(second)
+    mean = fmean(first) - fmean(second)
     count = min(len(first), len(second))
     if count < 2:
         return Estimate(mean, None, None, count)
-    errors = [_compute_variance(values) / len(values) for values in (first, second)]
+    errors = [variance(values) / len(values) for values in (first, second)]
     total = sum(errors)
     if total == 0:
         return Estimate(mean, mean, mean, count)
@@ -163,35 +164,11 @@ def estimate_difference(first: Sequence[float], second: Sequence[float]) -> Esti
     return Estimate(mean, mean - half, mean + half, count)
 
 
-def _compute_variance(values: Sequence[float]) -> float:
-    mean = math.fsum(values) / len(values)
-    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
 def find_t_bound(num_free: int) -> float:
-    """The t with P(|T| <= t) = 95 % at so many degrees of freedom, by bisection."""
-    low, high = 1.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _measure_t_inside(middle, min(num_free, MAX_FREEDOM)) < CONFIDENCE:
-            low = middle
-        else:
-            high = middle
-    return high
+    """The t with P(|T| <= t) = 95 % at so many degrees of freedom."""
+    from scipy.special import stdtrit
 
-
-def _measure_t_inside(bound: float, num_free: int) -> float:
-    """P(|T| <= bound): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(bound / math.sqrt(num_free))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    is_odd = num_free % 2
-    term = total = cosine if is_odd else 1.0
-    for step in range(2 + is_odd, num_free - 1, 2):
-        term *= (step - 1) / step * cosine**2
-        total += term
-    if not is_odd:
-        return sine * total
-    return 2 / math.pi * (angle + (sine * total if num_free > 1 else 0.0))
+    return float(stdtrit(num_free, (1 + CONFIDENCE) / 2))
 
 
 def find_frontier(points: Curve) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hftcli.comparing.statistics import (
+    Estimate,
     Transitions,
     adjust_for_chance,
     bootstrap_mean,
@@ -22,6 +23,11 @@ from hftcli.comparing.statistics import (
 )
 
 NUM_DRAWS = 1000
+THREE, FIVE, EQUAL = [0.31, 0.27, 0.36], [1.5, -0.25, 0.75, 0.5, 2.0], [0.1, 0.1, 0.1]
+CURVES = (
+    {1: [(0.1, 0.0), (0.6, 0.6)], 2: [(0.0, 0.1), (0.7, 0.5)], 3: [(0.05, 0.02), (0.8, 0.4)]},
+    {1: [(0.2, 0.1), (0.5, 0.1), (0.9, 0.1)], 2: [(0.1, 0.0), (0.9, 0.2)], 3: [(0.1, 0.05), (0.6, 0.15)]},
+)
 
 
 def check_coverage(covered: list[bool]) -> None:
@@ -41,6 +47,69 @@ def test_t_bound(num_free, bound):
 
 def test_t_bound_tends_to_the_normal_distribution():
     assert find_t_bound(10**6) == pytest.approx(statistics.NormalDist().inv_cdf(0.975), abs=3e-3)
+
+
+# The expected numbers of the tests below are those of hft 0.1.0, which sums the distributions' series itself.
+
+
+@pytest.mark.parametrize(
+    ("num_free", "bound"),
+    [
+        (1, 12.706204736174678),
+        (2, 4.30265272974946),
+        (3, 3.1824463052837064),
+        (4, 2.776445105197791),
+        (7, 2.3646242515927836),
+        (30, 2.042272456301238),
+        (100, 1.9839715185235463),
+        (1000, 1.9623390808263785),
+    ],
+)
+def test_t_bound_stays_what_it_was(num_free, bound):
+    assert find_t_bound(num_free) == pytest.approx(bound, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "p_value"),
+    [
+        (3, 9, 0.14599609375),
+        (30, 70, 7.85013964559367e-05),
+        (121, 59, 4.434449263755176e-06),
+        (0, 40, 1.8189894035458565e-12),
+        (400, 600, 2.7284641560660184e-10),
+    ],
+)
+def test_mcnemar_stays_what_it_was(lost, won, p_value):
+    assert compute_mcnemar(lost, won) == pytest.approx(p_value, rel=1e-9, abs=0)
+
+
+def spread(found: Estimate) -> tuple[float, float, float]:
+    return found.mean, found.low, found.high
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (estimate_mean(THREE), (0.3133333333333333, 0.20131735970645132, 0.4253493069602153)),
+        (estimate_mean(FIVE), (0.9, -0.18867099766627338, 1.9886709976662735)),
+        (estimate_mean(EQUAL), (0.1, 0.1, 0.1)),
+        (estimate_difference(THREE, FIVE), (-0.5866666666666667, -1.6777346256312557, 0.5044012922979224)),
+        (estimate_difference(EQUAL, THREE), (-0.21333333333333326, -0.32534930696021525, -0.1013173597064513)),
+        (estimate_difference(EQUAL, EQUAL), (0, 0, 0)),
+        (compare_at_equal_learning(*CURVES).difference, (0.2003015873015873, -0.04286112838107997, 0.4434643029842546)),
+        (bootstrap_mean([0, 1, 1, 0, 1, 0, 0, 0, 1, 1]), (0.5, 0.2, 0.8)),
+        (bootstrap_mean([0.125, 0.5, 0.75, 0.25, 1, 0.0625]), (0.4479166666666667, 0.19791666666666666, 0.7291666666666666)),
+        (bootstrap_mean([0.125, 0.5, 0.75, 0.25, 1, 0.0625], 3), (0.4479166666666667, 0.17708333333333334, 0.71875)),
+    ],
+)
+def test_intervals_stay_what_they_were(found, expected):
+    assert spread(found) == pytest.approx(expected, abs=1e-9)
+
+
+def test_interval_of_other_seeds_at_equal_learning_stays_what_it_was():
+    first, second = CURVES
+    found = compare_at_equal_learning(first, {seed + 10: curve for seed, curve in second.items()})
+    assert spread(found.difference) == pytest.approx((0.2003015873015873, -0.018673043557679903, 0.41927621816085464), abs=1e-9)
 
 
 def test_mean_over_seeds_by_hand():
