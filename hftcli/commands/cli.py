@@ -1,23 +1,45 @@
 """The commands: parse, call one runner, print. Results go to stdout; logs and progress to stderr.
 
-Nothing heavy is imported before the command that needs it runs: `hft --help` stays instant, and torch is loaded only where a
-command opens a model or its data in this process.
+A command's module is imported when the command is called, and what is heavy in it when it runs: `hft --help` reads this table
+alone, and torch is loaded only where a command opens a model or its data in this process.
 """
 
 import atexit
 import gc
 import sys
-from typing import TYPE_CHECKING, Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hftcli import __version__
-from hftcli.commands import look, make, measure, train
 from hftcli.errors import HftError, explain_os_error
 from hftcli.launching.signals import ignore_signals, stop_at_signals
 
-if TYPE_CHECKING:
-    pass
+# What is typed after `hft`: the module that has it, and the first line of its docstring.
+COMMANDS = {
+    "sft": ("train", "Supervised fine-tuning; with no recipe, the built-in quick start."),
+    "dpo": ("train", "Direct preference optimization; with no recipe, the built-in quick start."),
+    "continual": ("train", "Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."),
+    "plan": ("look", "What trains, what is frozen, and the memory and compute per device, beside full fine-tuning."),
+    "data": ("look", "What the data are: format, counts, lengths, and a sample with its trained tokens in colour."),
+    "verify": ("look", "Check that frozen parameters are bit-identical to the start and trained ones moved; exit 3 if not."),
+    "eval": ("measure", "Score a model on tasks, and measure how far it has moved from its base."),
+    "report": ("look", "What a run learned and lost; of a continual run, the forgetting matrix and its metrics."),
+    "merge": ("make", "A full model out of a delta checkpoint, or the weighted mean of a model and its base."),
+    "reset": ("make", "Half-Reset: a tuned model with a random half of its weight matrices back at the base, bit for bit."),
+    "doctor": ("look", "Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."),
+    "compare": ("measure", "Learning against forgetting: methods at equal learning, over learning rates and seeds."),
+}
+
+
+class LazyCommand(TyperCommand):
+    """A command as the table has it: its name and its help are known, its options once it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], *parent: Any, **settings: Any) -> Any:
+        module = import_module(f"hftcli.commands.{COMMANDS[self.name][0]}")
+        return typer.main.get_group(module.app).commands[self.name].make_context(info_name, args, *parent, **settings)
 
 
 app = typer.Typer(
@@ -28,6 +50,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+for name, (_, summary) in COMMANDS.items():
+    app.command(name, cls=LazyCommand, help=summary)(lambda: None)
 
 
 def main() -> None:
@@ -47,17 +80,3 @@ def main() -> None:
         if known.fix:
             print(f"     fix: {known.fix}", file=sys.stderr)
         sys.exit(known.exit_code)
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
-
-
-for command in (
-    train.sft, train.dpo, train.continual, look.plan, look.data, look.verify, measure.evaluate, look.report, make.merge,
-    make.reset, look.doctor, measure.compare,
-):  # fmt: skip
-    app.command("eval" if command is measure.evaluate else None)(command)

@@ -11,10 +11,10 @@ from hftcli.commands.options import (
     HostfileOption,
     JsonOption,
     OutputOption,
+    Place,
     ProcessesOption,
     RecipeOption,
     SetOption,
-    place_run,
     read_recipe,
 )
 from hftcli.errors import InputError
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from hftcli.doctor.doctor import Finding
     from hftcli.recipe.recipe import Recipe
 
+app = typer.Typer()
 
+
+@app.command()
 def plan(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -41,7 +44,7 @@ def plan(
         # What the quick start sets for its tiny model does not suit another one.
         plain = ["train.bf16=true", "launch.num_processes=null"] if recipe is None else []
         overrides = [f"model.path={json.dumps(model)}", *plain, *(overrides or ())]
-    resolved = read_recipe(recipe, overrides, None, num_processes)
+    resolved = read_recipe(recipe, overrides, num_processes=num_processes)
     start = runners.resolve_start(resolved.model.path)
     described = describe_model(start.path)
     budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
@@ -53,6 +56,7 @@ def plan(
     print_plan(budget, checked, as_json)
 
 
+@app.command()
 def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """What the data are: format, counts, lengths, and a sample with its trained tokens in colour.
 
@@ -64,7 +68,7 @@ def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: Json
     from hftcli.models.description import fetch_checkpoint, load_tokenizer
     from hftcli.reporting.terminal import print_data
 
-    resolved = read_recipe(recipe, overrides, None, None)
+    resolved = read_recipe(recipe, overrides)
     tokenizer = load_tokenizer(fetch_checkpoint(runners.resolve_start(resolved.model.path).path))
     set_chat_template(tokenizer, resolved.model.chat_template)
     if resolved.objective == "sft":
@@ -74,6 +78,7 @@ def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: Json
     print_data(summary, decode_samples(dataset, tokenizer, 0), as_json)
 
 
+@app.command()
 def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round's.")], as_json: JsonOption = False) -> None:
     """Check that frozen parameters are bit-identical to the start and trained ones moved; exit 3 if not."""
     from hftcli.models.proof import verify_round
@@ -86,6 +91,7 @@ def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round
         raise typer.Exit(3)
 
 
+@app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="A run's folder, or a matrix file.")],
     as_json: JsonOption = False,
@@ -123,6 +129,7 @@ def report(
         print(f"page    {page}", file=sys.stderr)
 
 
+@app.command()
 def doctor(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -134,8 +141,8 @@ def doctor(
     """Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."""
     from hftcli.reporting.terminal import print_findings
 
-    extra = [*(overrides or ()), *place_run(hostfile)]
-    resolved = read_recipe(recipe, extra, output, num_processes) if recipe or extra or num_processes else None
+    is_run_given = recipe or overrides or hostfile or num_processes
+    resolved = read_recipe(recipe, overrides, output, num_processes, Place(hostfile)) if is_run_given else None
     findings = _examine(resolved, is_model_given=recipe is not None)
     print_findings(findings, as_json)
     if any(finding.status == "fault" for finding in findings):

@@ -1,17 +1,17 @@
 """The commands that make a model out of others: `hft merge`, `hft reset`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hftcli.commands.options import fetch_folder
 from hftcli.errors import InputError
 
-if TYPE_CHECKING:
-    pass
+app = typer.Typer()
 
 
+@app.command()
 def merge(
     output: Annotated[Path, typer.Option("--output", help="Folder to write; must not be there.")],
     base: Annotated[str | None, typer.Option("--base", help="The base: a folder, a run, or a hub id.")] = None,
@@ -45,6 +45,7 @@ def merge(
     print_merge(manifest, output)
 
 
+@app.command()
 def reset(
     base: Annotated[str, typer.Option("--base", help="The model that was tuned: a folder, a run, or a hub id.")],
     tuned: Annotated[str, typer.Option("--tuned", help="The tuned model: a folder, a run, or a hub id.")],

@@ -2,17 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from hftcli.commands.options import Dtype, JsonOption, RecipeOption, SetOption, check_place
 from hftcli.errors import InputError
 
-if TYPE_CHECKING:
-    pass
+app = typer.Typer()
 
 
+@app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")],
     tasks: Annotated[
@@ -69,6 +69,7 @@ def evaluate(
         print(f"items  {write_evaluation(output, evaluation, items)}", file=sys.stderr)
 
 
+@app.command()
 def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs.")] = None,
     recipe: RecipeOption = None,
@@ -111,7 +112,7 @@ def compare(
         with show_progress() as on_progress:
             for index, resolved in enumerate(grid, start=1):
                 print(f"run {index} of {len(grid)}: {resolved.output}", file=sys.stderr)
-                folders.append(runners.run_recipe(check_place(resolved, False, False), on_progress).folder)
+                folders.append(runners.run_recipe(check_place(resolved), on_progress).folder)
         figure = figure or output / "frontier.svg"
     comparison = compare_runs(folders, learned or (), by)
     if figure:

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +13,6 @@ from hftcli.errors import InputError
 
 if TYPE_CHECKING:
     from hftcli.recipe.recipe import Objective, Recipe
-
 
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")]
@@ -25,18 +26,53 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to be, and whether it begins now.
+
+    Raises:
+        InputError: nothing would be queued that `submit` asks for.
+    """
+
+    hostfile: Path | None = None
+    slurm: bool = False
+    submit: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.submit and (self.dry_run or not self.slurm):
+            raise InputError("--submit queues the script that --slurm writes", "give it with --slurm, and without --dry-run")
+
+
+HERE = Place()
+
+
 def read_recipe(
     recipe: str | None,
-    overrides: list[str] | None,
-    output: Path | None,
-    num_processes: int | None,
+    overrides: Sequence[str] | None = None,
+    output: Path | None = None,
+    num_processes: int | None = None,
+    place: Place = HERE,
     objective: "Objective | None" = None,
 ) -> "Recipe":
+    """The recipe with what the command line overrides; without one, the quick start of the objective."""
     from hftcli.recipe.loading import load_recipe
 
-    extra = [f"output={json.dumps(str(output))}"] if output else []
+    extra = [f"launch.hostfile={json.dumps(str(place.hostfile))}"] if place.hostfile else []
+    extra += [f"output={json.dumps(str(output))}"] if output else []
     extra += [f"launch.num_processes={num_processes}"] if num_processes else []
     return load_recipe(recipe, [*(overrides or ()), *extra], objective)
+
+
+def check_place(recipe: "Recipe", place: Place = HERE) -> "Recipe":
+    """The recipe with Slurm's section where it is asked for; without an allocation, nothing is begun that needs one."""
+    from hftcli.launching import slurm
+
+    if place.slurm:
+        return slurm.add_section(recipe)
+    if not place.dry_run:
+        slurm.check_allocation(recipe.launch, os.environ)
+    return recipe
 
 
 def fetch_folder(path: str) -> Path:
@@ -45,21 +81,3 @@ def fetch_folder(path: str) -> Path:
     from hftcli.runners import resolve_start
 
     return fetch_checkpoint(resolve_start(path).path)
-
-
-def place_run(hostfile: Path | None, slurm: bool = False, submit: bool = False, dry_run: bool = False) -> list[str]:
-    """Where a run is to be, as overrides of its recipe."""
-    if submit and (dry_run or not slurm):
-        raise InputError("--submit queues the script that --slurm writes", "give it with --slurm, and without --dry-run")
-    return [f"launch.hostfile={json.dumps(str(hostfile))}"] if hostfile else []
-
-
-def check_place(recipe: "Recipe", dry_run: bool, use_slurm: bool) -> "Recipe":
-    """The recipe with Slurm's section where it is asked for; without an allocation, nothing is begun that needs one."""
-    from hftcli.launching import slurm
-
-    if use_slurm:
-        return slurm.add_section(recipe)
-    if not dry_run:
-        slurm.check_allocation(recipe.launch, os.environ)
-    return recipe

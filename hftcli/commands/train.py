@@ -10,13 +10,13 @@ from hftcli.commands.options import (
     DryRunOption,
     HostfileOption,
     OutputOption,
+    Place,
     ProcessesOption,
     RecipeOption,
     SetOption,
     SlurmOption,
     SubmitOption,
     check_place,
-    place_run,
     read_recipe,
 )
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from hftcli.recipe.recipe import Recipe
     from hftcli.runs.run import Run
 
+app = typer.Typer()
 
+
+@app.command()
 def sft(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -36,10 +39,11 @@ def sft(
     dry_run: DryRunOption = False,
 ) -> None:
     """Supervised fine-tuning; with no recipe, the built-in quick start."""
-    extra = [*(overrides or ()), *place_run(hostfile, slurm, submit, dry_run)]
-    _run_single(read_recipe(recipe, extra, output, num_processes, "sft"), dry_run, slurm, submit)
+    place = Place(hostfile, slurm, submit, dry_run)
+    _run_single(read_recipe(recipe, overrides, output, num_processes, place, "sft"), place)
 
 
+@app.command()
 def dpo(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -51,10 +55,11 @@ def dpo(
     dry_run: DryRunOption = False,
 ) -> None:
     """Direct preference optimization; with no recipe, the built-in quick start."""
-    extra = [*(overrides or ()), *place_run(hostfile, slurm, submit, dry_run)]
-    _run_single(read_recipe(recipe, extra, output, num_processes, "dpo"), dry_run, slurm, submit)
+    place = Place(hostfile, slurm, submit, dry_run)
+    _run_single(read_recipe(recipe, overrides, output, num_processes, place, "dpo"), place)
 
 
+@app.command()
 def continual(
     recipe: RecipeOption = None,
     tasks: Annotated[
@@ -75,14 +80,15 @@ def continual(
     from hftcli.reporting.rounds import print_continual
     from hftcli.tasks.check import format_report
 
+    place = Place(hostfile, slurm, submit, dry_run)
     given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
     given += [f"continual.order={json.dumps(order)}"] if order else []
-    given += [*(overrides or ()), *place_run(hostfile, slurm, submit, dry_run)]
-    resolved = read_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, "continual")
-    run = runners.prepare_continual(check_place(resolved, dry_run, slurm))
+    given += overrides or ()
+    resolved = read_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, place, "continual")
+    run = runners.prepare_continual(check_place(resolved, place))
     print(format_report(run.read_manifest().sequence))
-    if dry_run or slurm:
-        _print_launch(run, "continual", dry_run, slurm, submit)
+    if place.dry_run or place.slurm:
+        _print_launch(run, "continual", place)
         return
     with show_progress() as on_progress:
         matrix = runners.finish_continual(run, on_progress)
@@ -97,33 +103,33 @@ def _find_task_recipe(tasks: str | None) -> str | None:
     return tasks if tasks != QUICK_START and tasks in {file.stem for file in list_recipes()} else None
 
 
-def _run_single(recipe: "Recipe", dry_run: bool, use_slurm: bool, submit: bool) -> None:
+def _run_single(recipe: "Recipe", place: Place) -> None:
     from hftcli import runners
     from hftcli.reporting.progress import show_progress
     from hftcli.reporting.rounds import print_run
 
-    recipe = check_place(recipe, dry_run, use_slurm)
-    if dry_run or use_slurm:
-        _print_launch(runners.prepare_single(recipe)[0], recipe.objective, dry_run, use_slurm, submit)
+    recipe = check_place(recipe, place)
+    if place.dry_run or place.slurm:
+        _print_launch(runners.prepare_single(recipe)[0], recipe.objective, place)
         return
     with show_progress() as on_progress:
         run = runners.run_single(recipe, on_progress)
     print_run(run)
 
 
-def _print_launch(run: "Run", command: str, dry_run: bool, use_slurm: bool, submit: bool) -> None:
+def _print_launch(run: "Run", command: str, place: Place) -> None:
     """Show what would run a prepared run's rounds, or write the batch script and queue it."""
     from hftcli import runners
     from hftcli.launching import slurm
 
-    if use_slurm:
+    if place.slurm:
         script = slurm.write_script(run, command, run.rounds[0].read_spec().launch)
-        if dry_run:
+        if place.dry_run:
             print(f"# {script}\n{script.read_text(encoding='utf-8')}")
-        elif submit:
+        elif place.submit:
             print(slurm.submit(script))
         else:
             print(f"sbatch {shlex.quote(str(script))}")
-    if dry_run:
+    if place.dry_run:
         for round_ in run.rounds:
             print(runners.describe_launch(round_))
