@@ -22,6 +22,7 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from hftcli import PACKAGE
+from hftcli.data.fingerprints import hash_rows
 from hftcli.errors import DataError
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.sections import QUICK_START, DataSection
@@ -39,7 +40,7 @@ def find_sources(data: DataSection) -> tuple[Source, ...]:
     """What the rows come from, hashed, with no row read."""
     file = find_file(data)
     if file is None:
-        return (Source(path=data.path, fingerprint=_load_hub_dataset(data)._fingerprint, num_bytes=None),)
+        return (Source(path=data.path, fingerprint=hash_rows(_load_hub_dataset(data)), num_bytes=None),)
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return (Source(path=str(file), fingerprint=digest, num_bytes=file.stat().st_size),)

@@ -12,15 +12,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hftcli.comparing.items import compare_items
 from hftcli.data.tokens import Progress
 from hftcli.errors import ModelError
-from hftcli.measuring.asking import Row, tokenize_task
+from hftcli.measuring.asking import Row, TokenizedTask, tokenize_task
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, read_prompts, read_texts
-from hftcli.measuring.evaluation import Evaluation, Item
-from hftcli.measuring.harness import PREFIX, find_harness_tasks, score_harness
+from hftcli.measuring.evaluation import Drift, Evaluation, Item
+from hftcli.measuring.harness import PREFIX, HarnessTask, find_harness_tasks, score_harness
 from hftcli.measuring.judging import score_task
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.runs.scores import Prediction, Score
 from hftcli.tasks import load_task
+
+OnProgress = Callable[[str, int, int], None]  # what is being done, and batches done and in all
+Texts = tuple[list[Row], list[int]]
+Prompts = tuple[list[Row], list[list[int]]]
 
 USUAL_LENGTH = 2048  # tokens, where neither the user nor a run says how many, and the model has places for them
 
@@ -51,13 +55,8 @@ class Examination:
     dtype: str = "float32"
 
 
-def examine_model(
-    asked: Examination, versions: dict[str, str], on_progress: Callable[[str, int, int], None]
-) -> tuple[Evaluation, list[Item]]:
+def examine_model(asked: Examination, versions: dict[str, str], on_progress: OnProgress) -> tuple[Evaluation, list[Item]]:
     """Score a model; all that can be wrong with tasks and rows is found before the first question is asked.
-
-    Args:
-        on_progress: called with what is being done, and with batches done and in all.
 
     Returns:
         The evaluation, and an item for each question.
@@ -67,17 +66,63 @@ def examine_model(
     """
     transformers.utils.logging.disable_progress_bar()  # hft shows its own
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    exam = prepare_exam(asked)
+    model = load_finished(exam.folder, getattr(torch, asked.dtype), device)
+    scores, answers, seconds = ask_all(exam, model, "", on_progress)
+    base_scores, base_answers = {}, {}
+    on_text = on_prompts = None
+    if exam.base_folder is not None:
+        base = load_finished(exam.base_folder, getattr(torch, asked.dtype), device)
+        _check_width(model, base)
+        base_scores, base_answers, _ = ask_all(exam, base, ", the base", on_progress)
+        on_text, on_prompts = measure_drifts(exam, base, model, on_progress)
+    changes = {name: compare_items(base_answers[name], answers[name]) for name in base_answers}
+    evaluation = Evaluation(
+        model=asked.model, base=asked.base, dtype=asked.dtype, max_length=exam.max_length, max_examples=asked.max_examples,
+        versions=versions, tasks=scores, seconds=seconds, base_tasks=base_scores, base_text=on_text, prompts=on_prompts,
+        items={name: change for name, change in changes.items() if change is not None},
+    )  # fmt: skip
+    return evaluation, [item for name in exam.names for item in _list_items(name, answers[name], base_answers.get(name))]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """An examination with its questions ready.
+
+    Attributes:
+        own, foreign: tasks of hft and of lm-evaluation-harness, by name.
+        texts: base text as tokens, with the text that each row is of; None lets the base write some.
+        prompts: prompts with answers, or, where they have none, the task that asks the base for them; None measures nothing.
+    """
+
+    asked: Examination
+    folder: Path
+    base_folder: Path | None
+    max_length: int
+    tokenizer: PreTrainedTokenizerBase
+    own: dict[str, TokenizedTask]
+    foreign: dict[str, HarnessTask]
+    texts: Texts | None
+    prompts: Prompts | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Each task once, in the order in which they were named."""
+        return tuple(dict.fromkeys(self.asked.tasks))
+
+
+def prepare_exam(asked: Examination) -> Exam:
+    """Read and tokenize all that is asked, before a model is loaded."""
     folder = fetch_checkpoint(asked.model)
     base_folder = None if asked.base is None else fetch_checkpoint(asked.base)
     max_length = find_length(asked.max_length, [folder] if base_folder is None else [folder, base_folder])
     tokenizer = load_tokenizer(folder)
-    names = tuple(dict.fromkeys(asked.tasks))
     own = {
         name: tokenize_task(load_task(name, asked.root, max_examples=asked.max_examples), max_length, tokenizer)
-        for name in names
+        for name in asked.tasks
         if not name.startswith(PREFIX)
     }
-    foreign = find_harness_tasks([name for name in names if name.startswith(PREFIX)])
+    foreign = find_harness_tasks([name for name in asked.tasks if name.startswith(PREFIX)])
     texts = prompts = None
     if base_folder is not None:
         check_vocabulary(base_folder, tokenizer)
@@ -85,42 +130,47 @@ def examine_model(
             texts = read_texts(asked.text, max_length, asked.max_examples, tokenizer)
         if asked.prompts is not None:
             prompts = read_prompts(asked.prompts, asked.root, max_length, asked.max_examples, tokenizer)
+    return Exam(asked, folder, base_folder, max_length, tokenizer, own, foreign, texts, prompts)
 
-    def ask(model: PreTrainedModel, name: str, shown: str) -> tuple[Score, list[Prediction]]:
-        on_progress(shown, 0, 0)
-        if name in own:
-            return score_task(model, own[name], tokenizer, device, on_batch=_name(shown, on_progress))
-        return score_harness(model, tokenizer, foreign[name], asked.max_examples)
 
-    model = load_finished(folder, getattr(torch, asked.dtype), device)
+def ask_all(
+    exam: Exam, model: PreTrainedModel, note: str, on_progress: OnProgress
+) -> tuple[dict[str, Score], dict[str, list[Prediction]], dict[str, float]]:
+    """Ask a model every task.
+
+    Args:
+        note: what progress says after a task's name.
+
+    Returns:
+        By task, the score, what became of each question, and the seconds that it took.
+    """
     scores, answers, seconds = {}, {}, {}
-    for name in names:
-        start = time.perf_counter()
-        scores[name], answers[name] = ask(model, name, name)
+    for name in exam.names:
+        start, shown = time.perf_counter(), f"{name}{note}"
+        on_progress(shown, 0, 0)
+        if name in exam.own:
+            found = score_task(model, exam.own[name], exam.tokenizer, model.device, on_batch=_name(shown, on_progress))
+        else:
+            found = score_harness(model, exam.tokenizer, exam.foreign[name], exam.asked.max_examples)
+        scores[name], answers[name] = found
         seconds[name] = time.perf_counter() - start
+    return scores, answers, seconds
 
-    base_scores, base_answers = {}, {}
-    on_text = on_prompts = None
-    if base_folder is not None:
-        base = load_finished(base_folder, getattr(torch, asked.dtype), device)
-        _check_width(model, base)
-        for name in names:
-            base_scores[name], base_answers[name] = ask(base, name, f"{name}, the base")
-        on_progress("base text", 0, 0)
-        source = "samples of the base" if texts is None else str(asked.text)
-        rows, owners = texts or _own_all(draw_texts(base, tokenizer, device))
-        on_text = measure_drift(base, model, rows, owners, source, device, _name("base text", on_progress))
-        if prompts is not None:
-            answered, asking = prompts
-            rows, owners = _own_all(answered or draw_answers(base, asking, tokenizer, device))
-            on_prompts = measure_drift(base, model, rows, owners, asked.prompts, device, _name("prompts", on_progress))
-    changes = {name: compare_items(base_answers[name], answers[name]) for name in base_answers}
-    evaluation = Evaluation(
-        model=asked.model, base=asked.base, dtype=asked.dtype, max_length=max_length, max_examples=asked.max_examples,
-        versions=versions, tasks=scores, seconds=seconds, base_tasks=base_scores, base_text=on_text, prompts=on_prompts,
-        items={name: change for name, change in changes.items() if change is not None},
-    )  # fmt: skip
-    return evaluation, [item for name in names for item in _list_items(name, answers[name], base_answers.get(name))]
+
+def measure_drifts(
+    exam: Exam, base: PreTrainedModel, model: PreTrainedModel, on_progress: OnProgress
+) -> tuple[Drift, Drift | None]:
+    """How far a model has moved from its base, on base text and on prompts."""
+    asked, tokenizer, device = exam.asked, exam.tokenizer, model.device
+    on_progress("base text", 0, 0)
+    source = "samples of the base" if exam.texts is None else str(asked.text)
+    rows, owners = exam.texts or _own_all(draw_texts(base, tokenizer, device))
+    on_text = measure_drift(base, model, rows, owners, source, device, _name("base text", on_progress))
+    if exam.prompts is None:
+        return on_text, None
+    answered, asking = exam.prompts
+    rows, owners = _own_all(answered or draw_answers(base, asking, tokenizer, device))
+    return on_text, measure_drift(base, model, rows, owners, asked.prompts, device, _name("prompts", on_progress))
 
 
 def _list_items(task: str, answers: Sequence[Prediction], base_answers: Sequence[Prediction] | None) -> list[Item]:
@@ -135,7 +185,7 @@ def _own_all(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[int]]:
     return rows, range(len(rows))
 
 
-def _name(name: str, on_progress: Callable[[str, int, int], None]) -> Progress:
+def _name(name: str, on_progress: OnProgress) -> Progress:
     return lambda done, total: on_progress(name, done, total)
 
 

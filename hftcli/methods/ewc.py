@@ -60,7 +60,7 @@ class Ewc(Method):
     def finish(self, trainer: Trainer, round_: Round) -> None:
         rank, num_ranks = trainer.args.process_index, trainer.args.world_size
         own = self.rows.select(range(rank, len(self.rows), num_ranks))
-        batches = (trainer._prepare_inputs(trainer.data_collator([row])) for row in own)
+        batches = (trainer.move_batch(trainer.data_collator([row])) for row in own)
         generator = torch.Generator(trainer.args.device).manual_seed(self.spec.train.seed + rank)
         with trainer.compute_loss_context_manager():
             sums = sum_squared_gradients(trainer.model, batches, generator)

@@ -60,7 +60,7 @@ class EpisodicMemory(Method, ABC):
     def compute_gradient(self, trainer: Trainer, parameters: list[torch.nn.Parameter], rows: Dataset) -> Gradient:
         """The gradient of the loss on `batch_size` rows, drawn anew in every step."""
         drawn = self.random.sample(range(len(rows)), min(self.section.batch_size, len(rows)))
-        batch = trainer._prepare_inputs(trainer.data_collator([rows[place] for place in drawn]))
+        batch = trainer.move_batch(trainer.data_collator([rows[place] for place in drawn]))
         with trainer.compute_loss_context_manager():
             loss = trainer.model(**batch).loss
         return list(torch.autograd.grad(loss, parameters, materialize_grads=True))

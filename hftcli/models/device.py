@@ -5,6 +5,8 @@ import platform
 
 import torch
 
+from hftcli.runs.spec import RoundSpec
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
@@ -27,3 +29,13 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 * 2**20)):
         libc.mallopt(option, value)
+
+
+def is_mixed(spec: RoundSpec) -> bool:
+    """Whether this process computes in bfloat16."""
+    return spec.train.bf16 and has_bfloat16()
+
+
+def is_sharded(spec: RoundSpec) -> bool:
+    """Whether DeepSpeed holds the model."""
+    return spec.launch.num_ranks > 1

@@ -1,12 +1,14 @@
 """The plan on the terminal: what trains, and the memory and compute that it takes, beside full fine-tuning."""
 
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, MeasuredStep, Memory
+from hftcli.freezing.selection import FreezePlan
 from hftcli.reporting.terminal import format_bytes, print_json
 
 
@@ -16,31 +18,10 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
     Args:
         checked: a measurement and the budget that it belongs to, where one was made.
     """
-    plan = budget.plan
     if as_json:
-        print_json(
-            {
-                "num_parameters": plan.num_parameters,
-                "num_trainable": plan.num_trainable,
-                "trainable_fraction": plan.trainable_fraction,
-                "num_units": plan.num_units,
-                "num_trainable_units": plan.num_trainable_units,
-                "roles": {name: count.model_dump() for name, count in plan.roles.items()},
-                "fingerprint": plan.fingerprint,
-                "memory": {
-                    "precision": budget.precision,
-                    "num_processes": budget.num_processes,
-                    "zero_stage": budget.zero_stage,
-                    "work": budget.work and asdict(budget.work),
-                    "half": _memory_parts(budget.half),
-                    "full": _memory_parts(budget.full),
-                },
-                "flops_per_token": {"half": _flops_parts(budget.half_step), "full": _flops_parts(budget.full_step)},
-                "measured": checked and asdict(checked[1]),
-            }
-        )
+        print_json(_describe_plan(budget, checked))
         return
-    console = Console()
+    console, plan, work = Console(), budget.plan, budget.work
     console.print(
         f"{plan.num_parameters:,} parameters; {plan.num_trainable:,} train ({plan.trainable_fraction:.1%}); "
         f"{plan.num_trainable_units} of {plan.num_units} units in layers; round {plan.round_index}, "
@@ -48,29 +29,14 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         highlight=False,
         soft_wrap=True,
     )
-    roles = Table("role", "units", "train", "parameters", "train", "share")
-    for name, count in plan.roles.items():
-        roles.add_row(
-            name, f"{count.num_units}", f"{count.num_trainable_units}", f"{count.num_parameters:,}",
-            f"{count.num_trainable:,}", f"{count.num_trainable / count.num_parameters:.1%}",
-        )  # fmt: skip
-    console.print(roles)
-    stage = f"ZeRO {budget.zero_stage} on {budget.num_processes} devices" if budget.num_processes > 1 else "one device"
-    precision = "bfloat16 with float32 masters" if budget.precision == "mixed" else "float32"
-    work = budget.work
+    console.print(_make_role_table(plan))
     console.print(
         f"{work.num_sequences} sequences of {work.length} tokens at once{', packed' if work.packed else ''}, "
         f"{work.attention} attention, {name_checkpointed(work.checkpoint_every)} checkpointed, {work.loss} loss",
         highlight=False,
         soft_wrap=True,
     )
-    memory = Table("per device", "this plan", "full fine-tuning", "ratio", title=f"{precision}, {stage}", title_justify="left")
-    full_parts = _memory_parts(budget.full)
-    for name, half in _memory_parts(budget.half).items():
-        full = full_parts[name]
-        if full:  # there may be no reference
-            memory.add_row(MEMORY_ROWS[name], format_bytes(half), format_bytes(full), f"{half / full:.3f}")
-    console.print(memory)
+    console.print(_make_memory_table(budget))
     if budget.half_step is None:
         console.print(
             f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.",
@@ -80,6 +46,52 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         console.print(_make_flops_table(_flops_parts(budget.half_step), _flops_parts(budget.full_step)))
     if checked is not None:
         console.print(_make_measurement_table(*checked))
+
+
+def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) -> dict[str, Any]:
+    """The plan as JSON has it: bytes per device, FLOPs per token."""
+    plan = budget.plan
+    return {
+        "num_parameters": plan.num_parameters,
+        "num_trainable": plan.num_trainable,
+        "trainable_fraction": plan.trainable_fraction,
+        "num_units": plan.num_units,
+        "num_trainable_units": plan.num_trainable_units,
+        "roles": {name: count.model_dump() for name, count in plan.roles.items()},
+        "fingerprint": plan.fingerprint,
+        "memory": {
+            "precision": budget.precision,
+            "num_processes": budget.num_processes,
+            "zero_stage": budget.zero_stage,
+            "work": budget.work and asdict(budget.work),
+            "half": _memory_parts(budget.half),
+            "full": _memory_parts(budget.full),
+        },
+        "flops_per_token": {"half": _flops_parts(budget.half_step), "full": _flops_parts(budget.full_step)},
+        "measured": checked and asdict(checked[1]),
+    }
+
+
+def _make_role_table(plan: FreezePlan) -> Table:
+    roles = Table("role", "units", "train", "parameters", "train", "share")
+    for name, count in plan.roles.items():
+        roles.add_row(
+            name, f"{count.num_units}", f"{count.num_trainable_units}", f"{count.num_parameters:,}",
+            f"{count.num_trainable:,}", f"{count.num_trainable / count.num_parameters:.1%}",
+        )  # fmt: skip
+    return roles
+
+
+def _make_memory_table(budget: Budget) -> Table:
+    stage = f"ZeRO {budget.zero_stage} on {budget.num_processes} devices" if budget.num_processes > 1 else "one device"
+    precision = "bfloat16 with float32 masters" if budget.precision == "mixed" else "float32"
+    memory = Table("per device", "this plan", "full fine-tuning", "ratio", title=f"{precision}, {stage}", title_justify="left")
+    full_parts = _memory_parts(budget.full)
+    for name, half in _memory_parts(budget.half).items():
+        full = full_parts[name]
+        if full:  # there may be no reference
+            memory.add_row(MEMORY_ROWS[name], format_bytes(half), format_bytes(full), f"{half / full:.3f}")
+    return memory
 
 
 def name_checkpointed(every: int | None) -> str:

@@ -58,7 +58,7 @@ class Source(Section):
     path: str
     """The file, the hub id, or the task."""
     fingerprint: str
-    """sha256 of the file's bytes or the task's examples; of a hub dataset, the fingerprint that `datasets` gives it."""
+    """sha256 of the file's bytes or the task's examples; of a hub dataset, sha256 of its rows."""
     num_bytes: int | None
     """Size of the file; null for a hub dataset and a task."""
 

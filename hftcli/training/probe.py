@@ -21,7 +21,7 @@ from hftcli.models.checkpoint import freeze_model, halve_frozen
 from hftcli.models.device import has_bfloat16
 from hftcli.recipe.recipe import Recipe
 from hftcli.training.loss import set_loss_kernel
-from hftcli.training.trainers import measure_optimizer_bytes
+from hftcli.training.reports import measure_optimizer_bytes
 
 
 @dataclass(frozen=True, eq=False)

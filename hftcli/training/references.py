@@ -18,12 +18,15 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from hftcli.data.prepare import deal_pairs
+from hftcli.data.prepare import deal_pairs, default_cache
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
+from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.deltas import hash_checkpoint
+from hftcli.runs.records import ReferenceReport
 from hftcli.runs.spec import RoundSpec
 
 BATCH_TOKENS = 16384  # padded tokens, both answers counted, in a pass without a graph
@@ -160,7 +163,7 @@ def compute_log_probs(trainer: DPOTrainer, on_batch: Progress) -> torch.Tensor:
             # A rank without a pair passes all the same, because under ZeRO 3 the ranks gather the weights together.
             inputs = trainer.data_collator([trainer.train_dataset[row] for row in own or batch[:1]])
             rows_B = inputs.pop("row")
-            inputs = trainer._prepare_inputs(inputs)
+            inputs = trainer.move_batch(inputs)
             if own:
                 log_probs_P2[rows_B] = torch.stack(_score(trainer, inputs), dim=-1).float().cpu()
             else:
@@ -174,6 +177,37 @@ def compute_log_probs(trainer: DPOTrainer, on_batch: Progress) -> torch.Tensor:
 
 def _score(trainer: DPOTrainer, inputs: Inputs) -> LogProbs:
     return trainer.compute_ref_log_probs(trainer.model_wrapped, inputs)
+
+
+def make_reference(
+    spec: RoundSpec, start: Path, tokens_key: str, mixed: bool, is_first: bool, on_batch: Progress
+) -> Reference | None:
+    """What stands in for a second model; None where there is one, or nothing to refer to.
+
+    Args:
+        tokens_key: of the pairs to train on.
+        mixed: whether the round computes in bfloat16.
+        is_first: whether this is rank 0.
+        on_batch: called with batches done and in all.
+    """
+    if spec.reference == "shared":
+        return SharedReference()
+    if spec.reference == "precompute":
+        # The weights are read whole for the key, which rank 0 alone needs.
+        key = make_reference_key(spec, start, tokens_key, mixed) if is_first else ""
+        path = default_cache("references") / f"{key}.safetensors"
+        return PrecomputedReference(path, on_batch)
+    return None
+
+
+def describe_reference(spec: RoundSpec, reference: Reference | None, second: PreTrainedModel | None) -> ReferenceReport | None:
+    """What the reference was and what it takes; None where there is none."""
+    if spec.reference is None:
+        return None
+    if reference is None:
+        held = [value.ds_tensor if is_partitioned(value) else value for value in second.parameters()]
+        return ReferenceReport(mode="full", key=None, is_reused=False, num_bytes=sum(value.nbytes for value in held))
+    return ReferenceReport(mode=spec.reference, key=reference.key, is_reused=reference.is_reused, num_bytes=reference.num_bytes)
 
 
 def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: bool) -> str:

@@ -17,30 +17,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hftcli.errors import InputError, Interrupted, TrainingError
+from hftcli.errors import InputError, Interrupted
 from hftcli.launching.processes import StopRequest, make_interrupted
 from hftcli.runs.records import StepManifest
 from hftcli.runs.run import Round, find_differences
 from hftcli.runs.seals import FileSeal, find_damage, flush_files, list_files, seal_files
 from hftcli.runs.spec import RoundSpec
+from hftcli.training.internals import Memory, ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "step.json"
-WEIGHTS_NAME = "trained.safetensors"
-
-Memory = dict[str, Any]  # what a rank remembers: numbers, strings and tensors, in dicts and lists
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ class StepKeeper(TrainerCallback):
             raise make_interrupted(self.round)
 
     @contextmanager
-    def stopping(self, trainer: "ResumableTrainer") -> Iterator[None]:
+    def stopping(self, trainer: ResumableTrainer) -> Iterator[None]:
         """After the last step: where the body stops by `check`, no step is lost."""
         try:
             yield
@@ -117,7 +111,7 @@ class StepKeeper(TrainerCallback):
             self.save_end(trainer)
             raise make_interrupted(self.round) from None
 
-    def save_end(self, trainer: "ResumableTrainer") -> None:
+    def save_end(self, trainer: ResumableTrainer) -> None:
         """Write a checkpoint of the last step, unless there is one; all ranks together."""
         if self.origin.spec.checkpoint.is_on and self.last_step < trainer.state.global_step:
             trainer.save_step()
@@ -148,92 +142,6 @@ class StepKeeper(TrainerCallback):
             found *= num_ranks
             torch.distributed.all_gather_object(found, found[rank])
         return {name: seal for seals in found for name, seal in sorted(seals.items())}
-
-
-class ResumableTrainer(Trainer):
-    """To stand before one of TRL's trainers among a class's bases: what transformers saves, less what need not be saved.
-
-    Attributes:
-        saving_seconds: spent on writing step checkpoints, before they are completed.
-    """
-
-    saving_seconds = 0.0
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What trains; the rest is the start's. DeepSpeed writes files of its own."""
-        if not self.is_deepspeed_enabled:
-            weights = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(weights, Path(output_dir) / WEIGHTS_NAME)
-
-    def save_step(self) -> None:
-        """Write a step checkpoint now, after the last step; all ranks together."""
-        self._save_checkpoint(self.model_wrapped, None)
-        self.callback_handler.on_save(self.args, self.state, self.control)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens read in the round so far, over all ranks."""
-        return int(self._total_train_tokens)
-
-    def recall_sums(self) -> Memory:
-        """What the trainers sum up between two rows of metrics.jsonl and over the round, and save nowhere."""
-        return {
-            "loss_since_log": self._tr_loss.item(),
-            "logged_loss": self._total_loss_scalar,
-            "logged_step": self._globalstep_last_logged,
-            "metrics": dict(self._metrics["train"]),
-            "num_tokens": self._total_train_tokens,
-        }
-
-    def restore_sums(self, memory: Memory) -> None:
-        self._tr_loss.fill_(memory["loss_since_log"])
-        self._total_loss_scalar = memory["logged_loss"]
-        self._globalstep_last_logged = memory["logged_step"]
-        self._initial_global_step = 0  # the mean loss is that of the round, not of this start
-        self._metrics["train"].update(memory["metrics"])
-        self._total_train_tokens = memory["num_tokens"]
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        if not torch.isfinite(self._tr_loss):
-            raise TrainingError(f"the loss became {self._tr_loss.item()} before step {self.state.global_step}")
-        started = time.perf_counter()
-        Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a model card each time
-        self.saving_seconds += time.perf_counter() - started
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> Any:
-        if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        # transformers has DeepSpeed leave out what is frozen below PEFT's adapters, and nowhere else.
-        engine = self.model_wrapped
-        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-        if resume_from_checkpoint is not None:
-            if engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)[0] is None:
-                raise InputError(f"{resume_from_checkpoint} holds no checkpoint of DeepSpeed's")
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_NAME)
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        if weights.keys() != trained.keys():
-            raise InputError(f"{resume_from_checkpoint} holds the trained half of another plan")
-        with torch.no_grad():
-            for name, value in trained.items():
-                value.copy_(weights[name])
-
-    def _finalize_training(self, *args: Any) -> TrainOutput:
-        outcome = super()._finalize_training(*args)
-        self._tr_loss.zero_()  # it was added to the sum, and would be again after a stop here
-        return outcome
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers looks for the end only after a step, and so takes one too many from a checkpoint of the last.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
 
 
 def find_step(round_: Round, origin: Origin, args: TrainingArguments) -> Path | None:

@@ -1,9 +1,6 @@
-"""What goes around TRL's trainers: their arguments from a round's spec, and the callbacks that report a round."""
+"""TRL's trainers as hft drives them: their arguments from a round's spec, rows that come tokenized, methods, references."""
 
-import json
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +9,17 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from hftcli.errors import InputError, TrainingError
+from hftcli.errors import InputError
 from hftcli.freezing.activations import LossKernel
 from hftcli.methods import Method
-from hftcli.models.device import has_bfloat16
-from hftcli.runs.files import write_model, write_text
-from hftcli.runs.run import Round
-from hftcli.runs.spec import Progress, RoundSpec
+from hftcli.models.device import is_mixed, is_sharded
+from hftcli.runs.spec import RoundSpec
+from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
 from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits
 from hftcli.training.references import Reference
-from hftcli.training.steps import ResumableTrainer
 
 SPENT_KEYS = {
     "global_batch_size",
@@ -34,16 +29,6 @@ SPENT_KEYS = {
     "memory_bytes",
     "loss_kernel",
 }  # before the trainer exists
-
-
-def is_mixed(spec: RoundSpec) -> bool:
-    """Whether this process computes in bfloat16."""
-    return spec.train.bf16 and has_bfloat16()
-
-
-def is_sharded(spec: RoundSpec) -> bool:
-    """Whether DeepSpeed holds the model."""
-    return spec.launch.num_ranks > 1
 
 
 def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOConfig:
@@ -67,7 +52,7 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         "gradient_accumulation_steps": spec.num_accumulation_steps,
         "max_length": spec.data.max_length,
         "dataloader_pin_memory": has_gpu,
-        "save_strategy": "no",  # checkpoints.py says when
+        "save_strategy": "no",  # steps.py says when
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
         "disable_tqdm": True,
     }
@@ -75,14 +60,7 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
     if spec.objective == "dpo" or not spec.train.packing:
         values.setdefault("pad_to_multiple_of", find_padding(spec.data.max_length))
     if spec.train.activation_checkpointing:
-        kwargs = spec.train.model_extra.get("activation_checkpointing_kwargs") or {}
-        if kwargs.get("use_reentrant"):
-            raise InputError(
-                "train.activation_checkpointing_kwargs.use_reentrant is true: reentrant checkpoints leave layers above frozen "
-                "ones without a gradient",
-                "drop it",
-            )
-        values["activation_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}
+        values["activation_checkpointing_kwargs"] = _choose_checkpointing(spec)
     if spec.objective == "sft":
         kind = SFTConfig
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows come tokenized
@@ -101,16 +79,24 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
     except (TypeError, ValueError) as error:
         raise InputError(f"train: TRL refuses these settings: {error}") from None
     if is_sharded(spec):
-        import deepspeed.ops
         from deepspeed import init_distributed
 
         if not has_gpu:
-            # DeepSpeed would first compile a kernel for inference between CPU ranks, for a minute; where such a build was
-            # killed, its lock stays, and every later run would wait for it forever.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            forbid_shm_build()
         # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
         init_distributed(dist_backend="nccl" if has_gpu else "gloo")
     return args
+
+
+def _choose_checkpointing(spec: RoundSpec) -> dict[str, Any]:
+    kwargs = spec.train.model_extra.get("activation_checkpointing_kwargs") or {}
+    if kwargs.get("use_reentrant"):
+        raise InputError(
+            "train.activation_checkpointing_kwargs.use_reentrant is true: reentrant checkpoints leave layers above frozen "
+            "ones without a gradient",
+            "drop it",
+        )
+    return {**kwargs, "use_reentrant": False}
 
 
 def find_padding(max_length: int) -> int | None:
@@ -163,7 +149,7 @@ class MethodTrainer(ResumableTrainer):
         for method in self.methods:
             penalty = method.compute_penalty()
             if penalty is not None:
-                self._metrics["train"]["penalty"].append(penalty.item())
+                self.add_metric("penalty", penalty.item())
                 loss = loss + penalty / num_parts
         return loss
 
@@ -213,7 +199,7 @@ class PairCollator(DataCollatorForPreference):
         return {**super().torch_call(examples), "row": torch.tensor([example["row"] for example in examples])}
 
 
-class PairTrainer(MethodTrainer, DPOTrainer):
+class PairTrainer(MethodTrainer, PreparedPairs):
     """TRL's DPOTrainer on pairs that come tokenized, with one of hft's references.
 
     Args:
@@ -262,16 +248,6 @@ class PairTrainer(MethodTrainer, DPOTrainer):
         checkpoint_layers(self.model, self.args)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset  # tokenized and cut already
-
-    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset  # TRL would do it here, under a key that is the same for different models under ZeRO 3
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "row"]
-
 
 def checkpoint_layers(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:
     """Set up activation checkpointing anew, without the hook that gives the embeddings' output a gradient.
@@ -287,101 +263,6 @@ def checkpoint_layers(model: PreTrainedModel, args: transformers.TrainingArgumen
     model.disable_input_require_grads()
     model.activation_checkpointing_enable(kwargs, **own)
     model.disable_input_require_grads()
-
-
-class Reporter:
-    """Tells the front where the worker is; only rank 0 speaks."""
-
-    def __init__(self, round_: Round):
-        self.round = round_
-        self.is_first = int(os.environ.get("RANK", "0")) == 0
-
-    def report(self, phase: str, done: int = 0, total: int = 0, loss: float | None = None) -> None:
-        if self.is_first:
-            write_model(self.round.progress_path, Progress(phase=phase, done=done, total=total, loss=loss))
-
-
-class RoundCallback(TrainerCallback):
-    """Writes metrics.jsonl and progress, stops at a loss that is not a number, and measures gradients and states.
-
-    Args:
-        score_start: called with nothing once the model is ready and untouched.
-    """
-
-    def __init__(self, reporter: Reporter, score_start: Callable[[], None]):
-        self.reporter = reporter
-        self.score_start = score_start
-        self.loss: float | None = None
-        self.gradient_bytes = 0
-
-    def on_train_begin(
-        self,
-        args: transformers.TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
-    ) -> None:
-        if self.reporter.is_first and (rows := cut_metrics(self.reporter.round, state.global_step)):
-            self.loss = rows[-1]["loss"]
-        self.score_start()
-        checkpoint_layers(model, args)
-        self.reporter.report("training", 0, state.max_steps)
-
-    def on_pre_optimizer_step(
-        self,
-        args: transformers.TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: torch.nn.Module,
-        **kwargs: Any,
-    ) -> None:
-        if not self.gradient_bytes:
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
-
-    def on_step_end(
-        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.reporter.report("training", state.global_step, state.max_steps, self.loss)
-
-    def on_log(
-        self,
-        args: transformers.TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> None:
-        if "loss" not in logs:
-            return
-        self.loss = float(logs["loss"])
-        if self.reporter.is_first:
-            with self.reporter.round.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if not math.isfinite(self.loss):
-            raise TrainingError(
-                f"the loss became {self.loss} at step {state.global_step} and the round is stopped; "
-                f"{self.reporter.round.describe_kept()}",
-                "the same command would come to the same point: lower train.learning_rate and give another --output, or look "
-                "at the data with `hft data`; metrics.jsonl has every step",
-            )
-
-
-def cut_metrics(round_: Round, step: int) -> list[dict[str, Any]]:
-    """Drop the rows of metrics.jsonl after a step: they come again. Those that are left are returned."""
-    rows = round_.read_metrics() if round_.metrics_path.exists() else []
-    rows = [row for row in rows if row["step"] <= step]
-    write_text(round_.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def measure_optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's moments on this process; DeepSpeed's own optimizers wrap the one that holds them."""
-    while not isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
 def silence_libraries() -> None:

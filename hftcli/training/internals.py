@@ -1,0 +1,173 @@
+"""The one place that touches what other libraries keep to themselves: names of TRL, transformers and DeepSpeed that begin with
+an underscore.
+
+`INTERNALS` lists them with what breaks when they go; a test holds the list against the installed versions, and another finds
+such names anywhere else.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+from trl import DPOTrainer
+
+from hftcli.errors import InputError, TrainingError
+
+INTERNALS = {
+    "transformers.Trainer": {
+        "_save_checkpoint": "step checkpoints would hold the frozen half, and a diverged state would be kept",
+        "_prepare_for_training": "DeepSpeed would write and expect the frozen half",
+        "_load_from_checkpoint": "a step checkpoint without the frozen half would not be laid in",
+        "_load_optimizer_and_scheduler": "the schedule would start again under DeepSpeed",
+        "_finalize_training": "the mean loss would count the last steps twice after a stop",
+        "_run_epoch": "a round that was stopped after its last step would take another one",
+        "_prepare_inputs": "GEM, EWC and the precomputed reference could not move a batch to the device",
+        "_tr_loss": "the losses since the last row of metrics.jsonl would be lost in a stop",
+        "_total_loss_scalar": "the mean loss would be that of the last start",
+        "_globalstep_last_logged": "the first loss after a stop would be averaged over other steps",
+        "_initial_global_step": "the mean loss would be that of the last start",
+        "_set_signature_columns_if_needed": "the pairs' places would be dropped from the batches",
+        "_signature_columns": "the pairs' places would be dropped from the batches",
+    },
+    "trl.SFTTrainer": {
+        "_metrics": "what is averaged between two rows of metrics.jsonl would be lost in a stop",
+        "_total_train_tokens": "a round's tokens would be counted from the last start",
+    },
+    "trl.DPOTrainer": {
+        "_metrics": "what is averaged between two rows of metrics.jsonl would be lost in a stop",
+        "_total_train_tokens": "a round's tokens would be counted from the last start",
+        "_prepare_dataset": "TRL would tokenize the pairs again",
+        "_precompute_ref_logps": "TRL would ask the reference itself, under a key that is the same for different models",
+    },
+    "deepspeed.ops": {
+        "__compatible_ops__": "CPU ranks would compile a kernel first, and wait for ever where such a build was killed",
+    },
+}
+
+WEIGHTS_NAME = "trained.safetensors"
+
+Memory = dict[str, Any]  # what a rank remembers: numbers, strings and tensors, in dicts and lists
+
+
+class ResumableTrainer(Trainer):
+    """To stand before one of TRL's trainers among a class's bases: what transformers saves, less what need not be saved.
+
+    Attributes:
+        saving_seconds: spent on writing step checkpoints, before they are completed.
+    """
+
+    saving_seconds = 0.0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What trains; the rest is the start's. DeepSpeed writes files of its own."""
+        if not self.is_deepspeed_enabled:
+            weights = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(weights, Path(output_dir) / WEIGHTS_NAME)
+
+    def save_step(self) -> None:
+        """Write a step checkpoint now, after the last step; all ranks together."""
+        self._save_checkpoint(self.model_wrapped, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def move_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the collator gives it, on the device."""
+        return self._prepare_inputs(batch)
+
+    def add_metric(self, name: str, value: float) -> None:
+        """Take a number of this micro-batch into the next row of metrics.jsonl, which has the mean."""
+        self._metrics["train"][name].append(value)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read in the round so far, over all ranks."""
+        return int(self._total_train_tokens)
+
+    def recall_sums(self) -> Memory:
+        """What the trainers sum up between two rows of metrics.jsonl and over the round, and save nowhere."""
+        return {
+            "loss_since_log": self._tr_loss.item(),
+            "logged_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "metrics": dict(self._metrics["train"]),
+            "num_tokens": self._total_train_tokens,
+        }
+
+    def restore_sums(self, memory: Memory) -> None:
+        """Go on with the sums that `recall_sums` gave."""
+        self._tr_loss.fill_(memory["loss_since_log"])
+        self._total_loss_scalar = memory["logged_loss"]
+        self._globalstep_last_logged = memory["logged_step"]
+        self._initial_global_step = 0  # the mean loss is that of the round, not of this start
+        self._metrics["train"].update(memory["metrics"])
+        self._total_train_tokens = memory["num_tokens"]
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
+        if not torch.isfinite(self._tr_loss):
+            raise TrainingError(f"the loss became {self._tr_loss.item()} before step {self.state.global_step}")
+        started = time.perf_counter()
+        Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a model card each time
+        self.saving_seconds += time.perf_counter() - started
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # transformers has DeepSpeed leave out what is frozen below PEFT's adapters, and nowhere else.
+        engine = self.model_wrapped
+        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        if resume_from_checkpoint is not None:
+            if engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)[0] is None:
+                raise InputError(f"{resume_from_checkpoint} holds no checkpoint of DeepSpeed's")
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_NAME)
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if weights.keys() != trained.keys():
+            raise InputError(f"{resume_from_checkpoint} holds the trained half of another plan")
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(weights[name])
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        outcome = super()._finalize_training(*args)
+        self._tr_loss.zero_()  # it was added to the sum, and would be again after a stop here
+        return outcome
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers looks for the end only after a step, and so takes one too many from a checkpoint of the last.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+
+class PreparedPairs(DPOTrainer):
+    """DPOTrainer on pairs that come tokenized and cut, with their places in the dataset in the column `row`."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset  # hft's references do it
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "row"]
+
+
+def forbid_shm_build() -> None:
+    """Keep DeepSpeed from compiling a kernel for inference between CPU ranks: it takes a minute, and where such a build was
+    killed, its lock stays, and every later run would wait for it forever."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,152 @@
+"""What a round says of itself: where it is, how long it took, what it held, what it ran on."""
+
+import json
+import math
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+
+from hftcli.errors import TrainingError
+from hftcli.runs.files import write_model, write_text
+from hftcli.runs.records import Hardware
+from hftcli.runs.run import Round
+from hftcli.runs.spec import Progress
+from hftcli.training.trainers import checkpoint_layers
+
+PHASES = ("tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying")
+
+
+class Reporter:
+    """Tells the front where the worker is; only rank 0 speaks."""
+
+    def __init__(self, round_: Round):
+        self.round = round_
+        self.is_first = int(os.environ.get("RANK", "0")) == 0
+
+    def report(self, phase: str, done: int = 0, total: int = 0, loss: float | None = None) -> None:
+        if self.is_first:
+            write_model(self.round.progress_path, Progress(phase=phase, done=done, total=total, loss=loss))
+
+
+class Clock:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - started
+
+
+class RoundCallback(TrainerCallback):
+    """Writes metrics.jsonl and progress, stops at a loss that is not a number, and measures gradients and states.
+
+    Args:
+        score_start: called with nothing once the model is ready and untouched.
+    """
+
+    def __init__(self, reporter: Reporter, score_start: Callable[[], None]):
+        self.reporter = reporter
+        self.score_start = score_start
+        self.loss: float | None = None
+        self.gradient_bytes = 0
+
+    def on_train_begin(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        if self.reporter.is_first and (rows := cut_metrics(self.reporter.round, state.global_step)):
+            self.loss = rows[-1]["loss"]
+        self.score_start()
+        checkpoint_layers(model, args)
+        self.reporter.report("training", 0, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        if not self.gradient_bytes:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+
+    def on_step_end(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.reporter.report("training", state.global_step, state.max_steps, self.loss)
+
+    def on_log(
+        self,
+        args: transformers.TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in logs:
+            return
+        self.loss = float(logs["loss"])
+        if self.reporter.is_first:
+            with self.reporter.round.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not math.isfinite(self.loss):
+            raise TrainingError(
+                f"the loss became {self.loss} at step {state.global_step} and the round is stopped; "
+                f"{self.reporter.round.describe_kept()}",
+                "the same command would come to the same point: lower train.learning_rate and give another --output, or look "
+                "at the data with `hft data`; metrics.jsonl has every step",
+            )
+
+
+def cut_metrics(round_: Round, step: int) -> list[dict[str, Any]]:
+    """Drop the rows of metrics.jsonl after a step: they come again. Those that are left are returned."""
+    rows = round_.read_metrics() if round_.metrics_path.exists() else []
+    rows = [row for row in rows if row["step"] <= step]
+    write_text(round_.metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def measure_optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's moments on this process; DeepSpeed's own optimizers wrap the one that holds them."""
+    while not isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
+
+
+def measure_peak_memory() -> int:
+    """Peak bytes of this process: of the GPU's allocator, or its resident set where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_hardware(num_ranks: int) -> Hardware:
+    has_gpu = torch.cuda.is_available()
+    return Hardware(
+        device=torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
+        num_processes=num_ranks,
+        num_cores=os.cpu_count(),
+        num_threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )

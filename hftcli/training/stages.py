@@ -1,0 +1,113 @@
+"""What the calls of a round hand on, one to the next (round.py)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+from trl import DPOConfig, SFTConfig
+
+from hftcli.freezing.selection import FreezePlan
+from hftcli.launching.processes import StopRequest
+from hftcli.measuring.asking import TokenizedTask
+from hftcli.methods import Method
+from hftcli.runs.records import DataReport, FitReport
+from hftcli.runs.run import Round
+from hftcli.runs.spec import RoundSpec
+from hftcli.training.internals import ResumableTrainer
+from hftcli.training.references import Reference
+from hftcli.training.reports import Clock, Reporter, RoundCallback
+from hftcli.training.steps import Origin, StepKeeper
+
+if TYPE_CHECKING:
+    from hftcli.training.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a round; a round that is stopped takes several."""
+
+    round: Round
+    stop: StopRequest
+    reporter: Reporter
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the files say: no process group, no weights.
+
+    Attributes:
+        spec: the round, its loss kernel and its fit to this machine decided.
+        start: folder of the checkpoint that it begins from.
+        asked: the tasks to score, by name.
+    """
+
+    spec: RoundSpec
+    start: Path
+    plan: FreezePlan
+    methods: list[Method]
+    fit: FitReport | None
+    tokenizer: PreTrainedTokenizerBase
+    asked: dict[str, TokenizedTask]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of a round.
+
+    Attributes:
+        train: what is trained on.
+        report: what became of the round's own rows.
+        key: of all tokens that are trained on, those that methods add among them.
+        asked: the tasks to score, and held-out rows.
+        pairs: held-out preference pairs; None where there are none.
+    """
+
+    train: Dataset
+    report: DataReport
+    key: str
+    asked: dict[str, TokenizedTask]
+    pairs: Dataset | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The start with a part of it frozen, on ranks that have joined and agreed on which.
+
+    Attributes:
+        second: the second model that preference optimization may refer to.
+        step: the step checkpoint to go on from; None where the round begins.
+    """
+
+    args: SFTConfig | DPOConfig
+    model: PreTrainedModel
+    second: PreTrainedModel | None
+    reference: Reference | None
+    fingerprints: tuple[str, ...]
+    origin: Origin
+    step: Path | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after its last step, not saved yet."""
+
+    trainer: ResumableTrainer
+    outcome: TrainOutput
+    scorer: "Scorer"
+    keeper: StepKeeper
+    callback: RoundCallback
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on disk.
+
+    Attributes:
+        updates: largest absolute change of each trained parameter, in float32; on rank 0 alone.
+    """
+
+    updates: dict[str, float]
