@@ -218,7 +218,7 @@ def _generate_batch(
     cache = DynamicCache(config=model.config)
     for step in range(uniforms_BS.shape[1]):
         logits_BTV = model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True,
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, cache=cache, use_cache=True,
             logits_to_keep=1,
         ).logits  # fmt: skip
         tokens_B = choose_tokens(logits_BTV[:, -1].float(), uniforms_BS[going, step], temperature)

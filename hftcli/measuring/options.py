@@ -108,7 +108,7 @@ def _read_batch(model: PreTrainedModel, batch: list[Question], device: torch.dev
     positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     logits_B1V = model(
-        input_ids=ids_BP, attention_mask=mask_BP, position_ids=positions_BP, past_key_values=cache, use_cache=True,
+        input_ids=ids_BP, attention_mask=mask_BP, position_ids=positions_BP, cache=cache, use_cache=True,
         logits_to_keep=1,
     ).logits  # fmt: skip
     owners = [row for row, question in enumerate(batch) for _ in question.options]
@@ -129,7 +129,7 @@ def _read_batch(model: PreTrainedModel, batch: list[Question], device: torch.dev
         positions_OS = positions_BP[owner_O, -1:] + 1 + torch.arange(ids_OS.shape[1] - 1, device=device)
         logits_OSV = model(
             input_ids=ids_OS[:, :-1], attention_mask=torch.cat([mask_BP[owner_O], mask_OS[:, :-1]], dim=-1),
-            position_ids=positions_OS, past_key_values=cache, use_cache=True,
+            position_ids=positions_OS, cache=cache, use_cache=True,
         ).logits  # fmt: skip
         is_scored_OS = is_scored_OS[:, 1:]
         nats_N = torch.nn.functional.cross_entropy(

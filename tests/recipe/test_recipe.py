@@ -65,7 +65,7 @@ def test_every_fault_at_once_with_line_key_and_guess(tmp_path):
 def test_misspelt_training_key_is_found_without_importing_torch(tmp_path):
     message = fail(tmp_path, GOOD + "train:\n  lerning_rate: 1\n")
     assert "my.yaml:4: unknown key 'lerning_rate' under train (did you mean 'learning_rate'?)" in message
-    code = "import sys; from hftcli.recipe import load_recipe; load_recipe('tulu'); print('torch' in sys.modules)"
+    code = "import sys; from hftcli.recipe.loading import load_recipe; load_recipe('tulu'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

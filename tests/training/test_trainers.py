@@ -113,8 +113,8 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
 def test_a_cpu_keeps_the_memory_of_a_step_for_the_next_one():
     """64 MiB, freed and taken again ten times, are 163,840 pages of 4 KiB; few of them come from the kernel anew."""
     code = """
-import resource, torch
-from hftcli.trainers import keep_freed_memory
+import resource, torch, hftcli.training.trainers
+from hftcli.models.device import keep_freed_memory
 keep_freed_memory()
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
