@@ -1,0 +1,66 @@
+"""What the tests of data share: a conversation, rows written to a file, and the short way from them to tokens."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import trl
+from transformers import PreTrainedTokenizerBase
+
+from hftcli.data.prepare import prepare_dataset
+from hftcli.data.tokens import IGNORED, tokenize_examples
+from hftcli.recipe.sections import DataSection, TrainSection
+from hftcli.tasks.examples import Example
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [
+    ("What is 2 + 2?", "4.\n\n  Always  4"),
+    ("用中文说你好", "你好！"),
+    ("\nAnd in Greek? ", "Γειά σου 🙂 "),
+]
+CONVERSATION = [SYSTEM] + [
+    message
+    for question, answer in TURNS
+    for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+]
+ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+INSTRUCTION, CUE = "Sum it up.\nText:\n", "\nSummary:"
+
+
+def make_long(body: str, answer: str = "A") -> Example:
+    return Example(INSTRUCTION + body + CUE, answer, (len(INSTRUCTION), len(INSTRUCTION + body)))
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> DataSection:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return DataSection(path=str(path))
+
+
+def tokenize(
+    rows: list[Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, **options: bool
+) -> list[tuple[list[int], list[int]]]:
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset, _ = prepare_dataset(data, TrainSection(**options), tokenizer, tmp_path / "cache")
+    return [(row["input_ids"], row["labels"]) for row in dataset]
+
+
+def tokenize_whole(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+    return [(ids, labels.tolist()) for ids, labels in tokenize_examples(examples, "middle", 10_000, tokenizer)[0]]
+
+
+def read_trained(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    return tokenizer.decode([label for label in labels if label != IGNORED], skip_special_tokens=False)
+
+
+def read_template(name: str) -> str:
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def lay_out_chatml(opening: str = "") -> list[tuple[str, bool]]:
+    pieces = [("<|im_start|>system\nBe brief.<|im_end|>\n", False)]
+    for question, answer in TURNS:
+        pieces.append((f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", False))
+        pieces += [(f"{opening}{answer}<|im_end|>", True), ("\n", False)]
+    return pieces
