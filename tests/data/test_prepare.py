@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.written_rows import (
-    CONVERSATION,
-    CUE,
-    INSTRUCTION,
-    ROW,
-    lay_out_chatml,
-    make_long,
-    tokenize_whole,
-    write_jsonl,
-)
+from data.written_rows import CONVERSATION, CUE, INSTRUCTION, ROW, lay_out_chatml, make_long, tokenize_whole, write_jsonl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hftcli.data.prepare import check_positions, decode_samples, default_cache, prepare_dataset, prepare_task

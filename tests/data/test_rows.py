@@ -5,11 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.written_rows import (
-    ROW,
-    SYSTEM,
-    write_jsonl,
-)
+from data.written_rows import ROW, SYSTEM, write_jsonl
 from datasets import Dataset
 
 from hftcli import PACKAGE
