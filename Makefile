@@ -36,7 +36,7 @@ test-slow: $(READY) ## Run the longer tests
 
 .PHONY: test-faults
 test-faults: $(READY) ## Kill, stop, starve and damage runs, dozens of times
-	$(BIN)/pytest -s tests/training/test_steps.py tests/end_to_end/test_faults.py
+	$(BIN)/pytest -s tests/training/test_steps.py $(addprefix tests/end_to_end/,test_faults.py test_signals.py test_many_faults.py)
 
 .PHONY: lint
 lint: $(READY) ## Check style

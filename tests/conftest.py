@@ -10,6 +10,9 @@ import pytest
 
 Hft = Callable[..., subprocess.CompletedProcess]
 
+# Modules beside the tests, whose assertions then say as much as a test's.
+pytest.register_assert_rewrite("end_to_end", "models")
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 

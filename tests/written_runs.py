@@ -1,13 +1,14 @@
 """The files that finished runs leave, written by hand: for tests of what reads runs."""
 
+import json
 from pathlib import Path
 
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model
-from hftcli.runs.records import DataReport, Hardware, RoundResult, Source, Verification
+from hftcli.runs.records import CheckpointIdentity, DataReport, Hardware, MergeManifest, RoundResult, Source, Verification
 from hftcli.runs.run import Run
-from hftcli.runs.scores import PairScores, Score, Scores
+from hftcli.runs.scores import PairScores, Prediction, Score, Scores
 from hftcli.runs.spec import RoundSpec
 
 FACTS, REWORDED, SKILL = "tinyworld/facts", "tinyworld/facts-reworded", "tinyworld/skill"
@@ -61,3 +62,27 @@ def make_result(fingerprint: str, pairs: PairScores | None) -> RoundResult:
         data=data, pairs=pairs, verification=Verification(num_frozen=1, num_trained=1, violations=(), unmoved=()),
         hardware=Hardware(device="cpu", num_processes=1, num_cores=1, num_threads=1, memory_bytes=1),
     )  # fmt: skip
+
+
+def write_made(folder: Path, run: Path, scores: dict[str, float], **how: object) -> Path:
+    """The files that `hft merge` or `hft reset`, and then `hft eval`, leave of a run's model."""
+    folder.mkdir()
+    tuned = CheckpointIdentity(path=str(run / "rounds" / "00-sft" / "checkpoint"), files={})
+    manifest = MergeManifest(command=(), created="", version="", inputs={"base": tuned, "tuned": tuned}, files={}, **how)
+    write_model(folder / "merge.json", manifest)
+    tasks = {name: {"score": score, "lenient": None, "nll": 1.0, "num_examples": 100} for name, score in scores.items()}
+    (folder / "evaluation.json").write_text(json.dumps({"tasks": tasks, "model": "m"}))
+    return folder
+
+
+def make_predictions(*scores: float) -> list[Prediction]:
+    return [
+        Prediction(index=index, prediction=None, score=score, lenient=None, nll=1.0, num_tokens=1)
+        for index, score in enumerate(scores)
+    ]
+
+
+def make_answers(*scores: float, num_choices: int = 4) -> list[Prediction]:
+    """Of multiple choice."""
+    bare = (-1.0,) * num_choices
+    return [prediction.model_copy(update={"bare_log_likelihoods": bare}) for prediction in make_predictions(*scores)]

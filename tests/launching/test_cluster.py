@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+from launching.nodes import make_node
 
 from hftcli.errors import InputError
 from hftcli.launching import cluster
-from hftcli.launching.cluster import Node, NodeOrder, describe_end, describe_nodes, make_nodes, run_nodes
-from hftcli.launching.hosts import Host
+from hftcli.launching.cluster import describe_end, describe_nodes, make_nodes, run_nodes
 from hftcli.recipe.sections import LaunchSection
 from hftcli.runs.spec import Failure
 
@@ -44,12 +44,6 @@ def _ssh(tmp_path, monkeypatch):
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
-
-
-def make_node(name: str, script: str) -> Node:
-    return Node(
-        Host(name, 1, f"hosts:{name}"), 0, NodeOrder(command=("bash", "-c", script), environment={"MARK": "m"}, num_processes=1)
-    )
 
 
 def is_alive(pid: int) -> bool:
@@ -141,14 +135,14 @@ FRONT = """\
 import sys
 from hftcli.launching.cluster import run_nodes
 sys.path.insert(0, {tests!r})
-from test_cluster import make_node
+from launching.nodes import make_node
 lines = run_nodes([make_node(name, {script!r}.replace("NAME", name)) for name in ("a", "b")])
 sys.exit(max(line.ssh.returncode for line in lines))
 """
 
 
 def start_front(script: str) -> subprocess.Popen:
-    code = FRONT.format(tests=str(Path(__file__).parent), script=script)
+    code = FRONT.format(tests=str(Path(__file__).parents[1]), script=script)
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hftcli import PACKAGE
 from hftcli.data.tokens import get_backend
 from hftcli.measuring.asking import find_stops, tokenize_task
-from hftcli.measuring.judging import cut_answer, rank_choices, score_task
+from hftcli.measuring.judging import cut_answer, score_task
 from hftcli.measuring.options import read_options, tokenize_questions
 from hftcli.tasks import Task
 from hftcli.tasks.examples import Example
@@ -76,12 +76,6 @@ def test_a_long_prompt_loses_its_beginning(loaded, caplog):
     longest = max(options, key=lambda option: len(get_backend(tokenizer).encode(prompt + option).ids))
     found = read_options(model, questions, CPU)[0]
     assert found[options.index(longest)] == pytest.approx(read_one(model, tokenizer, prompt, longest, 40), abs=1e-4)
-
-
-def test_choices_are_ranked_in_three_ways():
-    options, likelihoods, bare = (" a", " bbbb", " cc"), (-3.0, -6.0, -3.5), (-1.0, -9.0, -9.5)
-    # Per character -3, -1.5, -1.75; raised by -2, 3, 6.
-    assert rank_choices(options, likelihoods, bare) == (" a", " bbbb", " cc")
 
 
 def test_a_choice_is_scored(loaded):

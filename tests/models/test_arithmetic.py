@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.test_deltas import SIZES, TOKENIZER, assert_same, draw, read_all, train
+from models.small_models import SIZES, TOKENIZER, assert_same, draw, read_all, train
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,

@@ -4,7 +4,8 @@ import re
 import struct
 
 import pytest
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap
+from reporting.contrast import compute_luminance
 
 from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.errors import InputError
@@ -51,12 +52,6 @@ def test_other_formats_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"ends in .svg or .png, got '.jpg'"):
         draw_matrix(make_matrix(2), tmp_path / "matrix.jpg")
     assert not list(tmp_path.iterdir())
-
-
-def compute_luminance(colour) -> float:
-    """Relative luminance of an sRGB colour, from 0 (black) to 1 (white). WCAG 2.2."""
-    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour))
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def test_every_number_has_the_contrast_that_wcag_asks_for():

@@ -6,28 +6,20 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from reporting.test_figures import compute_luminance
-from written_runs import FACTS, SKILL, write_run
+from reporting.contrast import compute_luminance
+from written_runs import FACTS, SKILL, make_answers, make_predictions, write_run
 
 from hftcli import PACKAGE
 from hftcli.comparing.forgetting import ForgettingMatrix
-from hftcli.comparing.items import compare_items, read_item_changes
+from hftcli.comparing.items import read_item_changes
 from hftcli.errors import InputError
 from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.reporting.page import TEMPLATE, make_page, write_page
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
-from hftcli.runs.scores import Prediction
 
 VOID = {"meta", "link", "br", "img", "hr", "path", "rect"}
-
-
-def make_predictions(*scores: float) -> list[Prediction]:
-    return [
-        Prediction(index=index, prediction=None, score=score, lenient=None, nll=1.0, num_tokens=1)
-        for index, score in enumerate(scores)
-    ]
 
 
 @pytest.fixture
@@ -110,7 +102,7 @@ def test_page_can_be_read_by_all(run):
 
 def test_text_has_the_contrast_that_wcag_asks_for():
     """At least 4.5 : 1 (WCAG 2.2, 1.4.3) on the paper and on what is shaded, in both dresses."""
-    style = (PACKAGE / TEMPLATE).read_text(encoding="utf-8")
+    style = (PACKAGE / "reporting" / TEMPLATE).read_text(encoding="utf-8")
     dresses = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(dresses) == 2
     for dress in dresses:
@@ -170,19 +162,6 @@ def test_questions_are_compared_one_by_one(run):
     assert list(read_item_changes(run)) == [FACTS]  # what kept no predictions is left out
 
 
-def test_scores_with_degrees_have_an_interval_and_no_test():
-    found = compare_items(make_predictions(0.25, 0.5, 1.0), make_predictions(0.5, 0.5, 1.0))
-    assert found.change.mean == pytest.approx(0.25 / 3)
-    assert found.transitions is None
-    assert found.p_value is None
-
-
-def make_answers(*scores: float, num_choices: int = 4) -> list[Prediction]:
-    """Of multiple choice."""
-    bare = (-1.0,) * num_choices
-    return [prediction.model_copy(update={"bare_log_likelihoods": bare}) for prediction in make_predictions(*scores)]
-
-
 def test_questions_lost_and_won_are_shown_less_guessing_where_there_are_choices(hft, run):
     """Five of ten right before, three after: guessing among four shows 5 x 7 / (10 x 3) = 7/6 lost, and as many won."""
     round_ = run.rounds[0]
@@ -199,17 +178,6 @@ def test_questions_lost_and_won_are_shown_less_guessing_where_there_are_choices(
     shown = hft("report", run.folder).stdout
     assert re.search(r"4 of 5 │ 2 of 5 │ 0.688 │ +28.3 │ +8.3 │", shown)
     assert "less guessing" in shown
-
-
-def test_questions_with_other_numbers_of_choices_are_counted_apart():
-    before = make_answers(1, 1, 0, 0) + make_answers(1, 0, num_choices=2)
-    after = make_answers(0, 1, 0, 0) + make_answers(0, 1, num_choices=2)
-    guessed = 2 * 3 / (4 * 3) + 1 * 1 / (2 * 1)
-    assert compare_items(before, after).adjusted.lost == pytest.approx((2 - guessed) / 6)
-
-
-def test_questions_without_a_score_are_not_compared():
-    assert compare_items(make_predictions(1, 0), make_predictions(1, None)) is None
 
 
 def test_report_command_writes_the_page(hft, run, tmp_path):

@@ -1,4 +1,4 @@
-"""Step checkpoints and their seals: one that is not whole, or not this round's, is never loaded."""
+"""Step checkpoints: one that is not whole, or not this round's, is never loaded."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from hftcli.launching.command import worker_environment
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
 from hftcli.runs.run import Round
-from hftcli.runs.seals import find_damage, list_files, seal_files
+from hftcli.runs.seals import list_files
 from hftcli.training.steps import MANIFEST_NAME, Origin, choose_step, clear_remains, read_step, remove_steps
 from hftcli.training.worker import explain_failure
 
@@ -167,16 +167,3 @@ def test_out_of_memory_says_what_to_change(round_):
     assert "00-sft goes on from its checkpoint at step 4" in error.message
     assert "lower train.per_device_train_batch_size" in error.fix
     assert explain_failure(torch.OutOfMemoryError("CUDA out of memory."), round_).fix == error.fix
-
-
-def test_seals_name_each_damage(tmp_path):
-    for name in ("a", "b", "c"):
-        (tmp_path / name).write_text("text")
-    seals = seal_files(tmp_path, list_files(tmp_path))
-    assert find_damage(tmp_path, seals) == []
-    (tmp_path / "a").unlink()
-    (tmp_path / "b").write_text("texts")
-    (tmp_path / "c").write_text("test")
-    assert find_damage(tmp_path, seals) == [
-        "a is missing", "b has 5 bytes instead of 4", "c has other bytes than were written",
-    ]  # fmt: skip

@@ -1,35 +1,13 @@
-"""Checkpoints: what is loaded, frozen, compared, and in which data type."""
-
-import json
+"""The proof of what moved: byte by byte, and each fault by its name."""
 
 import pytest
 import torch
+from models.small_models import SIZES, draw
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hftcli.errors import ModelError
-from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
-from hftcli.models.checkpoint import freeze_model, load_model
-from hftcli.models.description import describe_model, fetch_checkpoint, read_start_dtype
 from hftcli.models.proof import measure_updates, verify_checkpoint
-from hftcli.recipe.sections import ModelSection
-
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 32}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small Llama in bfloat16."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(path)
-    return path
-
-
-def draw(path, round_index: int = 0) -> FreezePlan:
-    description = describe_model(str(path))
-    return make_plan(assign_roles(description.model_type, description.parameters), FreezeRule(), round_index)
 
 
 def change(path, names: tuple[str, ...], amount: float, target) -> None:
@@ -39,60 +17,6 @@ def change(path, names: tuple[str, ...], amount: float, target) -> None:
         parameter = model.get_parameter(name)
         parameter.data = (parameter.data.float() * (1 + amount) + (amount if "norm" not in name else 0)).to(parameter.dtype)
     model.save_pretrained(target)
-
-
-def test_a_description_needs_the_config_alone(folder, tmp_path):
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    description = describe_model(str(tmp_path))
-    assert sum(parameter.num_elements for parameter in description.parameters) == sum(
-        value.numel() for value in load_file(folder / "model.safetensors").values()
-    )
-    with pytest.raises(ModelError, match="has no weights as safetensors"):
-        fetch_checkpoint(str(tmp_path))
-
-
-def test_a_config_that_does_not_load_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
-    with pytest.raises(ModelError, match="the model's config does not load"):
-        describe_model(str(tmp_path))
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, torch.bfloat16), ("float32", torch.float32)])
-def test_the_start_keeps_its_data_type_unless_the_recipe_names_one(folder, given, expected):
-    assert read_start_dtype(ModelSection(path=str(folder), dtype=given), folder) == expected
-
-
-def test_a_start_in_another_data_type_is_rounded_to_it(folder):
-    model = load_model(ModelSection(path=str(folder), dtype="float16"), folder, draw(folder), mixed=False, sharded=False)
-    stored = load_file(folder / "model.safetensors")
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, stored[name].to(torch.float16).float())
-
-
-def test_the_half_that_trains_and_no_other_can_get_a_gradient(folder):
-    plan = draw(folder)
-    model = load_model(ModelSection(path=str(folder)), folder, plan, mixed=False, sharded=False)
-    assert tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad) == plan.trained
-    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
-    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == set(plan.trained)
-
-
-def test_in_bfloat16_what_trains_has_float32_masters_and_what_is_frozen_has_none(folder):
-    plan = draw(folder)
-    model = load_model(ModelSection(path=str(folder)), folder, plan, mixed=True, sharded=False)
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float32 if name in plan.trained else torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
-    loss.backward()
-    assert all(model.get_parameter(name).grad.dtype == torch.float32 for name in plan.trained)
-
-
-def test_a_plan_of_another_model_is_refused(folder, tmp_path):
-    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 2}))
-    with pytest.raises(ModelError, match="the freeze plan is of another model: 18 parameters differ"):
-        freeze_model(model, draw(folder))
 
 
 def test_verification_passes_when_just_the_trained_half_moved(folder, tmp_path):

@@ -1,0 +1,101 @@
+"""What a run learned and what it lost, read off its files."""
+
+import pytest
+from written_runs import FACTS, REWORDED, SKILL, make_score, write_made, write_run
+
+from hftcli.comparing.comparison import compare_runs
+from hftcli.comparing.points import read_point
+from hftcli.errors import InputError
+from hftcli.runs.scores import HELD_OUT, PairScore, PairScores
+
+
+def test_single_round_learns_what_it_trained_on_and_loses_the_rest(tmp_path):
+    rows = ({FACTS: 1.0, REWORDED: 0.8, SKILL: 0.1}, {FACTS: 0.7, REWORDED: 0.6, SKILL: 0.9})
+    point = read_point(write_run(tmp_path / "run", rows=rows))
+    assert point.learned == {SKILL: pytest.approx(0.8)}
+    assert point.lost == pytest.approx({FACTS: 0.3, REWORDED: 0.2})
+    assert point.learning == pytest.approx(0.8)
+    assert point.forgetting == pytest.approx(0.25)
+
+
+def test_user_says_what_measures_learning(tmp_path):
+    run = write_run(tmp_path / "run", "data.path=my.jsonl")
+    with pytest.raises(InputError, match=r"none of its tasks \(tinyworld/facts, tinyworld/skill\) asks for what was trained"):
+        read_point(run)
+    assert read_point(run, [SKILL]).learned == {SKILL: pytest.approx(0.9)}
+    with pytest.raises(InputError, match="--learned trace/FOMC is none of its tasks"):
+        read_point(run, ["trace/FOMC"])
+
+
+def test_preferences_are_learned_where_pairs_are_held_out(tmp_path):
+    rates = (
+        PairScore(
+            reward_accuracy=rate, reward_accuracy_error=0.0, reward_margin=1.0, likelihood_accuracy=1.0, kl=0.0, num_pairs=9
+        )
+        for rate in (0.5, 0.9)
+    )
+    pairs = PairScores(before=next(rates), after=next(rates))
+    rows = ({FACTS: 1.0}, {FACTS: 0.9})
+    point = read_point(write_run(tmp_path / "run", rows=rows, objective="dpo", pairs=pairs))
+    assert point.learned == {"reward accuracy": pytest.approx(0.4)}
+    assert point.lost == {FACTS: pytest.approx(0.1)}
+
+
+def test_likelihood_measures_what_has_no_score(tmp_path):
+    """Held-out rows are learned; of a task that has both, the likelihood counts."""
+    rows = (
+        {HELD_OUT: make_score(None, 2.5), FACTS: make_score(0.9, 1.0)},
+        {HELD_OUT: make_score(None, 2.1), FACTS: make_score(0.9, 1.25)},
+    )
+    runs = [write_run(tmp_path / str(seed), "data.path=my.jsonl", f"freeze.seed={seed}", rows=rows) for seed in (1, 2)]
+    point = read_point(runs[0], by="nll")
+    assert point.learned == {HELD_OUT: pytest.approx(0.4)}
+    assert point.lost == {FACTS: pytest.approx(0.25)}
+    with pytest.raises(InputError, match=r"none of its tasks \(tinyworld/facts\) asks for what was trained") as caught:
+        read_point(runs[0])
+    assert "--by nll" in caught.value.fix
+
+
+def test_made_model_has_no_likelihood_of_held_out_rows(tmp_path):
+    rows = tuple({HELD_OUT: make_score(None, nll), FACTS: make_score(0.9)} for nll in (2.5, 2.1))
+    run = write_run(tmp_path / "run", rows=rows)
+    made = write_made(tmp_path / "mean", run, {FACTS: 0.9}, kind="interpolation", weight=0.5)
+    with pytest.raises(InputError, match="hft eval asks no held-out rows"):
+        read_point(made, by="nll")
+
+
+def test_sequence_counts_what_each_task_gained_and_what_was_lost_since(tmp_path):
+    """By hand: topic gains 0.6, reverse 0.5 over the base; since then topic lost 0.2, and the facts lost 0.3."""
+    topic, reverse = "tinyworld/topic", "tinyworld/reverse"
+    rows = (
+        {topic: 0.1, reverse: 0.2, FACTS: 1.0},
+        {topic: 0.7, reverse: 0.3, FACTS: 0.9},
+        {topic: 0.5, reverse: 0.7, FACTS: 0.7},
+    )
+    run = write_run(tmp_path / "run", rows=rows, tasks=(topic, reverse), objective="continual")
+    point = read_point(run)
+    assert point.learned == pytest.approx({topic: 0.6, reverse: 0.5})
+    assert point.lost == pytest.approx({topic: 0.2, FACTS: 0.3})
+    with pytest.raises(InputError, match="no effect on a run of several tasks"):
+        read_point(run, [topic])
+
+
+def test_made_models_stand_beside_the_runs_that_they_are_made_of(tmp_path):
+    run = write_run(tmp_path / "run", "freeze.trainable_fraction=1.0")
+    made = write_made(tmp_path / "mean", run, {FACTS: 0.9, SKILL: 0.5}, kind="interpolation", weight=0.5)
+    point = read_point(made)
+    assert point.learned == {SKILL: pytest.approx(0.5)}
+    assert point.lost == {FACTS: pytest.approx(0.1)}
+    assert [method.name for method in compare_runs([made, run]).methods] == ["full", "full, averaged 0.5"]
+
+
+def test_made_model_that_is_not_scored_as_its_run_is_refused(tmp_path):
+    made = write_made(tmp_path / "mean", write_run(tmp_path / "run"), {FACTS: 0.9}, kind="interpolation", weight=0.5)
+    with pytest.raises(InputError, match="tinyworld/skill was not scored as before the run, on 100 questions"):
+        read_point(made)
+    (made / "evaluation.json").write_text("{}")
+    with pytest.raises(InputError, match=r"evaluation.json is not what hft eval writes"):
+        read_point(made)
+    (made / "evaluation.json").unlink()
+    with pytest.raises(InputError, match=r"is not scored: it has no evaluation.json"):
+        read_point(made)

@@ -1,0 +1,56 @@
+"""DPO's references: what they hold, what they leave alone, and when they are taken again."""
+
+import pytest
+import torch
+from training.preferences import compute_loss, make_trainer
+
+from hftcli.errors import InputError
+from hftcli.freezing.selection import FreezeRule
+from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
+from hftcli.runs.spec import RoundSpec
+from hftcli.training.references import make_reference_key, read_log_probs
+
+
+def test_the_shared_reference_leaves_the_trained_tensors_in_place(tmp_path):
+    trainer = make_trainer(tmp_path, "shared")
+    before = [(parameter.data_ptr(), parameter.detach().clone()) for parameter in trainer.model.parameters()]
+    compute_loss(trainer)
+    for parameter, (address, values) in zip(trainer.model.parameters(), before, strict=True):
+        assert parameter.data_ptr() == address
+        assert torch.equal(parameter, values)
+    trained = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
+    assert trainer.reference.num_bytes == trained
+
+
+def test_precomputed_log_probs_are_reused_and_another_s_are_refused(tmp_path):
+    first = make_trainer(tmp_path, "precompute").reference
+    again = make_trainer(tmp_path, "precompute").reference
+    assert (first.is_reused, again.is_reused) == (False, True)
+    assert torch.equal(first.log_probs_P2, again.log_probs_P2)
+    with pytest.raises(InputError, match="holds the reference of another model or of other pairs"):
+        read_log_probs(first.path, num_pairs=4)
+    other = first.path.rename(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="holds the reference of another model"):
+        read_log_probs(other, num_pairs=3)
+    other.write_bytes(b"not a file of tensors")
+    with pytest.raises(InputError, match="is damaged"):
+        read_log_probs(other, num_pairs=3)
+
+
+def test_the_key_covers_weights_tokens_precision_and_options(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+
+    def make_key(tokens: str = "t", mixed: bool = False, dtype: str | None = None, **dpo: object) -> str:
+        spec = RoundSpec(
+            objective="dpo", index=0, model=ModelSection(path="m", dtype=dtype), data=DataSection(path="d"),
+            freeze=FreezeRule(), train=TrainSection(), launch=LaunchSection(num_processes=1),
+            dpo=DpoSection(**dpo), reference="precompute",
+        )  # fmt: skip
+        return make_reference_key(spec, tmp_path, tokens, mixed)
+
+    keys = [make_key(), make_key("u"), make_key(mixed=True), make_key(dtype="bfloat16"), make_key(ld_alpha=0.5)]
+    (tmp_path / "model.safetensors").write_bytes(b"weights of another model")
+    keys.append(make_key())
+    assert len(set(keys)) == len(keys)
+    assert make_key(beta=0.7) == make_key()
