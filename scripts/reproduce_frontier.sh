@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's frontier on tinyworld: learning a skill against forgetting the facts of the world.
+# The frontier on tinyworld (scripts/README.md): learning a skill against forgetting the facts of the world.
 #
 #   scripts/reproduce_frontier.sh [FOLDER]      within half an hour on two cores; goes on where it stopped
 #

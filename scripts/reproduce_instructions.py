@@ -1,4 +1,4 @@
-"""The README's experiment on a real model: learning to follow instructions against forgetting what was known.
+"""The experiment on a real model (scripts/README.md): learning to follow instructions against forgetting what was known.
 
     python scripts/reproduce_instructions.py --model FOLDER --data FOLDER [--output FOLDER]
 

@@ -1,4 +1,4 @@
-"""The README's table of tinyworld's sequence: full and half fine-tuning and the methods, by seed.
+"""The table of tinyworld's sequence (scripts/README.md): full and half fine-tuning and the methods, by seed.
 
     python scripts/reproduce_sequence.py [--output FOLDER] [--jobs 2] [NAME...]
 

@@ -1,62 +1,123 @@
-"""Write the README's tables of recipe keys and run files from the docstrings in the code.
+"""Write the tables of the READMEs that the code decides: commands, recipe keys, files of a run, metrics, families.
 
-python scripts/write_reference.py            rewrites README.md
-python scripts/write_reference.py --check    exits 1 where it is out of date
+    python scripts/write_reference.py            rewrites the pages
+    python scripts/write_reference.py --check    exits 1 where one is out of date
+
+A table stands between `<!-- name -->` and `<!-- /name -->`, with empty lines around it.
 """
 
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from hftcli.commands.cli import app
+from hftcli.comparing.forgetting import ForgettingMetrics
+from hftcli.freezing.roles import FAMILIES
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import open_section
 from hftcli.runs.records import RoundResult
+from hftcli.tasks.folder import TaskSheet
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("key", "default", "meaning")
+
+
+def make_pages() -> dict[str, dict[str, str]]:
+    """By page, what stands at its places."""
+    return {
+        "README.md": {"commands": make_table(("command", "does"), list_commands())},
+        "recipes/README.md": {
+            "families": ", ".join(f"`{name}`" for name in FAMILIES) + ".",
+            "sheet": make_table(COLUMNS, describe_keys(TaskSheet)),
+            "metrics": make_table(("key", "meaning"), describe_fields(ForgettingMetrics)),
+            "keys": "\n\n".join(describe_sections()),
+        },
+        "recipes/RUNS.md": {"result": make_table(("key", "meaning"), describe_fields(RoundResult))},
+    }
+
+
+def list_commands() -> Iterator[tuple[str, str]]:
+    """Every command with the first sentences of its help."""
+    group = typer.main.get_command(app)
+    for name in group.list_commands(None):
+        paragraph, _, _ = group.get_command(None, name).help.partition("\n\n")
+        yield f"`hft {name}`", join_lines(paragraph)
+
+
+def describe_sections() -> Iterator[str]:
+    """A table of the keys outside of all sections; then a heading and a table for each section of a recipe."""
+    own = {name: field for name, field in Recipe.model_fields.items() if not open_section(field.annotation)}
+    yield make_table(COLUMNS, (describe_key(name, field) for name, field in own.items()))
+    for name, field in Recipe.model_fields.items():
+        if section := open_section(field.annotation):
+            parts = [f"### `{name}`", describe_section(field, section), make_table(COLUMNS, describe_keys(section, f"{name}."))]
+            yield "\n\n".join(part for part in parts if part)
 
 
 def describe_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Key, default and documentation of every field, sections opened up."""
     for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        if section := open_section(field.annotation):
-            yield from describe_keys(section, f"{key}.")
-        else:
-            default = "required" if field.default is PydanticUndefined else f"`{format_default(field.default)}`"
-            yield key, default, " ".join((field.description or "").split())
+        inner = open_section(field.annotation)
+        if inner is None or field.default is None:  # a section that may be left out is a key of its own
+            yield describe_key(f"{prefix}{name}", field, inner)
+        if inner is not None:
+            yield from describe_keys(inner, f"{prefix}{name}.")
+
+
+def describe_key(key: str, field: FieldInfo, section: type[BaseModel] | None = None) -> tuple[str, str, str]:
+    default = "required" if field.default is PydanticUndefined else f"`{format_default(field.default)}`"
+    return f"`{key}`", default, describe_section(field, section)
+
+
+def describe_section(field: FieldInfo, section: type[BaseModel] | None) -> str:
+    """What a field says of itself, or else the section that it holds."""
+    return join_lines(field.description or (section.__doc__ if section else None) or "")
+
+
+def describe_fields(section: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        yield f"`{name}`", join_lines(field.description)
 
 
 def format_default(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return "[]" if value == () else str(value)
+    return {(): "[]", "": '""'}.get(value, str(value))
 
 
-def make_tables() -> dict[str, str]:
-    keys = "\n".join(f"| `{key}` | {default} | {text} |" for key, default, text in describe_keys(Recipe))
-    fields = "\n".join(
-        f"| `{name}` | {' '.join(field.description.split())} |" for name, field in RoundResult.model_fields.items()
-    )
-    return {
-        "keys": f"| key | default | meaning |\n|---|---|---|\n{keys}",
-        "result": f"| key of `result.json` | meaning |\n|---|---|\n{fields}",
-    }
+def join_lines(text: str) -> str:
+    return " ".join(text.split())
+
+
+def make_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = ["|".join(["", *(f" {cell} ".replace("|", r"\|") for cell in line), ""]) for line in (columns, *rows)]
+    return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
+
+
+def fill_page(page: str, text: str, tables: dict[str, str]) -> str:
+    """The page's text with what belongs at its places."""
+    for name, table in tables.items():
+        first, last = f"<!-- {name} -->\n\n", f"\n\n<!-- /{name} -->"
+        if text.count(first) != 1 or text.count(last) != 1:
+            sys.exit(f"{page} must have <!-- {name} --> and <!-- /{name} --> once each, with empty lines between them")
+        head, _, rest = text.partition(first)
+        text = f"{head}{first}{table}{last}{rest.partition(last)[2]}"
+    return text
 
 
 def main() -> None:
-    text = fresh = README.read_text(encoding="utf-8")
-    for name, table in make_tables().items():
-        pattern = re.compile(f"(<!-- {name} -->\n\n).*?(\n\n<!-- /{name} -->)", re.DOTALL)
-        fresh, count = pattern.subn(lambda match, table=table: match[1] + table + match[2], fresh)
-        if count != 1:
-            sys.exit(f"README.md must have the place <!-- {name} --> once, with empty lines around the table; it has {count}")
-    if "--check" in sys.argv:
-        sys.exit(0 if fresh == text else "README.md is out of date: python scripts/write_reference.py")
-    README.write_text(fresh, encoding="utf-8")
+    for page, tables in make_pages().items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        fresh = fill_page(page, text, tables)
+        if "--check" not in sys.argv:
+            (ROOT / page).write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            sys.exit(f"{page} is out of date: python scripts/write_reference.py")
 
 
 if __name__ == "__main__":
