@@ -10,17 +10,19 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from hftcli.commands.cli import app
+from hftcli.commands.cli import COMMANDS
 from hftcli.comparing.forgetting import ForgettingMetrics
+from hftcli.data.rows import FORMATS
 from hftcli.freezing.roles import FAMILIES
-from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.methods import MethodSection
+from hftcli.recipe.recipe import Objective, Recipe
 from hftcli.recipe.section import open_section
 from hftcli.runs.records import RoundResult
+from hftcli.tasks import BENCHMARKS
 from hftcli.tasks.folder import TaskSheet
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +32,14 @@ COLUMNS = ("key", "default", "meaning")
 def make_pages() -> dict[str, dict[str, str]]:
     """By page, what stands at its places."""
     return {
-        "README.md": {"commands": make_table(("command", "does"), list_commands())},
+        "README.md": {
+            "commands": make_table(("command", "does"), ((f"`hft {name}`", summary) for name, (_, summary) in COMMANDS.items()))
+        },
         "recipes/README.md": {
+            "formats": make_table(("format", "columns"), list_formats("sft")),
+            "pair-formats": make_table(("format", "columns"), list_formats("dpo")),
+            "benchmarks": make_table(("benchmark", "tasks", "rows"), list_benchmarks()),
+            "methods": make_table(("`method:`", "does"), describe_fields(MethodSection)),
             "families": ", ".join(f"`{name}`" for name in FAMILIES) + ".",
             "sheet": make_table(COLUMNS, describe_keys(TaskSheet)),
             "metrics": make_table(("key", "meaning"), describe_fields(ForgettingMetrics)),
@@ -41,12 +49,15 @@ def make_pages() -> dict[str, dict[str, str]]:
     }
 
 
-def list_commands() -> Iterator[tuple[str, str]]:
-    """Every command with the first sentences of its help."""
-    group = typer.main.get_command(app)
-    for name in group.list_commands(None):
-        paragraph, _, _ = group.get_command(None, name).help.partition("\n\n")
-        yield f"`hft {name}`", join_lines(paragraph)
+def list_formats(objective: Objective) -> Iterator[tuple[str, str]]:
+    for name, known in FORMATS.items():
+        if known.objective == objective:
+            yield f"`{name}`", ", ".join(f"`{column}`" for column in known.columns)
+
+
+def list_benchmarks() -> Iterator[tuple[str, str, str]]:
+    for name, benchmark in BENCHMARKS.items():
+        yield f"`{name}`", ", ".join(benchmark.tasks), "`data.root`" if benchmark.source else "ship with hft"
 
 
 def describe_sections() -> Iterator[str]:
