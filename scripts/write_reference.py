@@ -24,6 +24,7 @@ from hftcli.recipe.section import open_section
 from hftcli.runs.records import RoundResult
 from hftcli.tasks import BENCHMARKS
 from hftcli.tasks.folder import TaskSheet
+from hftcli.tasks.general import FORMS
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("key", "default", "meaning")
@@ -45,7 +46,10 @@ def make_pages() -> dict[str, dict[str, str]]:
             "metrics": make_table(("key", "meaning"), describe_fields(ForgettingMetrics)),
             "keys": "\n\n".join(describe_sections()),
         },
-        "recipes/RUNS.md": {"result": make_table(("key", "meaning"), describe_fields(RoundResult))},
+        "recipes/RUNS.md": {
+            "forms": make_table(("form", "a line"), ((f"`{name}`", f"`{form.shape}`") for name, form in FORMS.items())),
+            "result": make_table(("key", "meaning"), describe_fields(RoundResult)),
+        },
     }
 
 

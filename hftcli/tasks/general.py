@@ -3,12 +3,14 @@ r"""Tasks of a file: multiple choice and closed-book questions, one JSON object 
     {"question": "Which of these is a planet?", "choices": ["Mars", "Titan"], "answer": 0}
     {"question": "who wrote hamlet", "answers": ["William Shakespeare", "Shakespeare"]}
 
-A task whose name ends in `.jsonl` is such a file; the keys of its first row tell which of the two it holds. Further keys are
-left alone. The prompts are those of lm-evaluation-harness's ARC and TriviaQA, `Question: ...\nAnswer:`, with no examples before
+A task whose name ends in `.jsonl` is such a file; the keys of its first row tell which of FORMS it holds. Further keys are left
+alone. The prompts are those of lm-evaluation-harness's ARC and TriviaQA, `Question: ...\nAnswer:`, with no examples before
 them and no chat template, and an answer ends where TriviaQA ends it; but a question that has its question mark gets no second.
 """
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,23 @@ SUFFIX = ".jsonl"
 CUE = "Answer:"
 STOPS = "\n.,"
 MAX_NEW_TOKENS = 32  # answers are a few words
-FORMS = '{"question": "...", "choices": ["...", "..."], "answer": index from 0} or {"question": "...", "answers": ["...", ...]}'
+
+
+@dataclass(frozen=True)
+class Form:
+    """One kind of question.
+
+    Attributes:
+        key: the key that tells its rows from others.
+        shape: a row, as messages show it.
+        convert: a row and its place, for messages -> the question.
+        asking: how its questions are asked and scored: fields of Task.
+    """
+
+    key: str
+    shape: str
+    convert: Callable[[dict[str, Any], str], Example]
+    asking: Mapping[str, Any]
 
 
 def locate(task: str, root: Path, split: Split) -> Path | None:
@@ -30,11 +48,10 @@ def locate(task: str, root: Path, split: Split) -> Path | None:
 def load(task: str, path: Path) -> Task:
     """Raises: DataError: naming the file, and the line from 1, that is not of the form."""
     rows = read_lines(path)
-    is_choice = "choices" in next(iter(rows.values()))
-    examples = tuple(_make_example(row, is_choice, f"{path}: row {number}") for number, row in rows.items())
-    if is_choice:
-        return Task(task, examples, "choice", cut="start", bare_prompt=CUE)
-    return Task(task, examples, "closed_book", MAX_NEW_TOKENS, cut="start", stops=STOPS)
+    first = next(iter(rows.values()))
+    form = next((form for form in FORMS.values() if form.key in first), FORMS["closed_book"])
+    examples = tuple(form.convert(row, f"{path}: row {number}") for number, row in rows.items())
+    return Task(task, examples, **form.asking)
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
@@ -61,22 +78,35 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     return rows
 
 
-def _make_example(row: dict[str, Any], is_choice: bool, place: str) -> Example:
-    question, key = row.get("question"), "choices" if is_choice else "answers"
-    if not _is_text(question):
-        raise DataError(f"{place}: 'question': expected a text, got {_show(row, 'question')}", f"a row is {FORMS}")
-    options, least = row.get(key), 2 if is_choice else 1
-    if not isinstance(options, list) or len(options) < least or not all(map(_is_text, options)):
-        raise DataError(f"{place}: '{key}': expected {least} or more texts, got {_show(row, key)}", f"a row is {FORMS}")
-    index = row.get("answer") if is_choice else 0
-    if type(index) is not int or not 0 <= index < len(options):
+def convert_choice(row: dict[str, Any], place: str) -> Example:
+    question, choices, index = read_question(row, place), read_options(row, "choices", 2, place), row.get("answer")
+    if type(index) is not int or not 0 <= index < len(choices):
         raise DataError(
-            f"{place}: 'answer': expected the place of the right choice, 0 to {len(options) - 1}, got {_show(row, 'answer')}",
-            f"a row is {FORMS}",
+            f"{place}: 'answer': expected the place of the right choice, 0 to {len(choices) - 1}, got {_show(row, 'answer')}",
+            _show_forms(),
         )
-    mark = "" if is_choice or question.endswith("?") else "?"
-    options = tuple(f" {option}" for option in options)
-    return Example(f"Question: {question}{mark}\n{CUE}", options[index], options=options)
+    return Example(f"Question: {question}\n{CUE}", choices[index], options=choices)
+
+
+def convert_closed_book(row: dict[str, Any], place: str) -> Example:
+    question, answers = read_question(row, place), read_options(row, "answers", 1, place)
+    mark = "" if question.endswith("?") else "?"
+    return Example(f"Question: {question}{mark}\n{CUE}", answers[0], options=answers)
+
+
+def read_question(row: dict[str, Any], place: str) -> str:
+    question = row.get("question")
+    if not _is_text(question):
+        raise DataError(f"{place}: 'question': expected a text, got {_show(row, 'question')}", _show_forms())
+    return question
+
+
+def read_options(row: dict[str, Any], key: str, least: int, place: str) -> tuple[str, ...]:
+    """What may follow the cue, each with the blank between them."""
+    options = row.get(key)
+    if not isinstance(options, list) or len(options) < least or not all(map(_is_text, options)):
+        raise DataError(f"{place}: '{key}': expected {least} or more texts, got {_show(row, key)}", _show_forms())
+    return tuple(f" {option}" for option in options)
 
 
 def _is_text(value: object) -> bool:
@@ -87,4 +117,22 @@ def _show(row: dict[str, Any], key: str) -> str:
     return json.dumps(row[key], ensure_ascii=False)[:60] if key in row else "none"
 
 
+def _show_forms() -> str:
+    return f"a row is {' or '.join(form.shape for form in FORMS.values())}"
+
+
+FORMS = {
+    "choice": Form(
+        key="choices",
+        shape='{"question": "...", "choices": ["...", "..."], "answer": index from 0}',
+        convert=convert_choice,
+        asking={"metric": "choice", "cut": "start", "bare_prompt": CUE},
+    ),
+    "closed_book": Form(
+        key="answers",
+        shape='{"question": "...", "answers": ["...", ...]}',
+        convert=convert_closed_book,
+        asking={"metric": "closed_book", "max_new_tokens": MAX_NEW_TOKENS, "cut": "start", "stops": STOPS},
+    ),
+}
 FILE = Benchmark(tasks=(), orders={}, locate=locate, load=load)
