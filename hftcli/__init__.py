@@ -1,4 +1,4 @@
-"""Half Fine-Tuning: fine-tune language models without making them forget."""
+"""Half Fine-Tuning: fine-tune half of a language model, freeze the other half, and see what it forgot."""
 
 from pathlib import Path
 

@@ -43,7 +43,7 @@ class LazyCommand(TyperCommand):
 
 
 app = typer.Typer(
-    help="Fine-tune language models without making them forget, and see what they forgot.",
+    help="Fine-tune half of a language model, freeze the other half, and see what it forgot.",
     epilog="Any command takes --traceback: show where in the code an error came from.",
     no_args_is_help=True,
     add_completion=False,
