@@ -28,6 +28,7 @@ from hftcli.runs.run import Round
 FRONT_VARIABLE = "HFT_FRONT"  # which process is the front, in the environment of its ranks
 POLL_SECONDS = 0.2
 ECHO_SECONDS = 1.0  # a signal may come twice: from Slurm, and from the batch shell that hands on its own
+NAMESPACE = Path("/proc/self/ns/pid")  # a link, on Linux
 OVERLAP_SECONDS = 30.0  # how long the ranks of an earlier start, whose front is gone, may take to end
 
 
@@ -138,14 +139,20 @@ def _open_lock(round_: Round) -> BinaryIO:
     return round_.lock_path.open("ab")
 
 
-def _describe_place() -> str:
-    """Where a process number means something: a host, and one of its namespaces."""
-    return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+def _describe_place(namespace: Path = NAMESPACE) -> str:
+    """Where a process number means something: a host, and one of its namespaces where it has them."""
+    return f"{socket.gethostname()}/{os.readlink(namespace) if namespace.is_symlink() else ''}"
 
 
-def _read_birth(pid: int) -> str | None:
-    """When a living process was started, in the kernel's ticks; with its number, it is that process and no later one."""
+def _read_birth(pid: int, namespace: Path = NAMESPACE) -> str | None:
+    """When a living process was started, in the kernel's ticks; with its number, it is that process and no later one.
+
+    Without /proc, as on macOS, only whether it lives.
+    """
     try:
+        if not namespace.is_symlink():
+            os.kill(pid, 0)
+            return "alive"
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from hftcli.errors import Interrupted
-from hftcli.launching.processes import ECHO_SECONDS, passing_signals
+from hftcli.launching.processes import ECHO_SECONDS, NAMESPACE, _describe_place, _read_birth, passing_signals
 from hftcli.runs.run import Round
 
 PAUSE = 0  # no signal
@@ -48,3 +52,14 @@ def test_a_second_signal_ends_all_at_once(tmp_path, second):
     with pytest.raises(KeyboardInterrupt):
         receive(Round(tmp_path), signal.SIGTERM, PAUSE, second, PAUSE)
     assert not Round(tmp_path).stop_path.exists()
+
+
+@pytest.mark.parametrize("namespace", [NAMESPACE, Path("nowhere")], ids=["linux", "without /proc"])
+def test_a_front_is_missed_once_it_has_ended(namespace: Path):
+    front = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    born = _read_birth(front.pid, namespace)
+    assert born is not None
+    assert _read_birth(front.pid, namespace) == born
+    assert _describe_place(namespace).startswith(f"{socket.gethostname()}/")
+    front.communicate(b"\n")
+    assert _read_birth(front.pid, namespace) is None
