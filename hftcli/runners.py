@@ -90,7 +90,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         objective=recipe.objective,
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path}),
-        data=recipe.data.model_copy(update={"path": _make_absolute(recipe.data.path)}),
+        data=recipe.data.model_copy(update={"path": recipe.data.path and _make_absolute(recipe.data.path)}),
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
@@ -109,11 +109,11 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     check_reference(spec)
     check_method(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
-    run = Run(Path(recipe.output))
+    run = Run(recipe.folder)
     run.claim(recipe, spec.launch, make_manifest(start.parent))
     round_ = run.round(f"00-{recipe.objective}")
     round_.folder.mkdir(parents=True, exist_ok=True)
-    if not round_.result_path.exists():
+    if not round_.is_done:
         write_model(round_.spec_path, spec)
     return run, round_
 
@@ -123,13 +123,14 @@ def prepare_continual(recipe: Recipe) -> Run:
 
     Each round starts from the checkpoint of the one before, so that all of them can be written at once.
     """
+    assert recipe.continual is not None
     start = resolve_start(recipe.model.path)
     root = recipe.data.root and _make_absolute(recipe.data.root)
     sequence = find_sequence(recipe.continual, root)
     check_tasks(recipe.eval.tasks, root)
     temperature = recipe.eval.temperature if recipe.eval.temperature is not None else sequence.temperature
     launch = resolve_launch(recipe.launch)
-    run = Run(Path(recipe.output))
+    run = Run(recipe.folder)
     rounds = [run.round(f"{place:02d}-{shorten_task(task)}") for place, task in enumerate(sequence.tasks)]
     specs = []
     for place, task in enumerate(sequence.tasks):
@@ -165,7 +166,7 @@ def prepare_continual(recipe: Recipe) -> Run:
     run.claim(recipe, launch, manifest)
     for round_, spec in zip(rounds, specs, strict=True):
         round_.folder.mkdir(parents=True, exist_ok=True)
-        if not round_.result_path.exists():
+        if not round_.is_done:
             write_model(round_.spec_path, spec)
     return run
 
@@ -188,8 +189,8 @@ def finish_continual(run: Run, on_progress: Callable[[Round, Progress], None]) -
 def assemble_matrix(run: Run) -> ForgettingMatrix:
     """What the finished rounds of a continual run scored: row 0 before any training, then a row for each."""
     specs = [round_.read_spec() for round_ in run.rounds]
-    tasks = [spec.task for spec in specs]
-    scores = [round_.read_scores() for round_ in run.rounds if round_.result_path.exists()]
+    tasks = [spec.task for spec in specs if spec.task is not None]
+    scores = [round_.read_scores() for round_ in run.rounds if round_.is_done]
     rows = [scores[0].before, *(found.after for found in scores)]
     general = [name for name in specs[0].scoring.before if name not in tasks]
 
@@ -258,14 +259,15 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
     Raises:
         VerificationError: something frozen moved, or something trained did not.
     """
-    result = round_.read_result()
-    if result is None:
+    if round_.is_done:
+        result = round_.read_result()
+        if round_.name not in run.read_manifest().rounds:  # the front was killed in between
+            run.record(round_, result)
+    else:
         launch = round_.read_spec().launch
         with passing_signals(round_):
             result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
             run.record(round_, result)
-    elif round_.name not in run.read_manifest().rounds:  # the front was killed in between
-        run.record(round_, result)
     shutil.rmtree(round_.steps, ignore_errors=True)  # nothing goes on from them any more
     if not result.verification.passed:
         raise VerificationError(
@@ -363,8 +365,9 @@ def describe_launch(round_: Round) -> str:
     if launch.hostfile:
         nodes = make_nodes(round_.folder, launch, find_free_port(), collect_environment({**os.environ, **environment}))
         return describe_nodes(nodes)
-    if launch.num_nodes > 1 and not launch.slurm:
-        return f"# on each of the {launch.num_nodes} machines\n{_describe_torchrun(round_, launch)}"
+    num_nodes, _ = launch.shape
+    if num_nodes > 1 and not launch.slurm:
+        return f"# on each of the {num_nodes} machines\n{_describe_torchrun(round_, launch)}"
     assignments = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     return " ".join([*assignments, shlex.join(worker_command(round_.folder, launch, find_free_port()))])
 

@@ -38,6 +38,7 @@ class LazyCommand(TyperCommand):
     """A command as the table has it: its name and its help are known, its options once it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], *parent: Any, **settings: Any) -> Any:
+        assert self.name is not None
         module = import_module(f"hftcli.commands.{COMMANDS[self.name][0]}")
         return typer.main.get_group(module.app).commands[self.name].make_context(info_name, args, *parent, **settings)
 

@@ -154,6 +154,7 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     from hftcli import runners
     from hftcli.doctor.doctor import (
         Finding,
+        HostReport,
         check_devices,
         check_disk,
         check_hosts,
@@ -183,10 +184,10 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     except InputError as error:
         return [*findings, Finding("launch", "fault", error.message, error.fix)]
     findings += (launchers := check_launcher(resolved))
-    reports = []
+    reports: list[HostReport] = []
     if resolved.hostfile and all(finding.status == "ok" for finding in launchers):
-        folder = find_existing(Path(recipe.output))
-        found, reports = check_hosts(read_hostfile(resolved.hostfile), resolved.num_processes, folder)
+        _, num_processes = resolved.shape
+        found, reports = check_hosts(read_hostfile(resolved.hostfile), num_processes, find_existing(recipe.folder))
         findings += found
     if not is_model_given:
         return findings

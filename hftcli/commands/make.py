@@ -25,23 +25,26 @@ def merge(
 
     A delta knows its base; --base says where it is now, if it was moved.
     """
-    is_mean = base is not None and tuned is not None and weight is not None
-    if (delta is None) != is_mean or (delta is not None and (tuned, weight) != (None, None)):
-        raise InputError(
-            "hft merge takes --delta, or --base with --tuned and --interpolate",
-            "hft merge --base BASE --delta DELTA --output FOLDER, or "
-            "hft merge --base BASE --tuned TUNED --interpolate 0.5 --output FOLDER",
-        )
     from hftcli import runners
-    from hftcli.models.arithmetic import interpolate_models, merge_delta
     from hftcli.reporting.terminal import print_merge
 
-    if is_mean:
-        manifest = interpolate_models(fetch_folder(base), fetch_folder(tuned), weight, output)
-    else:
-        # Not fetched as a model is: the base may be found only through --base.
-        folder = Path(runners.resolve_start(delta).path)
-        manifest = merge_delta(folder, output, fetch_folder(base) if base is not None else None)
+    match delta, base, tuned, weight:
+        case str(), _, None, None:
+            from hftcli.models.arithmetic import merge_delta
+
+            # Not fetched as a model is: the base may be found only through --base.
+            folder = Path(runners.resolve_start(delta).path)
+            manifest = merge_delta(folder, output, fetch_folder(base) if base is not None else None)
+        case None, str(), str(), float():
+            from hftcli.models.arithmetic import interpolate_models
+
+            manifest = interpolate_models(fetch_folder(base), fetch_folder(tuned), weight, output)
+        case _:
+            raise InputError(
+                "hft merge takes --delta, or --base with --tuned and --interpolate",
+                "hft merge --base BASE --delta DELTA --output FOLDER, or "
+                "hft merge --base BASE --tuned TUNED --interpolate 0.5 --output FOLDER",
+            )
     print_merge(manifest, output)
 
 

@@ -86,7 +86,8 @@ def continual(
     given += overrides or ()
     resolved = read_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, place, "continual")
     run = runners.prepare_continual(check_place(resolved, place))
-    print(format_report(run.read_manifest().sequence))
+    if (sequence := run.read_manifest().sequence) is not None:
+        print(format_report(sequence))
     if place.dry_run or place.slurm:
         _print_launch(run, "continual", place)
         return

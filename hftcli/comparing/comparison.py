@@ -75,17 +75,17 @@ class Difference:
             return f"{self.first} and {self.second} never learned equally much: give more values of {RATE_KEY}"
         estimate, found, unit = self.found.difference, self.found, UNITS[self.by]
         between = f"between {unit.show(found.low)} and {unit.show(found.high)} {unit.name} of learning"
-        if estimate.low is None:
+        if estimate.interval is None:
             return (
                 f"at equal learning, {self._compare(estimate)}, {between}: one seed, so no interval and no difference is shown"
             )
         if not estimate.excludes_zero:
-            interval = f"{unit.show(estimate.low, signed=True)} to {unit.show(estimate.high, signed=True)}"
+            interval = " to ".join(unit.show(value, signed=True) for value in estimate.interval)
             return (
                 f"at equal learning, no difference was shown between {self.first} and {self.second}: {self.first} forgets "
                 f"{unit.show(estimate.mean, signed=True)} {unit.name} (95 % interval {interval}), {between}"
             )
-        interval = " to ".join(unit.show(value) for value in sorted(map(abs, (estimate.low, estimate.high))))
+        interval = " to ".join(unit.show(value) for value in sorted(map(abs, estimate.interval)))
         return f"at equal learning, {self._compare(estimate)} (95 % interval {interval}), {between}"
 
     def _compare(self, estimate: Estimate) -> str:
@@ -170,7 +170,7 @@ def _group_points(points: Sequence[Point]) -> tuple[Method, ...]:
     """Methods in the order in which they are met."""
     told = [key for key in dict.fromkeys(key for point in points for key in point.values) if key not in (*SEED_KEYS, RATE_KEY)]
     varying = [key for key in told if len({repr(point.values.get(key)) for point in points}) > 1]
-    groups: dict[tuple, list[Point]] = {}
+    groups: dict[tuple[str, ...], list[Point]] = {}
     for point in points:
         groups.setdefault(tuple(repr(point.values.get(key)) for key in varying), []).append(point)
     # Full fine-tuning first: it is what the others are measured against.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from hftcli.errors import InputError
 from hftcli.recipe.section import Section
@@ -149,8 +150,8 @@ def compute_metrics(tasks: Sequence[str], rows: Sequence[Row], lower_is_better: 
     """
     per_task = {task: _measure_task(index, len(tasks), rows, lower_is_better) for index, task in enumerate(tasks)}
     parts = tuple(per_task.values())
-    changes = [part.bwt for part in parts[:-1]]
-    bwt = _mean(changes)
+    bwt = _mean(part.bwt for part in parts[:-1])
+    changes = [part.bwt for part in parts[:-1] if part.bwt is not None]
     return ForgettingMetrics(
         op=_mean(part.final for part in parts),
         bwt=bwt,
@@ -172,10 +173,10 @@ def _measure_task(index: int, num_tasks: int, rows: Sequence[Row], lower_is_bett
             return None
         return before - after if lower_is_better else after - before
 
-    since, earlier = column[own_round:-1], [score for score in column[:own_round] if score is not None]
+    since, measured = column[own_round:-1], [score for score in column[:-1] if score is not None]
     best = None
     if since and None not in since:
-        best = min(since + earlier) if lower_is_better else max(since + earlier)
+        best = min(measured) if lower_is_better else max(measured)
     return TaskMetrics(
         learned=column[own_round],
         final=final,
@@ -187,7 +188,8 @@ def _measure_task(index: int, num_tasks: int, rows: Sequence[Row], lower_is_bett
 
 def _mean(values: Iterable[float | None]) -> float | None:
     values = list(values)
-    return None if not values or None in values else math.fsum(values) / len(values)
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def read_matrix(path: Path) -> ForgettingMatrix:
@@ -215,7 +217,7 @@ def read_matrix(path: Path) -> ForgettingMatrix:
         raise InputError("\n".join(lines), _suggest_fix({fault["type"] for fault in faults})) from None
 
 
-def _describe_fault(fault: dict) -> list[str]:
+def _describe_fault(fault: ErrorDetails) -> list[str]:
     place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]).lstrip(".")
     match fault["type"]:
         case "json_invalid":

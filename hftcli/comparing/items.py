@@ -39,8 +39,12 @@ def compare_items(before: Sequence[Prediction], after: Sequence[Prediction]) -> 
     Returns:
         None where a question has no score.
     """
-    pairs = [(first.score, last.score) for first, last in zip(before, after, strict=True)]
-    if any(None in pair for pair in pairs):
+    pairs = [
+        (first.score, last.score)
+        for first, last in zip(before, after, strict=True)
+        if first.score is not None and last.score is not None
+    ]
+    if len(pairs) < len(before):
         return None
     change, transitions = bootstrap_mean([last - first for first, last in pairs]), count_transitions(*zip(*pairs, strict=True))
     if transitions is None:
@@ -48,12 +52,16 @@ def compare_items(before: Sequence[Prediction], after: Sequence[Prediction]) -> 
     groups: dict[int | None, list[tuple[float, float]]] = {}
     for prediction, pair in zip(before, pairs, strict=True):
         groups.setdefault(prediction.num_choices, []).append(pair)
-    counted = {num_choices: count_transitions(*zip(*group, strict=True)) for num_choices, group in groups.items()}
+    counted = {
+        num_choices: moved
+        for num_choices, group in groups.items()
+        if num_choices is not None and (moved := count_transitions(*zip(*group, strict=True))) is not None
+    }
     return ItemChange(
         change=change,
         transitions=transitions,
         p_value=compute_mcnemar(transitions.num_lost, transitions.num_won),
-        adjusted=None if None in counted else adjust_for_chance(counted),
+        adjusted=adjust_for_chance(counted) if len(counted) == len(groups) else None,
     )
 
 

@@ -64,7 +64,7 @@ class Point:
 
     @property
     def learning_rate(self) -> float:
-        return self.values[RATE_KEY]
+        return float(self.values[RATE_KEY])
 
 
 def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> Point:
@@ -82,13 +82,13 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
             f"{run.folder} is no run: it has no {run.recipe_path.name}", "give folders that hft made with --output"
         )
     recipe = load_recipe(run.recipe_path)
-    results = {round_: round_.read_result() for round_ in run.rounds}
-    unfinished = [round_.name for round_, result in results.items() if result is None]
-    if unfinished or not results:
+    unfinished = [round_.name for round_ in run.rounds if not round_.is_done]
+    if unfinished or not run.rounds:
         raise InputError(
             f"{run.folder} is not finished: {', '.join(unfinished) or 'no round'} has not run to its end",
             "run its recipe again: it goes on where it stopped",
         )
+    results = {round_: round_.read_result() for round_ in run.rounds}
     if len(results) == 1:
         gains, losses, num_examples = _read_single(folder, recipe, results, learned, made, by)
     elif made:
@@ -106,7 +106,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
     title = _name_method(recipe)
     return Point(
         name=str(folder),
-        values=values | (made.values if made else {}),
+        values={**values, **(made.values if made else {})},
         title=f"{title}, {made.title}" if made else title,
         learned=gains,
         lost=losses,
@@ -177,7 +177,7 @@ def _read_single(
                 f"{folder}: {name} was not scored as before the run, on {score.num_examples} questions",
                 f"hft eval --tasks {','.join(before)}",
             )
-    changes = {name: -_lose(score, after[name], by) for name, score in before.items()}
+    changes = {name: -_lose(folder, name, score, after[name], by) for name, score in before.items()}
     if unknown := [name for name in learned if name not in changes]:
         raise InputError(f"{folder}: --learned {unknown[0]} is none of its tasks: {', '.join(changes) or 'none'}")
     trained = tuple(learned) or (round_.read_spec().task or recipe.data.path, HELD_OUT)
@@ -194,17 +194,21 @@ def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: 
     """Of a continual run: what each task gained in its own round, against what was lost since of it and of the other tasks."""
     if learned:
         raise InputError(f"{folder}: --learned has no effect on a run of several tasks, which trains on each", "drop it")
-    tasks = [round_.read_spec().task for round_ in results]
-    rows = [round_.read_scores() for round_ in results]
-    before, last = rows[0].before, rows[-1].after
-    gains = {task: -_lose(before[task], row.after[task], by) for task, row in zip(tasks, rows, strict=True)}
-    losses = {name: _lose(score, last[name], by) for name, score in before.items() if name not in tasks}
-    losses |= {task: _lose(row.after[task], last[task], by) for task, row in zip(tasks[:-1], rows[:-1], strict=True)}
+    rows = {task: round_.read_scores() for round_ in results if (task := round_.read_spec().task) is not None}
+    *earlier, newest = rows
+    before, last = next(iter(rows.values())).before, rows[newest].after
+    gains = {task: -_lose(folder, task, before[task], row.after[task], by) for task, row in rows.items()}
+    losses = {name: _lose(folder, name, score, last[name], by) for name, score in before.items() if name not in rows}
+    losses |= {task: _lose(folder, task, rows[task].after[task], last[task], by) for task in earlier}
     return gains, losses, {name: score.num_examples for name, score in last.items()}
 
 
-def _lose(before: Score, after: Score, by: By) -> float:
-    return before.score - after.score if by == "score" else after.nll - before.nll
+def _lose(folder: Path, task: str, before: Score, after: Score, by: By) -> float:
+    """Raises: InputError: the task was not measured so."""
+    first, last = (before.score, after.score) if by == "score" else (after.nll, before.nll)
+    if first is None or last is None:
+        raise InputError(f"{folder}: {task} has no {by}", "compare by the other of score and nll, or without this task")
+    return first - last
 
 
 def _describe_data(result: RoundResult) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
 
+Seed = tuple[int, ...]  # of a run: the numbers that its draws come from
 Curve = Sequence[tuple[float, float]]  # learning and forgetting, one point per setting
 
 
@@ -43,8 +44,12 @@ class Estimate:
     num_values: int
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
@@ -197,7 +202,7 @@ class EqualLearning:
     is_paired: bool
 
 
-def compare_at_equal_learning(first: Mapping[object, Curve], second: Mapping[object, Curve]) -> EqualLearning | None:
+def compare_at_equal_learning(first: Mapping[Seed, Curve], second: Mapping[Seed, Curve]) -> EqualLearning | None:
     """Compare two methods along their frontiers.
 
     Every seed gives one curve, straight between its runs; forgetting is averaged over the range of learning that all curves of

@@ -171,15 +171,15 @@ def check_ops(probe: Probe) -> Finding:
 def check_launcher(launch: LaunchSection) -> list[Finding]:
     """The programs that start the ranks."""
     if launch.hostfile:
-        needed, fix = ("ssh",), "install OpenSSH's client"
+        needed, fix = ["ssh"], "install OpenSSH's client"
     elif launch.slurm:
-        needed, fix = ("sbatch", "srun", "scontrol"), "run this where Slurm's commands are, mostly on a login node"
+        needed, fix = ["sbatch", "srun", "scontrol"], "run this where Slurm's commands are, mostly on a login node"
     else:
         return [Finding("launcher", "ok", "DeepSpeed's, on this machine")]
-    missing = [name for name in needed if shutil.which(name) is None]
-    if missing:
+    found = {name: path for name in needed if (path := shutil.which(name)) is not None}
+    if missing := [name for name in needed if name not in found]:
         return [Finding("launcher", "fault", f"not found: {', '.join(missing)}", fix)]
-    return [Finding("launcher", "ok", ", ".join(shutil.which(name) for name in needed))]
+    return [Finding("launcher", "ok", ", ".join(found.values()))]
 
 
 def check_hosts(hosts: Sequence[Host], num_processes: int, folder: Path) -> tuple[list[Finding], list[HostReport]]:
@@ -260,7 +260,7 @@ def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, nu
         plan: the next round's, which stands for all: other rounds train about as much.
         num_rounds: rounds of the run, each of which leaves a checkpoint.
     """
-    folder = find_existing(Path(recipe.output))
+    folder = find_existing(recipe.folder)
     if not os.access(folder, os.W_OK):
         return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
     kept = num_rounds * count_checkpoint_bytes(recipe, start, plan)
@@ -326,7 +326,7 @@ def check_memory(budget: Budget, rank_bytes: int | None) -> Finding:
     message += f"; there are {rank_bytes / 1e9:,.2f} GB"
     if has_room(budget, rank_bytes):
         return Finding("memory", "ok", message)
-    status = "fault" if memory.total_bytes > rank_bytes else "warning"
+    status: Status = "fault" if memory.total_bytes > rank_bytes else "warning"
     return Finding("memory", status, message, suggest_launch(budget, rank_bytes))
 
 
@@ -342,7 +342,7 @@ def suggest_launch(budget: Budget, rank_bytes: int) -> str:
     changes: list[tuple[str, Budget]] = []
     if budget.reference in ("shared", "full"):
         changes.append(("reference: precompute", replace(budget, reference="precompute")))
-    if budget.work is not None:
+    if budget.half_step is not None:
         fitted = replace(budget, work=replace(budget.work, num_sequences=2 if budget.reference else 1, checkpoint_every=1))
         changes.append(("train.fit: auto, which takes a micro-batch and activation checkpointing that fit", fitted))
         budget = fitted
@@ -368,16 +368,17 @@ def share_memory(launch: LaunchSection, reports: Iterable[HostReport]) -> int | 
     """Bytes that a rank has to itself: a GPU's, or its part of a machine without one; None for machines not seen from here.
 
     Args:
-        launch: with `num_processes` and `num_nodes` resolved.
+        launch: resolved.
         reports: the hosts' words, where the launch has hosts.
     """
+    num_nodes, num_processes = launch.shape
     if launch.hostfile:
         machines = [(report.num_gpus, report.device_bytes) for report in reports]
-    elif launch.slurm or launch.num_nodes > 1:
+    elif launch.slurm or num_nodes > 1:
         machines = []
     else:
         machines = [(count_gpus(), measure_device_bytes())]
-    parts = [num_bytes if num_gpus else math.floor(num_bytes / launch.num_processes) for num_gpus, num_bytes in machines]
+    parts = [num_bytes if num_gpus else math.floor(num_bytes / num_processes) for num_gpus, num_bytes in machines]
     return min(parts, default=None)
 
 

@@ -77,8 +77,7 @@ class Budget:
     """A freeze plan on given devices, beside full fine-tuning on the same ones; see `estimate_memory` for the attributes.
 
     Attributes:
-        network: the model, where activations are to be counted.
-        work: the micro-batch, where activations are to be counted.
+        work: the micro-batch.
         correction: measured over estimated activations, where they were measured.
     """
 
@@ -86,9 +85,9 @@ class Budget:
     precision: Precision
     num_processes: int
     zero_stage: int
+    network: Network
+    work: Workload
     reference: ReferenceMode | None = None
-    network: Network | None = None
-    work: Workload | None = None
     correction: float = 1.0
 
     @property
@@ -112,8 +111,6 @@ class Budget:
         return self._count((*self.plan.trained, *self.plan.frozen))
 
     def _count(self, trained: tuple[str, ...]) -> tuple[Activations, Flops] | None:
-        if self.network is None or self.work is None:
-            return None
         return count_activations(self.network, frozenset(trained), self.work)
 
     def _estimate(self, num_trainable: int, reference: ReferenceMode | None, step: tuple[Activations, Flops] | None) -> Memory:
@@ -187,7 +184,7 @@ def estimate_memory(
 
     # The copy of what trains is held as the weights are.
     trained_bytes = (4 if precision == "float32" or num_processes == 1 else 2) * num_trainable
-    references = {"shared": trained_bytes, "full": share(weights, first_stage=3)}
+    references: dict[ReferenceMode | None, int] = {"shared": trained_bytes, "full": share(weights, first_stage=3)}
     return Memory(
         weights_bytes=share(weights, first_stage=3),
         gradients_bytes=share(gradients, first_stage=2),

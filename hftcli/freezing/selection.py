@@ -196,7 +196,7 @@ def count_frozen_layers(units: Iterable[Unit], rule: FreezeRule) -> int:
     Raises:
         ModelError: the share is less than half a layer, or leaves none.
     """
-    num_layers = 1 + max((unit.layer for unit in units), default=-1)
+    num_layers = 1 + max((unit.layer for unit in units if unit.layer is not None), default=-1)
     share = Fraction(str(rule.frozen_prefix))
     num_frozen = int(share * num_layers + Fraction(1, 2))
     if share and not 0 < num_frozen < num_layers:
@@ -222,7 +222,8 @@ def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int, 
     below: dict[str, dict[str, list[Unit]]] = defaultdict(lambda: defaultdict(list))
     for unit in units:
         pool, group, item = GROUPS[rule.group](unit)
-        items = below[pool] if unit.layer < num_frozen_layers else pools[pool][group]
+        is_below = unit.layer is not None and unit.layer < num_frozen_layers
+        items = below[pool] if is_below else pools[pool][group]
         items[item].append(unit)
 
     # The share as the user wrote it, not the binary fraction closest to it: ties are to be exact.

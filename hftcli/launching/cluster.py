@@ -77,21 +77,22 @@ def make_nodes(folder: Path, launch: LaunchSection, port: int, environment: Mapp
 
     Args:
         folder: the round's, at the same path on every host.
-        launch: with a hostfile, and `num_nodes` and `num_processes` resolved.
+        launch: with a hostfile, and resolved.
         port: where rank 0 listens on the first host.
         environment: what goes along to every host.
 
     Raises:
         InputError: the hostfile changed, and does not fit the prepared round.
     """
-    hosts = read_hostfile(launch.hostfile)
-    if len(hosts) != launch.num_nodes:
+    assert launch.hostfile is not None
+    hosts, (num_nodes, num_processes) = read_hostfile(launch.hostfile), launch.shape
+    if len(hosts) != num_nodes:
         raise InputError(
-            f"{launch.hostfile} names {len(hosts)} hosts, and the round was prepared for {launch.num_nodes}",
+            f"{launch.hostfile} names {len(hosts)} hosts, and the round was prepared for {num_nodes}",
             "run the same `hft` command again, which prepares it anew",
         )
     worker = ["hftcli.training.worker", str(folder.resolve())]
-    slots = {host.name: list(range(launch.num_processes)) for host in hosts}
+    slots = {host.name: list(range(num_processes)) for host in hosts}
     world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     address = find_address(hosts[0]) if launch.num_ranks > 1 else ""
     nodes = []
@@ -102,8 +103,8 @@ def make_nodes(folder: Path, launch: LaunchSection, port: int, environment: Mapp
                 sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={index}",
                 f"--master_addr={address}", f"--master_port={port}", "--no_local_rank", "--module", *worker,
             ]  # fmt: skip
-        order = NodeOrder(command=command, environment=environment, num_processes=launch.num_processes)
-        nodes.append(Node(host, index * launch.num_processes, order))
+        order = NodeOrder(command=tuple(command), environment=dict(environment), num_processes=num_processes)
+        nodes.append(Node(host, index * num_processes, order))
     return nodes
 
 
@@ -146,6 +147,9 @@ class Line:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        assert self.ssh.stdin is not None
+        assert self.ssh.stdout is not None
+        self.stdin, self.stdout = self.ssh.stdin, self.ssh.stdout
         self.tell(node.order.model_dump_json())
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -156,19 +160,19 @@ class Line:
         return self.has_started and (self.is_silent or self.ssh.returncode == 255)
 
     def tell(self, text: str) -> None:
-        if not self.ssh.stdin.closed:
+        if not self.stdin.closed:
             with suppress(BrokenPipeError):  # ssh has ended: its code says why
-                self.ssh.stdin.write(f"{text}\n".encode())
-                self.ssh.stdin.flush()
+                self.stdin.write(f"{text}\n".encode())
+                self.stdin.flush()
 
     def close(self) -> None:
         """Have the host end its ranks."""
         with suppress(BrokenPipeError):
-            self.ssh.stdin.close()
+            self.stdin.close()
 
     def _read(self) -> None:
-        with self.ssh.stdout:
-            for line in self.ssh.stdout:
+        with self.stdout:
+            for line in self.stdout:
                 text = line.decode(errors="replace").rstrip()
                 if text == STARTED:
                     self.has_started = True
@@ -280,13 +284,13 @@ def serve() -> int:
     return 128 - code if code < 0 else code
 
 
-def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """To the ranks and their launcher."""
     with suppress(ProcessLookupError):  # they have ended
         os.killpg(process.pid, number)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End the ranks and their launcher; none may be left, and hold a device."""
     _signal(process, signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
@@ -300,7 +304,7 @@ def main() -> int:
     round_ = Round(Path(sys.argv[1]))
     nodes = make_nodes(round_.folder, round_.read_spec().launch, int(sys.argv[2]), collect_environment(os.environ))
     lines = run_nodes(nodes)
-    if round_.result_path.exists():
+    if round_.is_done:
         return 0
     earlier = read_model(round_.failure_path, Failure) if round_.failure_path.exists() else None
     failure = describe_end(lines, earlier)

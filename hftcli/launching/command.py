@@ -33,7 +33,7 @@ def resolve_launch(launch: LaunchSection) -> LaunchSection:
     if launch.hostfile and launch.slurm:
         raise InputError("launch.hostfile and launch.slurm both say where to run", "drop one of them")
     if launch.hostfile:
-        return _resolve_hosts(launch)
+        return _resolve_hosts(launch, launch.hostfile)
     if launch.slurm and launch.num_processes is None:
         raise InputError(
             "launch.num_processes is null, and the GPUs of Slurm's nodes cannot be counted from here",
@@ -50,15 +50,15 @@ def resolve_launch(launch: LaunchSection) -> LaunchSection:
     return launch.model_copy(update={"num_processes": num_processes, "num_nodes": launch.num_nodes or 1})
 
 
-def _resolve_hosts(launch: LaunchSection) -> LaunchSection:
-    hosts = read_hostfile(launch.hostfile)
+def _resolve_hosts(launch: LaunchSection, hostfile: str) -> LaunchSection:
+    hosts = read_hostfile(hostfile)
     if launch.num_nodes not in (None, len(hosts)):
         raise InputError(
-            f"launch.num_nodes is {launch.num_nodes}, but {launch.hostfile} names {len(hosts)} hosts",
+            f"launch.num_nodes is {launch.num_nodes}, but {hostfile} names {len(hosts)} hosts",
             "leave launch.num_nodes out: the hostfile says it",
         )
     update = {
-        "hostfile": str(Path(launch.hostfile).resolve()),
+        "hostfile": str(Path(hostfile).resolve()),
         "num_nodes": len(hosts),
         "num_processes": count_slots(hosts, launch.num_processes),
     }
@@ -72,7 +72,7 @@ def count_ranks(launch: LaunchSection) -> int:
         InputError: a faulty hostfile.
     """
     if launch.hostfile:
-        launch = _resolve_hosts(launch)
+        launch = _resolve_hosts(launch, launch.hostfile)
     return (launch.num_processes or max(count_gpus(), 1)) * (launch.num_nodes or 1)
 
 
@@ -106,12 +106,13 @@ def worker_environment(launch: LaunchSection) -> dict[str, str]:
     changes = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1"}
     if launch.hostfile is None and count_gpus() == 0:  # the hosts of a hostfile each look at their own devices
         changes["DS_ACCELERATOR"] = "cpu"
-        if launch.num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-            changes["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // launch.num_processes, 1))
+        _, num_processes = launch.shape
+        if num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+            changes["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // num_processes, 1))
     return changes
 
 
 def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])

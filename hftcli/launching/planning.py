@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Arithmetic, Attention, LossKernel, Network, Workload
@@ -25,21 +26,21 @@ def make_budget(
         mixed: compute in bfloat16, with float32 masters for what trains.
         has_gpu: whether the devices are GPUs.
     """
-    budget = Budget(
+    return Budget(
         plan=plan,
         precision="mixed" if mixed else "float32",
         num_processes=num_processes,
         zero_stage=source.launch.zero_stage,
-        reference=source.reference,
         network=network,
+        work=make_workload(source, network, find_arithmetic(mixed, num_processes), has_gpu),
+        reference=source.reference,
     )
-    return replace(budget, work=make_workload(source, network, find_arithmetic(mixed, num_processes), has_gpu))
 
 
 def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arithmetic, has_gpu: bool) -> Workload:
     """The micro-batch of a recipe or a round, with sequences of full length."""
     train = source.train
-    every = (train.model_extra.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
+    every = (train.extra.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
     work = Workload(
         num_sequences=train.per_device_train_batch_size * count_sequences(source),
         length=source.data.max_length,
@@ -55,7 +56,7 @@ def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arit
 
 def list_kernels(train: TrainSection, has_gpu: bool) -> tuple[LossKernel, ...]:
     """The loss kernels that settings admit, the better ones first."""
-    if train.model_extra.get("label_smoothing_factor"):
+    if train.extra.get("label_smoothing_factor"):
         return ("plain",)  # TRL keeps the logits for it
     if train.loss_kernel is not None:
         return (train.loss_kernel,)
@@ -123,7 +124,7 @@ def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int, ha
 def apply_fit(train: TrainSection, fit: FitReport) -> TrainSection:
     """The settings with the choice in place of `fit`."""
     every = fit.checkpoint_every
-    found = {
+    found: dict[str, Any] = {
         "fit": None,
         "memory_bytes": None,
         "per_device_train_batch_size": fit.per_device_train_batch_size,
@@ -131,7 +132,7 @@ def apply_fit(train: TrainSection, fit: FitReport) -> TrainSection:
         "loss_kernel": fit.loss_kernel,
     }
     if every is not None:
-        kwargs = train.model_extra.get("activation_checkpointing_kwargs") or {}
+        kwargs = train.extra.get("activation_checkpointing_kwargs") or {}
         found["activation_checkpointing_kwargs"] = {**kwargs, "every_n_layers": every}
     return TrainSection(**{**train.model_dump(), **found})
 
@@ -140,7 +141,12 @@ def list_works(budget: Budget, kernels: Sequence[LossKernel]) -> list[Workload]:
     """A budget's micro-batch with all checkpointing and these loss kernels, from that which computes least again."""
     intervals = list_checkpointing(budget.network.num_layers)
     works = [replace(budget.work, checkpoint_every=every, loss=kernel) for every in intervals for kernel in kernels]
-    return sorted(works, key=lambda work: replace(budget, work=work).half_step[1].recompute)
+    return sorted(works, key=lambda work: _count_again(replace(budget, work=work)))
+
+
+def _count_again(budget: Budget) -> float:
+    """FLOPs of a token's second forward pass; 0 where they are not counted."""
+    return budget.half_step[1].recompute if budget.half_step is not None else 0.0
 
 
 def list_checkpointing(num_layers: int) -> Iterator[int | None]:

@@ -93,12 +93,12 @@ def make_script(run: Run, command: Sequence[str], launch: LaunchSection, environ
         launch: with `num_nodes` and `num_processes` resolved, and a section `slurm`.
         environment: what goes along to the nodes. Secrets are left out: sbatch hands on those of the shell that submits.
     """
-    slurm = launch.slurm
+    slurm, (num_nodes, num_processes) = launch.slurm or SlurmSection(), launch.shape
     options = {
         "job-name": run.folder.name,
-        "nodes": launch.num_nodes,
-        "ntasks-per-node": launch.num_processes,
-        "gres": slurm.gres or f"gpu:{launch.num_processes}",
+        "nodes": num_nodes,
+        "ntasks-per-node": num_processes,
+        "gres": slurm.gres or f"gpu:{num_processes}",
         "partition": slurm.partition,
         "account": slurm.account,
         "time": slurm.time,

@@ -62,7 +62,7 @@ def launch_round(round_: Round, launch: LaunchSection, on_progress: Callable[[Pr
 
 
 def _watch(
-    round_: Round, process: subprocess.Popen, timeout_minutes: float | None, on_progress: Callable[[Progress], None]
+    round_: Round, process: subprocess.Popen[bytes], timeout_minutes: float | None, on_progress: Callable[[Progress], None]
 ) -> None:
     """Show a worker's progress until it ends.
 
@@ -86,7 +86,7 @@ def _watch(
             )
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a worker that still runs, and all that it started, at once."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -99,9 +99,8 @@ def _read_outcome(round_: Round, code: int, log_start: int = 0) -> RoundResult:
     Args:
         log_start: where in worker.log this start's lines begin, bytes.
     """
-    result = round_.read_result()
-    if result is not None and not round_.failure_path.exists():
-        return result
+    if round_.is_done and not round_.failure_path.exists():
+        return round_.read_result()
     first = _find_first_code(round_.log_path, log_start)
     is_killed = first is not None and first < 0  # and what the other ranks then wrote is only that they miss it
     if round_.failure_path.exists() and not is_killed:

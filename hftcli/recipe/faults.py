@@ -114,9 +114,9 @@ def check_trainer_keys(recipe: Recipe, objective: Objective, source: RecipeFile)
                 yield _describe_unknown_key(place, (section, key), fields)
             elif key not in fields:
                 yield f"{place}: {name} is not a key of hft: use {elsewhere[0]}.{key}"
-    if recipe.dpo and recipe.dpo.model_extra.get("sync_ref_model") and recipe.reference != "full":
+    if recipe.dpo and recipe.dpo.extra.get("sync_ref_model") and recipe.reference != "full":
         yield f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model: set reference: full"
-    if recipe.dpo and recipe.dpo.model_extra.get("sync_ref_model") and recipe.checkpoint.is_on:
+    if recipe.dpo and recipe.dpo.extra.get("sync_ref_model") and recipe.checkpoint.is_on:
         yield (
             f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model, which step checkpoints do "
             "not hold: set checkpoint.save_every_minutes: null and no checkpoint.save_steps"

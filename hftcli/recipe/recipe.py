@@ -1,5 +1,6 @@
 """The recipe: what the user asks for, all sections of it. The docstring under a field is that field's only documentation."""
 
+from pathlib import Path
 from typing import Literal
 
 from hftcli.freezing.budget import ReferenceMode
@@ -42,6 +43,12 @@ class Recipe(Section):
     method: MethodSection = MethodSection()
     output: str | None = None
     """Folder of the run; null gives `runs/<name of the recipe>`."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run; loading the recipe fills `output` in."""
+        assert self.output is not None
+        return Path(self.output)
 
     @property
     def objective(self) -> Objective:

@@ -1,5 +1,6 @@
 """The sections of a recipe: model, data, train, dpo, launch, checkpoint, eval, continual."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -57,11 +58,20 @@ class DataSection(Section):
     kept: they teach nothing."""
 
 
-class TrainSection(Section):
-    """Names are those of transformers' TrainingArguments and TRL's SFTConfig; any other field of theirs may be given too. With
-    DPO, those of TRL's DPOConfig are given under `dpo`."""
+class OpenSection(Section):
+    """A section that takes more than the fields it names: those of a trainer's settings."""
 
     model_config = ConfigDict(extra="allow")
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What is given besides the fields that are named here."""
+        return self.model_extra or {}
+
+
+class TrainSection(OpenSection):
+    """Names are those of transformers' TrainingArguments and TRL's SFTConfig; any other field of theirs may be given too. With
+    DPO, those of TRL's DPOConfig are given under `dpo`."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
@@ -124,10 +134,8 @@ class TrainSection(Section):
     """Steps between rows of metrics.jsonl."""
 
 
-class DpoSection(Section):
+class DpoSection(OpenSection):
     """Names are those of TRL's DPOConfig; any other field of it may be given too."""
-
-    model_config = ConfigDict(extra="allow")
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How strongly the model is held to the reference: the reward of an answer is beta times the logarithm of how much likelier
@@ -222,9 +230,14 @@ class LaunchSection(Section):
     the model does not count."""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Machines, and processes on each of them, once they are resolved."""
+        return self.num_nodes or 1, self.num_processes or 1
+
+    @property
     def num_ranks(self) -> int:
-        """Processes on all machines, once `num_processes` and `num_nodes` are resolved."""
-        return (self.num_processes or 1) * (self.num_nodes or 1)
+        """Processes on all machines, once they are resolved."""
+        return math.prod(self.shape)
 
     @property
     def split(self) -> dict[str, int | None]:

@@ -125,9 +125,10 @@ def _place(point: Point) -> tuple[float, float]:
 
 
 def _measure_arms(estimate: Estimate, factor: float) -> list[list[float]] | None:
-    if estimate.low is None:
+    if estimate.interval is None:
         return None
-    return [[factor * (estimate.mean - estimate.low)], [factor * (estimate.high - estimate.mean)]]
+    low, high = estimate.interval
+    return [[factor * (estimate.mean - low)], [factor * (high - estimate.mean)]]
 
 
 def _save(figure: "Figure", path: Path) -> None:

@@ -35,9 +35,9 @@ def make_score_table(
         table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading == "task")
     for name, before in befores.items():
         after, items = afters[name], changes.get(name)
-        change = "" if None in (before.score, after.score) else POINTS.show(after.score - before.score, signed=True)
-        if items and items.change.low is not None:
-            change += f" ({POINTS.show(items.change.low, True)} to {POINTS.show(items.change.high, True)})"
+        change = POINTS.show(_subtract(after.score, before.score), signed=True)
+        if items and items.change.interval is not None:
+            change += f" ({' to '.join(POINTS.show(value, signed=True) for value in items.change.interval)})"
         table.add_row(
             name, POINTS.show(before.score), POINTS.show(after.score), change, NATS.show(before.nll), NATS.show(after.nll),
             *(describe_transitions(items) if changes else ()), *(describe_adjusted(items) if has_choices else ()),
@@ -47,7 +47,7 @@ def make_score_table(
 
 def describe_transitions(items: ItemChange | None) -> tuple[str, ...]:
     """Questions lost of those known, won of the others, and McNemar's p; empty where scores have degrees."""
-    if items is None or items.transitions is None:
+    if items is None or items.transitions is None or items.p_value is None:
         return "", "", ""
     moved = items.transitions
     p_value = "< 0.001" if items.p_value < 0.001 else f"{items.p_value:.3f}"
@@ -161,9 +161,9 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
 
 
 def _show_estimate(estimate: Estimate, unit: Unit) -> str:
-    if estimate.low is None:
+    if estimate.interval is None:
         return unit.show(estimate.mean)
-    return f"{unit.show(estimate.mean)} ± {unit.show(estimate.high - estimate.mean)}"
+    return f"{unit.show(estimate.mean)} ± {unit.show(estimate.interval[1] - estimate.mean)}"
 
 
 def _list_kinds(matrix: ForgettingMatrix) -> list[tuple[str, tuple[Row, ...], Unit]]:
@@ -172,8 +172,11 @@ def _list_kinds(matrix: ForgettingMatrix) -> list[tuple[str, tuple[Row, ...], Un
 
 
 def _describe_change(column: Row) -> dict[str, float | None]:
-    base, last = column[0], column[-1]
-    return {"base": base, "last": last, "change": None if base is None or last is None else last - base}
+    return {"base": column[0], "last": column[-1], "change": _subtract(column[-1], column[0])}
+
+
+def _subtract(last: float | None, first: float | None) -> float | None:
+    return None if last is None or first is None else last - first
 
 
 def _make_matrix_table(matrix: ForgettingMatrix, rows: tuple[Row, ...], unit: Unit) -> Table:
@@ -210,7 +213,7 @@ def _make_metric_table(metrics: Mapping[str, tuple[ForgettingMetrics, Unit]]) ->
         if name != "per_task":
             signed = name not in ("op", "plasticity")
             values = (unit.show(getattr(found, name), signed) for found, unit in metrics.values())
-            definition = " ".join(field.description.split()).partition(". ")[0].rstrip(".")
+            definition = " ".join((field.description or "").split()).partition(". ")[0].rstrip(".")
             table.add_row(name, *values, Text(definition))
     return table
 

@@ -55,7 +55,7 @@ def make_page(run: Run) -> str:
     if not run.recipe_path.exists():
         raise InputError(f"{run.folder} is no run, and only a run has a page", "give a folder that hft made with --output")
     recipe, manifest = load_recipe(run.recipe_path), run.read_manifest()
-    rounds = [(round_, result) for round_ in run.rounds if (result := round_.read_result()) is not None]
+    rounds = [(round_, round_.read_result()) for round_ in run.rounds if round_.is_done]
     if not rounds:
         raise InputError(f"{run.folder} has no finished round", "run its recipe again: it goes on where it stopped")
     environment = Environment(
@@ -118,25 +118,25 @@ class Knowledge:
 def _describe_knowledge(run: Run, rounds: Sequence[tuple[Round, RoundResult]]) -> Iterator[Knowledge]:
     first, last = rounds[0][0].read_scores(), rounds[-1][0].read_scores()
     changes = read_item_changes(run)
-    for task, before in (first.before if first else {}).items():
-        if last is not None and task in last.after:
+    for task, before in first.before.items():
+        if task in last.after:
             yield _describe_task(task, before, last.after[task], changes.get(task))
 
 
 def _describe_task(task: str, before: Score, after: Score, items: ItemChange | None) -> Knowledge:
-    has_scores = before.score is not None and after.score is not None
-    interval = items.change if items and items.change.low is not None else None
+    scores = None if before.score is None or after.score is None else (before.score, after.score)
+    interval = items.change.interval if items else None
     return Knowledge(
         task=Path(task).name if task.endswith(SUFFIX) else task,  # of a file, the manifest has the whole path
         num_examples=after.num_examples,
         before=POINTS.show(before.score),
         after=POINTS.show(after.score),
-        change=POINTS.show(after.score - before.score, signed=True) if has_scores else "",
-        interval=f"{POINTS.show(interval.low, True)} to {POINTS.show(interval.high, True)}" if interval else "",
+        change=POINTS.show(scores[1] - scores[0], signed=True) if scores else "",
+        interval=" to ".join(POINTS.show(value, signed=True) for value in interval) if interval else "",
         transitions=describe_transitions(items),
         adjusted=describe_adjusted(items),
         nll=f"{NATS.show(before.nll)} to {NATS.show(after.nll)}",
-        marks=(100 * before.score, 100 * after.score) if has_scores else None,
+        marks=(100 * scores[0], 100 * scores[1]) if scores else None,
     )
 
 
@@ -166,8 +166,7 @@ def _describe_matrices(matrix: ForgettingMatrix) -> Iterator[MatrixTable]:
             ]
             yield MatrixTable(f"{name}, points", matrix.tasks, _name_rows(matrix, cells))
     if matrix.general:
-        rows = zip(*matrix.general.values(), strict=True)
-        cells = [tuple(_make_cell(score, "seen") for score in row) for row in rows]
+        cells = [tuple(_make_cell(score, "seen") for score in row) for row in zip(*matrix.general.values(), strict=True)]
         yield MatrixTable("tasks that are never trained, points", tuple(matrix.general), _name_rows(matrix, cells))
 
 
@@ -180,7 +179,7 @@ def _make_cell(score: float | None, kind: str) -> Cell:
     return Cell("", "none", 0.0) if score is None else Cell(POINTS.show(score), kind, 100 * score)
 
 
-def _describe_metrics(matrix: ForgettingMatrix) -> list[tuple[str, str, str, str]]:
+def _describe_metrics(matrix: ForgettingMatrix) -> list[tuple[str, ...]]:
     """Name, strict and lenient value, definition."""
     kinds: tuple[Sequence[Row] | None, ...] = (matrix.scores, matrix.lenient)
     found = [rows and compute_metrics(matrix.tasks, rows) for rows in kinds]
@@ -189,7 +188,7 @@ def _describe_metrics(matrix: ForgettingMatrix) -> list[tuple[str, str, str, str
         if name != "per_task":
             signed = name not in ("op", "plasticity")
             values = [POINTS.show(getattr(metrics, name), signed) if metrics else "" for metrics in found]
-            lines.append((name, *values, " ".join(field.description.split())))
+            lines.append((name, *values, " ".join((field.description or "").split())))
     return lines
 
 
@@ -299,7 +298,9 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
         return unit.parameters[0].name in trained
 
     layers = sorted({unit.layer for unit in units if unit.layer is not None})
-    inside = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: _find_place(model_type, unit))
+    rows: dict[int | None, int] = {layer: row for row, layer in enumerate(layers)}
+    family = FAMILIES[model_type] if model_type else {}
+    inside = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: _find_place(family, unit))
     by_role = {
         role: list(dict.fromkeys(_shorten_unit(unit) for unit in members))
         for role, members in groupby(inside, key=lambda unit: unit.role)
@@ -314,7 +315,7 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
         x += GAP
     squares = tuple(
         (
-            places[unit.role, _shorten_unit(unit)], 18 + layers.index(unit.layer) * height, CELL - 2, height - 2, trains(unit),
+            places[unit.role, _shorten_unit(unit)], 18 + rows[unit.layer] * height, CELL - 2, height - 2, trains(unit),
             f"{unit.name}: {'trained' if trains(unit) else 'frozen'}",
         )
         for unit in inside
@@ -335,9 +336,9 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
     )
 
 
-def _find_place(model_type: str, unit: Unit) -> tuple[int, int]:
+def _find_place(family: Mapping[str, str], unit: Unit) -> tuple[int, int]:
     """Of a unit's column: by role, and then as the family's entry lists its units."""
-    listed = re.findall(r"\w+", FAMILIES[model_type][unit.role])
+    listed = re.findall(r"\w+", family[unit.role])
     short = _shorten_unit(unit)
     return LAYER_ROLES.index(unit.role), next(place for place, word in enumerate(listed) if short.startswith(word))
 

@@ -63,11 +63,14 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
             "precision": budget.precision,
             "num_processes": budget.num_processes,
             "zero_stage": budget.zero_stage,
-            "work": budget.work and asdict(budget.work),
+            "work": asdict(budget.work),
             "half": _memory_parts(budget.half),
             "full": _memory_parts(budget.full),
         },
-        "flops_per_token": {"half": _flops_parts(budget.half_step), "full": _flops_parts(budget.full_step)},
+        "flops_per_token": {
+            "half": _flops_parts(budget.half_step) or None,
+            "full": _flops_parts(budget.full_step) or None,
+        },
         "measured": checked and asdict(checked[1]),
     }
 
@@ -145,6 +148,6 @@ def _memory_parts(memory: Memory) -> dict[str, int]:
     return {name: getattr(memory, name) for name in MEMORY_ROWS}
 
 
-def _flops_parts(step: tuple[Activations, Flops] | None) -> dict[str, float] | None:
-    """By kind; None where they are not counted."""
-    return step and {**asdict(step[1]), "total": step[1].total}
+def _flops_parts(step: tuple[Activations, Flops] | None) -> dict[str, float]:
+    """By kind; none where they are not counted."""
+    return {**asdict(step[1]), "total": step[1].total} if step is not None else {}

@@ -1,6 +1,6 @@
 """A finished run on the terminal: what each round trained, what the model knew before and after, what was verified."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from rich.console import Console
@@ -13,8 +13,8 @@ from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
 from hftcli.runs.records import DELTA_NAME, FitReport, RoundResult, Verification
-from hftcli.runs.run import Round, Run
-from hftcli.runs.scores import PairScores
+from hftcli.runs.run import Round, Run, find_rounds
+from hftcli.runs.scores import PairScore, PairScores
 
 
 def print_run(run: Run) -> None:
@@ -23,7 +23,7 @@ def print_run(run: Run) -> None:
     for round_ in run.rounds:
         result, scores = round_.read_result(), round_.read_scores()
         console.print(_describe_round(round_, result), highlight=False, soft_wrap=True)
-        if scores is not None and scores.before:
+        if scores.before:
             print_whole(make_score_table(scores.before, scores.after, read_item_changes(run), "what the model knew"))
         if result.pairs is not None:
             console.print(_make_pair_table(result.pairs))
@@ -56,7 +56,7 @@ def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
 
 
 def _print_end(run: Run, console: Console) -> None:
-    checkpoint = run.last_finished.checkpoint
+    checkpoint = find_rounds(run.folder)[-1].checkpoint
     console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
     if (checkpoint / DELTA_NAME).exists():
         console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
@@ -101,7 +101,7 @@ def _make_pair_table(scores: PairScores) -> Table:
 
 def describe_pairs(scores: PairScores) -> list[tuple[str, str, str]]:
     """Rows of a table: what was measured of held-out pairs, before and after."""
-    rows = (
+    rows: tuple[tuple[str, Callable[[PairScore], str]], ...] = (
         (
             "reward accuracy, points",
             lambda score: f"{100 * score.reward_accuracy:.1f} ± {100 * score.reward_accuracy_error:.1f}",

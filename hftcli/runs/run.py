@@ -53,32 +53,46 @@ from hftcli.runs.spec import RoundSpec
 CLAIM_NAMES = (".lock", ".holder", "..holder.", ".recipe.yaml.", ".manifest.json.")
 
 
+class Inside:
+    """A path by its name in the folder of a run or a round."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, owner: "Run | Round", kind: type) -> Path:
+        return owner.folder / self.name
+
+
 @dataclass(frozen=True)
 class Round:
     """One round's folder."""
 
     folder: Path
 
-    spec_path = property(lambda self: self.folder / "round.json")
-    plan_path = property(lambda self: self.folder / "freeze_plan.json")
-    progress_path = property(lambda self: self.folder / "progress.json")
-    metrics_path = property(lambda self: self.folder / "metrics.jsonl")
-    log_path = property(lambda self: self.folder / "worker.log")
-    checkpoint = property(lambda self: self.folder / "checkpoint")
-    adapter = property(lambda self: self.folder / "adapter")
-    fisher_path = property(lambda self: self.folder / "method" / "ewc.safetensors")
-    checksums_path = property(lambda self: self.folder / "checksums.json")
-    steps = property(lambda self: self.folder / "steps")
-    stop_path = property(lambda self: self.folder / "stop")
-    lock_path = property(lambda self: self.folder / ".ranks.lock")  # held by every rank while it lives
-    scores_path = property(lambda self: self.folder / "scores.json")
-    predictions = property(lambda self: self.folder / "predictions")
-    failure_path = property(lambda self: self.folder / "failure.json")
-    result_path = property(lambda self: self.folder / "result.json")
+    spec_path = Inside("round.json")
+    plan_path = Inside("freeze_plan.json")
+    progress_path = Inside("progress.json")
+    metrics_path = Inside("metrics.jsonl")
+    log_path = Inside("worker.log")
+    checkpoint = Inside("checkpoint")
+    adapter = Inside("adapter")
+    fisher_path = Inside("method/ewc.safetensors")
+    checksums_path = Inside("checksums.json")
+    steps = Inside("steps")
+    stop_path = Inside("stop")
+    lock_path = Inside(".ranks.lock")  # held by every rank while it lives
+    scores_path = Inside("scores.json")
+    predictions = Inside("predictions")
+    failure_path = Inside("failure.json")
+    result_path = Inside("result.json")
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def is_done(self) -> bool:
+        return self.result_path.exists()
 
     @property
     def saved_steps(self) -> list[int]:
@@ -99,12 +113,13 @@ class Round:
     def read_plan(self) -> FreezePlan:
         return read_model(self.plan_path, FreezePlan)
 
-    def read_result(self) -> RoundResult | None:
-        """The result, or None while the round is not done."""
-        return read_model(self.result_path, RoundResult) if self.result_path.exists() else None
+    def read_result(self) -> RoundResult:
+        """Of a round that is done."""
+        return read_model(self.result_path, RoundResult)
 
-    def read_scores(self) -> Scores | None:
-        return read_model(self.scores_path, Scores) if self.scores_path.exists() else None
+    def read_scores(self) -> Scores:
+        """Of a round that is done."""
+        return read_model(self.scores_path, Scores)
 
     def predictions_path(self, moment: Moment, task: str) -> Path:
         return self.predictions / moment / f"{task.replace('/', '--')}.jsonl"
@@ -129,13 +144,13 @@ class Run:
 
     folder: Path
 
-    recipe_path = property(lambda self: self.folder / "recipe.yaml")
-    manifest_path = property(lambda self: self.folder / "manifest.json")
-    matrix_path = property(lambda self: self.folder / "forgetting.json")
-    page_path = property(lambda self: self.folder / "report.html")
-    figures = property(lambda self: self.folder / "figures")
-    script_path = property(lambda self: self.folder / "job.sh")
-    holder_path = property(lambda self: self.folder / ".holder")
+    recipe_path = Inside("recipe.yaml")
+    manifest_path = Inside("manifest.json")
+    matrix_path = Inside("forgetting.json")
+    page_path = Inside("report.html")
+    figures = Inside("figures")
+    script_path = Inside("job.sh")
+    holder_path = Inside(".holder")
 
     @cached_property
     def lock(self) -> FileLock:
@@ -149,7 +164,7 @@ class Run:
 
     @property
     def last_finished(self) -> Round | None:
-        return next((round_ for round_ in reversed(self.rounds) if round_.result_path.exists()), None)
+        return next((round_ for round_ in reversed(self.rounds) if round_.is_done), None)
 
     def read_manifest(self) -> Manifest:
         return read_model(self.manifest_path, Manifest)
@@ -169,12 +184,12 @@ class Run:
             InputError: the folder holds something else, or another `hft` is at work in it.
         """
         text = dump_recipe(recipe)
-        held = self.folder.iterdir() if self.folder.exists() and not self.recipe_path.exists() else ()
-        if any(not path.name.startswith(CLAIM_NAMES) for path in held):
+        others = self.folder.iterdir() if self.folder.exists() and not self.recipe_path.exists() else ()
+        if any(not path.name.startswith(CLAIM_NAMES) for path in others):
             raise InputError(f"{self.folder} is not empty and holds no run", "give another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._hold()
-        is_trained = any(round_.metrics_path.exists() or round_.result_path.exists() for round_ in self.rounds)
+        is_trained = any(round_.metrics_path.exists() or round_.is_done for round_ in self.rounds)
         held = self.recipe_path.read_text(encoding="utf-8") if self.recipe_path.exists() else ""
         if is_trained and held != text and (differences := self._find_differences(held, text, launch)):
             raise InputError(
@@ -244,7 +259,7 @@ def find_rounds(path: Path) -> list[Round]:
         rounds = Run(path).rounds
     else:
         raise InputError(f"{path} is neither a run nor a round", "give a folder with a recipe.yaml or a round.json")
-    finished = [round_ for round_ in rounds if round_.result_path.exists()]
+    finished = [round_ for round_ in rounds if round_.is_done]
     if not finished:
         raise InputError(f"{path} has no finished round", "run its recipe again: it goes on where it stopped")
     return finished

@@ -82,5 +82,5 @@ class PairScores(Section):
 class Scores(Section):
     before: dict[str, Score]
     """Score on each task before the round."""
-    after: dict[str, Score] | None = None
-    """Score on each task after it; null until it is trained."""
+    after: dict[str, Score]
+    """Score on each task after it."""

@@ -83,7 +83,7 @@ def locate_rows(name: str, root: str | None, split: Split) -> Path | None:
         raise InputError(f"unknown task '{name}'", _suggest_task(name, None))
     if root is None and benchmark.source is not None:
         raise DataError(f"data.root is missing: the rows of {name} do not ship with hft", benchmark.source)
-    if benchmark.source is not None and not Path(root).is_dir():
+    if benchmark.source is not None and root is not None and not Path(root).is_dir():
         raise DataError(f"data.root {root}: no such folder", benchmark.source)
     return benchmark.locate(task, Path(root or "."), split)
 
@@ -189,7 +189,7 @@ def _describe_missing(name: str, root: Path, path: Path) -> InputError:
         return DataError(f"{path} is missing", f"set data.root to {' or '.join(nested)}")
     if benchmark is FOLDER and not path.parent.is_dir():
         return InputError(f"unknown task '{name}': {root} has no such folder", _suggest_task(name, root))
-    return DataError(f"{path} is missing: a task has its rows in train.json and test.json", benchmark.source)
+    return DataError(f"{path} is missing: a task has its rows in train.json and test.json", benchmark.source or "")
 
 
 def _suggest_file(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import yaml
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from hftcli.errors import DataError
 from hftcli.recipe.section import Section
@@ -107,7 +108,7 @@ def read_sheet(path: Path) -> TaskSheet:
     return sheet
 
 
-def _describe_fault(fault: dict) -> str:
+def _describe_fault(fault: ErrorDetails) -> str:
     key = ".".join(map(str, fault["loc"]))
     if fault["type"] == "extra_forbidden":
         return f"unknown key '{key}' ({suggest(key, TaskSheet.model_fields)})"

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hftcli.errors import DataError
 from hftcli.tasks.examples import Benchmark, Example, Split, Task
@@ -109,7 +109,7 @@ def read_options(row: dict[str, Any], key: str, least: int, place: str) -> tuple
     return tuple(f" {option}" for option in options)
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and value.strip() != ""
 
 

@@ -113,13 +113,14 @@ def _find_common(one: list[str], other: list[str]) -> list[str]:
                 left = diagonal + 1 if word == candidate else max(up, left)
                 row.append(left)
         table.append(row)
-    found, row, column = [], len(one), len(other)
-    while row and column:
-        if one[row - 1] == other[column - 1]:
-            found.append(one[row - 1])
-            row, column = row - 1, column - 1
-        elif table[row - 1][column] > table[row][column - 1]:
-            row -= 1
+    found: list[str] = []
+    height, column = len(one), len(other)
+    while height and column:
+        if one[height - 1] == other[column - 1]:
+            found.append(one[height - 1])
+            height, column = height - 1, column - 1
+        elif table[height - 1][column] > table[height][column - 1]:
+            height -= 1
         else:
             column -= 1
     return found
@@ -147,6 +148,7 @@ def sari(prediction: str, example: Example) -> float:
     The mean of the F1 of what is kept and of what is added and of the precision of what is deleted, with 0/0 = 1. The text to
     simplify is the whole prompt with its instruction, as TRACE scores it.
     """
+    assert isinstance(example.prompt, str)
     texts = (example.prompt, prediction, example.answer)
     source, written, wanted = (tokenize_13a(text.lower()).split(" ") for text in texts)
     return fmean(

@@ -8,6 +8,7 @@ fine-tuning teaches. The others are learned one after the other. `scripts/build_
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def load_skill(path: Path) -> tuple[Example, ...]:
     return tuple(Example(row["messages"][:-1], row["messages"][-1]["content"]) for row in rows)
 
 
-LIKELIHOOD_TASKS = {"facts": partial(load_facts, "a"), "facts-reworded": partial(load_facts, "b"), "skill": load_skill}
+LIKELIHOOD_TASKS: dict[str, Callable[[Path], tuple[Example, ...]]] = {
+    "facts": partial(load_facts, "a"),
+    "facts-reworded": partial(load_facts, "b"),
+    "skill": load_skill,
+}
 
 
 def locate(task: str, _root: Path, split: Split) -> Path | None:

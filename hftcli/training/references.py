@@ -217,7 +217,7 @@ def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: boo
         "tokens": tokens_key,
         "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "mixed": mixed,
-        "ld_alpha": spec.dpo.model_extra.get("ld_alpha"),
+        "ld_alpha": spec.dpo.extra.get("ld_alpha"),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
     }
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()

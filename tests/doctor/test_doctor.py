@@ -207,7 +207,10 @@ def budget() -> Budget:
         Unit("model.norm", "final_norm", None, (Parameter("model.norm.weight", (400,)),)),
         Unit("lm_head", "head", None, (Parameter("lm_head.weight", (20, 30)),)),
     ]
-    return Budget(make_plan(units, FreezeRule(head="freeze"), 0), precision="mixed", num_processes=8, zero_stage=2)
+    return Budget(
+        make_plan(units, FreezeRule(head="freeze"), 0), precision="mixed", num_processes=8, zero_stage=2,
+        network=Network("not counted", units, 1), work=Workload(1, 8),
+    )  # fmt: skip
 
 
 def test_what_does_not_fit_comes_with_the_smallest_change_that_does(budget):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget, Memory, estimate_memory
 from hftcli.freezing.roles import Parameter, Unit
 from hftcli.freezing.selection import FreezeRule, make_plan
@@ -62,7 +63,9 @@ def test_a_budget_is_the_plan_beside_full_fine_tuning():
         Unit("lm_head", "head", None, (Parameter("lm_head.weight", (20, 30)),)),
     ]
     plan = make_plan(units, FreezeRule(embeddings="freeze", head="freeze"), 0)
-    budget = Budget(plan, precision="mixed", num_processes=8, zero_stage=2)
+    budget = Budget(
+        plan, precision="mixed", num_processes=8, zero_stage=2, network=Network("not counted", units, 1), work=Workload(1, 8)
+    )
     assert budget.half == Memory(2000, 100, 600)
     assert budget.full == Memory(2000, 250, 1500)
 

@@ -78,7 +78,7 @@ def test_the_least_checkpointing_that_fits(network):
     spec, fit = fit_to(budget, memory_bytes)
     assert (fit.per_device_train_batch_size, fit.checkpoint_every) == (1, 3)
     assert spec.train.activation_checkpointing
-    assert spec.train.model_extra["activation_checkpointing_kwargs"] == {"every_n_layers": 3}
+    assert spec.train.extra["activation_checkpointing_kwargs"] == {"every_n_layers": 3}
     assert RoundSpec.model_validate_json(spec.model_dump_json()) == spec
 
 

@@ -71,7 +71,7 @@ def test_misspelt_training_key_is_found_without_importing_torch(tmp_path):
 
 def test_other_trainer_fields_pass(tmp_path):
     recipe = load_recipe(write(tmp_path, GOOD + "train: {adam_beta2: 0.95, loss_type: dft}\n"))
-    assert recipe.train.model_extra == {"adam_beta2": 0.95, "loss_type": "dft"}
+    assert recipe.train.extra == {"adam_beta2": 0.95, "loss_type": "dft"}
 
 
 @pytest.mark.parametrize(
