@@ -21,7 +21,7 @@ from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_pr
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.options import Question, tokenize_questions
 from hftcli.runs.scores import HELD_OUT
-from hftcli.tasks import Task
+from hftcli.tasks.examples import Task
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenize
         prompts=tokenize_prompts(task.examples, task.cut, room, tokenizer) if num_new_tokens else [],
         num_new_tokens=num_new_tokens,
         end_ids=sorted(find_stops(task.stops, tokenizer) | ({tokenizer.eos_token_id} - {None})) if num_new_tokens else [],
-        questions=tokenize_questions([(row.prompt, row.options) for row in task.examples], max_length, tokenizer),
+        questions=tokenize_questions([(row.text, row.options) for row in task.examples], max_length, tokenizer),
         bare_questions=tokenize_questions(bare_rows, max_length, tokenizer),
     )
 

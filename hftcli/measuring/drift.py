@@ -21,8 +21,8 @@ from hftcli.data.tokens import IGNORED, Progress, get_backend, ignore_progress, 
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.asking import Row, TokenizedTask, generate_answers, predict_answers, tokenize_task
 from hftcli.measuring.evaluation import Drift
-from hftcli.tasks import Task, load_task
-from hftcli.tasks.examples import Example
+from hftcli.tasks import load_task
+from hftcli.tasks.examples import Example, Task
 from hftcli.tasks.folder import read_json
 from hftcli.tasks.general import SUFFIX, read_lines
 
@@ -99,7 +99,8 @@ def read_texts(
             raise DataError(f'{path}: row {number}: expected {{"text": "..."}}, got the keys {", ".join(line) or "none"}')
     texts = [line["text"] for line in lines.values() if line["text"]][:max_examples]
     renderings = [Rendering(text, [(0, len(text))], is_plain=True) for text in texts]
-    rows, owners = [], []
+    rows: list[Row] = []
+    owners: list[int] = []
     for rendering, encoding in zip(renderings, get_backend(tokenizer).encode_batch(texts), strict=True):
         ids, labels = label_tokens(rendering, encoding)
         pieces = [
@@ -157,8 +158,8 @@ def read_prompts(
     """
     if not Path(source).is_file():
         task = load_task(source, root, max_examples=max_examples)
-        examples = [dataclasses.replace(example, options=()) for example in task.examples]
-        return tokenize_task(Task(source, tuple(examples), cut=task.cut), max_length, tokenizer).rows, []
+        bare = tuple(dataclasses.replace(example, options=()) for example in task.examples)
+        return tokenize_task(Task(source, bare, cut=task.cut), max_length, tokenizer).rows, []
     rows = _read_rows(Path(source))
     answered = "answer" in rows[0]
     examples = tuple(_make_example(row, answered, f"{source}: row {number}") for number, row in enumerate(rows, start=1))

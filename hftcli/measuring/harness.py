@@ -82,7 +82,8 @@ def score_harness(
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
     results = simple_evaluate(model=wrapped, tasks=task.parts, limit=max_examples, bootstrap_iters=0)
-    predictions, values = [], []
+    predictions: list[Prediction] = []
+    values: list[tuple[int, dict[str, float]]] = []
     for part, samples in results["samples"].items():
         # A task that reads answers in several ways has its samples once for each; the first is the usual one.
         way = samples[0]["filter"]

@@ -17,7 +17,7 @@ from hftcli.data.tokens import Progress, ignore_progress
 from hftcli.measuring.asking import TokenizedTask, decode_answer, generate_answers, read_answers
 from hftcli.measuring.options import read_options
 from hftcli.runs.scores import Prediction, Score
-from hftcli.tasks import Task
+from hftcli.tasks.examples import Task
 from hftcli.tasks.metrics import METRICS
 
 
@@ -69,18 +69,19 @@ def score_task(
 
 def summarize(predictions: Sequence[Prediction]) -> Score:
     """The score of a task out of what became of its questions, at least one."""
-    nats = math.fsum(prediction.nll * prediction.num_tokens for prediction in predictions)
+    read = [(one.nll, one.num_tokens) for one in predictions if one.nll is not None and one.num_tokens is not None]
     return Score(
         score=_average([prediction.score for prediction in predictions]),
         lenient=_average([prediction.lenient for prediction in predictions]),
-        nll=nats / sum(prediction.num_tokens for prediction in predictions),
+        nll=math.fsum(nll * num_tokens for nll, num_tokens in read) / sum(num_tokens for _, num_tokens in read),
         num_examples=len(predictions),
         others={name: _average([prediction.others[name] for prediction in predictions]) for name in predictions[0].others},
     )
 
 
 def _average(scores: list[float | None]) -> float | None:
-    return None if None in scores else math.fsum(scores) / len(scores)
+    known = [score for score in scores if score is not None]
+    return math.fsum(known) / len(known) if len(known) == len(scores) else None
 
 
 def _judge_answers(task: Task, readings_N3: torch.Tensor, texts: Sequence[str | None], is_read_only: bool) -> list[Prediction]:

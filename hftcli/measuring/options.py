@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.data.chat import Rendering
 from hftcli.data.prepare import deal_rows
-from hftcli.data.tokens import IGNORED, Progress, get_backend, ignore_progress, label_tokens
+from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, label_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def tokenize_questions(
     return [question for question, _ in questions]
 
 
-def _make_question(rows: list[tuple[list[int], Sequence[int]]], max_length: int) -> tuple[Question, bool]:
+def _make_question(rows: Sequence[Tokens], max_length: int) -> tuple[Question, bool]:
     starts = [int((labels != IGNORED).nonzero()[0][0]) for _, labels in rows]
     first, _ = rows[0]
     num_shared = next(

@@ -69,7 +69,8 @@ def examine_model(asked: Examination, versions: dict[str, str], on_progress: OnP
     exam = prepare_exam(asked)
     model = load_finished(exam.folder, getattr(torch, asked.dtype), device)
     scores, answers, seconds = ask_all(exam, model, "", on_progress)
-    base_scores, base_answers = {}, {}
+    base_scores: dict[str, Score] = {}
+    base_answers: dict[str, list[Prediction]] = {}
     on_text = on_prompts = None
     if exam.base_folder is not None:
         base = load_finished(exam.base_folder, getattr(torch, asked.dtype), device)
@@ -170,7 +171,7 @@ def measure_drifts(
         return on_text, None
     answered, asking = exam.prompts
     rows, owners = _own_all(answered or draw_answers(base, asking, tokenizer, device))
-    return on_text, measure_drift(base, model, rows, owners, asked.prompts, device, _name("prompts", on_progress))
+    return on_text, measure_drift(base, model, rows, owners, str(asked.prompts), device, _name("prompts", on_progress))
 
 
 def _list_items(task: str, answers: Sequence[Prediction], base_answers: Sequence[Prediction] | None) -> list[Item]:

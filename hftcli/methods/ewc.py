@@ -16,6 +16,7 @@ Shapes: T tokens of a row, N trained tokens, V vocabulary.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -26,14 +27,18 @@ from transformers import PreTrainedModel, Trainer
 from hftcli.data.tokens import IGNORED
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method, draw_rows
+from hftcli.recipe.methods import EwcSection
 from hftcli.runs.run import Round
 
 Inputs = dict[str, torch.Tensor]
 
 
 class Ewc(Method):
+    section: EwcSection
+
     def prepare_rows(self, dataset: Dataset, rows: dict[str, Dataset]) -> Dataset:
         task = self.spec.task
+        assert task is not None  # a recipe with EWC is one of a sequence
         self.rows = draw_rows(rows[task], self.section.num_examples, task, self.spec.train.seed)
         return dataset
 
@@ -88,15 +93,13 @@ class QuadraticPenalty(torch.autograd.Function):
     """sum F (theta - theta*)^2. Autograd would keep two temporaries as large as the model; this keeps none."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, theta: torch.Tensor, fisher: torch.Tensor, anchor: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, theta: torch.Tensor, fisher: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(theta, fisher, anchor)
         distance = theta.float() - anchor.float()
         return (distance.square_().mul_(fisher)).sum()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         theta, fisher, anchor = ctx.saved_tensors
         distance = theta.float() - anchor.float()
         return distance.mul_(fisher).mul_(2 * slope).to(theta.dtype), None, None

@@ -21,12 +21,15 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hftcli.methods.method import Method, draw_rows
+from hftcli.recipe.methods import AgemSection, GemSection
 
 Gradient = list[torch.Tensor]
 
 
 class EpisodicMemory(Method, ABC):
     """Rows of the earlier tasks, and the model's gradients on some of them."""
+
+    section: GemSection | AgemSection
 
     @property
     def needed_tasks(self) -> tuple[str, ...]:
@@ -67,6 +70,8 @@ class EpisodicMemory(Method, ABC):
 
 
 class Gem(EpisodicMemory):
+    section: GemSection
+
     def project(self, trainer: Trainer, parameters: list[torch.nn.Parameter], gradient: Gradient) -> Gradient:
         memories = [self.compute_gradient(trainer, parameters, rows) for rows in self.memories]
         return project_on_cone(gradient, memories, self.section.margin)

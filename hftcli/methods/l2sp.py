@@ -13,9 +13,12 @@ from transformers import PreTrainedModel, Trainer
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.ewc import QuadraticPenalty
 from hftcli.methods.method import Method
+from hftcli.recipe.methods import L2spSection
 
 
 class L2sp(Method):
+    section: L2spSection
+
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Remember where the round starts: a step checkpoint has moved from there."""
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]

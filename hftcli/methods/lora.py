@@ -27,6 +27,7 @@ from hftcli.methods.method import Method
 from hftcli.models.checkpoint import read_master
 from hftcli.models.description import fetch_checkpoint, read_start_dtype
 from hftcli.models.proof import CheckpointReader
+from hftcli.recipe.methods import LoraSection
 from hftcli.runs.run import Round
 
 ADAPTER = "default"  # PEFT's name for the only one
@@ -36,6 +37,8 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (R, I) and B (O, R) 
 
 
 class Lora(Method):
+    section: LoraSection
+
     leaves_another_model = True
 
     def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:

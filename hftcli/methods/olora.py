@@ -13,10 +13,13 @@ import torch
 from transformers import Trainer
 
 from hftcli.methods.lora import ADAPTER, Adapter, Lora, read_adapter
+from hftcli.recipe.methods import OloraSection
 from hftcli.runs.run import Round
 
 
 class Olora(Lora):
+    section: OloraSection
+
     def find_base(self, start: Path) -> Path:
         return start
 
@@ -37,7 +40,8 @@ class Olora(Lora):
     def compute_penalty(self) -> torch.Tensor | None:
         if not self.pairs:
             return None
-        return self.section.orthogonality * sum(measure_overlap(old_RI, new_RI) for old_RI, new_RI in self.pairs)
+        overlaps = (measure_overlap(old_RI, new_RI) for old_RI, new_RI in self.pairs)
+        return self.section.orthogonality * sum(overlaps, start=torch.zeros(()))
 
 
 def measure_overlap(old_RI: torch.Tensor, new_RI: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,13 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from hftcli.methods.method import Method, draw_rows
+from hftcli.recipe.methods import ReplaySection
 from hftcli.recipe.sections import TrainSection
 
 
 class Replay(Method):
+    section: ReplaySection
+
     @property
     def needed_tasks(self) -> tuple[str, ...]:
         return (*self.earlier_tasks, *([self.section.extra] if self.section.extra else []))

@@ -27,6 +27,12 @@ class Example:
     body: tuple[int, int] | None = None
     options: tuple[str, ...] = ()
 
+    @property
+    def text(self) -> str:
+        """The prompt of a task whose prompts are plain text."""
+        assert isinstance(self.prompt, str)
+        return self.prompt
+
 
 @dataclass(frozen=True)
 class Task:

@@ -148,8 +148,7 @@ def sari(prediction: str, example: Example) -> float:
     The mean of the F1 of what is kept and of what is added and of the precision of what is deleted, with 0/0 = 1. The text to
     simplify is the whole prompt with its instruction, as TRACE scores it.
     """
-    assert isinstance(example.prompt, str)
-    texts = (example.prompt, prediction, example.answer)
+    texts = (example.text, prediction, example.answer)
     source, written, wanted = (tokenize_13a(text.lower()).split(" ") for text in texts)
     return fmean(
         fmean(scores) for scores in zip(*(_score_operations(source, written, wanted, n) for n in range(1, 5)), strict=True)

@@ -69,8 +69,9 @@ class ResumableTrainer(Trainer):
         """What trains; the rest is the start's. DeepSpeed writes files of its own."""
         if not self.is_deepspeed_enabled:
             weights = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(weights, Path(output_dir) / WEIGHTS_NAME)
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / WEIGHTS_NAME)
 
     def save_step(self) -> None:
         """Write a step checkpoint now, after the last step; all ranks together."""
@@ -153,6 +154,8 @@ class ResumableTrainer(Trainer):
 
 class PreparedPairs(DPOTrainer):
     """DPOTrainer on pairs that come tokenized and cut, with their places in the dataset in the column `row`."""
+
+    _signature_columns: list[str]
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

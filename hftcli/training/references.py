@@ -38,9 +38,14 @@ LogProbs = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejecte
 class Reference(Protocol):
     """What a trainer asks for the reference's log-probabilities."""
 
-    key: str | None
-    is_reused: bool
-    num_bytes: int
+    @property
+    def key(self) -> str | None: ...
+
+    @property
+    def is_reused(self) -> bool: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
     def prepare(self, trainer: DPOTrainer) -> None:
         """Called by all ranks when the model is where it trains, and untouched."""
@@ -82,15 +87,17 @@ class PrecomputedReference:
         found = [read_log_probs(self.path, len(trainer.train_dataset)) if is_first and self.path.exists() else None]
         if trainer.args.world_size > 1:  # the ranks may be on machines with other caches
             torch.distributed.broadcast_object_list(found)
-        self.is_reused = found[0] is not None
-        self.log_probs_P2 = found[0] if self.is_reused else compute_log_probs(trainer, self.on_batch)
+        (kept,) = found
+        self.is_reused = kept is not None
+        self.log_probs_P2 = compute_log_probs(trainer, self.on_batch) if kept is None else kept
         if is_first and not self.is_reused:
             write_log_probs(self.path, self.log_probs_P2)
 
     def recall(self) -> torch.Tensor:
         return self.log_probs_P2
 
-    def restore(self, trainer: DPOTrainer, recalled: torch.Tensor) -> None:
+    def restore(self, trainer: DPOTrainer, recalled: torch.Tensor | None) -> None:
+        assert recalled is not None
         self.log_probs_P2, self.is_reused = recalled, True
 
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
@@ -121,7 +128,7 @@ class SharedReference:
     def recall(self) -> None:
         return None  # the start has it
 
-    def restore(self, trainer: DPOTrainer, recalled: None) -> None:
+    def restore(self, trainer: DPOTrainer, recalled: torch.Tensor | None) -> None:
         self.copies = [(value, copy.to(value.device)) for value, copy in self.copies]
 
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
@@ -202,11 +209,11 @@ def make_reference(
 
 def describe_reference(spec: RoundSpec, reference: Reference | None, second: PreTrainedModel | None) -> ReferenceReport | None:
     """What the reference was and what it takes; None where there is none."""
-    if spec.reference is None:
-        return None
-    if reference is None:
+    if second is not None:
         held = [value.ds_tensor if is_partitioned(value) else value for value in second.parameters()]
         return ReferenceReport(mode="full", key=None, is_reused=False, num_bytes=sum(value.nbytes for value in held))
+    if reference is None or spec.reference is None:
+        return None
     return ReferenceReport(mode=spec.reference, key=reference.key, is_reused=reference.is_reused, num_bytes=reference.num_bytes)
 
 
@@ -217,7 +224,7 @@ def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: boo
         "tokens": tokens_key,
         "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "mixed": mixed,
-        "ld_alpha": spec.dpo.extra.get("ld_alpha"),
+        "ld_alpha": spec.dpo and spec.dpo.extra.get("ld_alpha"),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
     }
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()

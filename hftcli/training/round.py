@@ -114,7 +114,7 @@ def tokenize_rows(attempt: Attempt, task: Assignment) -> Rows:
     with attempt.clock.measure("tokenizing"):
         attempt.reporter.report("tokenizing")
         dataset, report = prepare_rows(spec, tokenizer, show)
-        by_task, keys = {spec.task: dataset}, [report.key]
+        by_task, keys = {spec.task: dataset} if spec.task is not None else {}, [report.key]
         for name in dict.fromkeys(name for method in task.methods for name in method.needed_tasks):
             needed = load_task(name, spec.data.root, "train", spec.data.max_examples)
             by_task[name], needed_report = prepare_task(needed, spec.data, tokenizer, cache)
@@ -215,6 +215,7 @@ def make_trainer(
 ) -> TaskTrainer | PairTrainer:
     """TRL's trainer for the round's objective."""
     callbacks, loss_kernel = [callback, keeper], task.spec.train.loss_kernel
+    assert loss_kernel is not None  # chosen with the budget
     if task.spec.objective == "sft":
         return TaskTrainer(loaded.model, loaded.args, rows.train, task.tokenizer, callbacks, task.methods, loss_kernel)
     trainer = PairTrainer(

@@ -9,7 +9,7 @@ from trl.models import unwrap_model_for_generation
 from hftcli.measuring.asking import TokenizedTask
 from hftcli.measuring.judging import score_task
 from hftcli.measuring.pairs import Reading, read_pairs, score_pairs
-from hftcli.methods import Method
+from hftcli.methods.method import Method
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.runs.scores import HELD_OUT, Moment, PairScores, Score
 from hftcli.training.internals import Memory
@@ -45,7 +45,7 @@ class Scorer:
     def measure_after(self) -> tuple[dict[str, Score], PairScores | None]:
         """Ask the trained model; all ranks together."""
         after = self._score("after", self.spec.scoring.after, (*self.spec.scoring.likelihood, *self.held_out))
-        if self.rows.pairs is None:
+        if self.rows.pairs is None or self.spec.dpo is None:
             return after, None
         args, beta = self.trainer.args, self.spec.dpo.beta
         before, read_after = self.read_before, self._read(self.read_before)

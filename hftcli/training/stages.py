@@ -12,7 +12,7 @@ from trl import DPOConfig, SFTConfig
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
 from hftcli.measuring.asking import TokenizedTask
-from hftcli.methods import Method
+from hftcli.methods.method import Method
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec

@@ -14,7 +14,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hftcli.errors import InputError
 from hftcli.freezing.activations import LossKernel
-from hftcli.methods import Method
+from hftcli.methods.method import Method
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.runs.spec import RoundSpec
 from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
@@ -61,7 +61,7 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         values.setdefault("pad_to_multiple_of", find_padding(spec.data.max_length))
     if spec.train.activation_checkpointing:
         values["activation_checkpointing_kwargs"] = _choose_checkpointing(spec)
-    if spec.objective == "sft":
+    if spec.dpo is None:
         kind = SFTConfig
         values["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows come tokenized
     else:
