@@ -38,30 +38,36 @@ class HftError(Exception):
 
 
 class InputError(HftError):
+    """What the user gave is wrong, and nothing was begun."""
+
     exit_code = 2
 
 
 class RecipeError(InputError):
-    pass
+    """A recipe or an override of it is wrong; the message has every fault with its place."""
 
 
 class DataError(InputError):
-    pass
+    """A dataset or one of its rows is wrong; the message names the file and the row."""
 
 
 class ModelError(InputError):
-    pass
+    """A model, its tokenizer or its family does not serve."""
 
 
 class TrainingError(HftError):
-    pass
+    """Training failed; the message says what is safe on disk."""
 
 
 class VerificationError(HftError):
+    """Something frozen moved, or something trained did not: the checkpoint is not what the plan says."""
+
     exit_code = 3
 
 
 class Interrupted(HftError):
+    """A signal stopped the work after a complete checkpoint: the same command goes on from there."""
+
     exit_code = 75
 
 
@@ -75,6 +81,7 @@ def explain_os_error(error: OSError) -> HftError | None:
 
 
 def make_disk_full(place: object) -> HftError:
+    """The error of a full disk; `place` is what could not be written."""
     return HftError(
         f"no space is left on the disk of {place}; finished rounds and complete step checkpoints are kept",
         "free some, then run the same command again",

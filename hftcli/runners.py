@@ -340,6 +340,7 @@ def count_rounds(recipe: Recipe) -> int:
 
 
 def make_manifest(parent: str | None) -> Manifest:
+    """The manifest of a run that begins now, with no round yet."""
     return Manifest(
         command=tuple(sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

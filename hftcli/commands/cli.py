@@ -38,6 +38,7 @@ class LazyCommand(TyperCommand):
     """A command as the table has it: its name and its help are known, its options once it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], *parent: Any, **settings: Any) -> Any:
+        """Import the command's module, and have the command in it read the options."""
         assert self.name is not None
         module = import_module(f"hftcli.commands.{COMMANDS[self.name][0]}")
         return typer.main.get_group(module.app).commands[self.name].make_context(info_name, args, *parent, **settings)
@@ -55,6 +56,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Answer `hft --version`, and give way to the command otherwise."""
     if version:
         print(__version__)
         raise typer.Exit

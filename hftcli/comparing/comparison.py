@@ -31,10 +31,12 @@ class Setting:
 
     @property
     def learning(self) -> Estimate:
+        """Mean over the seeds of the gain on what was trained."""
         return estimate_mean([point.learning for point in self.points])
 
     @property
     def forgetting(self) -> Estimate:
+        """Mean over the seeds of the loss of what was known."""
         return estimate_mean([point.forgetting for point in self.points])
 
 
@@ -71,6 +73,7 @@ class Difference:
 
     @property
     def sentence(self) -> str:
+        """What the comparison shows in words, with its interval; a difference that is not shown is called none."""
         if self.found is None:
             return f"{self.first} and {self.second} never learned equally much: give more values of {RATE_KEY}"
         estimate, found, unit = self.found.difference, self.found, UNITS[self.by]
@@ -112,6 +115,7 @@ class Comparison:
 
     @property
     def unit(self) -> Unit:
+        """What gains and losses are shown in."""
         return UNITS[self.by]
 
 

@@ -56,10 +56,12 @@ class ForgettingMatrix(Section):
 
     @property
     def is_finished(self) -> bool:
+        """Whether every task had its round."""
         return self.num_rounds == len(self.tasks)
 
     @property
     def row_names(self) -> tuple[str, ...]:
+        """What each row is of: `base`, then the task of each finished round."""
         return ("base", *self.tasks[: self.num_rounds])
 
     @model_validator(mode="after")

@@ -52,18 +52,22 @@ class Point:
 
     @property
     def learning(self) -> float:
+        """Mean gain over the tasks that were trained, in the unit of `by`."""
         return fmean(self.learned.values())
 
     @property
     def forgetting(self) -> float:
+        """Mean loss over the tasks that were known, in the unit of `by`."""
         return fmean(self.lost.values())
 
     @property
     def seed(self) -> tuple[int, ...]:
+        """The seeds of the run's order and of its half: runs that share them share their draw."""
         return tuple(self.values[key] for key in SEED_KEYS)
 
     @property
     def learning_rate(self) -> float:
+        """The peak learning rate, along which a method's curve runs."""
         return float(self.values[RATE_KEY])
 
 

@@ -27,6 +27,7 @@ class Unit:
     decimals: int
 
     def show(self, value: float | None, signed: bool = False) -> str:
+        """A value as text, with its sign where it is a change; empty for None. What rounds to zero has no minus."""
         return "" if value is None else f"{self.factor * value:{'+' if signed else ''}z.{self.decimals}f}"
 
 
@@ -45,10 +46,12 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
+        """Both ends; None where there is no interval."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0, so that a difference is shown."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
@@ -92,6 +95,7 @@ class Transitions:
 
     @property
     def num_items(self) -> int:
+        """Items that both answered."""
         return self.num_kept + self.num_lost + self.num_won + self.num_never
 
     @property

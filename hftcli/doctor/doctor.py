@@ -115,6 +115,7 @@ def judge_packages(required: Iterable[str]) -> list[Finding]:
 
 
 def find_version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -361,6 +362,7 @@ def suggest_launch(budget: Budget, rank_bytes: int) -> str:
 
 
 def find_versions() -> dict[str, str]:
+    """What must be the same on every host, by name: hft and what computes."""
     return {"hft": __version__, **{name: find_version(name) or "missing" for name in ALIKE}}
 
 
@@ -383,6 +385,7 @@ def share_memory(launch: LaunchSection, reports: Iterable[HostReport]) -> int | 
 
 
 def main() -> None:
+    """Say as one line of JSON what this host is, for the doctor that asks over ssh whether it sees a file."""
     found = HostReport(
         versions=find_versions(),
         num_gpus=count_gpus(),

@@ -21,6 +21,7 @@ def probe_machine() -> Probe:
 
 
 def probe_ops() -> dict[str, bool]:
+    """By name, whether DeepSpeed could build the operation here."""
     # DeepSpeed prints about the compiler while it looks.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         from deepspeed.ops.op_builder.all_ops import ALL_OPS

@@ -45,6 +45,7 @@ class Workload:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of a micro-batch, padding counted."""
         return self.num_sequences * self.length
 
     @property
@@ -74,10 +75,12 @@ class Network:
 
     @property
     def num_layers(self) -> int:
+        """Transformer blocks."""
         return len({unit.layer for unit in self.units if unit.layer is not None})
 
     @property
     def vocabulary(self) -> int:
+        """Rows of the embeddings or the head, whichever has more; 0 without either."""
         sizes = [unit.parameters[0].shape[0] for unit in self.units if unit.role in ("embedding", "head")]
         return max(sizes, default=0)
 
@@ -100,6 +103,7 @@ class Flops:
 
     @property
     def total(self) -> float:
+        """Per token, forward and backward."""
         return self.forward + self.activation_gradient + self.weight_gradient + self.recompute
 
 
@@ -133,6 +137,7 @@ class Value:
 
     @property
     def num_bytes(self) -> int:
+        """What it takes where it is kept."""
         return self.num_elements * self.item_bytes
 
 
@@ -153,6 +158,7 @@ class Ledger:
     last_forward: float = 0.0
 
     def trains(self, unit: Unit) -> bool:
+        """Whether a unit's weight trains."""
         return unit.parameters[0].name in self.trained
 
     def make(self, width: int, item_bytes: int, has_gradient: bool) -> Value:
@@ -160,9 +166,11 @@ class Ledger:
         return Value(width * self.work.num_tokens, item_bytes, has_gradient)
 
     def keep(self, *values: Value) -> None:
+        """Autograd keeps these until the backward pass; what is kept twice counts once."""
         self.kept.update(values)
 
     def keep_if(self, condition: bool, *values: Value) -> None:
+        """Keep these where an operation's backward pass needs them."""
         if condition:
             self.kept.update(values)
 
@@ -177,6 +185,7 @@ class Ledger:
         return value
 
     def embed(self, unit: Unit) -> Value:
+        """Look the tokens up: hidden states of the weight's own type."""
         trains = self.trains(unit)
         self.keep_if(trains, self.make(1, 8, False))  # the tokens themselves
         return self.make(unit.parameters[0].shape[1], self.weight_item_bytes(unit), trains)
@@ -204,6 +213,7 @@ class Ledger:
         return Value(value.num_elements, item_bytes, value.has_gradient or trains)
 
     def add(self, left: Value, right: Value) -> Value:
+        """Sum two values, of the wider type; nothing is kept."""
         item_bytes = max(left.item_bytes, right.item_bytes)
         return Value(left.num_elements, item_bytes, left.has_gradient or right.has_gradient)
 
@@ -346,6 +356,7 @@ def bill_loss(ledger: Ledger, head: Unit, value: Value) -> int:
 
 
 def sum_bytes(values: Iterable[Value]) -> int:
+    """What several values take together."""
     return sum(value.num_bytes for value in values)
 
 

@@ -22,6 +22,7 @@ class Parameter:
 
     @property
     def num_elements(self) -> int:
+        """Weights in it."""
         return prod(self.shape)
 
 
@@ -43,6 +44,7 @@ class Unit:
 
     @property
     def num_parameters(self) -> int:
+        """Weights in it, biases counted."""
         return sum(parameter.num_elements for parameter in self.parameters)
 
 

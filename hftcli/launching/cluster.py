@@ -160,6 +160,7 @@ class Line:
         return self.has_started and (self.is_silent or self.ssh.returncode == 255)
 
     def tell(self, text: str) -> None:
+        """Send the host a line; to one whose ssh has ended, nothing is sent."""
         if not self.stdin.closed:
             with suppress(BrokenPipeError):  # ssh has ended: its code says why
                 self.stdin.write(f"{text}\n".encode())
@@ -299,6 +300,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> int:
+    """Run a round on its hosts; without arguments, be one of them. Returns the exit code."""
     if len(sys.argv) == 1:
         return serve()
     round_ = Round(Path(sys.argv[1]))

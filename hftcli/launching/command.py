@@ -113,6 +113,7 @@ def worker_environment(launch: LaunchSection) -> dict[str, str]:
 
 
 def find_free_port() -> int:
+    """A TCP port of this machine that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -40,6 +40,7 @@ class Host:
 
     @property
     def address(self) -> str:
+        """The name without the user."""
         return self.name.rpartition("@")[2]
 
 

@@ -103,6 +103,7 @@ class StopRequest:
 
 
 def make_interrupted(round_: Round) -> Interrupted:
+    """The error of a round that a signal stopped, with what it goes on from."""
     return Interrupted(f"stopped by a signal; {round_.describe_kept()}", "run the same command again")
 
 

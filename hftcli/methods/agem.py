@@ -1,5 +1,4 @@
-"""Averaged gradient episodic memory (arXiv 1812.00420): a step may not raise the loss on remembered rows of all earlier tasks
-together.
+"""A-GEM, averaged gradient episodic memory (arXiv 1812.00420): no step raises the loss on rows of all earlier tasks together.
 
 As GEM, with one constraint, so that the projection is a single subtraction (section 4 of the paper). The trainer clips before,
 which leaves the projection as it would be.
@@ -13,7 +12,10 @@ from hftcli.methods.gem import EpisodicMemory, Gradient, multiply
 
 
 class Agem(EpisodicMemory):
+    """A-GEM: the gradient is kept from raising the mean loss on what is remembered of all earlier tasks."""
+
     def project(self, trainer: Trainer, parameters: list[torch.nn.Parameter], gradient: Gradient) -> Gradient:
+        """The closest gradient on the plane that does not raise the loss on rows drawn from all tasks together."""
         memory = self.compute_gradient(trainer, parameters, datasets.concatenate_datasets(self.memories))
         return project_on_plane(gradient, memory)
 

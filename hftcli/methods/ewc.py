@@ -34,9 +34,12 @@ Inputs = dict[str, torch.Tensor]
 
 
 class Ewc(Method):
+    """EWC: weights that earlier tasks need are drawn back to where the round starts."""
+
     section: EwcSection
 
     def prepare_rows(self, dataset: Dataset, rows: dict[str, Dataset]) -> Dataset:
+        """Draw the rows of the round's own task on which its Fisher information is measured at the end."""
         task = self.spec.task
         assert task is not None  # a recipe with EWC is one of a sequence
         self.rows = draw_rows(rows[task], self.section.num_examples, task, self.spec.train.seed)
@@ -48,6 +51,7 @@ class Ewc(Method):
         self.anchors = {name: value.detach().clone() for name, value in trained} if self.last_round is not None else {}
 
     def start(self, trainer: Trainer) -> None:
+        """Pair every weight that trains with its Fisher information, summed over the earlier rounds, and its start."""
         self.terms: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
         if self.last_round is None:
             return
@@ -58,11 +62,13 @@ class Ewc(Method):
                     self.terms.append((parameter, fisher, self.anchors.pop(name).to(parameter.device)))
 
     def compute_penalty(self) -> torch.Tensor | None:
+        """Lambda / 2 times the sum of F (theta - theta*)^2; None in the first round."""
         if not self.terms:
             return None
         return self.section.strength / 2 * sum(QuadraticPenalty.apply(*term) for term in self.terms)
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
+        """Measure the Fisher information of the round's own task, the rows shared out over the ranks."""
         rank, num_ranks = trainer.args.process_index, trainer.args.world_size
         own = self.rows.select(range(rank, len(self.rows), num_ranks))
         batches = (trainer.move_batch(trainer.data_collator([row])) for row in own)
@@ -94,12 +100,14 @@ class QuadraticPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta: torch.Tensor, fisher: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        """The sum, in float32."""
         ctx.save_for_backward(theta, fisher, anchor)
         distance = theta.float() - anchor.float()
         return (distance.square_().mul_(fisher)).sum()
 
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """2 F (theta - theta*), times the slope, in the type of theta."""
         theta, fisher, anchor = ctx.saved_tensors
         distance = theta.float() - anchor.float()
         return distance.mul_(fisher).mul_(2 * slope).to(theta.dtype), None, None

@@ -33,9 +33,11 @@ class EpisodicMemory(Method, ABC):
 
     @property
     def needed_tasks(self) -> tuple[str, ...]:
+        """All earlier tasks: their rows are remembered."""
         return self.earlier_tasks
 
     def prepare_rows(self, dataset: Dataset, rows: dict[str, Dataset]) -> Dataset:
+        """Draw what is remembered; the rows to train on stay as they are."""
         self.memories = [
             draw_rows(rows[task], self.section.num_examples, task, self.spec.train.seed) for task in self.earlier_tasks
         ]
@@ -43,12 +45,15 @@ class EpisodicMemory(Method, ABC):
         return dataset
 
     def recall(self) -> Any:
+        """The state of what draws from memory."""
         return self.random.getstate()
 
     def restore(self, recalled: Any) -> None:
+        """Draw on as the stopped round would have."""
         self.random.setstate(recalled)
 
     def change_gradient(self, trainer: Trainer) -> None:
+        """Lay the projected gradient in; in the first round, where nothing is remembered, leave it."""
         if not self.memories:
             return
         parameters = [value for value in trainer.model.parameters() if value.grad is not None]
@@ -70,9 +75,12 @@ class EpisodicMemory(Method, ABC):
 
 
 class Gem(EpisodicMemory):
+    """GEM: the gradient is kept from raising the loss on what is remembered of each earlier task."""
+
     section: GemSection
 
     def project(self, trainer: Trainer, parameters: list[torch.nn.Parameter], gradient: Gradient) -> Gradient:
+        """The closest gradient in the cone that raises the loss of no earlier task."""
         memories = [self.compute_gradient(trainer, parameters, rows) for rows in self.memories]
         return project_on_cone(gradient, memories, self.section.margin)
 

@@ -37,6 +37,8 @@ SCALED = {
 
 
 class Ia3(Method):
+    """(IA)^3: vectors that scale keys, values and the mlp's inner activations train in place of the weights."""
+
     leaves_another_model = True
 
     def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:
@@ -59,6 +61,7 @@ class Ia3(Method):
         return restrict_plan(plan, units, names)
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
+        """Lay vectors of ones over the layers that the plan trains; the weights below stay as they are."""
         self.base = start
         names = [name.removesuffix(".weight") for name in plan.trained if name.endswith(".weight")]
         if mixed and not sharded:  # only the vectors need float32

@@ -17,6 +17,8 @@ from hftcli.recipe.methods import L2spSection
 
 
 class L2sp(Method):
+    """L2-SP: all that trains is drawn back to where the round starts."""
+
     section: L2spSection
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
@@ -25,10 +27,12 @@ class L2sp(Method):
         self.anchors = {name: value.detach().clone() for name, value in trained}
 
     def start(self, trainer: Trainer) -> None:
+        """Pair every weight that trains with its start."""
         trained = [(name, value) for name, value in trainer.model.named_parameters() if value.requires_grad]
         self.terms = [(parameter, self.anchors.pop(name).to(parameter.device)) for name, parameter in trained]
 
     def compute_penalty(self) -> torch.Tensor:
+        """Alpha / 2 times the squared distance from the start."""
         equal = torch.ones(())  # every weight counts alike
         distance = sum(QuadraticPenalty.apply(parameter, equal, anchor) for parameter, anchor in self.terms)
         return self.section.strength / 2 * distance

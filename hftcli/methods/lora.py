@@ -37,11 +37,14 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (R, I) and B (O, R) 
 
 
 class Lora(Method):
+    """LoRA: low-rank adapters train in place of the weights, and go on from round to round."""
+
     section: LoraSection
 
     leaves_another_model = True
 
     def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:
+        """The linear layers of the plan that `target_modules` names."""
         return narrow_plan(plan, units, self.section.target_modules)
 
     def find_base(self, start: Path) -> Path:
@@ -55,6 +58,7 @@ class Lora(Method):
         return read_adapter(self.last_round.adapter) if self.last_round is not None else {}
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
+        """Lay adapters over the layers of the plan, whose weights are the base's; the last round's adapters go on."""
         self.base, self.last = self.find_base(start), self.read_last()
         names = [name.removesuffix(".weight") for name in plan.trained]
         start_dtype = read_start_dtype(self.spec.model, start)
@@ -100,12 +104,14 @@ class Lora(Method):
 
 
 def read_adapter(folder: Path) -> Adapter:
+    """The adapters of a folder in PEFT's form."""
     tensors = load_file(folder / "adapter_model.safetensors")
     names = dict.fromkeys(key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors)
     return {name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"]) for name in names}
 
 
 def write_adapter(adapter: Adapter, config: LoraConfig, base: Path, folder: Path) -> None:
+    """Write adapters in PEFT's form, so that PEFT lays them over the base."""
     config.target_modules = set(adapter)
     tensors = {
         f"{name}.lora_{letter}.weight": part

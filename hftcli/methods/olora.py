@@ -18,12 +18,16 @@ from hftcli.runs.run import Round
 
 
 class Olora(Lora):
+    """O-LoRA: a new adapter in every round, held orthogonal to those before."""
+
     section: OloraSection
 
     def find_base(self, start: Path) -> Path:
+        """The round's own start, into which the earlier adapters are merged."""
         return start
 
     def read_last(self) -> Adapter:
+        """None: every round begins a new adapter."""
         return {}
 
     def start(self, trainer: Trainer) -> None:
@@ -38,6 +42,7 @@ class Olora(Lora):
         ]
 
     def compute_penalty(self) -> torch.Tensor | None:
+        """Lambda 1 times the overlap with the earlier adapters; None in the first round."""
         if not self.pairs:
             return None
         overlaps = (measure_overlap(old_RI, new_RI) for old_RI, new_RI in self.pairs)

@@ -15,13 +15,17 @@ from hftcli.recipe.sections import TrainSection
 
 
 class Replay(Method):
+    """Rows of earlier tasks, among those of the task or after them."""
+
     section: ReplaySection
 
     @property
     def needed_tasks(self) -> tuple[str, ...]:
+        """All earlier tasks, and the one that is replayed in every round."""
         return (*self.earlier_tasks, *([self.section.extra] if self.section.extra else []))
 
     def prepare_rows(self, dataset: Dataset, rows: dict[str, Dataset]) -> Dataset:
+        """The rows to train on, with a share of every earlier task's; after the task, in the order of training."""
         if not self.needed_tasks:
             return dataset
         seed = self.spec.train.seed

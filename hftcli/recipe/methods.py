@@ -10,6 +10,8 @@ from hftcli.recipe.section import Section
 
 
 class ReplaySection(Section):
+    """Replay: some rows of earlier tasks are trained on again."""
+
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of each earlier task's training rows that is trained on again."""
 
@@ -21,6 +23,8 @@ class ReplaySection(Section):
 
 
 class EwcSection(Section):
+    """Elastic weight consolidation (arXiv 1612.00796): what earlier tasks need is drawn back to where it was."""
+
     strength: Annotated[float, Field(gt=0)] = 400.0
     """Lambda of arXiv 1612.00796, equation 3: the weight of the quadratic penalty."""
 
@@ -29,12 +33,16 @@ class EwcSection(Section):
 
 
 class L2spSection(Section):
+    """L2-SP (arXiv 1802.01483): all that trains is drawn back to where the round starts."""
+
     strength: Annotated[float, Field(gt=0)]
     """Alpha of arXiv 1802.01483: the penalty is half of it times the squared distance of the weights from where the round
     starts."""
 
 
 class GemSection(Section):
+    """GEM (arXiv 1706.08840): no step raises the loss on what is remembered of each earlier task."""
+
     num_examples: Annotated[int, Field(ge=1)] = 256
     """Training rows of each earlier task that are remembered."""
 
@@ -46,6 +54,8 @@ class GemSection(Section):
 
 
 class AgemSection(Section):
+    """A-GEM (arXiv 1812.00420): no step raises the mean loss on what is remembered of all earlier tasks."""
+
     num_examples: Annotated[int, Field(ge=1)] = 256
     """Training rows of each earlier task that are remembered."""
 
@@ -54,6 +64,8 @@ class AgemSection(Section):
 
 
 class LoraSection(Section):
+    """LoRA (arXiv 2106.09685): low-rank adapters train in place of the weights."""
+
     r: Annotated[int, Field(ge=1)] = 8
     """Rank of the adapters."""
 
@@ -69,6 +81,8 @@ class LoraSection(Section):
 
 
 class OloraSection(LoraSection):
+    """O-LoRA (arXiv 2310.14152): a new adapter for each task, orthogonal to those before."""
+
     orthogonality: Annotated[float, Field(ge=0)] = 0.5
     """Lambda 1 of arXiv 2310.14152, equation 8: the weight of the overlap with the adapters of the earlier tasks."""
 

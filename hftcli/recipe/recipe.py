@@ -52,4 +52,5 @@ class Recipe(Section):
 
     @property
     def objective(self) -> Objective:
+        """Which of the commands the recipe is for."""
         return "continual" if self.continual else "dpo" if self.dpo else "sft"

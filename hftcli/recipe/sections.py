@@ -18,6 +18,8 @@ LossType = Literal[
 
 
 class ModelSection(Section):
+    """The start: which model, and how it is loaded."""
+
     path: str
     """A folder with a Hugging Face checkpoint, the folder of a finished run, a hub id, or `tinyworld`."""
 
@@ -34,6 +36,8 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
+    """The rows to train on, and how they are cut."""
+
     path: str | None = None
     """A JSON, JSONL or Parquet file, a folder of them, a hub dataset, or `tinyworld/skill`."""
 
@@ -70,8 +74,10 @@ class OpenSection(Section):
 
 
 class TrainSection(OpenSection):
-    """Names are those of transformers' TrainingArguments and TRL's SFTConfig; any other field of theirs may be given too. With
-    DPO, those of TRL's DPOConfig are given under `dpo`."""
+    """Names are those of transformers' TrainingArguments and TRL's SFTConfig; any other field of theirs may be given too.
+
+    With DPO, those of TRL's DPOConfig are given under `dpo`.
+    """
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
@@ -207,6 +213,8 @@ def _count_seconds(time: str) -> int | None:
 
 
 class LaunchSection(Section):
+    """Where the ranks run, how many they are, and what of the model each holds."""
+
     num_processes: Annotated[int, Field(ge=1)] | None = None
     """Processes on each machine: one per GPU, or CPU ranks where there is none; null takes the hostfile's slots, or every
     visible GPU, or one process."""
@@ -241,8 +249,10 @@ class LaunchSection(Section):
 
     @property
     def split(self) -> dict[str, int | None]:
-        """How a resolved launch splits the work. Nothing else of it changes the result: not where the ranks are, nor how they
-        are reached."""
+        """How a resolved launch splits the work.
+
+        Nothing else of it changes the result: not where the ranks are, nor how they are reached.
+        """
         stage = self.zero_stage if self.num_ranks > 1 else None
         return {"launch.num_processes x launch.num_nodes": self.num_ranks, "launch.zero_stage": stage}
 
@@ -267,10 +277,13 @@ class CheckpointSection(Section):
 
     @property
     def is_on(self) -> bool:
+        """Whether step checkpoints are written."""
         return self.save_steps is not None or self.save_every_minutes is not None
 
 
 class HeldOutSection(Section):
+    """Rows to measure on that are not trained on."""
+
     path: str | None = None
     """Held-out rows, as under `data.path`, to measure before and after each round: by the likelihood of what would be trained;
     with DPO, by reward accuracy, margin and KL to the reference. Null measures none."""
@@ -286,6 +299,8 @@ class HeldOutSection(Section):
 
 
 class EvalSection(Section):
+    """What is measured before and after each round."""
+
     tasks: tuple[str, ...] = ()
     """Tasks to score before and after each round, such as `tinyworld/facts`. With continual learning they stand beside those of
     the sequence: what the model knew besides."""
@@ -300,6 +315,8 @@ class EvalSection(Section):
 
 
 class ContinualSection(Section):
+    """The tasks to learn one after another."""
+
     tasks: str | tuple[str, ...] = QUICK_START
     """A benchmark (`tinyworld`, `trace`, `standard`), or a list of tasks: folders under `data.root`, or tasks of a benchmark
     such as `trace/FOMC`."""

@@ -151,6 +151,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class MatrixTable:
+    """One kind of score: rows are the model after each round, columns the tasks."""
+
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]

@@ -98,6 +98,7 @@ def _make_memory_table(budget: Budget) -> Table:
 
 
 def name_checkpointed(every: int | None) -> str:
+    """Which layers compute their activations again, in words; None is none, 1 is all."""
     return {None: "no layer", 1: "every layer"}.get(every, f"one layer in {every}")
 
 

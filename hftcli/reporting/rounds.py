@@ -114,6 +114,7 @@ def describe_pairs(scores: PairScores) -> list[tuple[str, str, str]]:
 
 
 def print_verification(found: Mapping[str, Verification], as_json: bool) -> None:
+    """By round, what the comparison with its start found, and the name of everything that failed."""
     if as_json:
         total = {
             "num_frozen": sum(item.num_frozen for item in found.values()),

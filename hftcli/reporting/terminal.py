@@ -77,6 +77,7 @@ def print_data(summary: DataReport, samples: Mapping[str, list[tuple[str, bool]]
 
 
 def make_number_table(first: str, *headings: object) -> Table:
+    """A table whose first column names the row, and whose others are numbers, on the right."""
     table = Table()
     table.add_column(first, no_wrap=True)
     for heading in headings:
@@ -92,10 +93,12 @@ def print_whole(table: Table) -> None:
 
 
 def print_json(value: Any) -> None:
+    """Print a value for other programs."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def format_bytes(count: float) -> str:
+    """A size with a unit of 1024: `1.5 MiB`."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"

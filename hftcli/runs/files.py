@@ -19,10 +19,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_model(path: Path, model: BaseModel) -> None:
+    """Write what crosses a file, as JSON, whole or not at all."""
     write_text(path, model.model_dump_json(indent=2) + "\n")
 
 

@@ -35,6 +35,7 @@ class Verification(Section):
 
     @property
     def passed(self) -> bool:
+        """Whether nothing that must be empty holds a name."""
         return not self.violations and not self.unmoved and not self.damaged
 
 
@@ -94,6 +95,8 @@ class DataReport(Section):
 
 
 class Hardware(Section):
+    """What a round ran on, as rank 0 saw it."""
+
     device: str
     """The GPU's name, or the processor's."""
     num_processes: int

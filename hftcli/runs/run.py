@@ -88,10 +88,12 @@ class Round:
 
     @property
     def name(self) -> str:
+        """The folder's name: its place among the rounds, and what it trains."""
         return self.folder.name
 
     @property
     def is_done(self) -> bool:
+        """Whether the worker came to its end: its result is written last."""
         return self.result_path.exists()
 
     @property
@@ -108,9 +110,11 @@ class Round:
         return f"{self.name} has no step checkpoint yet and starts again; finished rounds are untouched"
 
     def read_spec(self) -> RoundSpec:
+        """What the worker was asked for."""
         return read_model(self.spec_path, RoundSpec)
 
     def read_plan(self) -> FreezePlan:
+        """What trains, and what is frozen."""
         return read_model(self.plan_path, FreezePlan)
 
     def read_result(self) -> RoundResult:
@@ -122,9 +126,11 @@ class Round:
         return read_model(self.scores_path, Scores)
 
     def predictions_path(self, moment: Moment, task: str) -> Path:
+        """The file of a task's answers before or after the round."""
         return self.predictions / moment / f"{task.replace('/', '--')}.jsonl"
 
     def write_predictions(self, moment: Moment, task: str, predictions: Sequence[Prediction]) -> None:
+        """Write a task's answers, one on each line."""
         path = self.predictions_path(moment, task)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(prediction.model_dump_json() + "\n" for prediction in predictions))
@@ -135,6 +141,7 @@ class Round:
         return [Prediction.model_validate_json(line) for line in lines]
 
     def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows that were logged, in order."""
         return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -164,12 +171,15 @@ class Run:
 
     @property
     def last_finished(self) -> Round | None:
+        """The latest round that is done; None before the first is."""
         return next((round_ for round_ in reversed(self.rounds) if round_.is_done), None)
 
     def read_manifest(self) -> Manifest:
+        """What a stranger needs to repeat the run."""
         return read_model(self.manifest_path, Manifest)
 
     def round(self, name: str) -> Round:
+        """The round of that name, be it there or not."""
         return Round(self.folder / "rounds" / name)
 
     def claim(self, recipe: Recipe, launch: LaunchSection, manifest: Manifest) -> None:

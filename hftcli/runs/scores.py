@@ -73,6 +73,8 @@ class PairScore(Section):
 
 
 class PairScores(Section):
+    """What a round makes of held-out preference pairs."""
+
     before: PairScore
     """Before the round, where the model is the reference."""
     after: PairScore
@@ -80,6 +82,8 @@ class PairScores(Section):
 
 
 class Scores(Section):
+    """What a model scored on the tasks of a round."""
+
     before: dict[str, Score]
     """Score on each task before the round."""
     after: dict[str, Score]

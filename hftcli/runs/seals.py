@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FileSeal(BaseModel):
+    """What a file was when it was written."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     num_bytes: int
@@ -23,12 +25,14 @@ def list_files(folder: Path) -> list[str]:
 
 
 def seal_file(path: Path) -> FileSeal:
+    """Size and hash of a file as it is now."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return FileSeal(num_bytes=path.stat().st_size, sha256=digest)
 
 
 def seal_files(folder: Path, names: Iterable[str]) -> dict[str, FileSeal]:
+    """Seals of files of a folder, by name."""
     return {name: seal_file(folder / name) for name in names}
 
 

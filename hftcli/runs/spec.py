@@ -90,6 +90,8 @@ class RoundSpec(Section):
 
 
 class Progress(Section):
+    """Where a worker is, for the front to show, and to see that it is not hung."""
+
     phase: Literal["starting", "tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying"]
     """What the worker does now."""
     done: int = 0
@@ -101,6 +103,8 @@ class Progress(Section):
 
 
 class Failure(Section):
+    """Why a worker stopped, for the front to raise again."""
+
     message: str
     """What went wrong and where."""
     fix: str = ""

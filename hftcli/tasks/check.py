@@ -56,6 +56,7 @@ def check_sequence(tasks: Iterable[str], root: str | None = None) -> SequenceRep
 
 
 def check_task(name: str, root: str | None = None) -> TaskReport:
+    """Count a task's rows, and what is wrong with them."""
     benchmark, task = find_benchmark(name)
     train, test = (load_task(name, root, split) for split in ("train", "test"))
     eval_path = locate_rows(name, root, "eval")

@@ -116,6 +116,7 @@ def _describe_fault(fault: ErrorDetails) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
+    """A fix for an unknown name: the one that was likely meant, or all that there are."""
     known = list(known)
     guess = find_close(name, known)
     return f"did you mean {guess}?" if guess else f"known: {', '.join(known)}"
@@ -129,10 +130,12 @@ def find_close(name: str, known: Iterable[str]) -> str | None:
 
 
 def locate(task: str, root: Path, split: Split) -> Path:
+    """The JSON file of a split, in a folder by the task's name."""
     return root / task / f"{split}.json"
 
 
 def load(task: str, path: Path) -> Task:
+    """The task, with the sheet that lies beside its rows."""
     return read_sheet(path.parent / SHEET).make_task(task, read_rows(path))
 
 

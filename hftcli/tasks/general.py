@@ -79,6 +79,7 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def convert_choice(row: dict[str, Any], place: str) -> Example:
+    """A question with choices, of which `answer` is the place of the right one, from 0."""
     question, choices, index = read_question(row, place), read_options(row, "choices", 2, place), row.get("answer")
     if type(index) is not int or not 0 <= index < len(choices):
         raise DataError(
@@ -89,12 +90,14 @@ def convert_choice(row: dict[str, Any], place: str) -> Example:
 
 
 def convert_closed_book(row: dict[str, Any], place: str) -> Example:
+    """A question with all of its right answers, of which the first stands for them."""
     question, answers = read_question(row, place), read_options(row, "answers", 1, place)
     mark = "" if question.endswith("?") else "?"
     return Example(f"Question: {question}{mark}\n{CUE}", answers[0], options=answers)
 
 
 def read_question(row: dict[str, Any], place: str) -> str:
+    """The question of a row."""
     question = row.get("question")
     if not _is_text(question):
         raise DataError(f"{place}: 'question': expected a text, got {_show(row, 'question')}", _show_forms())

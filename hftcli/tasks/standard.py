@@ -51,10 +51,12 @@ ONCE = Protocol(dict.fromkeys(GROUPS, 1))
 
 
 def locate(task: str, root: Path, split: Split) -> Path:
+    """The JSON file of a split, below the group of the task; `eval` is the group's `dev`."""
     return root / GROUPS[task] / task / f"{'dev' if split == 'eval' else split}.json"
 
 
 def load(task: str, path: Path) -> Task:
+    """The task, asked with the instruction that lists its labels."""
     sheet = TaskSheet(
         metric="normalized_match",
         max_new_tokens=MAX_NEW_TOKENS,

@@ -24,11 +24,13 @@ ORDER = tuple(json.loads((FOLDER / "sequence" / "order.json").read_text(encoding
 
 
 def load_facts(wording: str, path: Path) -> tuple[Example, ...]:
+    """The facts in one of their wordings."""
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return tuple(Example(row["prompt"], row["answer"]) for row in rows if row["wording"] == wording)
 
 
 def load_skill(path: Path) -> tuple[Example, ...]:
+    """The held-out conversations, whose last turn is the answer."""
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return tuple(Example(row["messages"][:-1], row["messages"][-1]["content"]) for row in rows)
 
@@ -41,6 +43,7 @@ LIKELIHOOD_TASKS: dict[str, Callable[[Path], tuple[Example, ...]]] = {
 
 
 def locate(task: str, _root: Path, split: Split) -> Path | None:
+    """The file inside the package; None where the task has no such split."""
     if task in MAX_NEW_TOKENS:
         return folder.locate(task, FOLDER / "sequence", split)
     if task == "skill":
@@ -49,6 +52,7 @@ def locate(task: str, _root: Path, split: Split) -> Path | None:
 
 
 def load(task: str, path: Path) -> Task:
+    """The task; what is not generated is judged by likelihood alone."""
     name = f"tinyworld/{task}"
     if task in LIKELIHOOD_TASKS:
         return Task(name, LIKELIHOOD_TASKS[task](path))

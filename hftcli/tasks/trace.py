@@ -93,10 +93,12 @@ SOURCE = (
 
 
 def locate(task: str, root: Path, split: Split) -> Path | None:
+    """The JSON file of a split; the replay rows are trained on only."""
     return None if task == REPLAY and split != "train" else folder.locate(task, root, split)
 
 
 def load(task: str, path: Path) -> Task:
+    """The task, with the metric and the limits that TRACE gives it."""
     sheet = SHEETS[task] if task in SHEETS else TaskSheet()
     return sheet.make_task(f"trace/{task}", read_rows(path))
 

@@ -1,8 +1,7 @@
-"""The one place that touches what other libraries keep to themselves: names of TRL, transformers and DeepSpeed that begin with
-an underscore.
+"""The one place that touches what other libraries keep to themselves: names that begin with an underscore.
 
-`INTERNALS` lists them with what breaks when they go; a test holds the list against the installed versions, and another finds
-such names anywhere else.
+They are TRL's, transformers' and DeepSpeed's. `INTERNALS` lists them with what breaks when they go; a test holds the list
+against the installed versions, and another finds such names anywhere else.
 """
 
 import time
@@ -169,8 +168,10 @@ class PreparedPairs(DPOTrainer):
 
 
 def forbid_shm_build() -> None:
-    """Keep DeepSpeed from compiling a kernel for inference between CPU ranks: it takes a minute, and where such a build was
-    killed, its lock stays, and every later run would wait for it forever."""
+    """Keep DeepSpeed from compiling a kernel for inference between CPU ranks.
+
+    It takes a minute, and where such a build was killed, its lock stays, and every later run would wait for it forever.
+    """
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

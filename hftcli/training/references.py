@@ -39,13 +39,16 @@ class Reference(Protocol):
     """What a trainer asks for the reference's log-probabilities."""
 
     @property
-    def key(self) -> str | None: ...
+    def key(self) -> str | None:
+        """Name of what is kept in the cache; None where nothing is."""
 
     @property
-    def is_reused(self) -> bool: ...
+    def is_reused(self) -> bool:
+        """Whether it was in the cache already."""
 
     @property
-    def num_bytes(self) -> int: ...
+    def num_bytes(self) -> int:
+        """What it takes on this rank while training."""
 
     def prepare(self, trainer: DPOTrainer) -> None:
         """Called by all ranks when the model is where it trains, and untouched."""
@@ -76,13 +79,16 @@ class PrecomputedReference:
 
     @property
     def key(self) -> str:
+        """The file's name."""
         return self.path.stem
 
     @property
     def num_bytes(self) -> int:
+        """Two log-probabilities for each pair."""
         return self.log_probs_P2.nbytes
 
     def prepare(self, trainer: DPOTrainer) -> None:
+        """Read what is kept, or ask the untouched model about every pair; rank 0 decides for all."""
         is_first = trainer.args.process_index == 0
         found = [read_log_probs(self.path, len(trainer.train_dataset)) if is_first and self.path.exists() else None]
         if trainer.args.world_size > 1:  # the ranks may be on machines with other caches
@@ -94,13 +100,16 @@ class PrecomputedReference:
             write_log_probs(self.path, self.log_probs_P2)
 
     def recall(self) -> torch.Tensor:
+        """All of them: the trained model could not give them again."""
         return self.log_probs_P2
 
     def restore(self, trainer: DPOTrainer, recalled: torch.Tensor | None) -> None:
+        """Take up what the step checkpoint kept."""
         assert recalled is not None
         self.log_probs_P2, self.is_reused = recalled, True
 
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
+        """Look the batch's pairs up."""
         chosen_B, rejected_B = self.log_probs_P2[rows_B.cpu()].to(inputs["input_ids"].device).unbind(-1)
         return chosen_B, rejected_B
 
@@ -116,9 +125,11 @@ class SharedReference:
 
     @property
     def num_bytes(self) -> int:
+        """The copy of the trained half."""
         return sum(copy.nbytes for _, copy in self.copies)
 
     def prepare(self, trainer: DPOTrainer) -> None:
+        """Copy the trained half before it moves."""
         self.remember(trainer.model)
 
     def remember(self, model: torch.nn.Module) -> None:
@@ -126,12 +137,14 @@ class SharedReference:
         self.copies = [(value, value.detach().clone()) for value in model.parameters() if value.requires_grad]
 
     def recall(self) -> None:
-        return None  # the start has it
+        """Nothing: the start on disk has it."""
 
     def restore(self, trainer: DPOTrainer, recalled: torch.Tensor | None) -> None:
+        """Take the copies, made of the start when it was loaded, to where the model trains."""
         self.copies = [(value, copy.to(value.device)) for value, copy in self.copies]
 
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
+        """Ask the model with the copy laid in."""
         with self._laid_in(), evaluating(trainer.model):
             return trainer.compute_ref_log_probs(trainer.model, inputs)
 
@@ -244,6 +257,7 @@ def read_log_probs(path: Path, num_pairs: int) -> torch.Tensor:
 
 
 def write_log_probs(path: Path, log_probs_P2: torch.Tensor) -> None:
+    """Keep the log-probabilities under their key, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     save_file({"log_probs": log_probs_P2}, temporary, {"key": path.stem})

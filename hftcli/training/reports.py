@@ -33,6 +33,7 @@ class Reporter:
         self.is_first = int(os.environ.get("RANK", "0")) == 0
 
     def report(self, phase: str, done: int = 0, total: int = 0, loss: float | None = None) -> None:
+        """Tell the front where the worker is; other ranks than the first say nothing."""
         if self.is_first:
             write_model(self.round.progress_path, Progress(phase=phase, done=done, total=total, loss=loss))
 
@@ -45,6 +46,7 @@ class Clock:
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
+        """Add the seconds of what runs inside to a phase."""
         started = time.perf_counter()
         try:
             yield
@@ -73,6 +75,7 @@ class RoundCallback(TrainerCallback):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
+        """Score the untouched model, with the metrics cut back to the step that the round goes on from."""
         if self.reporter.is_first and (rows := cut_metrics(self.reporter.round, state.global_step)):
             self.loss = rows[-1]["loss"]
         self.score_start()
@@ -87,6 +90,7 @@ class RoundCallback(TrainerCallback):
         model: torch.nn.Module,
         **kwargs: Any,
     ) -> None:
+        """Count the gradients' bytes once, when all of them are there."""
         if not self.gradient_bytes:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
@@ -94,6 +98,7 @@ class RoundCallback(TrainerCallback):
     def on_step_end(
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Tell the front of the step."""
         self.reporter.report("training", state.global_step, state.max_steps, self.loss)
 
     def on_log(
@@ -104,6 +109,7 @@ class RoundCallback(TrainerCallback):
         logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
+        """Append the row to metrics.jsonl."""
         if "loss" not in logs:
             return
         self.loss = float(logs["loss"])
@@ -144,6 +150,7 @@ def measure_peak_memory() -> int:
 
 
 def describe_hardware(num_ranks: int) -> Hardware:
+    """What this rank runs on."""
     has_gpu = torch.cuda.is_available()
     return Hardware(
         device=torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),

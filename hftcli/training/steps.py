@@ -68,15 +68,18 @@ class StepKeeper(TrainerCallback):
         self.seconds = 0.0  # for completing them
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the time to the next step checkpoint from here."""
         self.last_step, self.last_time = state.global_step, time.monotonic()
         self.stop.at_once = not self.origin.spec.checkpoint.is_on  # from here on there is something to lose
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Decide, all ranks alike, whether to write a step checkpoint and whether to stop."""
         self.is_stopped, is_due = self._agree(self.stop.is_requested, self._is_due(state.global_step))
         control.should_save = self.is_stopped or is_due
         control.should_training_stop = control.should_training_stop or self.is_stopped
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete what transformers wrote: add what it forgets, seal it, give it its name and remove older ones."""
         started = time.perf_counter()
         unfinished = self.round.steps / f"checkpoint-{state.global_step}"
         torch.save(self.recall(), unfinished / _memory_name(args.process_index))

@@ -100,8 +100,10 @@ def _choose_checkpointing(spec: RoundSpec) -> dict[str, Any]:
 
 
 def find_padding(max_length: int) -> int | None:
-    """What lengths are rounded up to: matrix kernels are made for every new length, and are slower at odd ones. A row gets at
-    most 15 tokens longer, a thirty-second of the longest one, and never longer than that."""
+    """What lengths are rounded up to: matrix kernels are made for every new length, and are slower at odd ones.
+
+    A row gets at most 15 tokens longer, a thirty-second of the longest one, and never longer than that.
+    """
     multiple = min(16, max_length // 32)
     return multiple if multiple > 1 and max_length % multiple == 0 else None
 
@@ -130,8 +132,7 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
 
 
 class MethodTrainer(ResumableTrainer):
-    """To stand before one of TRL's trainers among a class's bases: methods, with their terms in its loss and their hand on its
-    gradients."""
+    """To stand before one of TRL's trainers among a class's bases: methods, with a hand on its loss and its gradients."""
 
     def __init__(self, methods: list[Method], args: SFTConfig | DPOConfig, **kwargs: Any):
         for method in methods:
@@ -143,6 +144,7 @@ class MethodTrainer(ResumableTrainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
+        """TRL's loss, with the methods' penalties on top."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # With the number of tokens in a step, TRL's loss is that of the step, and its parts are added up.
         num_parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
@@ -181,12 +183,14 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Start the methods."""
         for method in self.trainer.methods:
             method.start(self.trainer)
 
     def on_pre_optimizer_step(
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Let the methods change the gradient."""
         for method in self.trainer.methods:
             method.change_gradient(self.trainer)
 
@@ -196,6 +200,7 @@ class PairCollator(DataCollatorForPreference):
     """Keeps the pairs' places in the dataset, by which their precomputed log-probabilities are found."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch, with the pairs' places."""
         return {**super().torch_call(examples), "row": torch.tensor([example["row"] for example in examples])}
 
 
@@ -241,6 +246,7 @@ class PairTrainer(MethodTrainer, PreparedPairs):
             keep_logits(model, DPO_OUTPUTS if args.use_weighting else DPO_OUTPUTS[:-1])
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's loss, with the reference's log-probabilities of this batch."""
         inputs = dict(inputs)
         rows_B = inputs.pop("row")
         if self.reference is not None:

@@ -56,6 +56,7 @@ def explain_failure(error: Exception, round_: Round) -> HftError:
 
 
 def main() -> None:
+    """Run one rank of the round whose folder is the last argument; what goes wrong is left in failure.json."""
     atexit.register(gc.freeze)  # the interpreter's own last collection would take seconds
     round_ = Round(Path(sys.argv[-1]))
     silence_libraries()
