@@ -3,6 +3,7 @@
     HftError                 1   the work failed
     ├── InputError           2   what the user gave is wrong
     │   ├── RecipeError          a recipe or an override
+    │   ├── NewerFile            a file that a newer hft wrote
     │   ├── DataError            a dataset or one of its rows
     │   └── ModelError           a model, a tokenizer or an unknown family
     ├── TrainingError        1   training failed; the message says what is safe on disk
@@ -45,6 +46,10 @@ class InputError(HftError):
 
 class RecipeError(InputError):
     """A recipe or an override of it is wrong; the message has every fault with its place."""
+
+
+class NewerFile(InputError):
+    pass
 
 
 class DataError(InputError):

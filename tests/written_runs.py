@@ -68,7 +68,7 @@ def write_made(folder: Path, run: Path, scores: dict[str, float], **how: object)
     """The files that `hft merge` or `hft reset`, and then `hft eval`, leave of a run's model."""
     folder.mkdir()
     tuned = CheckpointIdentity(path=str(run / "rounds" / "00-sft" / "checkpoint"), files={})
-    manifest = MergeManifest(command=(), created="", version="", inputs={"base": tuned, "tuned": tuned}, files={}, **how)
+    manifest = MergeManifest(command=(), created="", hft_version="", inputs={"base": tuned, "tuned": tuned}, files={}, **how)
     write_model(folder / "merge.json", manifest)
     tasks = {name: {"score": score, "lenient": None, "nll": 1.0, "num_examples": 100} for name, score in scores.items()}
     (folder / "evaluation.json").write_text(json.dumps({"tasks": tasks, "model": "m"}))

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from hftcli.errors import InputError
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import FileSection, Section
 from hftcli.runs.run import Run
 
 SHOWN_FAULTS = 5
@@ -32,7 +32,7 @@ NatsRow = tuple[Nats | None, ...]
 Row = Sequence[float | None]
 
 
-class ForgettingMatrix(Section):
+class ForgettingMatrix(FileSection):
     """Scores of every model of a run on every task: a row per model, a column per task."""
 
     tasks: tuple[str, ...]
@@ -199,6 +199,7 @@ def read_matrix(path: Path) -> ForgettingMatrix:
 
     Raises:
         InputError: there is none, or it is no forgetting matrix; every fault with its place.
+        NewerFile: a newer hft wrote it.
     """
     file = path
     if path.is_dir():
@@ -206,7 +207,7 @@ def read_matrix(path: Path) -> ForgettingMatrix:
         if not file.exists():
             raise InputError(f"{path} holds no {file.name}", "give the folder of a continual run, or a matrix file")
     try:
-        return ForgettingMatrix.model_validate_json(file.read_text(encoding="utf-8"))
+        return ForgettingMatrix.model_validate_json(file.read_text(encoding="utf-8"), context=file)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file", "give the folder of a continual run, or a matrix file") from None
     except UnicodeDecodeError as error:

@@ -1,6 +1,5 @@
 """A run as a point: what it learned and what it lost, by task, out of its files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from hftcli.errors import InputError
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.methods import ADAPTERS
 from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.section import FileSection
 from hftcli.runs.files import read_model
 from hftcli.runs.records import MERGE_NAME, MergeManifest, RoundResult
 from hftcli.runs.run import Round, Run
@@ -27,8 +27,9 @@ SEED_KEYS = ("train.seed", "freeze.seed")
 RATE_KEY = "train.learning_rate"
 FULL = "full"
 EVALUATION_NAME = "evaluation.json"  # beside the merge.json of a model that was made
-# Where a run was written, and what is held to be equal by its outcome: the data by their hashes, the tasks by their names.
-UNTOLD_KEYS = ("output", "data.path", "data.root")
+# The form of the file, where a run was written, and what is held to be equal by its outcome: the data by their hashes, the
+# tasks by their names.
+UNTOLD_KEYS = ("version", "output", "data.path", "data.root")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,13 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
     )
 
 
+class ScoredTasks(FileSection, extra="ignore"):
+    """What is compared of the file that `hft eval` leaves of a model that was made."""
+
+    tasks: dict[str, Score]
+    """Scores by task."""
+
+
 @dataclass(frozen=True)
 class Made:
     """A model that was made of a run's.
@@ -148,13 +156,12 @@ def _read_made(folder: Path) -> Made:
         raise InputError(f"{folder} is a delta laid over its base, which the run itself stands for", "give the run")
     path = folder / EVALUATION_NAME
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-        after = {name: Score.model_validate(score) for name, score in tasks.items()}
+        after = ScoredTasks.model_validate_json(path.read_text(encoding="utf-8"), context=path).tasks
     except FileNotFoundError:
         raise InputError(
             f"{folder} is not scored: it has no {path.name}", f"hft eval --model {folder} --tasks ... --output {path}"
         ) from None
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not what hft eval writes: {error}") from None
     title = "reset" if manifest.weight is None else f"averaged {manifest.weight:g}"
     rule = _flatten(manifest.plan.rule.model_dump(mode="json"), "reset") if manifest.plan else {}

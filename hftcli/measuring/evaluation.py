@@ -12,7 +12,7 @@ from pydantic import Field
 
 from hftcli.comparing.items import ItemChange
 from hftcli.errors import InputError
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import FileSection, Section
 from hftcli.runs.files import write_model, write_text
 from hftcli.runs.scores import Prediction, Score
 
@@ -49,7 +49,7 @@ class Item(Prediction):
     """What the base scores on the question, by the task's own metric; null without a base."""
 
 
-class Evaluation(Section):
+class Evaluation(FileSection):
     """What one model scores, and how far it has moved from its base."""
 
     model: str

@@ -232,7 +232,7 @@ def _write_manifest(
         kind=kind,
         command=tuple(sys.argv),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
+        hft_version=__version__,
         inputs=inputs,
         weight=weight,
         plan=plan,

@@ -31,6 +31,7 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objectiv
 
     Raises:
         RecipeError: naming every fault at once.
+        NewerFile: a newer hft wrote it.
     """
     path = find_recipe(path, objective or "sft")
     source = RecipeFile(path)
@@ -38,7 +39,7 @@ def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objectiv
     for override in overrides:
         apply_override(values, override, source)
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values, context=path)
     except ValidationError as error:
         raise RecipeError("\n".join(describe_fault(fault, source) for fault in error.errors())) from None
     objective = objective or recipe.objective

@@ -6,7 +6,7 @@ from typing import Literal
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 from hftcli.recipe.methods import MethodSection
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import FileSection
 from hftcli.recipe.sections import (
     CheckpointSection,
     ContinualSection,
@@ -21,7 +21,7 @@ from hftcli.recipe.sections import (
 Objective = Literal["sft", "dpo", "continual"]
 
 
-class Recipe(Section):
+class Recipe(FileSection):
     """One YAML file, resolved."""
 
     model: ModelSection

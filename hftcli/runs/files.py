@@ -32,10 +32,11 @@ def read_model(path: Path, kind: type[Model]) -> Model:
     """Read one of the files above.
 
     Raises:
-        InputError: the file is missing, damaged or of another version.
+        InputError: the file is missing or damaged.
+        NewerFile: a newer hft wrote it.
     """
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_text(encoding="utf-8"), context=path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValidationError, UnicodeDecodeError) as error:

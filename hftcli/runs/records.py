@@ -1,13 +1,13 @@
 """What the files of a run hold once there is something to tell: data, results, checkpoints, the manifest."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import FileSection, Section, Version
 from hftcli.runs.scores import PairScores
 from hftcli.runs.seals import FileSeal
 from hftcli.runs.spec import RoundSpec
@@ -135,7 +135,7 @@ class StepSaves(Section):
     """Size of the last one."""
 
 
-class RoundResult(Section):
+class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
     fingerprint: str
@@ -189,11 +189,9 @@ class CheckpointIdentity(Section):
     """SHA-256 of its config, of its weight files, and of delta.json where it is a delta itself."""
 
 
-class DeltaRecord(Section):
+class DeltaRecord(FileSection):
     """What a delta checkpoint lacks, and where that is."""
 
-    version: Literal[1] = 1
-    """Version of this form."""
     base: CheckpointIdentity
     """The round's start, which holds all that this checkpoint does not; may be a delta itself."""
     fingerprint: str
@@ -206,16 +204,18 @@ class DeltaRecord(Section):
     """Names of those of which only the rows that are not the base's are stored."""
 
 
-class MergeManifest(Section):
+class MergeManifest(FileSection):
     """How a model was made out of the weights of others."""
 
+    version: Version = 2
+    """Version of the file's form. The first has the version of hft under this name."""
     kind: Literal["delta", "interpolation", "reset"]
     """A delta laid over its base, the mean of two models, or a tuned model with one half back at its base."""
     command: tuple[str, ...]
     """The command line."""
     created: str
     """UTC time."""
-    version: str
+    hft_version: str
     """Version of hft."""
     inputs: dict[str, CheckpointIdentity]
     """What it was made of: `base`, and `delta` or `tuned`."""
@@ -226,15 +226,22 @@ class MergeManifest(Section):
     files: dict[str, str]
     """SHA-256 of the config and the weight files that were written."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_first_form(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("version"), str):
+            return {**values, "version": 1, "hft_version": values["version"]}
+        return values
 
-class Checksums(Section):
+
+class Checksums(FileSection):
     """What a checkpoint's files were when they were written."""
 
     files: dict[str, FileSeal]
     """Size and hash of each."""
 
 
-class StepManifest(Section):
+class StepManifest(FileSection):
     """A step checkpoint: what it holds, and what it may be resumed with. Written last; a folder without it is no checkpoint."""
 
     step: int
@@ -253,7 +260,7 @@ class StepManifest(Section):
     """Hash of this file, with this field empty."""
 
 
-class Manifest(Section):
+class Manifest(FileSection):
     """What a stranger needs to repeat the run."""
 
     command: tuple[str, ...]

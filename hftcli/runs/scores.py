@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import FileSection, Section
 
 Moment = Literal["before", "after"]  # of a round
 HELD_OUT = "held-out rows"  # among the tasks of `Scores`, by likelihood alone
@@ -81,7 +81,7 @@ class PairScores(Section):
     """After it."""
 
 
-class Scores(Section):
+class Scores(FileSection):
     """What a model scored on the tasks of a round."""
 
     before: dict[str, Score]

@@ -7,7 +7,7 @@ from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.recipe import Objective
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import FileSection, Section
 from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 
 
@@ -35,7 +35,7 @@ class Scoring(Section):
     """Temperature at which answers are drawn; 0 takes the likeliest token at every place."""
 
 
-class RoundSpec(Section):
+class RoundSpec(FileSection):
     """One training pass: one objective, one dataset, one starting checkpoint, one freeze rule."""
 
     objective: Objective
