@@ -24,7 +24,8 @@
         failure.json            Failure: why the worker stopped, if it did
         result.json             RoundResult: written last; it means done
 
-Files are written under a temporary name and renamed, so that a reader never meets half of one.
+Files are written under a temporary name and renamed, so that a reader never meets half of one. Each of those above that is a
+FileSection says which version of its form it has; those of earlier versions are read.
 """
 
 import json
@@ -38,11 +39,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hftcli.errors import InputError
+from hftcli.errors import InputError, RecipeError
 from hftcli.freezing.selection import FreezePlan
-from hftcli.recipe.loading import dump_recipe
+from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import LaunchSection
+from hftcli.recipe.source import RecipeFile
 from hftcli.runs.files import read_model, write_model, write_text
 from hftcli.runs.records import Checksums, Manifest, RoundResult
 from hftcli.runs.scores import Moment, Prediction, Scores
@@ -201,24 +203,34 @@ class Run:
         self._hold()
         is_trained = any(round_.metrics_path.exists() or round_.is_done for round_ in self.rounds)
         held = self.recipe_path.read_text(encoding="utf-8") if self.recipe_path.exists() else ""
-        if is_trained and held != text and (differences := self._find_differences(held, text, launch)):
-            raise InputError(
-                f"{self.folder} holds the run of another recipe (differs in {', '.join(differences)})",
-                "give another --output, or remove the folder",
-            )
+        if is_trained and held != text:
+            self._check_same(recipe, launch)
         if held != text:
             write_text(self.recipe_path, text)
         if not self.manifest_path.exists() or (held != text and not is_trained):
             write_model(self.manifest_path, manifest)
 
-    def _find_differences(self, held: str, text: str, launch: LaunchSection) -> list[str]:
-        """What of two recipes gives another result; of `launch` that is only how it splits the work."""
-        import yaml
+    def _check_same(self, recipe: Recipe, launch: LaunchSection) -> None:
+        """Compare what the recipe on disk means with what this one means: a key that is left out has its default.
 
-        keys = find_differences(yaml.safe_load(held), yaml.safe_load(text))
+        Raises:
+            InputError: it would give another result; of `launch`, that is only how it splits the work.
+        """
+        note = ""
+        try:
+            held = load_recipe(self.recipe_path).model_dump(mode="json")
+        except RecipeError as error:
+            held = RecipeFile(self.recipe_path).values
+            note = f"; compared as text, because this hft does not read the recipe that it holds:\n{error.message}"
+        keys = find_differences(held, recipe.model_dump(mode="json"))
         # The output is this folder, by whatever name.
-        differences = [key for key in keys if key != "output" and not key.startswith("launch.")]
-        return differences + find_differences(self.rounds[0].read_spec().launch.split, launch.split)
+        differences = [key for key in keys if key not in ("version", "output") and not key.startswith("launch.")]
+        differences += find_differences(self.rounds[0].read_spec().launch.split, launch.split)
+        if differences:
+            raise InputError(
+                f"{self.folder} holds the run of another recipe (differs in {', '.join(differences)}){note}",
+                "give another --output, or remove the folder",
+            )
 
     def _hold(self) -> None:
         try:

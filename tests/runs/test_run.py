@@ -1,8 +1,11 @@
 """A run on disk: claimed once, never written over, read back or refused."""
 
-import pytest
+from collections.abc import Callable
 
-from hftcli.errors import InputError
+import pytest
+import yaml
+
+from hftcli.errors import InputError, NewerFile
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import LaunchSection
 from hftcli.runners import make_manifest
@@ -141,3 +144,39 @@ def test_paths_that_are_no_run(tmp_path, manifest):
 
 def test_round_names_its_files(tmp_path):
     assert Round(tmp_path / "00-sft").result_path == tmp_path / "00-sft" / "result.json"
+
+
+def edit_recipe(run: Run, change: Callable[[dict], None]) -> None:
+    """Change the recipe that a run holds."""
+    values = yaml.safe_load(run.recipe_path.read_text())
+    change(values)
+    run.recipe_path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def test_trained_run_takes_a_key_with_its_default_for_one_that_is_left_out(trained):
+    """As a recipe of an earlier hft leaves out the keys that came later."""
+    written = trained.recipe_path.read_text()
+    edit_recipe(trained, lambda values: [values.pop("version"), values["train"].pop("weight_decay"), values.pop("checkpoint")])
+    claim_again(trained)
+    assert trained.recipe_path.read_text() == written
+
+
+def test_trained_run_refuses_a_key_that_has_another_value_than_the_default_left_out(trained):
+    edit_recipe(trained, lambda values: values["train"].pop("weight_decay"))
+    with pytest.raises(InputError, match=r"holds the run of another recipe \(differs in train\.weight_decay\)$"):
+        claim_again(trained, "train.weight_decay=0.1")
+
+
+def test_recipe_that_no_longer_reads_is_compared_as_text(trained):
+    edit_recipe(trained, lambda values: values["train"].update(momentum=0.9))
+    with pytest.raises(InputError, match=r"differs in train\.momentum\); compared as text, because") as caught:
+        claim_again(trained)
+    assert "unknown key 'momentum' under train" in caught.value.message
+
+
+def test_recipe_of_a_newer_hft_is_left_alone(trained):
+    edit_recipe(trained, lambda values: values.update(version=2))
+    written = trained.recipe_path.read_text()
+    with pytest.raises(NewerFile, match=r"recipe\.yaml was written by a newer hft: its form has version 2"):
+        claim_again(trained)
+    assert trained.recipe_path.read_text() == written
