@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from hftcli.data.chat import find_template
 from hftcli.data.rows import describe_place, find_sources, load_rows
 from hftcli.data.tokens import (
+    BATCH_SIZE,
     IGNORED,
     Progress,
     get_backend,
@@ -159,7 +160,7 @@ def _find_or_make(
     with FileLock(cache / f"{key}.lock"):  # the ranks of a round come here together: the first works, the others wait
         if not (entry / REPORT_NAME).exists():
             dataset, counts = make()
-            _write_entry(entry, dataset, DataReport(sources=sources, key=key, **counts))
+            _write_entry(entry, dataset, DataReport(sources=sources, key=key, tokens_digest=hash_tokens(dataset), **counts))
         report = read_model(entry / REPORT_NAME, DataReport)
         # The same bytes may have been read at another place.
         return datasets.load_from_disk(str(entry)), report.model_copy(update={"sources": sources})
@@ -222,6 +223,19 @@ def make_key(
         "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in SHAPING_CODE],
     }
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def hash_tokens(dataset: Dataset) -> str:
+    """A hash of what is trained on, whatever made it and however it is stored: the lengths and numbers of each column."""
+    digest = hashlib.sha256()
+    for name in sorted(dataset.column_names):
+        lengths, numbers = hashlib.sha256(), hashlib.sha256()
+        for batch in dataset.select_columns(name).with_format("arrow").iter(BATCH_SIZE):
+            lists = batch[name].combine_chunks()
+            lengths.update(lists.value_lengths().to_numpy().astype("<i4"))
+            numbers.update(lists.flatten().to_numpy().astype("<i4"))
+        digest.update(f"{name} {lengths.hexdigest()} {numbers.hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _write_entry(entry: Path, sequences: Dataset, report: DataReport) -> None:

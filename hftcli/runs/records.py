@@ -91,7 +91,9 @@ class DataReport(Section):
     sources: tuple[Source, ...]
     """Where the rows came from."""
     key: str
-    """Name of the entry in the cache: a hash of all that shapes the tokens."""
+    """Name of the entry in the cache: a hash of all that shapes the tokens, hft's own code among it."""
+    tokens_digest: str = ""
+    """Hash of the tokens themselves, whatever code made them; empty in what hft 0.1.0 wrote."""
 
 
 class Hardware(Section):
@@ -244,20 +246,25 @@ class Checksums(FileSection):
 class StepManifest(FileSection):
     """A step checkpoint: what it holds, and what it may be resumed with. Written last; a folder without it is no checkpoint."""
 
+    version: Version = 2
+    """Version of the file's form. The first has `data_key`, and no `tokens_digest`."""
     step: int
     """Optimizer steps taken."""
     spec: RoundSpec
     """The round."""
     fingerprint: str
     """Of the freeze plan: an optimizer restores its state by position, so another half would be corrupted without a word."""
-    data_key: str
-    """Of the tokens trained on, the round's own and those that methods add."""
+    tokens_digest: str = ""
+    """Hash of the tokens trained on, the round's own and those that methods add."""
+    data_key: str = ""
+    """Of the first version: names of their entries in the cache. They hash hft's code too, so that another version of hft gives
+    the same tokens another name."""
     start_key: str
     """Hash of the start's weights, of which the frozen half is not stored again."""
     files: dict[str, FileSeal]
     """Size and hash of every other file."""
     digest: str = ""
-    """Hash of this file, with this field empty."""
+    """Hash of this file, with this field empty: the last one, in every version."""
 
 
 class Manifest(FileSection):

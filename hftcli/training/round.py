@@ -114,11 +114,11 @@ def tokenize_rows(attempt: Attempt, task: Assignment) -> Rows:
     with attempt.clock.measure("tokenizing"):
         attempt.reporter.report("tokenizing")
         dataset, report = prepare_rows(spec, tokenizer, show)
-        by_task, keys = {spec.task: dataset} if spec.task is not None else {}, [report.key]
+        by_task, digests = {spec.task: dataset} if spec.task is not None else {}, [report.tokens_digest]
         for name in dict.fromkeys(name for method in task.methods for name in method.needed_tasks):
             needed = load_task(name, spec.data.root, "train", spec.data.max_examples)
             by_task[name], needed_report = prepare_task(needed, spec.data, tokenizer, cache)
-            keys.append(needed_report.key)
+            digests.append(needed_report.tokens_digest)
         for method in task.methods:
             dataset = method.prepare_rows(dataset, by_task)
         pairs, asked = None, dict(task.asked)
@@ -127,7 +127,7 @@ def tokenize_rows(attempt: Attempt, task: Assignment) -> Rows:
         elif spec.held_out:
             unpacked = spec.train.model_copy(update={"packing": False})
             asked[HELD_OUT] = hold_out(prepare_dataset(spec.held_out, unpacked, tokenizer, cache)[0])
-    return Rows(dataset, report, "+".join(keys), asked, pairs)
+    return Rows(dataset, report, "+".join(digests), asked, pairs)
 
 
 def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:
@@ -149,7 +149,7 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
         write_model(attempt.round.plan_path, plan)
     with attempt.clock.measure("loading"):
         attempt.reporter.report("loading")
-        origin = Origin(spec, plan.fingerprint, rows.key, make_start_key(start) if is_first else "")
+        origin = Origin(spec, plan.fingerprint, rows.tokens_digest, make_start_key(start) if is_first else "")
         step = find_step(attempt.round, origin, args)
         mixed, sharded = is_mixed(spec), is_sharded(spec)
         model = load_model(spec.model, start, plan, mixed, sharded)

@@ -61,14 +61,14 @@ class Rows:
     Attributes:
         train: what is trained on.
         report: what became of the round's own rows.
-        key: of all tokens that are trained on, those that methods add among them.
+        tokens_digest: hash of all tokens that are trained on, those that methods add among them.
         asked: the tasks to score, and held-out rows.
         pairs: held-out preference pairs; None where there are none.
     """
 
     train: Dataset
     report: DataReport
-    key: str
+    tokens_digest: str
     asked: dict[str, TokenizedTask]
     pairs: Dataset | None
 

@@ -24,7 +24,7 @@ import torch
 from pydantic import ValidationError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hftcli.errors import InputError, Interrupted
+from hftcli.errors import InputError, Interrupted, NewerFile
 from hftcli.launching.processes import StopRequest, make_interrupted
 from hftcli.runs.records import StepManifest
 from hftcli.runs.run import Round, find_differences
@@ -35,6 +35,7 @@ from hftcli.training.internals import Memory, ResumableTrainer
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "step.json"
+DIGEST_MARK, BODY_END = '"digest": "', '"\n}'  # around the hash of step.json, its last field
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Origin:
 
     spec: RoundSpec
     fingerprint: str
-    data_key: str
+    tokens_digest: str
     start_key: str
 
 
@@ -171,12 +172,15 @@ def choose_step(round_: Round, origin: Origin) -> Path | None:
 
     Raises:
         InputError: it is not, or all of them are damaged.
+        NewerFile: a newer hft wrote it.
     """
     damage = []
     for step in round_.saved_steps:
         folder = round_.steps / str(step)
         try:
             manifest = read_step(folder)
+        except NewerFile:
+            raise
         except InputError as error:
             damage.append(error.message)
             logger.warning("%s; the checkpoint before it is used", error.message)
@@ -195,15 +199,22 @@ def read_step(folder: Path) -> StepManifest:
 
     Raises:
         InputError: naming what is damaged.
+        NewerFile: a newer hft wrote it.
     """
     path = folder / MANIFEST_NAME
     try:
         text = path.read_text(encoding="utf-8")
-        manifest = StepManifest.model_validate_json(text)
-    except (OSError, ValidationError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):
         raise InputError(f"{folder} is damaged: {MANIFEST_NAME} does not read") from None
-    if text != _dump_manifest(manifest) or manifest.step != int(folder.name):
+    body, mark, digest = text.rpartition(DIGEST_MARK)
+    if digest != _hash_body(body + mark) + BODY_END + "\n":
         raise InputError(f"{folder} is damaged: {MANIFEST_NAME} has other bytes than were written")
+    try:
+        manifest = StepManifest.model_validate_json(text, context=path)
+    except ValidationError as error:
+        raise InputError(f"{path} is of another version of hft: {error.errors()[0]['msg']}") from None
+    if manifest.step != int(folder.name):
+        raise InputError(f"{folder} is damaged: its {MANIFEST_NAME} is of step {manifest.step}")
     if damage := find_damage(folder, manifest.files):
         raise InputError(f"{folder} is damaged: {'; '.join(damage)}")
     return manifest
@@ -251,9 +262,12 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
             "another --output",
         )
     # Where the ranks are, and how they are reached, changes nothing that they compute.
-    specs = [spec.model_dump(mode="json", exclude={"launch"}) for spec in (manifest.spec, origin.spec)]
+    specs = [spec.model_dump(mode="json", exclude={"version", "launch"}) for spec in (manifest.spec, origin.spec)]
     differences = find_differences(*specs)
-    for name, what in (("fingerprint", "the freeze plan"), ("data_key", "the rows"), ("start_key", "the start's weights")):
+    named = {"fingerprint": "the freeze plan", "tokens_digest": "the rows", "start_key": "the start's weights"}
+    if manifest.version == 1:
+        del named["tokens_digest"]
+    for name, what in named.items():
         if getattr(manifest, name) != getattr(origin, name):
             differences.append(f"{what} ({getattr(manifest, name)[:12]}, now {getattr(origin, name)[:12]})")
     if differences:
@@ -261,13 +275,19 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
             f"{folder} was written by another round; it differs in {', '.join(differences)}",
             "give back what was changed, or begin again in another --output",
         )
+    if manifest.version == 1:
+        logger.warning("%s was written by an hft that kept no hash of the tokens: they could not be compared", folder)
 
 
 def _dump_manifest(manifest: StepManifest) -> str:
     """The text of step.json, with its own hash in it."""
-    body = manifest.model_copy(update={"digest": ""}).model_dump_json(indent=2)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    return manifest.model_copy(update={"digest": digest}).model_dump_json(indent=2) + "\n"
+    body = manifest.model_dump_json(indent=2).removesuffix(BODY_END)
+    return body + _hash_body(body) + BODY_END + "\n"
+
+
+def _hash_body(body: str) -> str:
+    """The hash of a manifest's text in which the hash itself is empty."""
+    return hashlib.sha256((body + BODY_END).encode()).hexdigest()
 
 
 def _memory_name(rank: int) -> str:

@@ -1,16 +1,26 @@
 """Prepared rows: what is counted, what the cache knows them by, a sample in pieces, real data."""
 
 import dataclasses
+import hashlib
 import os
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 from data.written_rows import CONVERSATION, CUE, INSTRUCTION, ROW, lay_out_chatml, make_long, tokenize_whole, write_jsonl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hftcli.data.prepare import check_positions, decode_samples, default_cache, prepare_dataset, prepare_task
+from hftcli.data.prepare import (
+    check_positions,
+    decode_samples,
+    default_cache,
+    hash_tokens,
+    prepare_dataset,
+    prepare_task,
+)
 from hftcli.data.tokens import IGNORED
 from hftcli.errors import DataError
 from hftcli.recipe.sections import DataSection, TrainSection
@@ -26,7 +36,7 @@ def test_rows_are_cut_and_dropped_and_counted(tokenizer: PreTrainedTokenizerBase
     dataset, report = prepare_dataset(data, TrainSection(), tokenizer, tmp_path / "cache", lambda *count: calls.append(count))
     assert [len(row["input_ids"]) for row in dataset] == [8, 10]
     assert [label != IGNORED for label in dataset[1]["labels"]] == [False] * 8 + [True] * 2
-    assert report.model_dump(exclude={"sources", "key"}) == {
+    assert report.model_dump(exclude={"sources", "key", "tokens_digest"}) == {
         "format": "prompt-completion",
         "num_rows": 4,
         "num_used": 2,
@@ -53,7 +63,7 @@ def test_rows_of_a_task_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path
     tokens, report = prepare_task(Task("a/b", (whole, long, never)), data, tokenizer, tmp_path)
     assert tokens["input_ids"] == [ids for ids, _ in tokenize_whole([whole], tokenizer)] + [tokens[1]["input_ids"]]
     assert len(tokens[1]["input_ids"]) == 40
-    counts = report.model_dump(exclude={"sources", "key", "length_percentiles"})
+    counts = report.model_dump(exclude={"sources", "key", "tokens_digest", "length_percentiles"})
     assert counts == {
         "format": "task", "num_rows": 3, "num_used": 2, "num_dropped": 1, "num_truncated": 1, "num_identical": 0,
         "num_sequences": 2, "num_tokens": 5 + 40, "num_trained_tokens": 2 + 2,
@@ -149,6 +159,55 @@ def test_damaged_entry_is_made_again(tokenizer: PreTrainedTokenizerBase, tmp_pat
         os.truncate(file, 0) if file.name != "report.json" else file.unlink()
     second, second_report = prepare_dataset(data, TrainSection(), tokenizer, cache)
     assert (second.to_list(), second_report) == (expected, report)
+
+
+# What the tokens are
+
+
+def make_tokens(kind: str, **columns: list[list[int]]) -> datasets.Dataset:
+    features = datasets.Features({name: datasets.List(datasets.Value(kind)) for name in columns})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_tokens_are_known_by_lengths_and_numbers_however_they_are_stored():
+    def digest(*numbers: int) -> str:
+        return hashlib.sha256(np.array(numbers, dtype="<i4").tobytes()).hexdigest()
+
+    lines = f"input_ids {digest(3, 0, 1)} {digest(1, 2, 3, 4)}\nlabels {digest(3, 0, 1)} {digest(-100, 2, 3, 4)}\n"
+    columns = {"labels": [[-100, 2, 3], [], [4]], "input_ids": [[1, 2, 3], [], [4]]}
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    whole = make_tokens("int32", **columns)
+    assert hash_tokens(whole) == hash_tokens(make_tokens("int64", **columns)) == expected
+    assert hash_tokens(datasets.concatenate_datasets([whole.select([0]), whole.select([1, 2])])) == expected
+    assert hash_tokens(whole.select([2, 0, 1]).select([1, 2, 0])) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"input_ids": [[1, 2, 3], [5]], "seq_lengths": [[2, 1], [1]]},
+        {"input_ids": [[1, 2], [3, 4]], "seq_lengths": [[2, 1], [1]]},
+        {"input_ids": [[4], [1, 2, 3]], "seq_lengths": [[1], [2, 1]]},
+        {"input_ids": [[1, 2, 3], [4]], "seq_lengths": [[1, 2], [1]]},
+        {"input_ids": [[1, 2, 3], [4]]},
+    ],
+)
+def test_other_tokens_or_packs_are_other(other: dict[str, list[list[int]]]):
+    tokens = make_tokens("int32", input_ids=[[1, 2, 3], [4]], seq_lengths=[[2, 1], [1]])
+    assert hash_tokens(make_tokens("int32", **other)) != hash_tokens(tokens)
+
+
+def test_entries_of_the_same_tokens_under_other_keys_have_one_digest(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    """Packed, they are others: what stands side by side is trained otherwise."""
+    data, cache = write_jsonl(tmp_path / "rows.jsonl", [ROW, ROW]), tmp_path / "cache"
+    first, longer = (
+        prepare_dataset(data.model_copy(update={"max_length": length}), TrainSection(), tokenizer, cache)[1]
+        for length in (512, 64)
+    )
+    assert first.key != longer.key
+    assert first.tokens_digest == longer.tokens_digest
+    packed, report = prepare_dataset(data, TrainSection(packing=True), tokenizer, cache)
+    assert report.tokens_digest == hash_tokens(packed) != first.tokens_digest
 
 
 def test_default_cache(monkeypatch: pytest.MonkeyPatch):

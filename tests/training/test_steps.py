@@ -1,5 +1,7 @@
 """Step checkpoints: one that is not whole, or not this round's, is never loaded."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hftcli.errors import InputError
+from hftcli.errors import InputError, NewerFile
 from hftcli.launching.command import worker_environment
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
@@ -54,7 +56,7 @@ def round_(trained, tmp_path) -> Round:
 @pytest.fixture
 def origin(trained) -> Origin:
     manifest = read_step(trained.steps / "4")
-    return Origin(manifest.spec, manifest.fingerprint, manifest.data_key, manifest.start_key)
+    return Origin(manifest.spec, manifest.fingerprint, manifest.tokens_digest, manifest.start_key)
 
 
 def truncate(path: Path) -> None:
@@ -126,7 +128,7 @@ def test_a_whole_checkpoint_under_another_step_is_refused(round_):
     ("change", "named"),
     [
         ({"fingerprint": "f" * 64}, "the freeze plan"),
-        ({"data_key": "d" * 64}, "the rows"),
+        ({"tokens_digest": "d" * 64}, "the rows"),
         ({"start_key": "s" * 64}, "the start's weights"),
     ],
 )
@@ -142,6 +144,39 @@ def test_another_recipe_or_number_of_ranks_is_refused_with_the_reason(round_, or
     launch = origin.spec.launch.model_copy(update={"num_processes": 2})
     with pytest.raises(InputError, match="by 1 processes at ZeRO 2, and this start has 2 at ZeRO 2"):
         choose_step(round_, replace(origin, spec=origin.spec.model_copy(update={"launch": launch})))
+
+
+def rewrite_manifest(folder: Path, **changes: object) -> None:
+    """A manifest with other content, and the hash of that content."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    del manifest["digest"]
+    manifest |= changes | {"digest": ""}
+    manifest["digest"] = hashlib.sha256(json.dumps(manifest, indent=2).encode()).hexdigest()
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def test_a_checkpoint_without_a_hash_of_its_tokens_is_taken_and_that_is_said(round_, origin, caplog):
+    rewrite_manifest(round_.steps / "4", version=1, tokens_digest="", data_key="of another hft")
+    assert choose_step(round_, origin) == round_.steps / "4"
+    assert "they could not be compared" in caplog.text
+    with pytest.raises(InputError, match="differs in the freeze plan"):
+        choose_step(round_, replace(origin, fingerprint="f" * 64))
+
+
+def test_a_checkpoint_that_lacks_a_key_with_a_default_is_taken(round_, origin):
+    spec = json.loads((round_.steps / "4" / MANIFEST_NAME).read_text())["spec"]
+    del spec["checkpoint"]["format"], spec["train"]["weight_decay"], spec["version"]
+    rewrite_manifest(round_.steps / "4", spec=spec)
+    assert choose_step(round_, origin) == round_.steps / "4"
+
+
+def test_a_checkpoint_of_a_newer_hft_is_refused_and_none_before_it_taken(round_, origin):
+    rewrite_manifest(round_.steps / "4", version=3, colour="green")
+    with pytest.raises(NewerFile, match=r"4/step\.json was written by a newer hft: its form has version 3"):
+        choose_step(round_, origin)
+    rewrite_manifest(round_.steps / "4", version=2)
+    with pytest.raises(InputError, match=r"4/step\.json is of another version of hft: Extra inputs"):
+        read_step(round_.steps / "4")
 
 
 def test_what_was_being_written_is_no_checkpoint_and_is_cleared(round_, origin):
