@@ -93,7 +93,7 @@ class DataReport(Section):
     key: str
     """Name of the entry in the cache: a hash of all that shapes the tokens, hft's own code among it."""
     tokens_digest: str = ""
-    """Hash of the tokens themselves, whatever code made them; empty in what hft 0.1.0 wrote."""
+    """Hash of the tokens themselves, whatever code made them; empty where it was not kept."""
 
 
 class Hardware(Section):

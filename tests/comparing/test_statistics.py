@@ -49,7 +49,8 @@ def test_t_bound_tends_to_the_normal_distribution():
     assert find_t_bound(10**6) == pytest.approx(statistics.NormalDist().inv_cdf(0.975), abs=3e-3)
 
 
-# The expected numbers of the tests below are those of hft 0.1.0, which sums the distributions' series itself.
+# The expected numbers of the tests below come from the series of Abramowitz and Stegun for Student's t, inverted by bisection,
+# and from sums of binomial coefficients.
 
 
 @pytest.mark.parametrize(

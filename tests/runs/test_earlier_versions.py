@@ -1,4 +1,4 @@
-"""A run that hft 0.1.0 left is read, reported, verified, measured and resumed. `write_runs.py` made what is in `version_1/`."""
+"""A run of an earlier version is read, reported, verified, measured and resumed: those in `version_1/`, by `write_runs.py`."""
 
 import hashlib
 import json

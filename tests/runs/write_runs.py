@@ -8,7 +8,8 @@
     stopped/          the same run, stopped by a signal after a step checkpoint
     continual/        a finished run of two rounds
 
-`version_1/` is what hft 0.1.0 wrote. In all files, `/ROOT` stands for the folder that they were written in.
+`version_1/` holds those of the first version of every form, from before files named it. In all files, `/ROOT` stands for the
+folder that they were written in.
 """
 
 import json
