@@ -49,7 +49,7 @@ class RecipeError(InputError):
 
 
 class NewerFile(InputError):
-    pass
+    """A newer hft wrote a file, in a form that this one does not know; the message names it."""
 
 
 class DataError(InputError):
