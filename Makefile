@@ -39,10 +39,11 @@ test-faults: $(READY) ## Kill, stop, starve and damage runs, dozens of times
 	$(BIN)/pytest -s tests/training/test_steps.py $(addprefix tests/end_to_end/,test_faults.py test_signals.py test_many_faults.py)
 
 .PHONY: lint
-lint: $(READY) ## Check style
+lint: $(READY) ## Check style and types
 	$(BIN)/ruff check hftcli tests scripts
 	$(BIN)/ruff format --check hftcli tests scripts
+	$(BIN)/mypy
 
 .PHONY: clean
 clean: ## Remove .venv and caches; runs are kept
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

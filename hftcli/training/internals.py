@@ -116,7 +116,9 @@ class ResumableTrainer(Trainer):
         Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a model card each time
         self.saving_seconds += time.perf_counter() - started
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
+    ) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
