@@ -39,8 +39,8 @@ from hftcli.training.reports import (
     measure_optimizer_bytes,
     measure_peak_memory,
 )
-from hftcli.training.scorer import RoundMemory, Scorer
-from hftcli.training.stages import Assignment, Attempt, Loaded, Rows, Saved, Trained
+from hftcli.training.scorer import RoundMemory, Scorer, Trained
+from hftcli.training.stages import Assignment, Attempt, Loaded, Rows, Saved
 from hftcli.training.steps import Origin, StepKeeper, find_step, read_memory
 from hftcli.training.trainers import PairTrainer, TaskTrainer, make_training_arguments
 

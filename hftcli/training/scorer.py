@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from transformers.trainer_utils import TrainOutput
 from trl.models import unwrap_model_for_generation
 
 from hftcli.measuring.asking import TokenizedTask
@@ -12,7 +14,7 @@ from hftcli.measuring.pairs import Reading, read_pairs, score_pairs
 from hftcli.methods.method import Method
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.runs.scores import HELD_OUT, Moment, PairScores, Score
-from hftcli.training.internals import Memory
+from hftcli.training.internals import Memory, ResumableTrainer
 from hftcli.training.references import Reference
 from hftcli.training.reports import RoundCallback
 from hftcli.training.stages import Assignment, Attempt, Rows
@@ -133,3 +135,14 @@ class RoundMemory:
         for method, recalled in zip(self.methods, memory["methods"], strict=True):
             method.restore(recalled)
         self.callback.gradient_bytes = memory["gradient_bytes"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after its last step, not saved yet."""
+
+    trainer: ResumableTrainer
+    outcome: TrainOutput
+    scorer: Scorer
+    keeper: StepKeeper
+    callback: RoundCallback

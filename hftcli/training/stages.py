@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import TrainOutput
 from trl import DPOConfig, SFTConfig
 
 from hftcli.freezing.selection import FreezePlan
@@ -16,13 +14,9 @@ from hftcli.methods.method import Method
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
-from hftcli.training.internals import ResumableTrainer
 from hftcli.training.references import Reference
-from hftcli.training.reports import Clock, Reporter, RoundCallback
-from hftcli.training.steps import Origin, StepKeeper
-
-if TYPE_CHECKING:
-    from hftcli.training.scorer import Scorer
+from hftcli.training.reports import Clock, Reporter
+from hftcli.training.steps import Origin
 
 
 @dataclass(frozen=True)
@@ -89,17 +83,6 @@ class Loaded:
     fingerprints: tuple[str, ...]
     origin: Origin
     step: Path | None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model after its last step, not saved yet."""
-
-    trainer: ResumableTrainer
-    outcome: TrainOutput
-    scorer: "Scorer"
-    keeper: StepKeeper
-    callback: RoundCallback
 
 
 @dataclass(frozen=True)
