@@ -1,0 +1,1 @@
+"""The steps of `scripts/check_gpu.py`, a module each; none is imported before its turn."""
