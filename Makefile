@@ -38,6 +38,10 @@ test-slow: $(READY) ## Run the longer tests
 test-faults: $(READY) ## Kill, stop, starve and damage runs, dozens of times
 	$(BIN)/pytest -s tests/training/test_steps.py $(addprefix tests/end_to_end/,test_faults.py test_signals.py test_many_faults.py)
 
+.PHONY: check-gpu
+check-gpu: $(READY) ## Check this machine's GPU in eight minutes; ARGS=--rehearse on a CPU, ARGS="--steps a,d" a part
+	$(BIN)/python scripts/check_gpu.py $(ARGS)
+
 .PHONY: lint
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check hftcli tests scripts

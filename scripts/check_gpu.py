@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,8 @@ def start_child(letter: str, arguments: argparse.Namespace, folder: Path) -> sub
 
 def end_child(child: subprocess.Popen) -> None:
     """End a step and what it has started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait(KILL_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""AdamW on the host: float32 masters and moments of what trains live in host memory, and the device holds rounded weights alone.
+"""AdamW on the host: float32 masters and moments of what trains live in host memory; the device holds rounded weights.
 
 For one process. A gradient leaves the device as soon as the backward pass has made it: it is copied into page-locked memory
 beside the computation and added up on the host in float32, so the device never holds more than a few of them. A step updates

@@ -78,13 +78,13 @@ def attend_varlen(
         laid = [heads.to(torch.bfloat16) for heads in laid]
     if laid[1].shape[1] != laid[0].shape[1]:
         laid[1:] = [heads.repeat_interleave(laid[0].shape[1] // heads.shape[1], dim=1) for heads in laid[1:]]
-    found = varlen_attn(*(heads.contiguous() for heads in laid), ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
+    found = varlen_attn(
+        *(heads.contiguous() for heads in laid), ends, ends, longest, longest, scale=scaling, window_size=(-1, 0)
+    )
     return found[None], None
 
 
-def time_passes(
-    model: PreTrainedModel, body: Callable[[], torch.Tensor], rehearse: bool
-) -> tuple[float, float, float, float]:
+def time_passes(model: PreTrainedModel, body: Callable[[], torch.Tensor], rehearse: bool) -> tuple[float, float, float, float]:
     """The loss, the seconds of the first pass, which may compile, and medians of forward and backward."""
     forward, backward, first, loss = [], [], 0.0, None
     for index in range(2 if rehearse else 7):

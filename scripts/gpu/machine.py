@@ -13,10 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from gpu.record import Recorder
-from gpu.shapes import DEVICE, Timer
+from gpu.shapes import DEVICE, Timer, make_model, make_rows, write_config
+from hftcli.doctor.machine import probe_ops
+from hftcli.training.probe import compute_loss
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "liger-kernel", "flash-attn",
-            "bitsandbytes", "kernels", "numpy", "pyarrow", "pydantic", "huggingface-hub")  # fmt: skip
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft", "liger-kernel", "flash-attn",
+    "bitsandbytes", "kernels", "numpy", "pyarrow", "pydantic", "huggingface-hub",
+)  # fmt: skip
 
 
 def run(recorder: Recorder) -> None:
@@ -27,8 +31,6 @@ def run(recorder: Recorder) -> None:
     with recorder.measuring("hft doctor"):
         ask_doctor(recorder)
     with recorder.measuring("DeepSpeed's ops"):
-        from hftcli.doctor.machine import probe_ops
-
         ops = probe_ops()
         recorder.add("DeepSpeed's ops", None, nvcc=shutil.which("nvcc") or "none", cuda_home=os.environ.get("CUDA_HOME", ""),
                      can_build=" ".join(name for name, is_able in ops.items() if is_able))  # fmt: skip
@@ -61,8 +63,10 @@ def describe_device() -> dict[str, object]:
     if DEVICE.type != "cuda":
         return {"device": "CPU", **found}
     seen = torch.cuda.get_device_properties(DEVICE)
-    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,memory.used,power.limit,clocks.max.sm", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    asked = "--query-gpu=driver_version,memory.total,memory.used,power.limit,clocks.max.sm"
+    driver = subprocess.run(
+        ["nvidia-smi", asked, "--format=csv,noheader"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "device": seen.name,
         "capability": f"{seen.major}.{seen.minor}",
@@ -80,7 +84,7 @@ def describe_device() -> dict[str, object]:
 
 
 def ask_doctor(recorder: Recorder) -> None:
-    """With its planted fault, for more processes than any machine has devices or memory."""
+    """With its planted fault, for a launch that cannot be."""
     command = [sys.executable, "-m", "hftcli", "doctor", "--json"]
     if recorder.fault:
         command += ["--set", "launch.hostfile=/nowhere"]
@@ -208,10 +212,6 @@ ATTENTION = {
 
 def check_losses(recorder: Recorder) -> None:
     """TRL's chunked kernel against the plain logits: loss and gradient of the head, in bfloat16."""
-    from hftcli.training.probe import compute_loss
-
-    from gpu.shapes import make_model, make_rows, write_config
-
     folder = write_config("tiny", recorder.room)
     found = {}
     for kernel in ("plain", "chunked"):

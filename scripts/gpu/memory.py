@@ -1,16 +1,21 @@
 """Step d: what a plan says that a device holds, beside the most that the GPU's allocator held: within 5 %.
 
 A case is two micro-batches of a step, of which the second finds the gradients of the first, and then AdamW's step, as hft's
-trainer takes it; in the third step the peaks of its parts are read. Where there is no GPU, autograd's own count of what it keeps
-stands in for the allocator.
+trainer takes it; in the third step the peaks of its parts are read. Where there is no GPU, autograd's own count of what it
+keeps stands in for the allocator.
 """
 
-from dataclasses import asdict, dataclass, replace
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
 
+from gpu.questions import write_checkpoint
 from gpu.record import Recorder
 from gpu.shapes import (
     DEVICE,
@@ -24,10 +29,9 @@ from gpu.shapes import (
 )
 from hftcli.freezing.activations import Workload
 from hftcli.freezing.budget import Memory
-from hftcli.training.loss import DPO_OUTPUTS
+from hftcli.training.loss import DPO_OUTPUTS, set_loss_kernel
 from hftcli.training.probe import SavedTensors, make_inputs
 from hftcli.training.trainers import measure_optimizer_bytes
-from trl.trainer.utils import add_fused_lm_head
 
 TOLERANCE = 0.05
 REHEARSAL_TOLERANCE = 0.35  # the adapters' own activations are not counted
@@ -69,6 +73,36 @@ def run(recorder: Recorder) -> None:
                     show(recorder, case, setting, measure(model, setting, case.reference, 1 if recorder.rehearse else 3))
             del model
         clear_memory()
+    with recorder.measuring("hft sft: the command"):
+        run_command(recorder, "tiny" if recorder.rehearse else "135M")
+
+
+def run_command(recorder: Recorder, shape: str) -> None:
+    """A real run beside what `hft plan` says of it: the trainer itself, on packed rows."""
+    folder = write_checkpoint(shape, recorder.room / f"{shape}-model")
+    run_folder = recorder.room / "run"
+    length = 64 if recorder.rehearse else 1024
+    values = {
+        "model.path": folder, "data.max_length": length, "train.packing": "true", "train.max_steps": 3, "train.bf16": "true",
+        "train.global_batch_size": 8, "train.per_device_train_batch_size": 4, "eval.tasks": "[]", "launch.num_processes": 1,
+    }  # fmt: skip
+    options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    hft = [sys.executable, "-m", "hftcli"]
+    shown = subprocess.run([*hft, "plan", "--json", *options], capture_output=True, text=True, check=True)
+    planned = json.loads(shown.stdout)["memory"]["half"]
+    done = subprocess.run([*hft, "sft", "--output", str(run_folder), *options], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        recorder.add("hft sft: the command", False, code=done.returncode, said=done.stderr[-600:])
+        return
+    result = json.loads((run_folder / "rounds" / "00-sft" / "result.json").read_text(encoding="utf-8"))
+    ratio = result["peak_memory_bytes"] / planned["total_bytes"]
+    states = result["optimizer_bytes"] == planned["optimizer_bytes"] and result["gradient_bytes"] == planned["gradients_bytes"]
+    is_near = DEVICE.type != "cuda" or abs(ratio - 1) <= TOLERANCE
+    recorder.add(
+        "hft sft: the command", states and is_near, planned_gb=planned["total_bytes"] / 1e9,
+        measured_gb=result["peak_memory_bytes"] / 1e9, ratio=ratio, states_as_planned=states, loss_kernel=result["loss_kernel"],
+        precision=result["precision"], seconds=result["seconds"], tokens=result["num_tokens"],
+    )  # fmt: skip
 
 
 def list_cases(shape: str) -> Iterator[Case]:
@@ -143,8 +177,6 @@ def measure(model: PreTrainedModel, setting: Setting, reference: str | None, num
         found.reserved = torch.cuda.max_memory_reserved() if DEVICE.type == "cuda" else 0
         del optimizer, second, copies
     if reference:
-        from hftcli.training.loss import set_loss_kernel
-
         set_loss_kernel(model, "chunked")
     return found
 

@@ -1,4 +1,4 @@
-"""Step c: one rank under DeepSpeed's launcher, ZeRO 1, 2 and 3, in float32 and bfloat16: the losses of one process, and what is held.
+"""Step c: one rank under DeepSpeed's launcher, ZeRO 1, 2 and 3, in float32 and bfloat16: the losses of one process.
 
 hft itself starts one process without DeepSpeed, so the round is prepared by hft and run by `one_rank.py`.
 """

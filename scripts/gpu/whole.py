@@ -1,4 +1,4 @@
-"""Step f: a whole 7B model, all layers, full rank, AdamW with float32 masters: half on one card, and with the optimizer on the host.
+"""Step f: a whole 7B model, all layers, AdamW with float32 masters: half on one card, and with the optimizer on the host.
 
 On one card as hft's one process trains: what trains in float32, autocast. With the optimizer on the host by a loop of this file
 around hft's HostAdamW: weights in bfloat16 on the device, masters and moments in host memory. A limit of the allocator stands

@@ -18,7 +18,7 @@ def make_layers(dtype: torch.dtype) -> torch.nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_norm", [None, 0.01])
 def test_the_masters_are_those_of_adamw(dtype, max_norm):
-    """Two micro-batches a step, three steps; the expected masters are stepped by torch on the same rounded weights' gradients."""
+    """Two micro-batches a step, three steps; torch steps the expected masters on gradients of the same rounded weights."""
     layers = make_layers(dtype)
     expected_layers = copy.deepcopy(layers)
     names = [name for name, value in layers.named_parameters() if value.requires_grad]
