@@ -13,7 +13,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -191,7 +190,7 @@ def judge_step(letter: str, folder: Path, code: int, late_limit: float | bool, s
 
 def write_report(folder: Path, outcomes: dict[str, dict[str, Any]], seconds: float, rehearse: bool) -> None:
     """check.json and check.md, whole or not at all."""
-    found = {"rehearsal": rehearse, "machine": platform.node(), "seconds": round(seconds, 1), "steps": outcomes}
+    found = {"rehearsal": rehearse, "seconds": round(seconds, 1), "steps": outcomes}
     for name, text in (("check.json", json.dumps(found, indent=1)), ("check.md", format_report(found))):
         temporary = folder / f".{name}"
         temporary.write_text(text + "\n", encoding="utf-8")

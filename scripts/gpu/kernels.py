@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import flash_attention_mask
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 
 from gpu.record import Recorder
 from gpu.shapes import DEVICE, Timer, autocast, clear_memory, make_model, make_rows, make_setting, prepared, write_config
@@ -50,6 +51,8 @@ def run(recorder: Recorder) -> None:
     compare_optimizers(recorder)
     AttentionInterface.register("torch_varlen", attend_varlen)
     AttentionMaskInterface.register("torch_varlen", flash_attention_mask)
+    AttentionInterface.register("torch_flex", attend_flex)
+    AttentionMaskInterface.register("torch_flex", flex_attention_mask)
     for attention in list_attention():  # the last one compiles first
         model.set_attn_implementation(attention)
         time_way(f"attention: {attention}, {work.num_sequences} packed rows of {work.length}", pass_packed)
@@ -60,7 +63,13 @@ def list_attention() -> list[str]:
         return ["sdpa"]
     from transformers.utils import is_flash_attn_2_available
 
-    return ["sdpa", "torch_varlen", *(["flash_attention_2"] if is_flash_attn_2_available() else []), "flex_attention"]
+    return [
+        "sdpa",
+        "torch_varlen",
+        *(["flash_attention_2"] if is_flash_attn_2_available() else []),
+        "torch_flex",
+        "flex_attention",
+    ]
 
 
 def attend_varlen(
@@ -82,6 +91,19 @@ def attend_varlen(
         *(heads.contiguous() for heads in laid), ends, ends, longest, longest, scale=scaling, window_size=(-1, 0)
     )
     return found[None], None
+
+
+def attend_flex(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """FlexAttention as transformers calls it, on heads of one data type: under autocast, rotated ones come in float32."""
+    heads = [part.to(torch.bfloat16) for part in (query, key, value)]
+    return flex_attention_forward(module, *heads, attention_mask, **kwargs)
 
 
 def time_passes(model: PreTrainedModel, body: Callable[[], torch.Tensor], rehearse: bool) -> tuple[float, float, float, float]:

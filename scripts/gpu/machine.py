@@ -115,7 +115,7 @@ def check_fused_adamw(recorder: Recorder, device: torch.device) -> None:
         optimizer.step()
         wait(device)
         seconds.append(time.perf_counter() - started)
-    recorder.add(f"fused AdamW on {device.type}", error < 1e-6, error=error, weights_per_s=num_weights / min(seconds[1:]))
+    recorder.add(f"fused AdamW on {device.type}", error < 2e-6, error=error, weights_per_s=num_weights / min(seconds[1:]))
 
 
 def wait(device: torch.device) -> None:
