@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask
+from transformers.utils import is_flash_attn_2_available
 
 from gpu.record import Recorder
 from gpu.shapes import DEVICE, Timer, autocast, clear_memory, make_model, make_rows, make_setting, prepared, write_config
@@ -61,15 +62,7 @@ def run(recorder: Recorder) -> None:
 def list_attention() -> list[str]:
     if DEVICE.type != "cuda":
         return ["sdpa"]
-    from transformers.utils import is_flash_attn_2_available
-
-    return [
-        "sdpa",
-        "torch_varlen",
-        *(["flash_attention_2"] if is_flash_attn_2_available() else []),
-        "torch_flex",
-        "flex_attention",
-    ]
+    return ["sdpa", "torch_varlen", *(["flash_attention_2"] if is_flash_attn_2_available() else []), "torch_flex"]
 
 
 def attend_varlen(
@@ -94,16 +87,11 @@ def attend_varlen(
 
 
 def attend_flex(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: object,
-    **kwargs: object,
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **kwargs: object
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """FlexAttention as transformers calls it, on heads of one data type: under autocast, rotated ones come in float32."""
     heads = [part.to(torch.bfloat16) for part in (query, key, value)]
-    return flex_attention_forward(module, *heads, attention_mask, **kwargs)
+    return flex_attention_forward(module, *heads, mask, **kwargs)
 
 
 def time_passes(model: PreTrainedModel, body: Callable[[], torch.Tensor], rehearse: bool) -> tuple[float, float, float, float]:
