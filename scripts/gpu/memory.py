@@ -31,7 +31,7 @@ from hftcli.freezing.activations import Workload
 from hftcli.freezing.budget import Memory
 from hftcli.training.loss import DPO_OUTPUTS, set_loss_kernel
 from hftcli.training.probe import SavedTensors, make_inputs
-from hftcli.training.trainers import measure_optimizer_bytes
+from hftcli.training.reports import measure_optimizer_bytes
 
 TOLERANCE = 0.05
 REHEARSAL_TOLERANCE = 0.35  # the adapters' own activations are not counted

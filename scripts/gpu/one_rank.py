@@ -13,9 +13,13 @@ from typing import Any
 import torch
 
 from hftcli.launching.processes import StopRequest, hold_round
+from hftcli.models import device
 from hftcli.runs.run import Round
+
+# One rank takes the way of several: said before any other module takes the name.
+device.is_sharded = lambda spec: True
+
 from hftcli.training import round as training_round
-from hftcli.training import trainers
 
 MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")  # of ZeRO 1 and 2, of ZeRO 3
 
@@ -28,8 +32,6 @@ def main() -> None:
     round_ = Round(arguments.round)
     held: dict[str, Any] = {}
 
-    # One rank takes the way of several.
-    trainers.is_sharded = training_round.is_sharded = lambda spec: True
     measure = training_round.measure_optimizer_bytes
 
     def look(optimizer: torch.optim.Optimizer) -> int:
