@@ -114,7 +114,8 @@ class Activations:
     Attributes:
         saved_bytes: what autograd keeps at the end of the forward pass; parameters are not counted.
         peak_bytes: the most that is kept at once, with the layer that is being computed again.
-        working_bytes: what the kernels need besides at that time: gradients of activations, the loss's tile.
+        working_bytes: what is held besides at the fullest moment: the loss's tile, gradients on their way, autocast's copies of
+            weights that the backward pass does not need.
         fallback_bytes: what kernels may keep besides where the fastest one does not apply: keys and values of each query head,
             a copy of the attention's output.
         cast_bytes: bfloat16 copies of weights that train, which autocast keeps through the backward pass.
@@ -125,6 +126,24 @@ class Activations:
     working_bytes: int
     fallback_bytes: int
     cast_bytes: int
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA on every matrix that a plan trains, in place of the matrix: what trains are its two factors.
+
+    Attributes:
+        rank: the inner width of the factors.
+        has_dropout: whether their inputs are thinned out.
+    """
+
+    rank: int
+    has_dropout: bool = False
+
+    def count_weights(self, units: Iterable[Unit], trained: Collection[str]) -> int:
+        """The factors' weights."""
+        shapes = [parameter.shape for unit in units for parameter in unit.parameters if parameter.name in trained]
+        return self.rank * sum(sum(shape) for shape in shapes if len(shape) == 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +167,12 @@ class Ledger:
     network: Network
     work: Workload
     trained: Collection[str]
+    adapters: Adapters | None = None
     kept: set[Value] = field(default_factory=set)
     fallback_bytes: int = 0
-    cast_bytes: int = 0
+    cast_bytes: int = 0  # that the graph keeps
+    cached_bytes: int = 0  # that autocast has made by the end of the forward pass
+    gradient_bytes: int = 0  # the largest gradient of a weight, as it is made
     forward: float = 0.0
     activation_gradient: float = 0.0
     weight_gradient: float = 0.0
@@ -159,7 +181,11 @@ class Ledger:
 
     def trains(self, unit: Unit) -> bool:
         """Whether a unit's weight trains."""
-        return unit.parameters[0].name in self.trained
+        return self.adapters is None and unit.parameters[0].name in self.trained
+
+    def adapts(self, unit: Unit) -> bool:
+        """Whether an adapter of a unit's weight trains in its place."""
+        return self.adapters is not None and unit.parameters[0].name in self.trained
 
     def make(self, width: int, item_bytes: int, has_gradient: bool) -> Value:
         """A tensor with so many elements for each token."""
@@ -195,13 +221,38 @@ class Ledger:
         width, num_inputs = unit.parameters[0].shape
         trains, value = self.trains(unit), self.cast(value)
         self.keep_if(trains, value)
-        if value.has_gradient and self.weight_item_bytes(unit) == 4 and value.item_bytes == 2:
-            self.cast_bytes += 2 * width * num_inputs
+        if trains:
+            self.hold_weight(width * num_inputs, value)
         self.last_forward = 2.0 * width * num_inputs
         self.forward += self.last_forward
         self.activation_gradient += self.last_forward * value.has_gradient
         self.weight_gradient += self.last_forward * trains
+        if self.adapters is not None and self.adapts(unit):
+            self.adapt(self.adapters, width, num_inputs, value)
+            return self.make(width, value.item_bytes, True)
         return self.make(width, value.item_bytes, value.has_gradient or trains)
+
+    def hold_weight(self, num_weights: int, value: Value) -> None:
+        """Autocast's copy of a weight that trains, which multiplies a value, and its gradient's, before it is added."""
+        if self.work.arithmetic == "autocast":
+            self.cached_bytes += 2 * num_weights
+            self.cast_bytes += 2 * num_weights * value.has_gradient
+        item_bytes = {"float32": 4, "bfloat16": 2, "autocast": 2 + 4}[self.work.arithmetic]
+        self.gradient_bytes = max(self.gradient_bytes, item_bytes * num_weights)
+
+    def adapt(self, adapters: Adapters, width: int, num_inputs: int, value: Value) -> None:
+        """PEFT's adapter beside a linear layer. Under autocast it takes its input to float32, and autocast back: a copy."""
+        is_copy = self.work.arithmetic == "autocast" or adapters.has_dropout
+        taken = Value(value.num_elements, value.item_bytes, value.has_gradient) if is_copy else value
+        inner = self.make(adapters.rank, taken.item_bytes, True)
+        self.keep(taken, inner)
+        self.keep_if(adapters.has_dropout and value.has_gradient, Value(value.num_elements, 1, False))
+        self.hold_weight(adapters.rank * num_inputs, value)
+        self.hold_weight(adapters.rank * width, inner)
+        flops = 2.0 * adapters.rank * (width + num_inputs)
+        self.forward += flops
+        self.activation_gradient += flops if value.has_gradient else 2.0 * adapters.rank * width
+        self.weight_gradient += flops
 
     def normalize(self, unit: Unit, value: Value, num_rows: int = 1) -> Value:
         """Root mean square normalization, in float32, of so many rows in each token."""
@@ -272,11 +323,14 @@ def walk_llama(ledger: Ledger, units: dict[str, Unit], value: Value, angles: Val
     return ledger.add(value, ledger.multiply(units["down_proj"], product))
 
 
-def count_activations(network: Network, trained: Collection[str], work: Workload) -> tuple[Activations, Flops] | None:
+def count_activations(
+    network: Network, trained: Collection[str], work: Workload, adapters: Adapters | None = None
+) -> tuple[Activations, Flops] | None:
     """What a forward and a backward pass hold and compute; None for a family whose layers are not written down in `LAYERS`.
 
     Args:
-        trained: names of the parameters that train.
+        trained: names of the parameters that train, or that have adapters.
+        adapters: what trains in their place.
     """
     if network.model_type not in LAYERS:
         return None
@@ -286,7 +340,7 @@ def count_activations(network: Network, trained: Collection[str], work: Workload
         if unit.layer is not None:
             layers.setdefault(unit.layer, {})[unit.name.rpartition(".")[2]] = unit
 
-    bottom = Ledger(network, work, trained)
+    bottom = Ledger(network, work, trained, adapters)
     value = bottom.embed(outside["embedding"])
     head_width = layers[0]["q_proj"].parameters[0].shape[0] // network.num_heads
     angles = Value(2 * head_width * work.num_keys, value.item_bytes, False)
@@ -294,32 +348,43 @@ def count_activations(network: Network, trained: Collection[str], work: Workload
     again: list[Ledger] = []  # the layers that are computed again
     peak = working = 0
     for index, units in layers.items():
-        bill = Ledger(network, work, trained)
+        bill = Ledger(network, work, trained, adapters)
         start, value = value, LAYERS[network.model_type](bill, units, value, angles)
         bills.append(bill)
-        widest = max(unit.parameters[0].shape[0] for unit in units.values()) * work.num_tokens
-        working = 2 * (widest + start.num_elements) * value.item_bytes
+        working = max(working, count_gradients(bill, units, start))
         if work.checkpoint_every and index % work.checkpoint_every == 0 and value.has_gradient:
             again.append(bill)
             peak = max(peak, sum_bytes(kept | bill.kept))
             kept |= {start, angles}
         else:
             kept |= bill.kept
-    top = Ledger(network, work, trained)
+    top = Ledger(network, work, trained, adapters)
     value = top.normalize(outside["final_norm"], value)
-    head = outside["head"] if "head" in outside else outside["embedding"]
-    working = max(working, bill_loss(top, head, value))
+    is_tied = "head" not in outside
+    loss = bill_loss(top, outside["embedding" if is_tied else "head"], value)
     bills.append(top)
     saved = sum_bytes(kept | top.kept)
+    peak = max(peak, saved)
+    lasting_casts = sum(bill.cast_bytes for bill in bills if bill not in again)
+    casts = lasting_casts + max((bill.cast_bytes for bill in again), default=0)
+    # The gradient of a head that is the embeddings waits for theirs, which is added to it at the end.
+    waiting = loss.gradient_bytes if is_tied else 0
+    embedding = bottom.weight_item_bytes(outside["embedding"]) * outside["embedding"].num_parameters
+    moments = (
+        saved + sum(bill.cached_bytes for bill in bills) + loss.forward_bytes,
+        saved + lasting_casts + loss.backward_bytes,
+        peak + casts + waiting + working,
+        (waiting + embedding + value.num_bytes) * bottom.trains(outside["embedding"]),
+    )
     lasting = [bill for bill in bills if bill not in again]
     return (
         Activations(
             saved_bytes=saved,
-            peak_bytes=max(peak, saved),
-            working_bytes=working,
+            peak_bytes=peak,
+            working_bytes=max(moments) - peak - casts,
             fallback_bytes=sum(bill.fallback_bytes for bill in lasting)
             + max((bill.fallback_bytes for bill in again), default=0),
-            cast_bytes=sum(bill.cast_bytes for bill in lasting) + max((bill.cast_bytes for bill in again), default=0),
+            cast_bytes=casts,
         ),
         Flops(
             forward=sum(bill.forward for bill in bills),
@@ -331,18 +396,36 @@ def count_activations(network: Network, trained: Collection[str], work: Workload
     )
 
 
-def bill_loss(ledger: Ledger, head: Unit, value: Value) -> int:
-    """The head and the loss; gives the bytes that they need for a moment."""
+def count_gradients(bill: Ledger, units: dict[str, Unit], start: Value) -> int:
+    """The most that a layer's backward pass holds of gradients: three of the mlp's inner width beside the layer's own, or a
+    weight's own, before it is added up."""
+    inner_bytes = 4 if bill.work.arithmetic == "float32" else 2
+    widest = max(unit.parameters[0].shape[0] for unit in units.values()) * bill.work.num_tokens
+    return 2 * start.num_bytes + max(3 * widest * inner_bytes, bill.gradient_bytes)
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """What the head and the loss need for a moment: in the forward pass, in the backward pass, of it the head's gradient."""
+
+    forward_bytes: int
+    backward_bytes: int
+    gradient_bytes: int
+
+
+def bill_loss(ledger: Ledger, head: Unit, value: Value) -> LossBytes:
+    """Add the head and the loss to a bill."""
     work = ledger.work
-    vocabulary, _ = head.parameters[0].shape
+    vocabulary, hidden = head.parameters[0].shape
     trains = ledger.trains(head)
-    weight_gradient = 4 * head.num_parameters if trains and work.arithmetic != "float32" else 0
+    gradient = 4 * head.num_parameters * trains
     if work.loss == "plain":
         logits = ledger.multiply(head, Value(value.num_elements, value.item_bytes, value.has_gradient))
         ledger.keep(ledger.make(vocabulary, 4, True))  # logarithms of the probabilities
         ledger.keep(ledger.make(1, 8 + 1, False))  # target, mask
         rounded = logits.num_bytes if logits.item_bytes == 2 else 0
-        return 2 * 4 * logits.num_elements + rounded + weight_gradient
+        needed = 2 * 4 * logits.num_elements + rounded
+        return LossBytes(needed, needed + gradient, gradient)
     flops = 2.0 * head.num_parameters
     ledger.forward += flops
     ledger.recompute += flops
@@ -351,8 +434,15 @@ def bill_loss(ledger: Ledger, head: Unit, value: Value) -> int:
     # Without the last token of every row, which has no successor: a copy where that leaves gaps.
     ledger.keep(value if work.packed or work.num_sequences == 1 else Value(value.num_elements, value.item_bytes, True))
     ledger.keep(ledger.make(1, 8 + 4 + 4 + 1, False))  # target, logarithm of the sum, entropy, mask
-    tile = min(work.num_tokens, CHUNK_TOKENS) * CHUNK_VOCABULARY * (4 if work.arithmetic == "float32" else 2)
-    return tile + 4 * value.num_elements + weight_gradient
+    num_tokens, item_bytes = min(work.num_tokens, CHUNK_TOKENS), 4 if work.arithmetic == "float32" else 2
+    tile = num_tokens * CHUNK_VOCABULARY * item_bytes
+    # A tile's part of the weight, where its type is another, and of the weight's gradient, where it is not added in place.
+    part = min(vocabulary, CHUNK_VOCABULARY) * hidden * item_bytes
+    copied = part * (item_bytes < ledger.weight_item_bytes(head))
+    rounded = num_tokens * hidden * item_bytes * (item_bytes < 4)
+    forward = tile + copied + value.num_bytes + rounded * (item_bytes < value.item_bytes)
+    backward = tile + copied + part * trains * (item_bytes < 4) + 4 * value.num_elements + rounded + gradient
+    return LossBytes(forward, backward, gradient)
 
 
 def sum_bytes(values: Iterable[Value]) -> int:

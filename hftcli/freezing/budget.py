@@ -9,7 +9,7 @@ devices. A frozen weight costs only itself: no gradient, no moments and no float
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hftcli.freezing.activations import Activations, Flops, Network, Workload, count_activations
+from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload, count_activations
 from hftcli.freezing.selection import FreezePlan
 
 Precision = Literal["float32", "mixed"]
@@ -17,6 +17,7 @@ ReferenceMode = Literal["precompute", "shared", "full"]
 
 # DeepSpeed's own sizes, in elements: the bucket that gradients are reduced from, and the most that ZeRO 3 has gathered at once.
 BUCKET_ELEMENTS, LIVE_ELEMENTS = 500_000_000, 1_000_000_000
+LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and cuBLASLt on a Hopper card, and at most on older ones
 SLACK_FRACTION = 0.1  # of what comes and goes within a step: rounding and holes in the allocator's blocks
 
 
@@ -27,6 +28,7 @@ class Memory:
     Attributes:
         activations_bytes: what autograd keeps at most, with autocast's copies of weights.
         buffers_bytes: what kernels and communication need for a moment.
+        library_bytes: what the GPU's matrix library takes for itself.
         spare_bytes: what slower kernels and the allocator may take besides.
     """
 
@@ -36,6 +38,7 @@ class Memory:
     reference_bytes: int = 0
     activations_bytes: int = 0
     buffers_bytes: int = 0
+    library_bytes: int = 0
     spare_bytes: int = 0
 
     @property
@@ -46,7 +49,7 @@ class Memory:
     @property
     def total_bytes(self) -> int:
         """What is expected."""
-        return self.low_bytes + self.buffers_bytes
+        return self.low_bytes + self.buffers_bytes + self.library_bytes
 
     @property
     def high_bytes(self) -> int:
@@ -79,6 +82,8 @@ class Budget:
     Attributes:
         work: the micro-batch.
         correction: measured over estimated activations, where they were measured.
+        adapters: LoRA in place of the matrices that the plan trains.
+        on_gpu: whether the devices are GPUs.
     """
 
     plan: FreezePlan
@@ -89,11 +94,21 @@ class Budget:
     work: Workload
     reference: ReferenceMode | None = None
     correction: float = 1.0
+    adapters: Adapters | None = None
+    on_gpu: bool = True
 
     @property
     def half(self) -> Memory:
         """What the plan costs."""
-        return self._estimate(self.plan.num_trainable, self.reference, self.half_step)
+        step = self.half_step
+        if self.adapters is None:
+            return self._estimate(self.plan.num_trainable, self.reference, step)
+        return self._estimate(self.num_adapter_weights, self.reference, step, num_frozen=self.plan.num_parameters)
+
+    @property
+    def num_adapter_weights(self) -> int:
+        """Weights that train beside the model's own, all of which are frozen then."""
+        return self.adapters.count_weights(self.network.units, frozenset(self.plan.trained)) if self.adapters else 0
 
     @property
     def full(self) -> Memory:
@@ -103,19 +118,22 @@ class Budget:
     @property
     def half_step(self) -> tuple[Activations, Flops] | None:
         """A step of the plan; None where it is not counted."""
-        return self._count(self.plan.trained)
+        return self._count(self.plan.trained, self.adapters)
 
     @property
     def full_step(self) -> tuple[Activations, Flops] | None:
         """A step of full fine-tuning; None where it is not counted."""
         return self._count((*self.plan.trained, *self.plan.frozen))
 
-    def _count(self, trained: tuple[str, ...]) -> tuple[Activations, Flops] | None:
-        return count_activations(self.network, frozenset(trained), self.work)
+    def _count(self, trained: tuple[str, ...], adapters: Adapters | None = None) -> tuple[Activations, Flops] | None:
+        return count_activations(self.network, frozenset(trained), self.work, adapters)
 
-    def _estimate(self, num_trainable: int, reference: ReferenceMode | None, step: tuple[Activations, Flops] | None) -> Memory:
+    def _estimate(
+        self, num_trainable: int, reference: ReferenceMode | None, step: tuple[Activations, Flops] | None,
+        num_frozen: int | None = None,
+    ) -> Memory:  # fmt: skip
         states = estimate_memory(
-            self.plan.num_parameters,
+            self.plan.num_parameters if num_frozen is None else num_frozen + num_trainable,
             num_trainable,
             precision=self.precision,
             num_processes=self.num_processes,
@@ -131,6 +149,7 @@ class Budget:
             states,
             activations_bytes=held,
             buffers_bytes=buffers,
+            library_bytes=LIBRARY_BYTES * self.on_gpu,
             spare_bytes=activations.fallback_bytes + round(SLACK_FRACTION * (held + buffers)),
         )
 

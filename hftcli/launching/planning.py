@@ -34,6 +34,7 @@ def make_budget(
         network=network,
         work=make_workload(source, network, find_arithmetic(mixed, num_processes), has_gpu),
         reference=source.reference,
+        on_gpu=has_gpu,
     )
 
 

@@ -139,6 +139,7 @@ MEMORY_ROWS = {
     "reference_bytes": "reference",
     "activations_bytes": "activations",
     "buffers_bytes": "buffers",
+    "library_bytes": "matrix library",
     "low_bytes": "in all, low",
     "total_bytes": "in all, expected",
     "high_bytes": "in all, high",

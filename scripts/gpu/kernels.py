@@ -13,8 +13,9 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 from transformers.utils import is_flash_attn_2_available
 
+from gpu.plans import make_setting
 from gpu.record import Recorder
-from gpu.shapes import DEVICE, Timer, autocast, clear_memory, make_model, make_rows, make_setting, prepared, write_config
+from gpu.shapes import DEVICE, Timer, autocast, clear_memory, make_model, make_rows, prepared, write_config
 from hftcli.freezing.activations import Workload
 from hftcli.training.probe import compute_loss, make_inputs
 
@@ -30,7 +31,7 @@ def run(recorder: Recorder) -> None:
     torch.manual_seed(0)
     model = make_model(folder, torch.bfloat16)
     inputs = make_inputs(model.config.vocab_size, work, DEVICE)
-    setting = make_setting(folder, "half", work)
+    setting = make_setting(shape, "half", work)
     expected: dict[str, float] = {}  # of the first of a kind
 
     def time_way(name: str, body: Callable[[], torch.Tensor]) -> None:

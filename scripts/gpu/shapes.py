@@ -7,71 +7,18 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, LoraModel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from hftcli.freezing.activations import Network, Workload
-from hftcli.freezing.budget import Budget, Memory
-from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from gpu.plans import LORA, SHAPES, Setting
+from hftcli.freezing.activations import Workload
 from hftcli.models.checkpoint import freeze_model
-from hftcli.models.description import describe_model
 from hftcli.training.loss import set_loss_kernel
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary, whether the head is the embeddings
-SHAPES = {
-    "135M": (576, 1536, 30, 9, 3, 49152, True),  # SmolLM2-135M
-    "1B": (2048, 8192, 16, 32, 8, 128256, True),  # Llama-3.2-1B
-    "7B": (4096, 11008, 32, 32, 32, 32000, False),  # Llama-2-7B
-    "7B, 8 layers": (4096, 11008, 8, 32, 32, 32000, False),
-    "tiny": (64, 160, 4, 4, 2, 2048, True),
-    "tiny, apart": (64, 160, 4, 4, 4, 2048, False),
-}
-RULES = {
-    "full": FreezeRule(trainable_fraction=1),
-    "half": FreezeRule(),
-    "half, prefix 0.25": FreezeRule(frozen_prefix=0.25),
-    # What passes gradients on under LoRA; its own weights come on top.
-    "LoRA": FreezeRule(trainable_fraction=1, embeddings="freeze", head="freeze"),
-}
-LORA_RANK = 8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a model is trained: its budget, and whether by LoRA."""
-
-    rule: str
-    budget: Budget
-
-    @property
-    def work(self) -> Workload:
-        return self.budget.work
-
-    @property
-    def is_lora(self) -> bool:
-        return self.rule == "LoRA"
-
-    @property
-    def planned(self) -> Memory:
-        """Bytes; those of LoRA by a count of its adapters, in float32, beside a model in bfloat16 that is passed through."""
-        memory = self.budget.half
-        if not self.is_lora:
-            return memory
-        units = [unit for unit in self.budget.network.units if unit.layer is not None]
-        shapes = [parameter.shape for unit in units for parameter in unit.parameters if len(parameter.shape) == 2]
-        num_own = LORA_RANK * sum(sum(shape) for shape in shapes)
-        return replace(
-            memory,
-            weights_bytes=2 * self.budget.plan.num_parameters + 4 * num_own,
-            gradients_bytes=4 * num_own,
-            optimizer_bytes=8 * num_own,
-        )
 
 
 def write_config(shape: str, folder: Path) -> Path:
@@ -82,23 +29,6 @@ def write_config(shape: str, folder: Path) -> Path:
         bos_token_id=1, eos_token_id=2,
     ).save_pretrained(folder)  # fmt: skip
     return folder
-
-
-def make_setting(folder: Path, rule: str, work: Workload) -> Setting:
-    """Args: folder: with a config.json."""
-    described = describe_model(str(folder))
-    units = assign_roles(described.model_type, described.parameters)
-    asked = RULES[rule]
-    if asked.frozen_prefix and all(unit.role != "head" for unit in units):
-        asked = replace_rule(asked, head="freeze")  # a tied head is the embeddings, which the prefix freezes
-    plan = make_plan(units, asked, 0)
-    precision = "float32" if work.arithmetic == "float32" else "mixed"
-    network = Network(described.model_type, units, described.num_heads)
-    return Setting(rule, Budget(plan, precision, 1, 0, network=network, work=work))
-
-
-def replace_rule(rule: FreezeRule, **changes: object) -> FreezeRule:
-    return FreezeRule(**{**rule.model_dump(), **changes})
 
 
 def make_model(folder: Path, dtype: torch.dtype, attention: str | None = None, loss: str = "chunked") -> PreTrainedModel:
@@ -114,10 +44,11 @@ def make_model(folder: Path, dtype: torch.dtype, attention: str | None = None, l
 def prepared(model: PreTrainedModel, setting: Setting) -> Iterator[list[torch.nn.Parameter]]:
     """The model frozen and held as hft holds it for a setting; gives what trains, and leaves nothing behind."""
     work = setting.work
-    freeze_model(model, setting.budget.plan)
     tuner = None
     if setting.is_lora:
-        tuner = LoraModel(model, LoraConfig(r=LORA_RANK, target_modules="all-linear"), "default")
+        tuner = LoraModel(model, LoraConfig(r=LORA.rank, target_modules="all-linear"), "default")
+    else:
+        freeze_model(model, setting.budget.plan)
     for parameter in model.parameters():
         is_exact = work.arithmetic == "float32" or (work.arithmetic == "autocast" and parameter.requires_grad)
         parameter.data = parameter.data.to(torch.float32 if is_exact else torch.bfloat16)

@@ -11,22 +11,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedModel
 
+from gpu.plans import Setting, make_setting
 from gpu.record import Recorder
 from gpu.shapes import (
     DEVICE,
-    LORA_RANK,
-    Setting,
     Timer,
     autocast,
     clear_memory,
     make_model,
     make_rows,
-    make_setting,
     prepared,
     read_total_bytes,
     write_config,
 )
-from hftcli.freezing.activations import Flops, Workload
+from hftcli.freezing.activations import Workload
 from hftcli.launching.planning import list_works
 from hftcli.training.probe import compute_loss
 
@@ -62,11 +60,11 @@ def run(recorder: Recorder) -> None:
                 num_sequences = max((2 * 64 if recorder.rehearse else NUM_TOKENS) // length, 1)
                 work = Workload(num_sequences, length, attention="flash", arithmetic="autocast")
                 names = ("full", "half", "half, prefix 0.25", "LoRA")
-                settings = {rule: make_setting(folder, rule, work) for rule in names}
+                settings = {rule: make_setting(shape, rule, work) for rule in names}
                 add_equal_memory(settings)
                 if length == lengths[0]:  # as ranks under DeepSpeed compute, without its optimizer
                     exact = replace(work, arithmetic="bfloat16")
-                    settings |= {f"{rule}, bf16 weights": make_setting(folder, rule, exact) for rule in ("full", "half")}
+                    settings |= {f"{rule}, bf16 weights": make_setting(shape, rule, exact) for rule in ("full", "half")}
                 times = take_turns(model, settings, recorder.rehearse)
                 for name, setting in settings.items():
                     show(recorder, f"{shape}, {num_sequences} x {length}, {name}", name, setting, settings, times)
@@ -125,30 +123,17 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int, found
         del optimizer
 
 
-def count_flops(setting: Setting) -> Flops:
-    """For each token; LoRA passes gradients on as full fine-tuning does, and computes those of its own weights alone."""
-    _, flops = setting.budget.half_step
-    if not setting.is_lora:
-        return flops
-    units = [unit for unit in setting.budget.network.units if unit.layer is not None]
-    shapes = [parameter.shape for unit in units for parameter in unit.parameters if len(parameter.shape) == 2]
-    own = 2.0 * LORA_RANK * sum(sum(shape) for shape in shapes)
-    return replace(
-        flops, forward=flops.forward + own, activation_gradient=flops.activation_gradient + own, weight_gradient=own
-    )  # fmt: skip
-
-
 def show(
     recorder: Recorder, title: str, name: str, setting: Setting, settings: dict[str, Setting], all_times: dict[str, Times]
 ) -> None:
     """A row: medians, ratios over full fine-tuning with the same arithmetic, tokens per second, use of the card's peak."""
-    times, work, flops = all_times[name], setting.work, count_flops(setting)
+    times, work, flops = all_times[name], setting.work, setting.budget.half_step[1]
     if not times.steps:
         recorder.add(title, None, skipped=f"needs {setting.planned.total_bytes / 2**30:.1f} GiB")
         return
     step = statistics.median(times.steps)
     base_name = "full, bf16 weights" if name.endswith("bf16 weights") else "full"
-    base, base_flops = all_times[base_name], count_flops(settings[base_name])
+    base, base_flops = all_times[base_name], settings[base_name].budget.half_step[1]
     ratio, expected = None, flops.total / base_flops.total
     if base.steps:
         ratio = step / statistics.median(base.steps)

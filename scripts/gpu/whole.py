@@ -13,15 +13,14 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from gpu.plans import Setting, make_setting
 from gpu.record import Recorder
 from gpu.shapes import (
     DEVICE,
-    Setting,
     autocast,
     clear_memory,
     make_model,
     make_rows,
-    make_setting,
     prepared,
     read_total_bytes,
     write_config,
@@ -38,7 +37,7 @@ def run(recorder: Recorder) -> None:
     shape = "tiny, apart" if recorder.rehearse else "7B"
     work = Workload(1, 64 if recorder.rehearse else 2048, attention="flash", arithmetic="autocast", checkpoint_every=1)
     folder = write_config(shape, recorder.room)
-    settings = {rule: make_setting(folder, rule, work) for rule in ("half", "full")}
+    settings = {rule: make_setting(shape, rule, work) for rule in ("half", "full")}
     with recorder.measuring("planned"):
         for rule, setting in settings.items():
             planned = setting.planned

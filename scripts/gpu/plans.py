@@ -1,0 +1,76 @@
+"""Models of known shapes as their configs name them, and what `hft plan` says of them. No torch."""
+
+from dataclasses import dataclass
+
+from hftcli.freezing.activations import Adapters, Network, Workload
+from hftcli.freezing.budget import Budget, Memory
+from hftcli.freezing.roles import Parameter, assign_roles
+from hftcli.freezing.selection import FreezeRule, make_plan, narrow_plan
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, whether the head is the embeddings
+SHAPES = {
+    "135M": (576, 1536, 30, 9, 3, 49152, True),  # SmolLM2-135M
+    "1B": (2048, 8192, 16, 32, 8, 128256, True),  # Llama-3.2-1B
+    "7B": (4096, 11008, 32, 32, 32, 32000, False),  # Llama-2-7B
+    "7B, 8 layers": (4096, 11008, 8, 32, 32, 32000, False),
+    "tiny": (64, 160, 4, 4, 2, 2048, True),
+    "tiny, apart": (64, 160, 4, 4, 4, 2048, False),
+}
+RULES = {
+    "full": FreezeRule(trainable_fraction=1),
+    "half": FreezeRule(),
+    "half, prefix 0.25": FreezeRule(frozen_prefix=0.25),
+    "LoRA": FreezeRule(trainable_fraction=1, embeddings="freeze", head="freeze"),
+}
+LORA = Adapters(rank=8)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained, and its budget."""
+
+    rule: str
+    budget: Budget
+
+    @property
+    def work(self) -> Workload:
+        return self.budget.work
+
+    @property
+    def is_lora(self) -> bool:
+        return self.budget.adapters is not None
+
+    @property
+    def planned(self) -> Memory:
+        return self.budget.half
+
+
+def list_parameters(shape: str) -> list[Parameter]:
+    """The parameters of a Llama of a shape, as transformers names them."""
+    hidden, intermediate, num_layers, num_heads, num_kv_heads, vocabulary, is_tied = SHAPES[shape]
+    keys = hidden // num_heads * num_kv_heads
+    widths = {"q": (hidden, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, hidden)}
+    inner = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    found = {"model.embed_tokens": (vocabulary, hidden)}
+    for index in range(num_layers):
+        layer = f"model.layers.{index}"
+        found |= {f"{layer}.self_attn.{name}_proj": widths[name] for name in widths}
+        found |= {f"{layer}.mlp.{name}_proj": inner[name] for name in inner}
+        found |= {f"{layer}.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    found |= {"model.norm": (hidden,)}
+    if not is_tied:
+        found |= {"lm_head": (vocabulary, hidden)}
+    return [Parameter(f"{name}.weight", size) for name, size in found.items()]
+
+
+def make_setting(shape: str, rule: str, work: Workload, on_gpu: bool = True) -> Setting:
+    units = assign_roles("llama", list_parameters(shape))
+    asked = RULES[rule]
+    if asked.frozen_prefix and all(unit.role != "head" for unit in units):
+        asked = FreezeRule(**{**asked.model_dump(), "head": "freeze"})  # a tied head is the embeddings, which are in the prefix
+    plan, adapters = make_plan(units, asked, 0), None
+    if rule == "LoRA":
+        plan, adapters = narrow_plan(plan, units, None), LORA
+    precision = "float32" if work.arithmetic == "float32" else "mixed"
+    network = Network("llama", units, SHAPES[shape][3])
+    return Setting(rule, Budget(plan, precision, 1, 0, network=network, work=work, adapters=adapters, on_gpu=on_gpu))
