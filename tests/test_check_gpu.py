@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hftcli.freezing.activations import Workload
+
 ROOT = Path(__file__).parent.parent
 LETTERS = "abcdefgh"
 
@@ -45,3 +47,23 @@ def test_a_part_is_chosen_by_letters(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no step z: there are a, b, c" in done.stderr
+
+
+def test_the_plan_is_what_a_gpu_held(monkeypatch):
+    """Row by row within 5 %: the most that the allocator held on an H200, and to the byte what is held in any case."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from gpu.plans import list_cases, make_setting
+
+    steps = json.loads((ROOT / "scripts" / "gpu" / "results" / "h200.json").read_text())["steps"]
+    rows = {row["name"]: row for step in steps.values() for row in step["rows"]}
+    for case in [*list_cases("135M"), *list_cases("1B")]:
+        row, memory = rows[case.name], case.make_setting().planned
+        assert row["measured_gb"] == pytest.approx(memory.total_bytes / 1e9, rel=0.05), case.name
+        for name in ("weights", "gradients", "optimizer", "reference"):
+            assert row[f"{name}_gb"] == pytest.approx(getattr(memory, f"{name}_bytes") / 1e9, rel=1e-5), f"{case.name}: {name}"
+        if case.every is None:
+            kept = memory.activations_bytes / 1e9
+            assert row["kept_gb"] == pytest.approx(kept, rel=1e-3), case.name
+    work = Workload(1, 2048, attention="flash", arithmetic="autocast", checkpoint_every=1)
+    whole = rows["half on one card, 8 micro-batches of 2048"]["peak_gib"]
+    assert whole == pytest.approx(make_setting("7B", "half", work).planned.total_bytes / 2**30, rel=0.01)

@@ -3,13 +3,14 @@
 Weights, gradients, AdamW's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
 5): with mixed precision, a weight that trains costs 16 bytes, and each stage of ZeRO spreads one more part of them over the
 devices. A frozen weight costs only itself: no gradient, no moments and no float32 master. Activations are those of
-`activations.py`, for the micro-batch that the budget names.
+`passes.py`, for the micro-batch that the budget names.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload, count_activations
+from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload
+from hftcli.freezing.passes import count_activations
 from hftcli.freezing.selection import FreezePlan
 
 Precision = Literal["float32", "mixed"]

@@ -27,11 +27,12 @@ class HostAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], **options: Any):
-        groups = list(parameters)
-        if not groups or not isinstance(groups[0], dict):
-            groups = [{"params": groups}]
+        given = list(parameters)
+        groups = [group for group in given if isinstance(group, dict)]
+        if not groups:
+            groups = [{"params": given}]
         self.masters: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-        held = []
+        held: list[dict[str, Any]] = []
         for group in groups:
             own = list(group["params"])
             for parameter in own:
@@ -55,6 +56,7 @@ class HostAdamW(torch.optim.AdamW):
         ferry = self.ferries[parameter]
         if ferry in self.waiting:  # of the micro-batch before
             self._land(ferry)
+        assert parameter.grad is not None  # the hook runs when it has been made
         ferry.send(parameter.grad, self.stream)
         self.waiting.append(ferry)
         parameter.grad = None
@@ -77,7 +79,8 @@ class HostAdamW(torch.optim.AdamW):
         return torch.nn.utils.clip_grad_norm_(list(self.masters.values()), max_norm)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the masters, and have the device's weights be their rounding."""
         self.collect()
         super().step()
         for parameter, ferry in self.ferries.items():

@@ -8,14 +8,13 @@ keeps stands in for the allocator.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from gpu.plans import Setting, make_setting
+from gpu.plans import Case, Setting, list_cases
 from gpu.questions import write_checkpoint
 from gpu.record import Recorder
 from gpu.shapes import (
@@ -26,7 +25,6 @@ from gpu.shapes import (
     prepared,
     write_config,
 )
-from hftcli.freezing.activations import Workload
 from hftcli.freezing.budget import Memory
 from hftcli.training.loss import DPO_OUTPUTS, set_loss_kernel
 from hftcli.training.probe import SavedTensors, make_inputs
@@ -35,40 +33,16 @@ from hftcli.training.reports import measure_optimizer_bytes
 TOLERANCE = 0.05
 REHEARSAL_TOLERANCE = 0.1
 FAULT_FACTOR = 3.0
-REFERENCES = ("precompute", "shared", "full")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row: a rule, or DPO by half with a reference, with or without checkpointing."""
-
-    shape: str
-    rule: str
-    reference: str | None
-    every: int | None
-
-    @property
-    def name(self) -> str:
-        what = f"DPO half, {self.reference}" if self.reference else self.rule
-        return f"{self.shape}, {what}, {'all checkpointed' if self.every else 'none checkpointed'}"
 
 
 def run(recorder: Recorder) -> None:
-    works = {
-        "135M": Workload(4, 1024, arithmetic="autocast"),
-        "1B": Workload(2, 1024, arithmetic="autocast"),
-    }
-    if recorder.rehearse:
-        works = {"tiny": Workload(2, 64, arithmetic="autocast")}
-    for shape, work in works.items():
+    for shape in ("tiny",) if recorder.rehearse else ("135M", "1B"):
         folder = write_config(shape, recorder.room / shape)
         with recorder.measuring(f"{shape}: the model"):
             model = make_model(folder, torch.bfloat16)
             for case in list_cases(shape):
                 with recorder.measuring(case.name):
-                    setting = make_setting(shape, case.rule, replace(work, checkpoint_every=case.every))
-                    if case.reference:
-                        setting = replace(setting, budget=replace(setting.budget, reference=case.reference))
+                    setting = case.make_setting(DEVICE.type == "cuda")
                     show(recorder, case, setting, measure(model, setting, case.reference, 1 if recorder.rehearse else 3))
             del model
         clear_memory()
@@ -102,14 +76,6 @@ def run_command(recorder: Recorder, shape: str) -> None:
         measured_gb=result["peak_memory_bytes"] / 1e9, ratio=ratio, states_as_planned=states, loss_kernel=result["loss_kernel"],
         precision=result["precision"], seconds=result["seconds"], tokens=result["num_tokens"],
     )  # fmt: skip
-
-
-def list_cases(shape: str) -> Iterator[Case]:
-    for every in (None, 1):
-        for rule in ("full", "half", "half, prefix 0.25", "LoRA"):
-            yield Case(shape, rule, None, every)
-        for reference in REFERENCES:
-            yield Case(shape, "half", reference, every)
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Models of known shapes as their configs name them, and what `hft plan` says of them. No torch."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from hftcli.freezing.activations import Adapters, Network, Workload
-from hftcli.freezing.budget import Budget, Memory
+from hftcli.freezing.budget import Budget, Memory, ReferenceMode
 from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.selection import FreezeRule, make_plan, narrow_plan
 
@@ -23,6 +24,12 @@ RULES = {
     "LoRA": FreezeRule(trainable_fraction=1, embeddings="freeze", head="freeze"),
 }
 LORA = Adapters(rank=8)
+REFERENCES: tuple[ReferenceMode, ...] = ("precompute", "shared", "full")
+CASE_WORKS = {
+    "135M": Workload(4, 1024, arithmetic="autocast"),
+    "1B": Workload(2, 1024, arithmetic="autocast"),
+    "tiny": Workload(2, 64, arithmetic="autocast"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,31 @@ def make_setting(shape: str, rule: str, work: Workload, on_gpu: bool = True) -> 
     precision = "float32" if work.arithmetic == "float32" else "mixed"
     network = Network("llama", units, SHAPES[shape][3])
     return Setting(rule, Budget(plan, precision, 1, 0, network=network, work=work, adapters=adapters, on_gpu=on_gpu))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What step d measures: a rule, or DPO by half with a reference, with or without checkpointing."""
+
+    shape: str
+    rule: str
+    reference: ReferenceMode | None
+    every: int | None
+
+    @property
+    def name(self) -> str:
+        what = f"DPO half, {self.reference}" if self.reference else self.rule
+        return f"{self.shape}, {what}, {'all checkpointed' if self.every else 'none checkpointed'}"
+
+    def make_setting(self, on_gpu: bool = True) -> Setting:
+        work = replace(CASE_WORKS[self.shape], checkpoint_every=self.every)
+        setting = make_setting(self.shape, self.rule, work, on_gpu)
+        return replace(setting, budget=replace(setting.budget, reference=self.reference))
+
+
+def list_cases(shape: str) -> Iterator[Case]:
+    for every in (None, 1):
+        for rule in RULES:
+            yield Case(shape, rule, None, every)
+        for reference in REFERENCES:
+            yield Case(shape, "half", reference, every)

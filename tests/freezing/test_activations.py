@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from trl.trainer.utils import add_fused_lm_head
 
 from hftcli import PACKAGE
-from hftcli.freezing.activations import Network, Workload, count_activations
+from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import estimate_memory
+from hftcli.freezing.passes import count_activations
 from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
 from hftcli.models.checkpoint import freeze_model, halve_frozen
