@@ -50,4 +50,4 @@ lint: $(READY) ## Check style and types
 
 .PHONY: clean
 clean: ## Remove .venv and caches; runs are kept
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -6,12 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 Hft = Callable[..., subprocess.CompletedProcess]
 
 # Modules beside the tests, whose assertions then say as much as a test's.
-pytest.register_assert_rewrite("end_to_end", "models")
+pytest.register_assert_rewrite("data", "end_to_end", "freezing", "methods", "models")
+
+# The same examples in every run, and few: a gate is to be quick and to say the same twice.
+hypothesis.settings.register_profile("gate", derandomize=True, database=None, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("gate")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
