@@ -26,16 +26,6 @@ def test_plan_of_a_config_alone(hft, tmp_path, size, num_parameters, units, perc
     assert memory["half"]["optimizer_bytes"] / memory["full"]["optimizer_bytes"] == pytest.approx(found["trainable_fraction"])
 
 
-def test_plan_is_what_the_round_does(hft, settings, small, tmp_path):
-    planned = json.loads(hft("plan", "--json", *settings(small)).stdout)
-    hft("sft", "--output", tmp_path / "run", *settings(small))
-    round_ = tmp_path / "run" / "rounds" / "00-sft"
-    assert json.loads((round_ / "freeze_plan.json").read_text())["fingerprint"] == planned["fingerprint"]
-    result = json.loads((round_ / "result.json").read_text())
-    assert result["gradient_bytes"] == planned["memory"]["half"]["gradients_bytes"]
-    assert result["optimizer_bytes"] == planned["memory"]["half"]["optimizer_bytes"]
-
-
 def test_plan_shows_roles_and_memory(hft):
     shown = hft("plan").stdout
     for word in ("attention", "mlp", "norm", "embedding", "final_norm", "head", "optimizer", "full fine-tuning"):

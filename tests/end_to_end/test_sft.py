@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def test_what_the_plan_froze_is_what_the_files_keep(one_process, shared):
     end = load_file(round_.checkpoint / "model.safetensors")
     assert all(torch.equal(start[name], end[name]) for name in plan.frozen)
     assert not any(torch.equal(start[name], end[name]) for name in plan.trained)
+
+
+def test_plan_is_what_the_round_does(hft, settings, small, one_process):
+    planned = json.loads(hft("plan", "--json", *settings(small)).stdout)
+    round_ = one_process / "rounds" / "00-sft"
+    assert json.loads((round_ / "freeze_plan.json").read_text())["fingerprint"] == planned["fingerprint"]
+    result = json.loads((round_ / "result.json").read_text())
+    assert result["gradient_bytes"] == planned["memory"]["half"]["gradients_bytes"]
+    assert result["optimizer_bytes"] == planned["memory"]["half"]["optimizer_bytes"]
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3])
@@ -114,16 +124,34 @@ def test_held_out_rows_have_the_loss_that_training_on_them_starts_with(hft, sett
     assert "held-out rows" in printed
 
 
+@pytest.fixture(scope="module")
+def wide(wide_model) -> dict[str, object]:
+    """Three steps that are scored before and after."""
+    return {
+        "model.path": wide_model,
+        "train.max_steps": 3,
+        "train.logging_steps": 1,
+        "train.per_device_train_batch_size": 32,
+        "eval.tasks": "[tinyworld/skill]",
+    }
+
+
+@pytest.fixture(scope="module")
+def wide_run(hft, settings, wide, tmp_path_factory) -> Path:
+    """Of one process, which ZeRO leaves as it is at every stage."""
+    run = tmp_path_factory.mktemp("runs") / "wide"
+    hft("sft", "--output", run, *settings(wide))
+    return run
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_score_as_one_process_does(hft, settings, wide_model, tmp_path, stage):
+def test_two_ranks_score_as_one_process_does(hft, settings, wide, wide_run, tmp_path, stage):
     """Scored before and after training; ranks and batches do not divide the number of questions."""
-    short = {"model.path": wide_model, "train.max_steps": 3, "train.logging_steps": 1, "launch.zero_stage": stage}
-    runs = {number: tmp_path / str(number) for number in (1, 2)}
-    for number, run in runs.items():
-        batch = {"train.per_device_train_batch_size": 32 // number, "launch.num_processes": number}
-        hft("sft", "--output", run, *settings(short | batch | {"eval.tasks": "[tinyworld/skill]"}))
-    assert losses(runs[2]) == pytest.approx(losses(runs[1]), abs=1e-3)
-    one, two = (Round(run / "rounds" / "00-sft").read_scores() for run in runs.values())
+    two_ranks = {"launch.zero_stage": stage, "launch.num_processes": 2, "train.per_device_train_batch_size": 16}
+    run = tmp_path / "two"
+    hft("sft", "--output", run, *settings(wide | two_ranks))
+    assert losses(run) == pytest.approx(losses(wide_run), abs=1e-3)
+    one, two = (Round(path / "rounds" / "00-sft").read_scores() for path in (wide_run, run))
     for moment in ("before", "after"):
         first, second = (getattr(scores, moment)["tinyworld/skill"] for scores in (one, two))
         assert second.nll == pytest.approx(first.nll, abs=1e-3)
@@ -157,9 +185,9 @@ def test_a_run_that_starts_from_a_run_draws_another_half(hft, settings, small, o
 
 
 @pytest.mark.parametrize(("kind", "message"), [("trained", "did not move"), ("frozen", "but moved")])
-def test_verify_finds_a_tensor_that_it_should_not(hft, settings, small, tmp_path, shared, kind, message):
+def test_verify_finds_a_tensor_that_it_should_not(hft, one_process, tmp_path, shared, kind, message):
     run = tmp_path / "tampered"
-    hft("sft", "--output", run, *settings(small | {"train.max_steps": 1, "train.warmup_steps": 0}))
+    shutil.copytree(one_process, run)
     round_ = Round(run / "rounds" / "00-sft")
     name = getattr(round_.read_plan(), kind)[-1]
     file = round_.checkpoint / "model.safetensors"
@@ -185,10 +213,10 @@ def test_a_loss_that_is_not_a_number_stops_the_round(hft, settings, small, tmp_p
     assert not math.isfinite(losses(run)[-1])
 
 
-def test_a_stopped_run_starts_its_round_again(hft, settings, small, tmp_path):
+def test_a_stopped_run_starts_its_round_again(hft, settings, small, one_process, tmp_path):
     """What a crash leaves: a round without a result."""
     run = tmp_path / "crashed"
-    hft("sft", "--output", run, *settings(small))
+    shutil.copytree(one_process, run)
     whole = (run / "rounds" / "00-sft" / "checkpoint" / "model.safetensors").read_bytes()
     (run / "rounds" / "00-sft" / "result.json").unlink()
     hft("sft", "--output", run, *settings(small))
