@@ -148,6 +148,8 @@ class RoundResult(FileSection):
     """What the round computed in; bfloat16 only where `train.bf16` asks for it and the device has it."""
     loss_kernel: LossKernel = "chunked"
     """Whether the logits were kept (`plain`) or computed again."""
+    attention: str | None = None
+    """The attention kernel, as transformers names it; null in a file of an earlier hft."""
     num_steps: int
     """Optimizer steps taken."""
     train_loss: float
