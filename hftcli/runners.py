@@ -23,7 +23,7 @@ from hftcli.freezing.selection import make_plan
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
-from hftcli.launching.planning import apply_fit, choose_fit, make_budget
+from hftcli.launching.planning import apply_fit, check_offload, choose_fit, make_budget
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
 from hftcli.measuring.evaluation import Subject
@@ -107,6 +107,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         held_out=make_held_out_section(recipe),
     )
     check_reference(spec)
+    check_offload(spec)
     check_method(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
     run = Run(recipe.folder)
@@ -159,6 +160,7 @@ def prepare_continual(recipe: Recipe) -> Run:
                 temperature=temperature,
             ),
         )
+        check_offload(spec)
         check_method(spec)
         spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         specs.append(spec)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,8 @@ def test_the_plan_is_what_a_gpu_held(monkeypatch):
     work = Workload(1, 2048, attention="flash", arithmetic="autocast", checkpoint_every=1)
     whole = rows["half on one card, 8 micro-batches of 2048"]["peak_gib"]
     assert whole == pytest.approx(make_setting("7B", "half", work).planned.total_bytes / 2**30, rel=0.01)
+    exact = make_setting("7B", "half", replace(work, arithmetic="bfloat16")).budget
+    offloaded, row = replace(exact, offload=True), rows["half with the optimizer on the host, 8 micro-batches of 2048"]
+    assert row["peak_gib"] == pytest.approx(offloaded.half.total_bytes / 2**30, rel=0.01)
+    assert row["host_gib"] == pytest.approx(offloaded.host.host_bytes / 2**30, rel=1e-5)
+    assert (offloaded.half.optimizer_bytes, offloaded.host.bottleneck) == (0, "the host's update")

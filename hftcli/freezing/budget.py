@@ -19,6 +19,10 @@ ReferenceMode = Literal["precompute", "shared", "full"]
 # DeepSpeed's own sizes, in elements: the bucket that gradients are reduced from, and the most that ZeRO 3 has gathered at once.
 BUCKET_ELEMENTS, LIVE_ELEMENTS = 500_000_000, 1_000_000_000
 LIBRARY_BYTES = 2**26  # workspaces of cuBLAS and cuBLASLt on a Hopper card, and at most on older ones
+IN_FLIGHT_BYTES = 2**30  # of gradients that the device still holds while they go to the host
+# On a host of 16 cores (scripts/README.md): bytes a second over the bus, and weights a second whose gradients are added up, and
+# which are clipped and updated.
+BUS_BYTES_S, ADDED_S, UPDATED_S = 55e9, 1.9e9, 3.0e9
 SLACK_FRACTION = 0.1  # of what comes and goes within a step: rounding and holes in the allocator's blocks
 
 
@@ -59,6 +63,30 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class HostWork:
+    """What an optimizer on the host takes, for each process.
+
+    Attributes:
+        host_bytes: masters, moments, gradients, and the page-locked copies that travel.
+        down_bytes: gradients that leave the device, for each micro-batch.
+        up_bytes: weights that come back, for each step.
+        bus_s: seconds of a step for both, at the rate that was measured on one machine.
+        update_s: seconds of a step for adding gradients up, clipping and updating there.
+    """
+
+    host_bytes: int
+    down_bytes: int
+    up_bytes: int
+    bus_s: float
+    update_s: float
+
+    @property
+    def bottleneck(self) -> str:
+        """Which of the two takes longer."""
+        return "the host's update" if self.update_s > self.bus_s else "the bus"
+
+
+@dataclass(frozen=True)
 class MeasuredStep:
     """What two steps on this machine held, in one process.
 
@@ -85,6 +113,8 @@ class Budget:
         correction: measured over estimated activations, where they were measured.
         adapters: LoRA in place of the matrices that the plan trains.
         on_gpu: whether the devices are GPUs.
+        offload: what trains is kept and updated in host memory.
+        num_accumulation_steps: micro-batches of a step.
     """
 
     plan: FreezePlan
@@ -97,6 +127,26 @@ class Budget:
     correction: float = 1.0
     adapters: Adapters | None = None
     on_gpu: bool = True
+    offload: bool = False
+    num_accumulation_steps: int = 1
+
+    @property
+    def host(self) -> HostWork | None:
+        """What the host holds and does for the plan; None where it does nothing."""
+        if not self.offload:
+            return None
+        num_own = -(-self.plan.num_trainable // self.num_processes)
+        item_bytes = 4 if self.precision == "float32" else 2
+        moved = item_bytes * num_own
+        # DeepSpeed adds up on the device at stage 2 and sends sums; hft's own sends every micro-batch.
+        steps = self.num_accumulation_steps
+        return HostWork(
+            host_bytes=16 * num_own + moved,
+            down_bytes=moved,
+            up_bytes=moved,
+            bus_s=(steps + 1) * moved / BUS_BYTES_S,
+            update_s=num_own * (steps / ADDED_S + 1 / UPDATED_S),
+        )
 
     @property
     def half(self) -> Memory:
@@ -141,6 +191,8 @@ class Budget:
             zero_stage=self.zero_stage,
             reference=reference,
         )
+        if self.offload:
+            states = self._offload(states)
         if step is None:
             return states
         activations, _ = step
@@ -151,8 +203,17 @@ class Budget:
             activations_bytes=held,
             buffers_bytes=buffers,
             library_bytes=LIBRARY_BYTES * self.on_gpu,
-            spare_bytes=activations.fallback_bytes + round(SLACK_FRACTION * (held + buffers)),
+            spare_bytes=states.spare_bytes + activations.fallback_bytes + round(SLACK_FRACTION * (held + buffers)),
         )
+
+    def _offload(self, states: Memory) -> Memory:
+        """What the device keeps: no state, no master of its own, and no gradient that has left it."""
+        weights = states.weights_bytes
+        if self.precision == "mixed" and self.num_processes == 1:
+            weights = 2 * self.plan.num_parameters
+        # Those on their way come when most activations have gone.
+        travelling = min(states.gradients_bytes, IN_FLIGHT_BYTES)
+        return replace(states, weights_bytes=weights, gradients_bytes=0, optimizer_bytes=0, spare_bytes=travelling)
 
     def _estimate_communication(self, num_trainable: int) -> int:
         """DeepSpeed's buffers: at stage 0 a flat copy of gradients, from 1 on a bucket, at 3 also the gathered weights."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Arithmetic, Attention, LossKernel, Network, Workload
@@ -13,6 +13,7 @@ from hftcli.recipe.sections import TrainSection
 from hftcli.runs.records import FitReport
 from hftcli.runs.spec import RoundSpec
 
+OFFLOADED_OPTIM = ("adamw_torch", "adamw_torch_fused")
 PLAIN_BYTES = 2**30  # of float32 logits, up to which they are kept without being asked
 
 
@@ -32,9 +33,11 @@ def make_budget(
         num_processes=num_processes,
         zero_stage=source.launch.zero_stage,
         network=network,
-        work=make_workload(source, network, find_arithmetic(mixed, num_processes), has_gpu),
+        work=make_workload(source, network, find_arithmetic(mixed, num_processes, source.launch.offload), has_gpu),
         reference=source.reference,
         on_gpu=has_gpu,
+        offload=source.launch.offload == "optimizer",
+        num_accumulation_steps=-(-source.train.global_batch_size // (source.train.per_device_train_batch_size * num_processes)),
     )
 
 
@@ -69,11 +72,11 @@ def count_sequences(source: Recipe | RoundSpec) -> int:
     return 1 if source.dpo is None else 2
 
 
-def find_arithmetic(mixed: bool, num_processes: int) -> Arithmetic:
-    """How a process computes: DeepSpeed, which several processes mean, holds its weights in bfloat16."""
+def find_arithmetic(mixed: bool, num_processes: int, offload: Literal["optimizer", "none"] = "none") -> Arithmetic:
+    """How a process computes: DeepSpeed, which several processes mean, holds its weights in bfloat16, as does offloading."""
     if not mixed:
         return "float32"
-    return "autocast" if num_processes == 1 else "bfloat16"
+    return "autocast" if num_processes == 1 and offload == "none" else "bfloat16"
 
 
 def find_attention(implementation: str | None) -> Attention:
@@ -157,3 +160,23 @@ def list_checkpointing(num_layers: int) -> Iterator[int | None]:
     """
     yield None
     yield from {-(-num_layers // every): every for every in range(num_layers, 0, -1)}.values()
+
+
+def check_offload(spec: RoundSpec) -> None:
+    """Raises: InputError: the launch cannot have its optimizer on the host."""
+    if spec.launch.offload == "none":
+        return
+    if spec.launch.num_ranks > 1 and spec.launch.zero_stage < 2:
+        raise InputError(
+            f"launch.offload: optimizer with {spec.launch.num_ranks} processes needs launch.zero_stage 2 or 3, and it is "
+            f"{spec.launch.zero_stage}",
+            "set launch.zero_stage: 2",
+        )
+    if names := [name for name in spec.method.names if name != "replay"]:
+        raise InputError(
+            f"method.{names[0]} works on gradients and weights on the device, and launch.offload keeps them on the host",
+            "set launch.offload: none, or defend what was learned with method.replay",
+        )
+    optim = spec.train.extra.get("optim", OFFLOADED_OPTIM[0])
+    if optim not in OFFLOADED_OPTIM:
+        raise InputError(f"train.optim: {optim} does not run on the host", "drop it, or set launch.offload: none")

@@ -1,7 +1,7 @@
 """A model from a checkpoint to a checkpoint: load, freeze, gather, save."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -142,10 +142,16 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def gather_weights(model: PreTrainedModel, sharded: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, whole, on the CPU: float32 masters where there are any. All ranks must walk through it together."""
+def gather_weights(
+    model: PreTrainedModel, sharded: bool, masters: Mapping[torch.nn.Parameter, torch.nn.Parameter]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter, whole, on the CPU: float32 masters where there are any. All ranks must walk through it together.
+
+    Args:
+        masters: those in host memory.
+    """
     for name, parameter in model.named_parameters():
-        yield name, read_master(parameter, sharded).detach().to("cpu", copy=True)
+        yield name, read_master(masters.get(parameter, parameter), sharded).detach().to("cpu", copy=True)
 
 
 def read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:

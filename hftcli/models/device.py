@@ -36,6 +36,11 @@ def is_mixed(spec: RoundSpec) -> bool:
     return spec.train.bf16 and has_bfloat16()
 
 
+def is_offloaded(spec: RoundSpec) -> bool:
+    """Whether hft itself keeps what trains in host memory; DeepSpeed does it by its own means."""
+    return spec.launch.offload == "optimizer" and not is_sharded(spec)
+
+
 def is_sharded(spec: RoundSpec) -> bool:
     """Whether DeepSpeed holds the model."""
     return spec.launch.num_ranks > 1

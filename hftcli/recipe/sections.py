@@ -32,9 +32,9 @@ class ModelSection(Section):
     model."""
 
     attn_implementation: str | None = None
-    """Attention kernel, as transformers names it; null lets transformers choose, which is `sdpa`. Packed rows on a GPU go fastest
-    with one that knows where a document ends: `flash_attention_2`, where the package is, or `flex_attention`, which ships with
-    torch and is compiled at the first step."""
+    """Attention kernel, as transformers names it; null lets transformers choose, which is `sdpa`. Packed rows on a GPU are
+    faster with one that knows where a document ends: `flash_attention_2`, where the package is, or `flex_attention`, which
+    ships with torch and is compiled at the first step."""
 
 
 class DataSection(Section):
@@ -235,6 +235,11 @@ class LaunchSection(Section):
     """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights. 0
     shards nothing, and is for float32 only."""
 
+    offload: Literal["optimizer", "none"] = "none"
+    """`optimizer` keeps float32 masters, moments and summed gradients of what trains in host memory, and updates them there, so
+    that the device holds the weights and what a micro-batch takes. One process does it by itself, several at `zero_stage` 2 and
+    3 by DeepSpeed's means. `hft plan` says what the host then holds, and how long it takes."""
+
     timeout_minutes: Annotated[float, Field(gt=0)] | None = 60.0
     """Minutes without any progress of the worker after which it counts as hung and is ended; null waits for ever. A download of
     the model does not count."""
@@ -250,13 +255,16 @@ class LaunchSection(Section):
         return math.prod(self.shape)
 
     @property
-    def split(self) -> dict[str, int | None]:
+    def split(self) -> dict[str, int | str | None]:
         """How a resolved launch splits the work.
 
         Nothing else of it changes the result: not where the ranks are, nor how they are reached.
         """
         stage = self.zero_stage if self.num_ranks > 1 else None
-        return {"launch.num_processes x launch.num_nodes": self.num_ranks, "launch.zero_stage": stage}
+        found: dict[str, int | str | None] = {
+            "launch.num_processes x launch.num_nodes": self.num_ranks, "launch.zero_stage": stage,
+        }  # fmt: skip
+        return found | ({"launch.offload": self.offload} if self.offload != "none" else {})
 
 
 class CheckpointSection(Section):

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hftcli.freezing.activations import Activations, Flops
-from hftcli.freezing.budget import Budget, MeasuredStep, Memory
+from hftcli.freezing.budget import Budget, HostWork, MeasuredStep, Memory
 from hftcli.freezing.selection import FreezePlan
 from hftcli.reporting.terminal import format_bytes, print_json
 
@@ -37,6 +37,8 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         soft_wrap=True,
     )
     console.print(_make_memory_table(budget))
+    if (host := budget.host) is not None:
+        console.print(_describe_host(host), highlight=False, soft_wrap=True)
     if budget.half_step is None:
         console.print(
             f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.",
@@ -50,7 +52,7 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
 
 def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) -> dict[str, Any]:
     """The plan as JSON has it: bytes per device, FLOPs per token."""
-    plan = budget.plan
+    plan, host = budget.plan, budget.host
     return {
         "num_parameters": plan.num_parameters,
         "num_trainable": plan.num_trainable,
@@ -67,6 +69,7 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
             "half": _memory_parts(budget.half),
             "full": _memory_parts(budget.full),
         },
+        "host": host and {**asdict(host), "bottleneck": host.bottleneck},
         "flops_per_token": {
             "half": _flops_parts(budget.half_step) or None,
             "full": _flops_parts(budget.full_step) or None,
@@ -95,6 +98,15 @@ def _make_memory_table(budget: Budget) -> Table:
         if full:  # there may be no reference
             memory.add_row(MEMORY_ROWS[name], format_bytes(half), format_bytes(full), f"{half / full:.3f}")
     return memory
+
+
+def _describe_host(host: HostWork) -> str:
+    down, up = format_bytes(host.down_bytes), format_bytes(host.up_bytes)
+    return (
+        f"On the host, for each process: {format_bytes(host.host_bytes)}. A micro-batch sends {down} of gradients there, and a "
+        f"step brings {up} of weights back. By the rates of one host with 16 cores, a step takes {host.bus_s:.2f} s on the bus "
+        f"and {host.update_s:.2f} s on the host besides the passes: {host.bottleneck} bounds it."
+    )
 
 
 def name_checkpointed(every: int | None) -> str:

@@ -168,6 +168,9 @@ class RoundResult(FileSection):
     """Bytes of gradients on rank 0 in a step; 0 where DeepSpeed keeps them to itself."""
     optimizer_bytes: int
     """Bytes of optimizer state on rank 0."""
+    host_bytes: int = 0
+    """Bytes of masters, gradients, moments and copies that hft kept in host memory, with `launch.offload`, the optimizer state
+    counted again; 0 where DeepSpeed keeps them."""
     updates: dict[str, float]
     """Largest absolute change of each trained parameter, in float32."""
     verification: Verification

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
 from hftcli.errors import InputError, TrainingError
+from hftcli.training.offload import HostAdamW, Masters
 
 INTERNALS = {
     "transformers.Trainer": {
@@ -32,6 +34,8 @@ INTERNALS = {
         "_total_loss_scalar": "the mean loss would be that of the last start",
         "_globalstep_last_logged": "the first loss after a stop would be averaged over other steps",
         "_initial_global_step": "the mean loss would be that of the last start",
+        "_clip_grad_norm": "gradients in host memory would not be clipped",
+        "_get_grad_norm": "the norm of gradients in host memory would be logged as 0",
         "_set_signature_columns_if_needed": "the pairs' places would be dropped from the batches",
         "_signature_columns": "the pairs' places would be dropped from the batches",
     },
@@ -63,11 +67,42 @@ class ResumableTrainer(Trainer):
     """
 
     saving_seconds = 0.0
+    masters: Masters
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, on the host where the masters are there."""
+        optimizer = super().create_optimizer(model)
+        if self.masters and not isinstance(optimizer, HostAdamW):
+            options = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            groups = [{key: group[key] for key in ("params", *options)} for group in optimizer.param_groups if group["params"]]
+            self.optimizer = optimizer = HostAdamW(groups, self.masters, **options)
+        return optimizer
+
+    @property
+    def host_optimizer(self) -> HostAdamW | None:
+        """The optimizer on the host, below what accelerate puts around it."""
+        inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        return inner if isinstance(inner, HostAdamW) else None
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        if (optimizer := self.host_optimizer) is not None:
+            return optimizer.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> Any:
+        if grad_norm is None and (optimizer := self.host_optimizer) is not None:
+            return optimizer.clip(float("inf"))
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _list_trained(self) -> dict[str, torch.Tensor]:
+        """What trains, by name: masters where there are any."""
+        found = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        return {name: self.masters.get(value, value) for name, value in found.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What trains; the rest is the start's. DeepSpeed writes files of its own."""
         if not self.is_deepspeed_enabled:
-            weights = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+            weights = {name: value.detach() for name, value in self._list_trained().items()}
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / WEIGHTS_NAME)
@@ -133,12 +168,14 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_NAME)
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        trained = self._list_trained()
         if weights.keys() != trained.keys():
             raise InputError(f"{resume_from_checkpoint} holds the trained half of another plan")
         with torch.no_grad():
             for name, value in trained.items():
                 value.copy_(weights[name])
+            for parameter, master in self.masters.items():
+                parameter.copy_(master)
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
         outcome = super()._finalize_training(*args)

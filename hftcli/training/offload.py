@@ -12,7 +12,24 @@ from typing import Any
 
 import torch
 
-IN_FLIGHT_BYTES = 2**30  # of gradients that the device still holds while they are copied
+from hftcli.freezing.budget import IN_FLIGHT_BYTES
+
+Masters = dict[torch.nn.Parameter, torch.nn.Parameter]
+
+
+def copy_master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A parameter's values in float32, in host memory."""
+    return torch.nn.Parameter(parameter.detach().to("cpu", torch.float32, copy=True))
+
+
+def make_masters(model: torch.nn.Module, dtype: torch.dtype) -> Masters:
+    """Take what trains to a data type for the device, after a copy of it that loses nothing."""
+    masters = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            masters[parameter] = copy_master(parameter)
+            parameter.data = parameter.data.to(dtype)
+    return masters
 
 
 class HostAdamW(torch.optim.AdamW):
@@ -20,25 +37,30 @@ class HostAdamW(torch.optim.AdamW):
 
     Args:
         parameters: what trains, in any floating-point type; or groups of it, as torch's optimizers take them.
+        masters: what `make_masters` gave, where the parameters are its rounding; by default they are copied.
         options: those of torch's AdamW.
 
     Attributes:
         masters: the float32 weights by the parameter that is their rounding.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], **options: Any):
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]], masters: Masters | None = None,
+        **options: Any,
+    ):  # fmt: skip
         given = list(parameters)
         groups = [group for group in given if isinstance(group, dict)]
         if not groups:
             groups = [{"params": given}]
-        self.masters: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+        self.masters: Masters = {} if masters is None else masters
         held: list[dict[str, Any]] = []
         for group in groups:
             own = list(group["params"])
             for parameter in own:
-                self.masters[parameter] = torch.nn.Parameter(parameter.detach().to("cpu", torch.float32, copy=True))
+                if parameter not in self.masters:
+                    self.masters[parameter] = copy_master(parameter)
             held.append({**group, "params": [self.masters[parameter] for parameter in own]})
-        super().__init__(held, fused=True, **options)
+        super().__init__(held, **{**options, "fused": True})
         first = next(iter(self.masters))
         self.stream = torch.cuda.Stream(first.device) if first.is_cuda else None
         self.ferries = {parameter: _Ferry(parameter, master) for parameter, master in self.masters.items()}
@@ -80,9 +102,10 @@ class HostAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the masters, and have the device's weights be their rounding."""
+        """Update the masters, have the device's weights be their rounding, and forget the gradients."""
         self.collect()
         super().step()
+        self.zero_grad()  # the trainer's own reaches the device alone
         for parameter, ferry in self.ferries.items():
             ferry.bring(parameter, self.stream)
         if self.stream is not None:

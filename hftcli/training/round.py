@@ -21,7 +21,7 @@ from hftcli.measuring.asking import hold_out, tokenize_task
 from hftcli.methods import make_methods
 from hftcli.models.checkpoint import gather_weights, load_model, save_checkpoint, save_delta
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer, make_start_key, read_start_dtype
-from hftcli.models.device import is_mixed, is_sharded
+from hftcli.models.device import is_mixed, is_offloaded, is_sharded
 from hftcli.models.proof import measure_updates, verify_checkpoint
 from hftcli.runs.files import write_model
 from hftcli.runs.records import Checksums, DataReport, FitReport, RoundResult, StepSaves, Verification
@@ -30,6 +30,7 @@ from hftcli.runs.scores import HELD_OUT, PairScores, Scores
 from hftcli.runs.seals import list_files, seal_files
 from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import load_task
+from hftcli.training.offload import make_masters
 from hftcli.training.references import SharedReference, describe_reference, make_reference
 from hftcli.training.reports import (
     Clock,
@@ -163,7 +164,8 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
             attempt.reporter.report("referencing", done, total)
 
         reference = make_reference(spec, start, rows.report.key, mixed, is_first, show)
-    return Loaded(args, model, second, reference, fingerprints, origin, step)
+        masters = make_masters(model, torch.bfloat16 if mixed else torch.float32) if is_offloaded(spec) else {}
+    return Loaded(args, model, second, reference, fingerprints, origin, step, masters)
 
 
 def gather_fingerprints(plan: FreezePlan, num_ranks: int) -> tuple[str, ...]:
@@ -217,11 +219,14 @@ def make_trainer(
     callbacks, loss_kernel = [callback, keeper], task.spec.train.loss_kernel
     assert loss_kernel is not None  # chosen with the budget
     if task.spec.objective == "sft":
-        return TaskTrainer(loaded.model, loaded.args, rows.train, task.tokenizer, callbacks, task.methods, loss_kernel)
+        sft = TaskTrainer(loaded.model, loaded.args, rows.train, task.tokenizer, callbacks, task.methods, loss_kernel)
+        sft.masters = loaded.masters
+        return sft
     trainer = PairTrainer(
         loaded.model, loaded.args, rows.train, task.tokenizer, callbacks, task.methods, loss_kernel,
         loaded.reference, loaded.second,
     )  # fmt: skip
+    trainer.masters = loaded.masters
     if isinstance(loaded.reference, SharedReference):
         loaded.reference.remember(loaded.model)  # before a step checkpoint is laid in
     return trainer
@@ -239,7 +244,7 @@ def save(attempt: Attempt, task: Assignment, loaded: Loaded, trained: Trained) -
             method.finish(trainer, round_)
         dtype = read_start_dtype(spec.model, start)
         updates, weights = {}, {}
-        for name, values in gather_weights(trainer.model, is_sharded(spec)):
+        for name, values in gather_weights(trainer.model, is_sharded(spec), loaded.masters):
             if is_first:
                 weights[name] = values
         if is_first:
@@ -291,6 +296,7 @@ def make_result(
         peak_memory_bytes=measure_peak_memory(),
         gradient_bytes=trained.callback.gradient_bytes,
         optimizer_bytes=measure_optimizer_bytes(trainer.optimizer),
+        host_bytes=trainer.host_optimizer.host_bytes if trainer.host_optimizer else 0,
         updates=saved.updates,
         verification=verification,
         data=rows.report,

@@ -14,6 +14,7 @@ from hftcli.methods.method import Method
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
+from hftcli.training.offload import Masters
 from hftcli.training.references import Reference
 from hftcli.training.reports import Clock, Reporter
 from hftcli.training.steps import Origin
@@ -74,6 +75,7 @@ class Loaded:
     Attributes:
         second: the second model that preference optimization may refer to.
         step: the step checkpoint to go on from; None where the round begins.
+        masters: what trains, in host memory, with `launch.offload`.
     """
 
     args: SFTConfig | DPOConfig
@@ -83,6 +85,7 @@ class Loaded:
     fingerprints: tuple[str, ...]
     origin: Origin
     step: Path | None
+    masters: Masters
 
 
 @dataclass(frozen=True)

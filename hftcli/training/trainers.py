@@ -125,16 +125,25 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": is_mixed(spec)},
-        "zero_optimization": {"stage": spec.launch.zero_stage},
+        "zero_optimization": {"stage": spec.launch.zero_stage, **make_offloading(spec)},
+        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
     }
+
+
+def make_offloading(spec: RoundSpec) -> dict[str, Any]:
+    """DeepSpeed's setting for an optimizer in host memory."""
+    if spec.launch.offload == "none":
+        return {}
+    return {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
 
 
 class MethodTrainer(ResumableTrainer):
     """To stand before one of TRL's trainers among a class's bases: methods, with a hand on its loss and its gradients."""
 
     def __init__(self, methods: list[Method], args: SFTConfig | DPOConfig, **kwargs: Any):
+        self.masters = {}
         for method in methods:
             method.set_arguments(args)
         self.methods = methods
