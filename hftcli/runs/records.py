@@ -140,6 +140,8 @@ class StepSaves(Section):
 class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
+    version: Version = 2
+    """Version of the file's form. The first has no `attention` and no `host_bytes`."""
     fingerprint: str
     """Of the freeze plan."""
     rank_fingerprints: tuple[str, ...]

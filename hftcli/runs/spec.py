@@ -7,7 +7,7 @@ from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.recipe import Objective
-from hftcli.recipe.section import FileSection, Section
+from hftcli.recipe.section import FileSection, Section, Version
 from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 
 
@@ -38,6 +38,8 @@ class Scoring(Section):
 class RoundSpec(FileSection):
     """One training pass: one objective, one dataset, one starting checkpoint, one freeze rule."""
 
+    version: Version = 2
+    """Version of the file's form. The first has no `launch.offload`."""
     objective: Objective
     """What is optimized."""
     index: int

@@ -39,6 +39,9 @@ INTERNALS = {
         "_set_signature_columns_if_needed": "the pairs' places would be dropped from the batches",
         "_signature_columns": "the pairs' places would be dropped from the batches",
     },
+    "transformers.PreTrainedConfig": {
+        "_attn_implementation": "a round's result would not name the attention kernel",
+    },
     "trl.SFTTrainer": {
         "_metrics": "what is averaged between two rows of metrics.jsonl would be lost in a stop",
         "_total_train_tokens": "a round's tokens would be counted from the last start",
@@ -79,6 +82,11 @@ class ResumableTrainer(Trainer):
         return optimizer
 
     @property
+    def attention(self) -> str:
+        """The attention kernel, as transformers names it."""
+        return str(self.model.config._attn_implementation)
+
+    @property
     def host_optimizer(self) -> HostAdamW | None:
         """The optimizer on the host, below what accelerate puts around it."""
         inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
@@ -94,7 +102,7 @@ class ResumableTrainer(Trainer):
             return optimizer.clip(float("inf"))
         return super()._get_grad_norm(model, grad_norm)
 
-    def _list_trained(self) -> dict[str, torch.Tensor]:
+    def list_trained(self) -> dict[str, torch.Tensor]:
         """What trains, by name: masters where there are any."""
         found = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         return {name: self.masters.get(value, value) for name, value in found.items()}
@@ -102,7 +110,7 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What trains; the rest is the start's. DeepSpeed writes files of its own."""
         if not self.is_deepspeed_enabled:
-            weights = {name: value.detach() for name, value in self._list_trained().items()}
+            weights = {name: value.detach() for name, value in self.list_trained().items()}
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / WEIGHTS_NAME)
@@ -168,7 +176,7 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_NAME)
-        trained = self._list_trained()
+        trained = self.list_trained()
         if weights.keys() != trained.keys():
             raise InputError(f"{resume_from_checkpoint} holds the trained half of another plan")
         with torch.no_grad():

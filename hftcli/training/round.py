@@ -284,7 +284,7 @@ def make_result(
         rank_fingerprints=loaded.fingerprints,
         precision="bfloat16" if is_mixed(spec) else "float32",
         loss_kernel=spec.train.loss_kernel,
-        attention=trainer.model.config._attn_implementation,
+        attention=trainer.attention,
         num_steps=trainer.state.global_step,
         train_loss=trained.outcome.training_loss,
         num_tokens=trainer.num_tokens,

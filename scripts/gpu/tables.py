@@ -67,9 +67,10 @@ def list_whole(rows: dict[str, dict[str, Any]]) -> Iterator[Row]:
     for row in rows.values():
         if "tokens_per_s" in row:
             what, _, rest = row["name"].partition(", ")
+            held = on_host if "host_gib" in row else planned["half"]
             yield (
                 what, rest.split()[0], f"{row['step_s']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['peak_gib']:.1f}",
-                f"{on_host if 'host_gib' in row else planned['half']:.1f}", f"{row['host_gib']:.1f}" if "host_gib" in row else "",
+                f"{held:.1f}", f"{row['host_gib']:.1f}" if "host_gib" in row else "",
             )  # fmt: skip
     yield "full on one card", "", "", "", "", f"{planned[FULL]:.1f}", ""
 

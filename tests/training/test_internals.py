@@ -17,6 +17,7 @@ from hftcli.training import internals
 
 OWNERS = {
     "transformers.Trainer": transformers.Trainer,
+    "transformers.PreTrainedConfig": transformers.PreTrainedConfig,
     "trl.SFTTrainer": trl.SFTTrainer,
     "trl.DPOTrainer": trl.DPOTrainer,
     "deepspeed.ops": deepspeed.ops,
