@@ -128,6 +128,19 @@ def test_functions_fit_on_a_page():
                 assert num_lines <= MAX_FUNCTION_LINES, f"{path.relative_to(ROOT)}: {node.name} has {num_lines} lines"
 
 
+def test_tests_stand_in_the_rooms_folders_and_import_no_other_test():
+    """What tests share is in modules that are none; `test_*.py` moves and divides freely."""
+    tests = ROOT / "tests"
+    folders = {path.parent.relative_to(tests).parts[0] for path in tests.rglob("*/test_*.py")}
+    assert folders - {"end_to_end", "gpu"} <= set(FLOORS)
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                parts = {part for module in modules for part in module.split(".")}
+                assert not any(part.startswith("test_") for part in parts), f"{path.relative_to(ROOT)} imports {modules[0]}"
+
+
 def test_the_readme_fits_on_a_few_screens():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
 
