@@ -110,7 +110,9 @@ class TaskMetrics(Section):
     bwt: float | None
     """Gain since its own round; null for the last task, which nothing followed."""
     forgetting: float | None
-    """Loss since its best; null for the last task."""
+    """Loss since its best from its own round on; null for the last task."""
+    loss_from_peak: float | None
+    """Loss since the best that was ever measured of it; null for the last task."""
     fwt: float | None
     """Gain over the base model just before its own round; null for the first task, which nothing preceded."""
 
@@ -132,8 +134,11 @@ class ForgettingMetrics(Section):
     bwt_clipped: float | None
     """Losses alone, sum over i < T of min(R[T][i] - R[i][i], 0), divided by T. As TreeLoRA reports it; never above 0."""
     forgetting: float | None
-    """Loss since the best: mean over i < T of max over t < T of R[t][i], less R[T][i]. Chaudhry et al. 2018, equation 3. Rows
-    from the task's own round on are needed; earlier ones, the base model's too, count where they were measured."""
+    """Loss since the best: mean over i < T of max over i <= t < T of R[t][i], less R[T][i]. Chaudhry et al. 2018, equation 3,
+    from a task's own round on, so that cells measured before it change nothing. The base model never counts."""
+    loss_from_peak: float | None
+    """Mean over i < T of the best score ever measured of task i, less R[T][i]. The base model and the rounds before a task's
+    own count where they were measured, so that what pretraining gave can be lost too."""
     fwt: float | None
     """Forward transfer: mean over i > 1 of R[i-1][i] - R[0][i]. Lopez-Paz and Ranzato 2017."""
     plasticity: float | None
@@ -160,6 +165,7 @@ def compute_metrics(tasks: Sequence[str], rows: Sequence[Row], lower_is_better: 
         bwt_over_t=None if bwt is None else math.fsum(changes) / len(parts),
         bwt_clipped=None if bwt is None else math.fsum(min(change, 0.0) for change in changes) / len(parts),
         forgetting=_mean(part.forgetting for part in parts[:-1]),
+        loss_from_peak=_mean(part.loss_from_peak for part in parts[:-1]),
         fwt=_mean(part.fwt for part in parts[1:]),
         plasticity=_mean(part.learned for part in parts),
         per_task=per_task,
@@ -175,15 +181,17 @@ def _measure_task(index: int, num_tasks: int, rows: Sequence[Row], lower_is_bett
             return None
         return before - after if lower_is_better else after - before
 
-    since, measured = column[own_round:-1], [score for score in column[:-1] if score is not None]
-    best = None
-    if since and None not in since:
-        best = min(measured) if lower_is_better else max(measured)
+    since = [score for score in column[own_round:-1] if score is not None]
+    best = peak = None
+    if since and None not in column[own_round:-1]:
+        choose = min if lower_is_better else max
+        best, peak = choose(since), choose(score for score in column[:-1] if score is not None)
     return TaskMetrics(
         learned=column[own_round],
         final=final,
         bwt=gain(column[own_round], final) if own_round < num_tasks else None,
         forgetting=gain(final, best),
+        loss_from_peak=gain(final, peak),
         fwt=gain(column[0], column[own_round - 1]) if own_round > 1 else None,
     )
 

@@ -49,11 +49,15 @@ def test_metrics_by_hand():
     assert (last.bwt, last.forgetting, last.fwt) == (None, None, pytest.approx(0.05))
 
 
-def test_what_the_base_model_knew_can_be_forgotten():
-    rows = ((0.9, 0.0), (0.6, 0.0), (0.5, 0.8))
-    assert compute_metrics(("a", "b"), rows).forgetting == pytest.approx(0.4)
-    unmeasured = ((None, 0.0), *rows[1:])
-    assert compute_metrics(("a", "b"), unmeasured).forgetting == pytest.approx(0.1)
+def test_forgetting_does_not_depend_on_what_was_measured_before():
+    """Chaudhry et al. never count the model before training; what it knew is in the loss from the peak."""
+    rows = ((0.9, 0.2, 0.1), (0.5, 0.3, 0.1), (0.4, 0.8, 0.2), (0.3, 0.6, 0.7))
+    found = compute_metrics(("a", "b", "c"), rows)
+    assert found.forgetting == pytest.approx(((0.5 - 0.3) + (0.8 - 0.6)) / 2)
+    assert found.loss_from_peak == pytest.approx(((0.9 - 0.3) + (0.8 - 0.6)) / 2)
+    unmeasured = compute_metrics(("a", "b", "c"), ((None, None, None), (0.5, None, None), *rows[2:]))
+    assert unmeasured.forgetting == found.forgetting
+    assert unmeasured.loss_from_peak == pytest.approx(((0.5 - 0.3) + (0.8 - 0.6)) / 2)
 
 
 def test_for_likelihoods_lower_is_better():
@@ -106,14 +110,16 @@ def test_metrics_equal_the_formulas_in_numpy(num_tasks, lower_is_better):
     assert found.bwt == pytest.approx(change[:-1].mean())
     assert found.bwt_over_t == pytest.approx(change.mean())
     assert found.bwt_clipped == pytest.approx(np.minimum(change, 0).mean())
-    assert found.forgetting == pytest.approx((R[:-1].max(axis=0) - R[-1])[:-1].mean())
+    since = [R[i + 1 : -1, i].max() for i in range(num_tasks - 1)]
+    assert found.forgetting == pytest.approx((since - R[-1][:-1]).mean())
+    assert found.loss_from_peak == pytest.approx((R[:-1].max(axis=0) - R[-1])[:-1].mean())
     assert found.fwt == pytest.approx((np.diagonal(R) - R[0])[1:].mean())
     assert found.op == pytest.approx(np.mean(rows[-1]))
     assert found.plasticity == pytest.approx(abs(learned.mean()))
 
 
 def test_a_missing_value_gives_none_and_never_another_number():
-    """Whichever value is blanked, a metric keeps its number or has none; forgetting alone takes what was scored before."""
+    """Whichever value is blanked, a metric keeps its number or has none; the loss from the peak alone takes earlier scores."""
     rows, tasks = make_rows(4, seed=0), name_tasks(4)
     whole = compute_metrics(tasks, rows).model_dump(exclude={"per_task"})
     num_lost = dict.fromkeys(whole, 0)
@@ -122,12 +128,12 @@ def test_a_missing_value_gives_none_and_never_another_number():
             holed = [[None if (row, column) == (t, i) else rows[row][column] for column in range(4)] for row in range(5)]
             for name, value in compute_metrics(tasks, holed).model_dump(exclude={"per_task"}).items():
                 num_lost[name] += value is None
-                if name == "forgetting" and t <= i:
+                if name == "loss_from_peak" and t <= i:
                     assert value <= whole[name]
                 else:
                     assert value in (None, whole[name])
     assert num_lost == {
-        "op": 4, "bwt": 6, "bwt_over_t": 6, "bwt_clipped": 6, "forgetting": 9, "fwt": 6, "plasticity": 4,
+        "op": 4, "bwt": 6, "bwt_over_t": 6, "bwt_clipped": 6, "forgetting": 9, "loss_from_peak": 9, "fwt": 6, "plasticity": 4,
     }  # fmt: skip
 
 
