@@ -79,7 +79,7 @@ def test_likelihoods_are_scores_the_other_way_round(rows: Rows):
 
 @given(matrices(holes=False), st.data())
 def test_cells_before_a_task_s_own_round_count_only_where_they_are_asked_for(rows: Rows, data: st.DataObject):
-    """Blanked, they leave all but the two that look back: the loss from the peak, which may fall, and forward transfer, of two rows."""
+    """Blanked, they leave all but the two that look back: the loss from the peak, which may fall, and forward transfer."""
     places = [(t, i) for i in range(len(rows[0])) for t in range(i + 1)]
     gone = data.draw(st.sets(st.sampled_from(places)))
     whole, holed = (
