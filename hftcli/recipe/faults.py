@@ -1,43 +1,23 @@
 """What is wrong with a recipe, a line for each fault: where it stands, what was got, and the key that was probably meant."""
 
-import ast
 import difflib
-import importlib.util
-from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hftcli.recipe.methods import SEQUENCE_METHODS
 from hftcli.recipe.recipe import Objective, Recipe
-from hftcli.recipe.section import open_section
+from hftcli.recipe.section import list_kinds, open_section
 from hftcli.recipe.sections import DpoSection, TrainSection
-from hftcli.recipe.source import RecipeFile
+from hftcli.recipe.source import RecipeFile, holds_secret
+from hftcli.recipe.trainer_keys import DPO_ONLY, GONE, SFT_ONLY, SHARED, Fate, Ours, Passed, Refused
 
-# Names that are gone from transformers or TRL, or that hft derives, with what to use instead.
-REPLACED_KEYS = {
-    "max_seq_length": "data.max_length",
-    "max_length": "data.max_length",
-    "max_prompt_length": "data.max_length",
-    "warmup_ratio": "train.warmup_steps (below 1 it is a share of all steps)",
-    "gradient_accumulation_steps": "train.global_batch_size (accumulation is derived from it)",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "gradient_checkpointing_kwargs": "train.activation_checkpointing_kwargs",
-    "output_dir": "output",
-    "overwrite_output_dir": "another output",
-    "deepspeed": "launch.zero_stage",
-    "model_init_kwargs": "the keys of model",
-    "fp16": "train.bf16",
-    "precompute_ref_log_probs": "reference: precompute",
-    "save_steps": "checkpoint.save_steps",
-    "save_total_limit": "checkpoint.keep",
+# Sections that also take fields of the trainers, each with hft's own fields and the trainers'.
+OPEN_SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Fate]]] = {
+    "train": (TrainSection, {**SHARED, **SFT_ONLY}),
+    "dpo": (DpoSection, DPO_ONLY),
 }
-# Fields of the trainers that would have no effect, because hft does that work or sets them itself.
-OWN_KEYS = {
-    "dataset_kwargs", "dataset_num_proc", "ddp_backend", "disable_tqdm", "eval_packing", "eval_steps", "eval_strategy",
-    "load_best_model_at_end", "logging_nan_inf_filter", "pad_token", "padding_free", "precompute_ref_batch_size", "push_to_hub",
-    "resume_from_checkpoint", "save_strategy", "truncation_mode", "trust_remote_code", "use_cpu",
-}  # fmt: skip
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
     "sft": ("dpo", "reference", "data.drop_identical", "data.root", "continual"),
@@ -87,7 +67,82 @@ def _section_fields(keys: tuple) -> list[str]:
     return list(model.model_fields)
 
 
-def check_foreign_keys(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterable[str]:
+def check_secrets(values: dict, source: RecipeFile, keys: tuple = ()) -> Iterator[str]:
+    """What nobody else may read: a recipe is written into its run."""
+    for key, value in values.items():
+        place, name = source.place((*keys, key)), ".".join((*keys, key))
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            yield from check_secrets(value, source, (*keys, key))
+        elif value is not None and any(holds_secret(key, item) for item in items):
+            yield (
+                f"{place}: {name} holds a secret, and a recipe is written into its run: put it into the environment (HF_TOKEN, "
+                "WANDB_API_KEY, ...), or log in with the service's own command"
+            )
+
+
+def check_booleans(values: dict, source: RecipeFile, model: type[BaseModel] = Recipe, keys: tuple = ()) -> Iterator[str]:
+    """Pydantic reads `true` as the number 1."""
+    for key, value in values.items():
+        if key not in model.model_fields:
+            continue
+        annotation = model.model_fields[key].annotation
+        section, place = open_section(annotation), (*keys, key)
+        if section and isinstance(value, dict):
+            yield from check_booleans(value, source, section, place)
+        elif is_misplaced_boolean(value, annotation):
+            yield f"{source.place(place)}: {'.'.join(place)}: input should be a number, got {value}"
+
+
+def is_misplaced_boolean(value: Any, annotation: Any) -> bool:
+    kinds = list_kinds(annotation)
+    return isinstance(value, bool) and bool({int, float} & kinds) and bool not in kinds
+
+
+def type_trainer_keys(values: dict, source: RecipeFile) -> Iterator[str]:
+    """Give the trainers' fields the types that the trainers take, in place; what does not fit is a fault."""
+    for section, (model, fates) in OPEN_SECTIONS.items():
+        given = values.get(section)
+        for key, value in given.items() if isinstance(given, dict) else ():
+            fate = fates.get(key)
+            if key in model.model_fields or not isinstance(fate, Passed):
+                continue
+            name, place = f"{section}.{key}", source.place((section, key))
+            if is_misplaced_boolean(value, fate.kind):
+                yield f"{place}: {name}: input should be a number, got {value}"
+                continue
+            try:
+                given[key] = TypeAdapter(fate.kind).validate_python(value)
+            except ValidationError as error:
+                reasons = " or ".join(dict.fromkeys(fault["msg"][0].lower() + fault["msg"][1:] for fault in error.errors()))
+                yield f"{place}: {name}: {reasons}, got {value!r}"
+
+
+def check_trainer_keys(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Keys that are not hft's own must be fields of the objective's trainer that hft passes on, each in its section."""
+    fates = {"train": {**SHARED, **SFT_ONLY}} if objective != "dpo" else {"train": SHARED, "dpo": DPO_ONLY}
+    for section, known in fates.items():
+        given = getattr(recipe, section)
+        for key in given.extra if given else ():
+            home = next((place for place in (section, *fates) if key in fates[place]), None)
+            fate = fates[home][key] if home else SFT_ONLY.get(key)
+            place, name = source.place((section, key)), f"{section}.{key}"
+            if isinstance(fate, Refused):
+                yield f"{place}: {name} is not taken: {fate.reason}" + (f": use {fate.instead}" if fate.instead else "")
+            elif key in GONE:
+                yield f"{place}: {name} is not a key of hft: use {GONE[key]}"
+            elif isinstance(fate, Ours):
+                yield f"{place}: {name} is not a key of hft: use {fate.key}"
+            elif fate is None:
+                taken = [field for field, found in known.items() if isinstance(found, Passed)]
+                yield _describe_unknown_key(place, (section, key), [*OPEN_SECTIONS[section][0].model_fields, *taken])
+            elif home is None:
+                yield f"{place}: {name} would have no effect under `hft {objective}`: drop it"
+            elif home != section:
+                yield f"{place}: {name} is not a key of hft: use {home}.{key}"
+
+
+def check_foreign_keys(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Settings of the other objective."""
     for key in FOREIGN_KEYS[objective]:
         section: Any = recipe
@@ -98,32 +153,7 @@ def check_foreign_keys(recipe: Recipe, objective: Objective, source: RecipeFile)
             yield f"{source.place(tuple(key.split('.')))}: {key} would have no effect under `hft {objective}`: drop it"
 
 
-def check_trainer_keys(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterable[str]:
-    """Keys that are not hft's own must be fields of the trainer's arguments, each in its section."""
-    known = _find_trainer_keys(objective)
-    for section, fields in known.items():
-        given = getattr(recipe, section)
-        for key in given.model_extra if given else ():
-            place, name = source.place((section, key)), f"{section}.{key}"
-            elsewhere = [other for other in known if key in known[other]]
-            if key in REPLACED_KEYS:
-                yield f"{place}: {name} is not a key of hft: use {REPLACED_KEYS[key]}"
-            elif key in OWN_KEYS:
-                yield f"{place}: {name} would have no effect: hft sets it itself or does that work"
-            elif not elsewhere:
-                yield _describe_unknown_key(place, (section, key), fields)
-            elif key not in fields:
-                yield f"{place}: {name} is not a key of hft: use {elsewhere[0]}.{key}"
-    if recipe.dpo and recipe.dpo.extra.get("sync_ref_model") and recipe.reference != "full":
-        yield f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model: set reference: full"
-    if recipe.dpo and recipe.dpo.extra.get("sync_ref_model") and recipe.checkpoint.is_on:
-        yield (
-            f"{source.place(('dpo', 'sync_ref_model'))}: dpo.sync_ref_model moves a second model, which step checkpoints do "
-            "not hold: set checkpoint.save_every_minutes: null and no checkpoint.save_steps"
-        )
-
-
-def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterable[str]:
+def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Methods that would have no effect without earlier tasks."""
     for name in recipe.method.names:
         if name in SEQUENCE_METHODS and objective != "continual":
@@ -133,7 +163,7 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
             )
 
 
-def check_fit(recipe: Recipe, source: RecipeFile) -> Iterable[str]:
+def check_fit(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """Settings of the fit that would have no effect."""
     if recipe.train.fit is None and recipe.train.memory_bytes is not None:
         yield f"{source.place(('train', 'memory_bytes'))}: train.memory_bytes would have no effect: set train.fit: auto"
@@ -143,28 +173,3 @@ def check_fit(recipe: Recipe, source: RecipeFile) -> Iterable[str]:
     for name in set(recipe.method.names) - {"replay"}:
         if recipe.train.fit == "auto":
             yield f"{source.place(('train', 'fit'))}: train.fit does not count what method.{name} holds: drop one of the two"
-
-
-def _find_trainer_keys(objective: Objective) -> dict[str, list[str]]:
-    """By section, hft's keys and then the trainer's."""
-    train = [*TrainSection.model_fields, *read_fields(*SHARED_ARGUMENTS)]
-    if objective != "dpo":
-        return {"train": [*train, *read_fields(SFT_ARGUMENTS)]}
-    return {"train": train, "dpo": [*DpoSection.model_fields, *(read_fields(DPO_ARGUMENTS) - set(train))]}
-
-
-SHARED_ARGUMENTS = ("transformers/training_args.py", "trl/trainer/base_config.py")
-SFT_ARGUMENTS, DPO_ARGUMENTS = "trl/trainer/sft_config.py", "trl/trainer/dpo_config.py"
-
-
-@cache
-def read_fields(*files: str) -> frozenset[str]:
-    """The fields of a trainer's arguments, read from the installed sources: importing them would import torch."""
-    fields = set()
-    for file in files:
-        package, _, path = file.partition("/")
-        source = Path(importlib.util.find_spec(package).origin).parent / path
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                fields |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
-    return frozenset(fields) - REPLACED_KEYS.keys()

@@ -13,49 +13,88 @@ from pydantic import ValidationError
 
 from hftcli import PACKAGE
 from hftcli.errors import RecipeError
-from hftcli.recipe.faults import check_fit, check_foreign_keys, check_methods, check_trainer_keys, describe_fault
+from hftcli.recipe.effects import check_effects
+from hftcli.recipe.faults import (
+    check_booleans,
+    check_fit,
+    check_foreign_keys,
+    check_methods,
+    check_secrets,
+    check_trainer_keys,
+    describe_fault,
+    type_trainer_keys,
+)
 from hftcli.recipe.recipe import Objective, Recipe
-from hftcli.recipe.sections import ContinualSection, DpoSection
-from hftcli.recipe.source import RecipeFile, apply_override
+from hftcli.recipe.section import open_nulls
+from hftcli.recipe.sections import QUICK_START, ContinualSection, DpoSection
+from hftcli.recipe.source import RecipeDumper, RecipeFile, apply_override
 
 QUICK_START_RECIPES: dict[Objective, str] = {"sft": "tinyworld", "dpo": "tinyworld-dpo", "continual": "tinyworld-continual"}
 
 
-def load_recipe(path: Path | str | None, overrides: Iterable[str] = (), objective: Objective | None = None) -> Recipe:
+def load_recipe(
+    path: Path | str | None, overrides: Iterable[str] = (), objective: Objective | None = None, needs_rows: bool = True
+) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: a YAML file, the name of a recipe that ships with hft, or None for the quick start.
+        path: a YAML file, the name of a recipe that ships with hft, or None: then it is the quick start, as long as no
+            override names a model or rows; with one, it is the schema's defaults.
         overrides: `key.path=value` strings; the value is YAML.
         objective: what the recipe is for; None takes what its sections say.
+        needs_rows: False where nothing is asked of the rows, which may then be missing.
 
     Raises:
         RecipeError: naming every fault at once.
         NewerFile: a newer hft wrote it.
     """
-    path = find_recipe(path, objective or "sft")
-    source = RecipeFile(path)
+    overrides = tuple(overrides)
+    found = find_base(path, overrides, objective or "sft")
+    source = RecipeFile(found)
     values = source.values
     for override in overrides:
         apply_override(values, override, source)
+    values = open_nulls(values, Recipe)
+    faults = [*check_secrets(values, source), *check_booleans(values, source), *type_trainer_keys(values, source)]
     try:
-        recipe = Recipe.model_validate(values, context=path)
+        recipe = Recipe.model_validate({"model": {}, **values}, context=found)
     except ValidationError as error:
-        raise RecipeError("\n".join(describe_fault(fault, source) for fault in error.errors())) from None
+        faults += [describe_fault(fault, source) for fault in error.errors()]
+        raise RecipeError("\n".join(faults)) from None
     objective = objective or recipe.objective
-    faults = []
-    if objective != "continual" and recipe.data.path is None:
+    if objective != "continual" and recipe.data.path is None and needs_rows:
         faults.append(f"{source.place(('data',))}: data.path is missing")
     faults += [*check_foreign_keys(recipe, objective, source), *check_trainer_keys(recipe, objective, source)]
     faults += [*check_methods(recipe, objective, source), *check_fit(recipe, source)]
+    if not faults:  # what is not of its type has no effect to speak of
+        faults += check_effects(recipe, objective, source)
     if faults:
         raise RecipeError("\n".join(faults))
-    return _resolve(recipe, objective, path)
+    return _resolve(recipe, objective, found.stem if found else objective)
 
 
-def _resolve(recipe: Recipe, objective: Objective, path: Path) -> Recipe:
-    """Fill in what follows from the objective and the file."""
-    found: dict[str, Any] = {"output": recipe.output or f"runs/{path.stem}"}
+def find_base(path: Path | str | None, overrides: Iterable[str], objective: Objective) -> Path | None:
+    """The file that a recipe begins with; None where it begins with nothing but the schema's defaults.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if path is None and any(_names_work(override) for override in overrides):
+        return None
+    return find_recipe(path, objective)
+
+
+def _names_work(override: str) -> bool:
+    """Whether it gives a model, or rows that are not the quick start's."""
+    key, _, value = override.partition("=")
+    if key == "continual.tasks":
+        return QUICK_START not in value
+    return key in ("model.path", "data.path", "data.root", "model", "data")
+
+
+def _resolve(recipe: Recipe, objective: Objective, name: str) -> Recipe:
+    """Fill in what follows from the objective and the recipe's name."""
+    found: dict[str, Any] = {"output": recipe.output or f"runs/{name}"}
     if objective == "continual":
         found["continual"] = recipe.continual or ContinualSection()
     if objective == "dpo":
@@ -65,7 +104,7 @@ def _resolve(recipe: Recipe, objective: Objective, path: Path) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` reads it back as the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 def list_recipes() -> list[Path]:

@@ -49,3 +49,22 @@ def open_section(annotation: Any) -> type[BaseModel] | None:
     """The section that a field holds, be it an optional one; None where it holds a value."""
     kinds = get_args(annotation) or (annotation,)
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def list_kinds(annotation: Any) -> set[Any]:
+    """The plain types of which a field takes a value, however they are combined."""
+    parts = get_args(annotation)
+    return set().union(*map(list_kinds, parts)) if parts else {annotation} if isinstance(annotation, type) else set()
+
+
+def open_nulls(values: Any, model: type[BaseModel]) -> Any:
+    """What was written of a section, with empty sections where a null stands for one that is always there."""
+    if not isinstance(values, dict):
+        return values
+    opened = {}
+    for name, value in values.items():
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        section = open_section(annotation)
+        is_section = isinstance(annotation, type)
+        opened[name] = open_nulls({} if value is None and is_section else value, section) if section else value
+    return opened

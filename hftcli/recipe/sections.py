@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from hftcli.freezing.activations import LossKernel
@@ -11,6 +11,11 @@ from hftcli.recipe.section import Section
 
 QUICK_START = "tinyworld"  # the model and data that ship with the package
 
+# transformers' names, but for those that follow an evaluation within the training.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -64,6 +69,19 @@ class DataSection(Section):
     kept: they teach nothing."""
 
 
+def _refuse_no_steps(value: int) -> int:
+    if value == 0 or value < -1:
+        raise ValueError("give the number of steps, or -1 for as many as train.num_train_epochs makes")
+    return value
+
+
+def _refuse_feedback(value: Any) -> Any:
+    """These schedules follow a loss on other rows, which hft does not measure while it trains."""
+    if value in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(f"{value} follows an evaluation within the training, and hft evaluates before and after it")
+    return value
+
+
 class OpenSection(Section):
     """A section that takes more than the fields it names: those of a trainer's settings."""
 
@@ -84,17 +102,17 @@ class TrainSection(OpenSection):
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data."""
 
-    max_steps: int = -1
+    max_steps: Annotated[int, AfterValidator(_refuse_no_steps)] = -1
     """Optimizer steps; overrides `num_train_epochs` when positive."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate of AdamW."""
 
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: Annotated[Literal[SCHEDULES], BeforeValidator(_refuse_feedback)] = "linear"
     """Schedule after warm-up, by transformers' names."""
 
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03
-    """Steps of linear warm-up; below 1, a share of all steps."""
+    """Steps of linear warm-up; below 1, a share of all steps, which never takes the only one."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, on what trains only."""

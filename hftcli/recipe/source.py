@@ -1,28 +1,73 @@
 """A recipe as it was written: the YAML file with the line of every key, and `--set key=value` laid over it."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from hftcli.errors import RecipeError
 
+SECRET_NAME = re.compile(r"(?i)(hub|hf|api|auth|access|wandb)_?(token|key)|password|secret")
+SECRET_VALUE = re.compile(r"(?i)\bhf_[a-z0-9]{16,}|(token|api_key|secret|password)=[^\s,]")
+# Keys that say more about what a path holds, and that go when `--set` gives another path.
+PATH_KEYS = {
+    ("data", "path"): ("name", "split"),
+    ("eval", "held_out", "path"): ("name", "split"),
+}
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Reads scalars by the core schema of YAML 1.2: 1e-8 is a number, and 8:00:00, 010 or 2024-01-01 nothing of another kind
+    than they look like."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+
+    def construct_number(self, node: yaml.ScalarNode) -> int:
+        text = node.value.lower()
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Writes in quotes what `RecipeLoader` would take for something else than text."""
+
+    yaml_implicit_resolvers = RecipeLoader.yaml_implicit_resolvers
+
+
+for tag, pattern, first in (
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("bool", r"true|True|TRUE|false|False|FALSE", tuple("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", tuple("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+     tuple("-+.0123456789")),
+):  # fmt: skip
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"), first)
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", RecipeLoader.construct_number)
+
 
 class RecipeFile:
-    """A YAML file with the line of every key, so that a fault can name its place."""
+    """A YAML file with the line of every key, so that a fault can name its place.
 
-    def __init__(self, path: Path):
+    Args:
+        path: None is a file with nothing in it.
+    """
+
+    def __init__(self, path: Path | None):
         self.path = path
         self.origins: dict[tuple, str] = {}
+        self.values: dict[str, Any] = {}
+        if path is None:
+            return
         try:
-            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else f"{path}"
             raise RecipeError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise RecipeError(f"{path}:1: a recipe is a mapping of sections, got a {node.tag.rpartition(':')[2]}")
-        self.values: dict[str, Any] = self._read_node(node, ()) if node else {}
+        if node:
+            self.values = self._read_node(node, ())
 
     def _read_node(self, node: yaml.Node, keys: tuple) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -35,29 +80,44 @@ class RecipeFile:
                 self.origins[key] = f"{self.path}:{key_node.start_mark.line + 1}"
                 values[key_node.value] = self._read_node(value_node, key)
             return values
-        return yaml.SafeLoader("").construct_object(node, deep=True)
+        return RecipeLoader("").construct_object(node, deep=True)
 
     def place(self, keys: tuple) -> str:
         """Where a key was given: the longest part of its path that stands somewhere."""
         for length in range(len(keys), 0, -1):
             if keys[:length] in self.origins:
                 return self.origins[keys[:length]]
-        return str(self.path)
+        return str(self.path) if self.path else "no recipe, and no --set"
 
 
 def apply_override(values: dict, override: str, source: RecipeFile) -> None:
-    place = f"--set {override}"
+    """Lay `key.path=value` over the values; a section that is null is opened.
+
+    Raises:
+        RecipeError: it has another form, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
+    place = f"--set {key}=..." if holds_secret(key, text) else f"--set {override}"
     if not equals or not all(key.split(".")):
         raise RecipeError(f"{place}: expected key=value, such as train.learning_rate=1e-5")
     keys = tuple(key.split("."))
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, RecipeLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{place}: the value is not YAML: {getattr(error, 'problem', None) or error}") from None
     for depth, part in enumerate(keys[:-1], start=1):
-        if not isinstance(values.setdefault(part, {}), dict):
+        if values.get(part) is None:
+            values[part] = {}
+        if not isinstance(values[part], dict):
             raise RecipeError(f"{place}: {'.'.join(keys[:depth])} is a value, not a section")
         values = values[part]
+    for other in PATH_KEYS.get(keys, ()):
+        if not source.place((*keys[:-1], other)).startswith("--set "):
+            values.pop(other, None)
     values[keys[-1]] = value
     source.origins[keys] = place
+
+
+def holds_secret(key: str, value: Any) -> bool:
+    """Whether a key is called, or a value looks, like what nobody else may read."""
+    return bool(SECRET_NAME.search(key) or (isinstance(value, str) and SECRET_VALUE.search(value)))

@@ -88,7 +88,9 @@ def test_gone_and_derived_keys_name_their_successor(tmp_path, key, use):
 
 
 def test_a_setting_without_effect_is_refused(tmp_path):
-    assert "train.eval_steps would have no effect" in fail(tmp_path, GOOD + "train: {eval_steps: 10}\n")
+    assert "train.eval_steps is not taken: hft evaluates before and after a round" in fail(
+        tmp_path, GOOD + "train: {eval_steps: 10}\n"
+    )
     assert "train.save_steps is not a key of hft: use checkpoint.save" in fail(tmp_path, GOOD + "train: {save_steps: 1}\n")
 
 
@@ -97,7 +99,7 @@ def test_a_setting_without_effect_is_refused(tmp_path):
     [
         ("model: {path: m\n", "my.yaml:2:1: not YAML"),
         ("- a\n- b\n", "my.yaml:1: a recipe is a mapping of sections, got a seq"),
-        ("", "model is missing"),
+        ("", "model.path is missing"),
         ("model: {path: m}\nmodel: {path: n}\n", "my.yaml:2: key 'model' is given twice, first at"),
         (GOOD + "modle: 1\n", "unknown key 'modle' (did you mean 'model'?)"),
         (GOOD + "train: 3\n", "my.yaml:3: train"),

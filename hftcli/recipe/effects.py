@@ -1,0 +1,182 @@
+"""Settings of the trainers that act only beside others, and losses of preferences that do not go together.
+
+A setting that would have no effect is refused: its user would take the result for what it is not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from hftcli.recipe.recipe import Objective, Recipe
+from hftcli.recipe.sections import SCHEDULES, LossType
+from hftcli.recipe.source import RecipeFile
+from hftcli.recipe.trainer_keys import ADAMS, LIONS, OPTIMIZER_ARGUMENTS, OPTIMIZERS
+
+# What a trainer's field is where it is not given; of the others no condition asks.
+DEFAULTS = {
+    "train.optim": "adamw_torch_fused", "train.loss_type": "nll", "train.report_to": "none",
+    "train.dataloader_num_workers": 0, "dpo.f_divergence_type": "reverse_kl", "dpo.sync_ref_model": False,
+    "dpo.use_weighting": False,
+}  # fmt: skip
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+# The losses on the difference of two rewards: the others have no other divergence (TRL's DPOTrainer).
+DIVERGING = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+SORTING = ("aot", "aot_unpaired")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A setting that acts beside certain values of another only.
+
+    Attributes:
+        values: of the other; where it is a list, one of them must be among it.
+    """
+
+    key: str
+    other: str
+    values: tuple
+
+
+CONDITIONS = (
+    Condition("train.warmup_steps", "train.lr_scheduler_type", tuple(name for name in SCHEDULES if name != "constant")),
+    Condition(
+        "train.lr_scheduler_kwargs",
+        "train.lr_scheduler_type",
+        tuple(name for name in SCHEDULES if name not in ("linear", "constant", "constant_with_warmup")),
+    ),
+    Condition("train.optim_args", "train.optim", tuple(name for name in OPTIMIZERS if OPTIMIZER_ARGUMENTS[name])),
+    Condition("train.adam_beta1", "train.optim", (*ADAMS, *LIONS)),
+    Condition("train.adam_beta2", "train.optim", (*ADAMS, *LIONS)),
+    Condition("train.adam_epsilon", "train.optim", tuple(ADAMS)),
+    Condition("train.label_smoothing_factor", "train.loss_type", ("nll",)),
+    Condition("train.run_name", "train.report_to", ("wandb", "mlflow", "comet_ml", "trackio", "swanlab")),
+    *(
+        Condition(f"train.{key}", "train.report_to", ("trackio",))
+        for key in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+    ),
+    Condition("dpo.beta", "dpo.loss_type", tuple(name for name in get_args(LossType) if name != "sft")),
+    Condition("dpo.label_smoothing", "dpo.loss_type", SMOOTHED),
+    Condition("dpo.f_alpha_divergence_coef", "dpo.f_divergence_type", ("alpha_divergence",)),
+    Condition("dpo.discopop_tau", "dpo.loss_type", ("discopop",)),
+    Condition("dpo.ref_model_mixup_alpha", "dpo.sync_ref_model", (True,)),
+    Condition("dpo.ref_model_sync_steps", "dpo.sync_ref_model", (True,)),
+)
+# Settings of the processes that make batches beside the training.
+OF_WORKERS = tuple(
+    f"train.dataloader_{name}" for name in ("persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+)
+
+
+def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Settings of the trainers that would have no effect beside others."""
+    for condition in CONDITIONS:
+        if not is_given(recipe, condition.key):
+            continue
+        found = find_value(recipe, condition.other)
+        if not set(condition.values) & set(found if isinstance(found, tuple | list) else [found]):
+            allowed = " or ".join("true" if value is True else str(value) for value in condition.values)
+            yield (
+                f"{_place(condition.key, source)}: {condition.key} would have no effect beside {condition.other} "
+                f"{_show(found)}: drop it, or set {condition.other} to {allowed}"
+            )
+    for key in OF_WORKERS:
+        if is_given(recipe, key) and not find_value(recipe, "train.dataloader_num_workers"):
+            yield (
+                f"{_place(key, source)}: {key} would have no effect without processes that make the batches: drop it, or set "
+                "train.dataloader_num_workers to 1 or more"
+            )
+    yield from _check_optimizer_arguments(recipe, source)
+    yield from _check_checkpointing(recipe, source)
+    if objective == "dpo":
+        yield from _check_losses(recipe, source)
+        if is_given(recipe, "train.label_smoothing_factor"):
+            place = _place("train.label_smoothing_factor", source)
+            yield f"{place}: train.label_smoothing_factor would have no effect under `hft dpo`: use dpo.label_smoothing"
+        if find_value(recipe, "train.train_sampling_strategy") == "group_by_length":
+            place = _place("train.train_sampling_strategy", source)
+            yield f"{place}: train.train_sampling_strategy: group_by_length looks for the rows' input_ids, and pairs have none"
+
+
+def is_given(recipe: Recipe, key: str) -> bool:
+    """Whether a setting asks for something that would not be where nothing is said; a number of 0 asks for nothing."""
+    section_name, _, name = key.partition(".")
+    section: Any = getattr(recipe, section_name)
+    if section is None:
+        return False
+    field = type(section).model_fields.get(name)
+    value = getattr(section, name) if field else section.extra.get(name)
+    is_zero = value == 0 and not isinstance(value, bool)
+    return not is_zero and value != (field.default if field else None)
+
+
+def find_value(recipe: Recipe, key: str) -> Any:
+    """A setting's value, or what it is where it is not given."""
+    section_name, _, name = key.partition(".")
+    section: Any = getattr(recipe, section_name)
+    values = section.model_dump() if section else {}
+    return values[name] if name in values else DEFAULTS.get(key)
+
+
+def _check_optimizer_arguments(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Arguments that the optimizer does not take, which transformers passes over."""
+    optimizer, key = find_value(recipe, "train.optim"), "train.optim_args"
+    known = OPTIMIZER_ARGUMENTS[optimizer]
+    for given in (recipe.train.extra.get("optim_args") or "").replace(" ", "").split(",") if known else ():
+        name, equals, _ = given.partition("=")
+        if not equals or name not in known:
+            yield f"{_place(key, source)}: {key}: {given!r} is none of {optimizer}'s: give NAME=VALUE of {', '.join(known)}"
+
+
+def _check_checkpointing(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    key, train = "train.activation_checkpointing_kwargs", recipe.train
+    if is_given(recipe, key) and not train.activation_checkpointing and train.fit is None:
+        yield (
+            f"{_place(key, source)}: {key} would have no effect beside train.activation_checkpointing false: drop it, or set "
+            "train.activation_checkpointing to true"
+        )
+    if (train.extra.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+        yield (
+            f"{_place(key, source)}: {key}.use_reentrant is true: reentrant checkpoints leave layers above frozen ones without "
+            "a gradient: drop it"
+        )
+
+
+def _check_losses(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Losses of pairs that do not go together: TRL says so only when the model is there."""
+    losses = find_value(recipe, "dpo.loss_type") or "sigmoid"
+    losses = (losses,) if isinstance(losses, str) else losses
+    weights, divergence = find_value(recipe, "dpo.loss_weights"), find_value(recipe, "dpo.f_divergence_type")
+    if weights is not None and len(weights) != len(losses):
+        yield (
+            f"{_place('dpo.loss_weights', source)}: dpo.loss_weights has {len(weights)} values for {len(losses)} losses: give "
+            "one for each"
+        )
+    if "exo_pair" in losses and not find_value(recipe, "dpo.label_smoothing"):
+        yield (
+            f"{_place('dpo.loss_type', source)}: dpo.loss_type exo_pair is not defined at dpo.label_smoothing 0: set it, as "
+            "its paper does, to 1e-3"
+        )
+    if find_value(recipe, "dpo.use_weighting") and set(losses) & set(SORTING):
+        yield f"{_place('dpo.use_weighting', source)}: dpo.use_weighting weighs pairs, and {' and '.join(SORTING)} part them"
+    if divergence != "reverse_kl" and (others := set(losses) - set(DIVERGING)):
+        yield (
+            f"{_place('dpo.f_divergence_type', source)}: dpo.f_divergence_type {divergence} is not defined for the loss "
+            f"{', '.join(sorted(others))}: take losses of {', '.join(DIVERGING)}"
+        )
+    if find_value(recipe, "dpo.sync_ref_model"):
+        place = _place("dpo.sync_ref_model", source)
+        if recipe.reference != "full":
+            yield f"{place}: dpo.sync_ref_model moves a second model: set reference: full"
+        if recipe.checkpoint.is_on:
+            yield (
+                f"{place}: dpo.sync_ref_model moves a second model, which step checkpoints do not hold: set "
+                "checkpoint.save_every_minutes: null and no checkpoint.save_steps"
+            )
+
+
+def _place(key: str, source: RecipeFile) -> str:
+    return source.place(tuple(key.split(".")))
+
+
+def _show(found: Any) -> str:
+    return ", ".join(map(str, found)) if isinstance(found, tuple | list) else str(found).lower()

@@ -1,0 +1,74 @@
+"""A setting that would have no effect beside others is refused, and says beside which it has one."""
+
+import pytest
+
+from hftcli.errors import RecipeError
+from hftcli.recipe.effects import CONDITIONS
+from hftcli.recipe.loading import load_recipe
+
+BASE = ("model.path=m", "data.path=d.jsonl")
+
+
+def fail(objective: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, [*BASE, *overrides], objective)
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides", "expected"),
+    [
+        ("sft", ["train.lr_scheduler_type=constant", "train.warmup_steps=5"], "train.warmup_steps would have no effect beside"),
+        ("sft", ["train.lr_scheduler_kwargs={num_cycles: 2}"], "train.lr_scheduler_kwargs would have no effect beside"),
+        ("sft", ["train.optim=sgd", "train.adam_beta2=0.95"], "train.adam_beta2 would have no effect beside train.optim sgd"),
+        ("sft", ["train.optim_args=momentum=0.9"], "beside train.optim adamw_torch_fused: drop it, or set train.optim to"),
+        ("sft", ["train.optim=sgd", "train.optim_args=momentun=0.9"], "'momentun=0.9' is none of sgd's"),
+        ("sft", ["train.loss_type=dft", "train.label_smoothing_factor=0.1"], "beside train.loss_type dft: drop it"),
+        ("sft", ["train.activation_checkpointing_kwargs={every_n_layers: 2}"], "beside train.activation_checkpointing false"),
+        ("sft", ["train.run_name=x"], "beside train.report_to none"),
+        ("sft", ["train.report_to=tensorboard", "train.run_name=x"], "beside train.report_to tensorboard"),
+        ("sft", ["train.dataloader_prefetch_factor=2"], "set train.dataloader_num_workers to 1 or more"),
+        ("sft", ["train.dataloader_in_order=false"], "set train.dataloader_num_workers to 1 or more"),
+        ("dpo", ["train.label_smoothing_factor=0.1"], "train.label_smoothing_factor would have no effect under `hft dpo`"),
+        ("dpo", ["train.train_sampling_strategy=group_by_length"], "group_by_length looks for the rows' input_ids"),
+        (
+            "dpo",
+            ["dpo.label_smoothing=0.1"],
+            "beside dpo.loss_type sigmoid: drop it, or set dpo.loss_type to robust or exo_pair",
+        ),
+        ("dpo", ["dpo.loss_type=[sigmoid, hinge]", "dpo.label_smoothing=0.1"], "beside dpo.loss_type sigmoid, hinge"),
+        ("dpo", ["dpo.loss_type=sft", "dpo.beta=0.5"], "dpo.beta would have no effect beside dpo.loss_type sft"),
+        ("dpo", ["dpo.loss_type=exo_pair"], "not defined at dpo.label_smoothing 0"),
+        ("dpo", ["dpo.loss_weights=[1, 2]"], "dpo.loss_weights has 2 values for 1 losses"),
+        ("dpo", ["dpo.loss_type=aot", "dpo.use_weighting=true"], "dpo.use_weighting weighs pairs"),
+        ("dpo", ["dpo.loss_type=nca_pair", "dpo.f_divergence_type=forward_kl"], "is not defined for the loss nca_pair"),
+        ("dpo", ["dpo.f_alpha_divergence_coef=0.2"], "beside dpo.f_divergence_type reverse_kl"),
+        ("dpo", ["dpo.discopop_tau=0.2"], "beside dpo.loss_type sigmoid"),
+        ("dpo", ["dpo.ref_model_sync_steps=5"], "beside dpo.sync_ref_model false"),
+        ("dpo", ["dpo.sync_ref_model=true"], "moves a second model: set reference: full"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(objective, overrides, expected):
+    assert expected in fail(objective, *overrides)
+
+
+def test_with_what_it_needs_it_is_taken():
+    for overrides in (
+        ["train.lr_scheduler_type=cosine_with_restarts", "train.lr_scheduler_kwargs={num_cycles: 2}"],
+        ["train.lr_scheduler_type=constant", "train.warmup_steps=0"],
+        ["train.optim=sgd", "train.optim_args=momentum=0.9, nesterov=true"],
+        ["train.activation_checkpointing=true", "train.activation_checkpointing_kwargs={every_n_layers: 2}"],
+        ["train.dataloader_num_workers=1", "train.dataloader_prefetch_factor=2"],
+    ):
+        load_recipe(None, [*BASE, *overrides])
+    for overrides in (
+        ["dpo.loss_type=[sigmoid, robust]", "dpo.label_smoothing=0.1", "dpo.loss_weights=[1, 0.5]"],
+        ["dpo.loss_type=exo_pair", "dpo.label_smoothing=1e-3"],
+    ):
+        load_recipe(None, [*BASE, *overrides], "dpo")
+
+
+def test_every_condition_names_keys_that_exist():
+    for condition in CONDITIONS:
+        assert {condition.key.partition(".")[0], condition.other.partition(".")[0]} <= {"train", "dpo"}
+        assert condition.values
