@@ -267,7 +267,7 @@ SFT_ONLY: dict[str, Fate] = {
                          "model.chat_template, or the tokenizer's own eos_token"),
     "max_length": Ours("data.max_length"),
     "truncation_mode": Refused(f"{_TOKENS}, and are cut at the end"),
-    "shuffle_dataset": Refused("the rows are shuffled in every epoch", "train.train_sampling_strategy: sequential to stop that"),
+    "shuffle_dataset": Refused("the rows are shuffled in every epoch", "train.train_sampling_strategy: sequential, else"),
     "packing": Ours("train.packing"),
     "packing_strategy": Refused("hft packs whole rows, and attention never crosses their borders", "train.packing"),
     "padding_free": Refused("it goes with packing only", "train.packing"),

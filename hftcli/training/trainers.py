@@ -17,6 +17,7 @@ from hftcli.freezing.activations import LossKernel
 from hftcli.methods.method import Method
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.runs.spec import RoundSpec
+from hftcli.training.dealing import DealingTrainer
 from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
 from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits
 from hftcli.training.references import Reference
@@ -139,7 +140,7 @@ def make_offloading(spec: RoundSpec) -> dict[str, Any]:
     return {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
 
 
-class MethodTrainer(ResumableTrainer):
+class MethodTrainer(DealingTrainer, ResumableTrainer):
     """To stand before one of TRL's trainers among a class's bases: methods, with a hand on its loss and its gradients."""
 
     def __init__(self, methods: list[Method], args: SFTConfig | DPOConfig, **kwargs: Any):
