@@ -33,6 +33,7 @@ from hftcli.recipe.sections import QUICK_START, DataSection, LaunchSection
 from hftcli.reporting.figures import draw_matrix
 from hftcli.reporting.page import write_page
 from hftcli.runs.files import write_model
+from hftcli.runs.history import read_history
 from hftcli.runs.records import Manifest, RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring
@@ -299,7 +300,8 @@ def resolve_start(path: str) -> Start:
         if not config.is_file():
             raise ModelError(f"model.path {path} has no config.json", "give a Hugging Face folder or a finished run")
         check_family(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"))
-        return Start(str(folder.resolve()))
+        history, place = read_history(folder), str(folder.resolve())
+        return Start(place, history.num_rounds, place if history.rounds else None)
     if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", path):
         raise ModelError(f"model.path {path}: no such folder", "give a folder, a finished run, or a hub id (owner/name)")
     return Start(path)

@@ -41,10 +41,8 @@ def plan(
     from hftcli.reporting.plans import print_plan
 
     if model is not None:
-        # What the quick start sets for its tiny model does not suit another one.
-        plain = ["train.bf16=true", "launch.num_processes=null"] if recipe is None else []
-        overrides = [f"model.path={json.dumps(model)}", *plain, *(overrides or ())]
-    resolved = read_recipe(recipe, overrides, num_processes=num_processes)
+        overrides = [f"model.path={json.dumps(model)}", *(overrides or ())]
+    resolved = read_recipe(recipe, overrides, num_processes=num_processes, needs_rows=False)
     start = runners.resolve_start(resolved.model.path)
     described = describe_model(start.path)
     budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
@@ -142,7 +140,8 @@ def doctor(
     from hftcli.reporting.terminal import print_findings
 
     is_run_given = recipe or overrides or hostfile or num_processes
-    resolved = read_recipe(recipe, overrides, output, num_processes, Place(hostfile)) if is_run_given else None
+    place = Place(hostfile)
+    resolved = read_recipe(recipe, overrides, output, num_processes, place, needs_rows=False) if is_run_given else None
     findings = _examine(resolved, is_model_given=recipe is not None)
     print_findings(findings, as_json)
     if any(finding.status == "fault" for finding in findings):

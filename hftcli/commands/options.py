@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +55,19 @@ def read_recipe(
     num_processes: int | None = None,
     place: Place = HERE,
     objective: "Objective | None" = None,
+    needs_rows: bool = True,
 ) -> "Recipe":
-    """The recipe with what the command line overrides; without one, the quick start of the objective."""
-    from hftcli.recipe.loading import load_recipe
+    """The recipe with what the command line overrides; without one, the quick start of the objective, or the defaults."""
+    from hftcli.recipe.loading import describe_defaults, find_base, load_recipe
 
     extra = [f"launch.hostfile={json.dumps(str(place.hostfile))}"] if place.hostfile else []
     extra += [f"output={json.dumps(str(output))}"] if output else []
     extra += [f"launch.num_processes={num_processes}"] if num_processes else []
-    return load_recipe(recipe, [*(overrides or ()), *extra], objective)
+    given = [*(overrides or ()), *extra]
+    resolved = load_recipe(recipe, given, objective, needs_rows)
+    if find_base(recipe, given, objective or "sft") is None:
+        print(describe_defaults(resolved), file=sys.stderr)
+    return resolved
 
 
 def check_place(recipe: "Recipe", place: Place = HERE) -> "Recipe":

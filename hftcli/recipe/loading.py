@@ -38,8 +38,8 @@ def load_recipe(
     """Read a recipe.
 
     Args:
-        path: a YAML file, the name of a recipe that ships with hft, or None: then it is the quick start, as long as no
-            override names a model or rows; with one, it is the schema's defaults.
+        path: a YAML file, the name of a recipe that ships with hft, or None: the quick start, or with a model or tasks of the
+            user's own, the schema's defaults.
         overrides: `key.path=value` strings; the value is YAML.
         objective: what the recipe is for; None takes what its sections say.
         needs_rows: False where nothing is asked of the rows, which may then be missing.
@@ -74,22 +74,28 @@ def load_recipe(
 
 
 def find_base(path: Path | str | None, overrides: Iterable[str], objective: Objective) -> Path | None:
-    """The file that a recipe begins with; None where it begins with nothing but the schema's defaults.
+    """The file that a recipe begins with; None where that is nothing, so that all that is not given has its default.
+
+    The quick start's settings suit its own model, and with rows of the user's own it stays the quick start.
 
     Raises:
         RecipeError: there is none of that name.
     """
-    if path is None and any(_names_work(override) for override in overrides):
-        return None
-    return find_recipe(path, objective)
+    given = dict(override.partition("=")[::2] for override in overrides) if path is None else {}
+    is_own_model = not given.keys().isdisjoint({"model", "model.path"})
+    are_own_tasks = objective == "continual" and ("data.root" in given or QUICK_START not in given.get("continual.tasks", QUICK_START))
+    return None if is_own_model or are_own_tasks else find_recipe(path, objective)
 
 
-def _names_work(override: str) -> bool:
-    """Whether it gives a model, or rows that are not the quick start's."""
-    key, _, value = override.partition("=")
-    if key == "continual.tasks":
-        return QUICK_START not in value
-    return key in ("model.path", "data.path", "data.root", "model", "data")
+def describe_defaults(recipe: Recipe) -> str:
+    """What a model and rows without a recipe are trained with."""
+    train, freeze = recipe.train, recipe.freeze
+    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
+    return (
+        f"no recipe: {length} at learning rate {train.learning_rate:g} ({train.lr_scheduler_type}), batches of "
+        f"{train.global_batch_size}, at most {recipe.data.max_length} tokens, {freeze.trainable_fraction:.0%} of each "
+        f"{freeze.group} trained; --set changes each"
+    )
 
 
 def _resolve(recipe: Recipe, objective: Objective, name: str) -> Recipe:

@@ -13,6 +13,7 @@
         metrics.jsonl           a row per logging step, with the trainer's own keys
         worker.log              all that the processes print
         checkpoint/             a plain Hugging Face folder, or a delta: what changed, and delta.json (DeltaRecord)
+          hft.json                History: the rounds behind it
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
         checksums.json          Checksums: size and sha256 of the checkpoint's files
@@ -30,6 +31,7 @@ FileSection says which version of its form it has; those of earlier versions are
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,7 +189,7 @@ class Run:
     def claim(self, recipe: Recipe, launch: LaunchSection, manifest: Manifest) -> None:
         """Make the folder this recipe's run, or find that it already is, and hold it.
 
-        A run of another recipe that has trained anything is never written over.
+        A run of another recipe that has trained anything is never written over; of one that has not, nothing stays.
 
         Args:
             launch: the recipe's, resolved.
@@ -205,6 +207,9 @@ class Run:
         held = self.recipe_path.read_text(encoding="utf-8") if self.recipe_path.exists() else ""
         if is_trained and held != text:
             self._check_same(recipe, launch)
+        if held != text and not is_trained:
+            shutil.rmtree(self.folder / "rounds", ignore_errors=True)  # prepared for another recipe
+            self.script_path.unlink(missing_ok=True)
         if held != text:
             write_text(self.recipe_path, text)
         if not self.manifest_path.exists() or (held != text and not is_trained):

@@ -24,6 +24,7 @@ from hftcli.models.description import describe_model, fetch_checkpoint, load_tok
 from hftcli.models.device import is_mixed, is_offloaded, is_sharded
 from hftcli.models.proof import measure_updates, verify_checkpoint
 from hftcli.runs.files import write_model
+from hftcli.runs.history import HISTORY_NAME, extend_history
 from hftcli.runs.records import Checksums, DataReport, FitReport, RoundResult, StepSaves, Verification
 from hftcli.runs.run import Round
 from hftcli.runs.scores import HELD_OUT, PairScores, Scores
@@ -254,6 +255,7 @@ def save(attempt: Attempt, task: Assignment, loaded: Loaded, trained: Trained) -
                 save_delta(trainer.model, task.tokenizer, weights, round_.checkpoint, start, task.plan)
             else:
                 save_checkpoint(trainer.model, task.tokenizer, weights, round_.checkpoint)
+            write_model(round_.checkpoint / HISTORY_NAME, extend_history(start, spec, task.plan.fingerprint))
             write_model(round_.checksums_path, Checksums(files=seal_files(round_.checkpoint, list_files(round_.checkpoint))))
     return Saved(updates)
 

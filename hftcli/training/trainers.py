@@ -90,14 +90,7 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
 
 
 def _choose_checkpointing(spec: RoundSpec) -> dict[str, Any]:
-    kwargs = spec.train.extra.get("activation_checkpointing_kwargs") or {}
-    if kwargs.get("use_reentrant"):
-        raise InputError(
-            "train.activation_checkpointing_kwargs.use_reentrant is true: reentrant checkpoints leave layers above frozen "
-            "ones without a gradient",
-            "drop it",
-        )
-    return {**kwargs, "use_reentrant": False}
+    return {**(spec.train.extra.get("activation_checkpointing_kwargs") or {}), "use_reentrant": False}
 
 
 def find_padding(max_length: int) -> int | None:

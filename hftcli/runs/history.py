@@ -1,0 +1,63 @@
+"""What made a checkpoint: the rounds of hft behind it, in a small file beside its weights.
+
+The file goes where the checkpoint goes, be it copied, laid over its base or averaged with it, so that the next round knows which
+one it is and draws another half.
+"""
+
+from pathlib import Path
+
+from hftcli.recipe.recipe import Objective
+from hftcli.recipe.section import Section
+from hftcli.runs.files import read_model
+from hftcli.runs.spec import RoundSpec
+
+HISTORY_NAME = "hft.json"
+
+
+class PastRound(Section):
+    """A round behind a checkpoint."""
+
+    index: int
+    """Its place in the history of the model, from 0."""
+    objective: Objective
+    """What was optimized."""
+    task: str | None
+    """The task of a sequence that it learned; null where it learned rows."""
+    fingerprint: str
+    """The freeze plan's: which half trained."""
+    parent: str
+    """Where it started from: a folder or a hub id."""
+
+
+class History(Section):
+    """The rounds behind a checkpoint."""
+
+    rounds: tuple[PastRound, ...] = ()
+    """From the first to the one that wrote it."""
+
+    @property
+    def num_rounds(self) -> int:
+        return self.rounds[-1].index + 1 if self.rounds else 0
+
+
+def read_history(folder: Path) -> History:
+    """That of a checkpoint; of one that no round of hft made, an empty one.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / HISTORY_NAME
+    return read_model(path, History) if path.exists() else History()
+
+
+def extend_history(start: Path, spec: RoundSpec, fingerprint: str) -> History:
+    """The history of what a round writes.
+
+    Args:
+        start: folder of the checkpoint that it began from.
+        fingerprint: of its freeze plan.
+    """
+    this = PastRound(
+        index=spec.index, objective=spec.objective, task=spec.task, fingerprint=fingerprint, parent=spec.model.path
+    )  # fmt: skip
+    return History(rounds=(*read_history(start).rounds, this))
