@@ -74,6 +74,6 @@ def small(shared: Path) -> dict[str, object]:
         "train.learning_rate": 0.001,
         "train.global_batch_size": 8,
         "train.per_device_train_batch_size": 8,
-        "train.logging_steps": 1,
-        "eval.tasks": "[]",
+        "train.bf16": False,
+        "launch.num_processes": 1,
     }

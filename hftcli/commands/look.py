@@ -58,17 +58,26 @@ def plan(
 def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """What the data are: format, counts, lengths, and a sample with its trained tokens in colour.
 
-    A recipe with a section `dpo` has preference pairs.
+    A recipe with a section `dpo` has preference pairs, one with `continual` the rows of each task.
     """
     from hftcli import runners
     from hftcli.data.chat import set_chat_template
-    from hftcli.data.prepare import decode_samples, default_cache, prepare_dataset, prepare_pairs
+    from hftcli.data.prepare import decode_samples, default_cache, prepare_dataset, prepare_pairs, prepare_task
     from hftcli.models.description import fetch_checkpoint, load_tokenizer
-    from hftcli.reporting.terminal import print_data
+    from hftcli.reporting.terminal import print_data, print_task_data
+    from hftcli.tasks import find_sequence, load_task
 
     resolved = read_recipe(recipe, overrides)
     tokenizer = load_tokenizer(fetch_checkpoint(runners.resolve_start(resolved.model.path).path))
     set_chat_template(tokenizer, resolved.model.chat_template)
+    if resolved.objective == "continual":
+        rows, found = resolved.data, {}
+        for name in find_sequence(resolved.continual, rows.root).tasks:
+            task = load_task(name, rows.root, "train", rows.max_examples)
+            dataset, summary = prepare_task(task, rows, tokenizer, default_cache())
+            found[name] = summary, decode_samples(dataset, tokenizer, 0)
+        print_task_data(found, as_json)
+        return
     if resolved.objective == "sft":
         dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
     else:

@@ -1,6 +1,7 @@
 """The commands that train: `hft sft`, `hft dpo`, `hft continual`."""
 
 import json
+import os
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,7 +90,7 @@ def continual(
     if (sequence := run.read_manifest().sequence) is not None:
         print(format_report(sequence))
     if place.dry_run or place.slurm:
-        _print_launch(run, "continual", place)
+        _print_launch(run, resolved, place)
         return
     with show_progress() as on_progress:
         matrix = runners.finish_continual(run, on_progress)
@@ -111,20 +112,22 @@ def _run_single(recipe: "Recipe", place: Place) -> None:
 
     recipe = check_place(recipe, place)
     if place.dry_run or place.slurm:
-        _print_launch(runners.prepare_single(recipe)[0], recipe.objective, place)
+        _print_launch(runners.prepare_single(recipe)[0], recipe, place)
         return
     with show_progress() as on_progress:
         run = runners.run_single(recipe, on_progress)
     print_run(run)
 
 
-def _print_launch(run: "Run", command: str, place: Place) -> None:
-    """Show what would run a prepared run's rounds, or write the batch script and queue it."""
+def _print_launch(run: "Run", recipe: "Recipe", place: Place) -> None:
+    """Show what a prepared run's rounds would do and what would run them, or write the batch script and queue it."""
     from hftcli import runners
     from hftcli.launching import slurm
 
+    if place.dry_run:
+        _foresee(run, recipe)
     if place.slurm:
-        script = slurm.write_script(run, command, run.rounds[0].read_spec().launch)
+        script = slurm.write_script(run, recipe.objective, run.rounds[0].read_spec().launch)
         if place.dry_run:
             print(f"# {script}\n{script.read_text(encoding='utf-8')}")
         elif place.submit:
@@ -134,3 +137,17 @@ def _print_launch(run: "Run", command: str, place: Place) -> None:
     if place.dry_run:
         for round_ in run.rounds:
             print(runners.describe_launch(round_))
+
+
+def _foresee(run: "Run", recipe: "Recipe") -> None:
+    """Read the rows and whatever else can be known before there are weights."""
+    from hftcli.launching.command import worker_environment
+
+    os.environ.update(worker_environment(run.rounds[0].read_spec().launch))  # as the worker sees it
+    from hftcli.reporting.outlook import print_outlooks
+    from hftcli.reporting.progress import show_counts
+    from hftcli.training.outlook import foresee_run
+
+    with show_counts() as on_progress:
+        outlooks, findings = foresee_run(recipe, run, on_progress)
+    print_outlooks(outlooks, {round_.name: round_.read_spec() for round_ in run.rounds}, findings)

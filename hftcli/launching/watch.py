@@ -39,7 +39,7 @@ def launch_round(round_: Round, launch: LaunchSection, on_progress: Callable[[Pr
         HftError: of the kind and exit code that the worker reported.
     """
     await_ranks(round_)
-    for path in (round_.failure_path, round_.progress_path, round_.result_path, round_.stop_path):
+    for path in (round_.failure_path, round_.outlook_path, round_.progress_path, round_.result_path, round_.stop_path):
         path.unlink(missing_ok=True)
     command = worker_command(round_.folder, launch, find_free_port())
     log_start = round_.log_path.stat().st_size if round_.log_path.exists() else 0

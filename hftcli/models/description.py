@@ -67,8 +67,11 @@ def describe_model(path: str) -> ModelDescription:
     )
 
 
-def fetch_checkpoint(path: str) -> Path:
+def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
     """The local folder of a checkpoint, full or delta: the path itself, or the snapshot of a hub id.
+
+    Args:
+        needs_weights: False leaves those of a hub id where they are.
 
     Raises:
         ModelError: no such model, no weights as safetensors, or a delta whose base is not the one that it was made on.
@@ -80,12 +83,15 @@ def fetch_checkpoint(path: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+            patterns = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if needs_weights else [])]
+            folder = Path(snapshot_download(path, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise ModelError(
                 f"model.path {path}: no such folder, and the hub does not give it: {get_first_line(error)}",
                 "give a folder with a config.json, a finished run, or a hub id you have access to",
             ) from None
+        if not needs_weights:
+            return folder
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no weights as safetensors", "convert them with transformers' save_pretrained")
     open_stack(folder)

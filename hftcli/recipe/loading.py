@@ -83,14 +83,17 @@ def find_base(path: Path | str | None, overrides: Iterable[str], objective: Obje
     """
     given = dict(override.partition("=")[::2] for override in overrides) if path is None else {}
     is_own_model = not given.keys().isdisjoint({"model", "model.path"})
-    are_own_tasks = objective == "continual" and ("data.root" in given or QUICK_START not in given.get("continual.tasks", QUICK_START))
+    are_own_tasks = objective == "continual" and (
+        "data.root" in given or QUICK_START not in given.get("continual.tasks", QUICK_START)
+    )
     return None if is_own_model or are_own_tasks else find_recipe(path, objective)
 
 
 def describe_defaults(recipe: Recipe) -> str:
     """What a model and rows without a recipe are trained with."""
     train, freeze = recipe.train, recipe.freeze
-    length = f"{train.max_steps} steps" if train.max_steps > 0 else f"{train.num_train_epochs:g} epochs"
+    passes = "1 epoch" if train.num_train_epochs == 1 else f"{train.num_train_epochs:g} epochs"
+    length = f"{train.max_steps} steps" if train.max_steps > 0 else passes
     return (
         f"no recipe: {length} at learning rate {train.learning_rate:g} ({train.lr_scheduler_type}), batches of "
         f"{train.global_batch_size}, at most {recipe.data.max_length} tokens, {freeze.trainable_fraction:.0%} of each "

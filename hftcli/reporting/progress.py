@@ -8,17 +8,29 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hftcli.reporting.outlook import describe_outlook
 from hftcli.runs.run import Round
 from hftcli.runs.spec import Progress as Place
 
+BEFORE = ("starting", "tokenizing")  # it is known what the round is going to do
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[Round, Place], None]]:
     """The progress of rounds."""
+    told: set[str] = set()
     with _show_bar() as show:
-        yield lambda round_, place: show(place.phase, _describe_place(round_, place), place.done, place.total)
+
+        def show_round(round_: Round, place: Place) -> None:
+            outlook = round_.read_outlook() if place.phase not in BEFORE and round_.name not in told else None
+            if outlook is not None:
+                told.add(round_.name)
+                for line in describe_outlook(outlook, round_.read_spec()):
+                    print(line, file=sys.stderr, flush=True)
+            show(place.phase, _describe_place(round_, place), place.done, place.total)
+
+        yield show_round
 
 
 @contextmanager

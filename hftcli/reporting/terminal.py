@@ -15,6 +15,8 @@ from rich.text import Text
 from hftcli.doctor.doctor import Finding
 from hftcli.runs.records import DataReport, MergeManifest
 
+Samples = Mapping[str, list[tuple[str, bool]]]  # by name, text in pieces, each with whether it is trained
+
 
 def print_merge(manifest: MergeManifest, output: Path) -> None:
     """What a model was made of, and where it is."""
@@ -45,11 +47,25 @@ def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
             console.print(Text(f"{'':8}{'':{width}}  fix: {finding.fix}"))
 
 
-def print_data(summary: DataReport, samples: Mapping[str, list[tuple[str, bool]]], as_json: bool) -> None:
+def print_task_data(found: Mapping[str, tuple[DataReport, Samples]], as_json: bool) -> None:
+    """What `print_data` shows, of each task."""
+    if as_json:
+        print_json({name: _describe_data(*parts) for name, parts in found.items()})
+        return
+    for name, (summary, samples) in found.items():
+        print(name)
+        print_data(summary, samples, as_json)
+
+
+def _describe_data(summary: DataReport, samples: Samples) -> dict[str, Any]:
+    shown = {name: [{"text": t, "trained": b} for t, b in pieces] for name, pieces in samples.items()}
+    return {**summary.model_dump(mode="json"), **shown}
+
+
+def print_data(summary: DataReport, samples: Samples, as_json: bool) -> None:
     """Counts, lengths, and one sequence, or one pair's two, with the trained tokens in colour."""
     if as_json:
-        shown = {name: [{"text": t, "trained": b} for t, b in pieces] for name, pieces in samples.items()}
-        print_json({**summary.model_dump(mode="json"), **shown})
+        print_json(_describe_data(summary, samples))
         return
     console = Console()
     table = Table(show_header=False)

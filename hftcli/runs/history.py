@@ -1,7 +1,7 @@
 """What made a checkpoint: the rounds of hft behind it, in a small file beside its weights.
 
-The file goes where the checkpoint goes, be it copied, laid over its base or averaged with it, so that the next round knows which
-one it is and draws another half.
+The file goes where the checkpoint goes, be it copied, laid over its base or averaged with it, so that the next round knows
+which one it is and draws another half.
 """
 
 from pathlib import Path

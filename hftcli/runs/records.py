@@ -111,6 +111,29 @@ class Hardware(Section):
     """Memory of the machine."""
 
 
+class Outlook(Section):
+    """What a round is going to do, known before it has weights."""
+
+    data: DataReport
+    """What became of the rows."""
+    num_sequences: int
+    """Sequences, or pairs, that are gone through in an epoch, those that methods add among them."""
+    num_steps: int
+    """Optimizer steps."""
+    num_warmup_steps: int
+    """Steps of them in which the learning rate rises."""
+    is_warmup_dropped: bool
+    """Whether the warm-up would have taken the only step, so that there is none."""
+    num_trainable: int
+    """Weights that train."""
+    num_parameters: int
+    """Weights of the model."""
+    fingerprint: str
+    """The freeze plan's."""
+    memory_bytes: int
+    """What a device is expected to hold, by the budget of `hft plan`."""
+
+
 class FitReport(Section):
     """What `train.fit: auto` chose."""
 

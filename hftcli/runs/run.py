@@ -9,6 +9,7 @@
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
         freeze_plan.json        FreezePlan: which parameters train
+        outlook.json            Outlook: what the round is going to do
         progress.json           Progress: where the worker is
         metrics.jsonl           a row per logging step, with the trainer's own keys
         worker.log              all that the processes print
@@ -48,7 +49,7 @@ from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import LaunchSection
 from hftcli.recipe.source import RecipeFile
 from hftcli.runs.files import read_model, write_model, write_text
-from hftcli.runs.records import Checksums, Manifest, RoundResult
+from hftcli.runs.records import Checksums, Manifest, Outlook, RoundResult
 from hftcli.runs.scores import Moment, Prediction, Scores
 from hftcli.runs.seals import find_damage
 from hftcli.runs.spec import RoundSpec
@@ -75,6 +76,7 @@ class Round:
 
     spec_path = Inside("round.json")
     plan_path = Inside("freeze_plan.json")
+    outlook_path = Inside("outlook.json")
     progress_path = Inside("progress.json")
     metrics_path = Inside("metrics.jsonl")
     log_path = Inside("worker.log")
@@ -120,6 +122,10 @@ class Round:
     def read_plan(self) -> FreezePlan:
         """What trains, and what is frozen."""
         return read_model(self.plan_path, FreezePlan)
+
+    def read_outlook(self) -> Outlook | None:
+        """What the round is going to do; None while that is not known."""
+        return read_model(self.outlook_path, Outlook) if self.outlook_path.exists() else None
 
     def read_result(self) -> RoundResult:
         """Of a round that is done."""

@@ -5,33 +5,23 @@ alone, parameters are frozen before any optimizer exists, and result.json is wri
 """
 
 import torch
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.chat import set_chat_template
-from hftcli.data.prepare import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
-from hftcli.data.tokens import Progress
-from hftcli.errors import InputError, TrainingError
-from hftcli.freezing.activations import Network
-from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezePlan, make_plan
-from hftcli.launching.planning import apply_fit, choose_fit, make_budget
+from hftcli.errors import TrainingError
+from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
-from hftcli.measuring.asking import hold_out, tokenize_task
-from hftcli.methods import make_methods
 from hftcli.models.checkpoint import gather_weights, load_model, save_checkpoint, save_delta
-from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer, make_start_key, read_start_dtype
+from hftcli.models.description import make_start_key, read_start_dtype
 from hftcli.models.device import is_mixed, is_offloaded, is_sharded
 from hftcli.models.proof import measure_updates, verify_checkpoint
 from hftcli.runs.files import write_model
 from hftcli.runs.history import HISTORY_NAME, extend_history
-from hftcli.runs.records import Checksums, DataReport, FitReport, RoundResult, StepSaves, Verification
+from hftcli.runs.records import Checksums, RoundResult, StepSaves, Verification
 from hftcli.runs.run import Round
-from hftcli.runs.scores import HELD_OUT, PairScores, Scores
+from hftcli.runs.scores import PairScores, Scores
 from hftcli.runs.seals import list_files, seal_files
-from hftcli.runs.spec import RoundSpec
-from hftcli.tasks import load_task
 from hftcli.training.offload import make_masters
+from hftcli.training.outlook import look_ahead
+from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.references import SharedReference, describe_reference, make_reference
 from hftcli.training.reports import (
     Clock,
@@ -54,92 +44,28 @@ def run_round(round_: Round, stop: StopRequest) -> None:
         HftError: see errors.py.
     """
     attempt = Attempt(round_, stop, Reporter(round_), Clock())
-    task = read_assignment(attempt)
-    rows = tokenize_rows(attempt, task)
+    task, rows = read_round(attempt)
     loaded = load_start(attempt, task, rows)
     trained = train(attempt, task, rows, loaded)
     saved = save(attempt, task, loaded, trained)
     prove(attempt, task, rows, loaded, trained, saved)
 
 
-def read_assignment(attempt: Attempt) -> Assignment:
-    """1. What the files say."""
-    spec = attempt.round.read_spec()
-    attempt.reporter.report("starting")
-    start = fetch_checkpoint(spec.model.path)
-    description = describe_model(str(start))
-    check_positions(spec.data.max_length, description.max_positions)
-    units = assign_roles(description.model_type, description.parameters)
-    plan = make_plan(units, spec.freeze, spec.index)
-    methods = make_methods(spec)
-    for method in methods:
-        plan = method.narrow_plan(plan, units)
-    spec, fit = fit_round(spec, Network(description.model_type, units, description.num_heads), plan)
-    tokenizer = load_tokenizer(start)
-    set_chat_template(tokenizer, spec.model.chat_template)
-    scoring = spec.scoring
-    asked = {}
-    for name in dict.fromkeys(scoring.before + scoring.after + scoring.likelihood):
-        questions = load_task(name, spec.data.root, "test", scoring.max_examples)
-        asked[name] = tokenize_task(questions, spec.data.max_length, tokenizer)
-    return Assignment(spec, start, plan, methods, fit, tokenizer, asked)
-
-
-def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:
-    """The round with its loss kernel, and where it asks for that its micro-batch and checkpointing, chosen for this machine.
-
-    Raises:
-        InputError: nothing fits, or there is neither a GPU nor `train.memory_bytes`.
-    """
-    has_gpu = torch.cuda.is_available()
-    budget = make_budget(spec, network, plan, spec.launch.num_ranks, is_mixed(spec), has_gpu)
-    if spec.train.fit is None:
-        return spec.model_copy(update={"train": spec.train.model_copy(update={"loss_kernel": budget.work.loss})}), None
-    memory_bytes = spec.train.memory_bytes
-    if memory_bytes is None:
-        if not has_gpu:
-            raise InputError("train.fit: auto reads the GPU's memory, and there is no GPU", "set train.memory_bytes")
-        # All ranks must choose alike, so the smallest device of the machine counts, and nothing that changes.
-        devices = range(torch.cuda.device_count())
-        memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
-    fit = choose_fit(spec, budget, memory_bytes, has_gpu)
-    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
-
-
-def tokenize_rows(attempt: Attempt, task: Assignment) -> Rows:
-    """2. Rows to tokens, once for all ranks."""
-    spec, tokenizer, cache = task.spec, task.tokenizer, default_cache()
+def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
+    """1, 2. What the files say, and rows to tokens, once for all ranks; what would fail without weights fails here."""
 
     def show(done: int, total: int) -> None:
         attempt.reporter.report("tokenizing", done, total)
 
+    attempt.reporter.report("starting")
+    task = read_assignment(attempt.round.read_spec())
     with attempt.clock.measure("tokenizing"):
         attempt.reporter.report("tokenizing")
-        dataset, report = prepare_rows(spec, tokenizer, show)
-        by_task, digests = {spec.task: dataset} if spec.task is not None else {}, [report.tokens_digest]
-        for name in dict.fromkeys(name for method in task.methods for name in method.needed_tasks):
-            needed = load_task(name, spec.data.root, "train", spec.data.max_examples)
-            by_task[name], needed_report = prepare_task(needed, spec.data, tokenizer, cache)
-            digests.append(needed_report.tokens_digest)
-        for method in task.methods:
-            dataset = method.prepare_rows(dataset, by_task)
-        pairs, asked = None, dict(task.asked)
-        if spec.held_out and spec.objective == "dpo":
-            pairs, _ = prepare_pairs(spec.held_out, tokenizer, cache)
-        elif spec.held_out:
-            unpacked = spec.train.model_copy(update={"packing": False})
-            asked[HELD_OUT] = hold_out(prepare_dataset(spec.held_out, unpacked, tokenizer, cache)[0])
-    return Rows(dataset, report, "+".join(digests), asked, pairs)
-
-
-def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:
-    """The tokens of the round's own rows."""
-    if spec.task is not None:
-        task = load_task(spec.task, spec.data.root, "train", spec.data.max_examples)
-        return prepare_task(task, spec.data, tokenizer, default_cache(), on_progress)
-    if spec.objective == "sft":
-        return prepare_dataset(spec.data, spec.train, tokenizer, default_cache(), on_progress)
-    return prepare_pairs(spec.data, tokenizer, default_cache(), on_progress)
+        rows = tokenize_rows(task, show)
+    outlook = look_ahead(task, rows)
+    if attempt.reporter.is_first:
+        write_model(attempt.round.outlook_path, outlook)
+    return task, rows
 
 
 def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:

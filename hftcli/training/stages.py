@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, SFTConfig
 
+from hftcli.freezing.activations import Network
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
 from hftcli.measuring.asking import TokenizedTask
@@ -43,6 +44,7 @@ class Assignment:
     spec: RoundSpec
     start: Path
     plan: FreezePlan
+    network: Network
     methods: list[Method]
     fit: FitReport | None
     tokenizer: PreTrainedTokenizerBase

@@ -44,9 +44,34 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
             f"{folder} is prepared for {spec.launch.num_ranks} ranks, and {num_ranks} were started",
             "start as many, or prepare it again with another launch.num_processes or launch.num_nodes",
         )
+    if not is_sharded(spec):
+        return build_arguments(spec, folder)
+    from deepspeed import init_distributed
+
+    has_gpu = torch.cuda.is_available()
+    backend = {} if has_gpu else {"ddp_backend": "gloo"}
+    args = build_arguments(spec, folder, deepspeed=make_deepspeed_config(spec), **backend)
+    if not has_gpu:
+        forbid_shm_build()
+    # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
+    init_distributed(dist_backend="nccl" if has_gpu else "gloo")
+    return args
+
+
+def build_arguments(spec: RoundSpec, folder: Path, **launch: Any) -> SFTConfig | DPOConfig:
+    """A round's spec as TRL has it.
+
+    Args:
+        launch: what several processes need besides.
+
+    Raises:
+        InputError: a value under `train` that TRL does not take.
+    """
     has_gpu = torch.cuda.is_available()
     values: dict[str, Any] = {
+        "report_to": "none",
         **spec.train.model_dump(exclude=SPENT_KEYS),
+        **launch,
         "output_dir": str(folder),
         "bf16": is_mixed(spec),
         "use_cpu": not has_gpu,
@@ -57,7 +82,6 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
         "disable_tqdm": True,
     }
-    values.setdefault("report_to", "none")
     if spec.objective == "dpo" or not spec.train.packing:
         values.setdefault("pad_to_multiple_of", find_padding(spec.data.max_length))
     if spec.train.activation_checkpointing:
@@ -71,22 +95,10 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
         values |= spec.dpo.model_dump(mode="json")
         # TRL then loads no second model; the log-probabilities come from hft's reference.
         values["precompute_ref_log_probs"] = spec.reference != "full"
-    if is_sharded(spec):
-        values["deepspeed"] = make_deepspeed_config(spec)
-        if not has_gpu:
-            values["ddp_backend"] = "gloo"
     try:
-        args = kind(**values)
+        return kind(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"train: TRL refuses these settings: {error}") from None
-    if is_sharded(spec):
-        from deepspeed import init_distributed
-
-        if not has_gpu:
-            forbid_shm_build()
-        # Without GPUs, accelerate joins the ranks through torch alone, and ZeRO 3 would load the model as if on one rank.
-        init_distributed(dist_backend="nccl" if has_gpu else "gloo")
-    return args
 
 
 def _choose_checkpointing(spec: RoundSpec) -> dict[str, Any]:
@@ -143,6 +155,11 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
         self.methods = methods
         super().__init__(args=args, **kwargs)
         self.add_callback(MethodCallback(self))
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        if num_training_steps == 1 and self.args.warmup_steps < 1:
+            self.args.warmup_steps = 0  # a share, which transformers would round up to the only step
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -16,7 +16,9 @@ Finish = Callable[..., list[dict]]
 def rows(tmp_path_factory) -> Path:
     """Seven rows of several lengths for each objective."""
     folder = tmp_path_factory.mktemp("rows")
-    sft = [{"prompt": f"Tell of a {noun}:", "completion": f" a {noun} " + "was there " * place} for place, noun in enumerate(NOUNS)]
+    sft = [
+        {"prompt": f"Tell of a {noun}:", "completion": f" a {noun} " + "was there " * place} for place, noun in enumerate(NOUNS)
+    ]
     dpo = [{**row, "chosen": row.pop("completion"), "rejected": f" no {noun}"} for row, noun in zip(sft, NOUNS, strict=True)]
     sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in dpo]
     for name, found in (("sft", sft), ("dpo", dpo)):

@@ -51,7 +51,10 @@ def test_the_order_of_an_epoch_is_the_same_on_every_rank():
 
 
 def test_a_row_that_stands_in_counts_for_nothing():
-    row, pair = {"input_ids": [1, 2], "labels": [-100, 2]}, {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "row": 4}
+    row, pair = (
+        {"input_ids": [1, 2], "labels": [-100, 2]},
+        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "row": 4},
+    )
     assert make_filler(row) == {"input_ids": [1, 2], "labels": [-100, -100]}
     assert make_filler(pair) == {**pair, "row": NO_ROW}
     collate = FillingCollator(lambda rows: {"row": torch.tensor([row["row"] for row in rows])}, make_filler(pair))

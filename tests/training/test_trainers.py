@@ -13,8 +13,8 @@ from hftcli import PACKAGE
 from hftcli.data.prepare import prepare_dataset
 from hftcli.errors import InputError
 from hftcli.freezing.selection import FreezeRule
-from hftcli.recipe.faults import OWN_KEYS, REPLACED_KEYS
 from hftcli.recipe.sections import DataSection, LaunchSection, ModelSection, TrainSection
+from hftcli.recipe.trainer_keys import SFT_ONLY, SHARED, Passed
 from hftcli.runs.spec import RoundSpec
 from hftcli.training.loss import set_loss_kernel
 from hftcli.training.probe import compute_loss
@@ -47,7 +47,7 @@ def test_what_hft_sets_itself_cannot_be_given(tmp_path):
         "dataset_kwargs",
     }
     assert own <= plain.keys()
-    assert own <= OWN_KEYS | REPLACED_KEYS.keys()
+    assert not any(isinstance({**SHARED, **SFT_ONLY}[key], Passed) for key in own)
     assert TrainSection.model_fields.keys() >= SPENT_KEYS
 
 
@@ -60,7 +60,7 @@ def test_accumulation_follows_from_the_global_batch(tmp_path):
 
 def test_a_value_that_trl_refuses_is_the_users_fault(tmp_path):
     with pytest.raises(InputError, match="TRL refuses these settings"):
-        make_training_arguments(make_spec(lr_scheduler_type="curly"), tmp_path)
+        make_training_arguments(make_spec(dataloader_prefetch_factor=2), tmp_path)
 
 
 def test_lengths_are_rounded_up_a_little(tmp_path):

@@ -1,0 +1,124 @@
+"""What a round is going to do, known before it has weights: rows, steps, the learning rate, what trains, what it holds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import get_scheduler
+
+from hftcli.doctor.doctor import Finding, check_disk, check_memory, share_memory
+from hftcli.errors import InputError
+from hftcli.launching.planning import make_budget
+from hftcli.models.device import is_mixed, is_sharded
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.sections import TrainSection
+from hftcli.runs.records import Outlook
+from hftcli.runs.run import Run
+from hftcli.runs.spec import Scoring
+from hftcli.training.reading import read_assignment, tokenize_rows
+from hftcli.training.stages import Assignment, Rows
+from hftcli.training.trainers import build_arguments, make_deepspeed_config
+
+
+@dataclass
+class Passes:
+    """How often the rows are gone through; a method may change it, as it changes the trainer's arguments."""
+
+    num_train_epochs: float
+    max_steps: int
+    train_sampling_strategy: str = "random"
+
+
+def look_ahead(task: Assignment, rows: Rows) -> Outlook:
+    """Raises: InputError: no step would train."""
+    spec, plan = task.spec, task.plan
+    num_steps = count_steps(task, len(rows.train))
+    num_warmup_steps = count_warmup_steps(spec.train.warmup_steps, num_steps)
+    check_schedule(spec.train, num_steps, num_warmup_steps)
+    budget = make_budget(spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available())
+    return Outlook(
+        data=rows.report,
+        num_sequences=len(rows.train),
+        num_steps=num_steps,
+        num_warmup_steps=num_warmup_steps,
+        is_warmup_dropped=num_steps == 1 and 0 < spec.train.warmup_steps < 1,
+        num_trainable=plan.num_trainable,
+        num_parameters=plan.num_parameters,
+        fingerprint=plan.fingerprint,
+        memory_bytes=budget.half.total_bytes,
+    )
+
+
+def count_steps(task: Assignment, num_sequences: int) -> int:
+    """Optimizer steps of a round, as transformers counts them: a part-full one is one."""
+    train = task.spec.train
+    passes = Passes(train.num_train_epochs, train.max_steps)
+    for method in task.methods:
+        method.set_arguments(passes)
+    if passes.max_steps > 0:
+        return passes.max_steps
+    return math.ceil(passes.num_train_epochs * math.ceil(num_sequences / train.global_batch_size))
+
+
+def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
+    """Steps of warm-up: a number, or below 1 a share, which is rounded up but never takes the only step.
+
+    The first step of a warm-up has a learning rate of 0.
+    """
+    if warmup_steps >= 1:
+        return int(warmup_steps)
+    return math.ceil(num_steps * warmup_steps) if num_steps > 1 else 0
+
+
+def check_schedule(train: TrainSection, num_steps: int, num_warmup_steps: int) -> None:
+    """Raises: InputError: the schedule does not take its settings, or has a learning rate of 0 in every step."""
+    name, options = train.lr_scheduler_type, train.extra.get("lr_scheduler_kwargs")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], train.learning_rate)
+    try:
+        schedule = get_scheduler(name, optimizer, num_warmup_steps, num_steps, options)
+        for _ in range(num_steps):
+            if schedule.get_last_lr()[0] > 0:
+                return
+            optimizer.step()
+            schedule.step()
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"train.lr_scheduler_type {name} does not take train.lr_scheduler_kwargs {options or {}}: {error}",
+            f"see transformers' get_scheduler for what {name} takes",
+        ) from None
+    raise InputError(
+        f"the learning rate is 0 in all {num_steps} steps: train.warmup_steps {train.warmup_steps:g} takes every one",
+        "set train.warmup_steps: 0, or train for longer with train.num_train_epochs, or lower train.global_batch_size",
+    )
+
+
+def foresee_run(
+    recipe: Recipe, run: Run, on_progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, Outlook], list[Finding]]:
+    """What the rounds of a prepared run are going to do, by name, and what its devices and its disk have to say to that.
+
+    Args:
+        on_progress: called with a round's name, rows done and in all.
+
+    Raises:
+        InputError: something of it would fail.
+    """
+    outlooks: dict[str, Outlook] = {}
+    specs = {round_.name: round_.read_spec() for round_ in run.rounds}
+    first = next(iter(specs.values()))
+    if is_sharded(first):
+        make_deepspeed_config(first)
+    for name, spec in specs.items():
+        if spec is not first:
+            # It starts from a model of the same shape and tokenizer, which is not there yet, and asks the same tasks.
+            spec = spec.model_copy(update={"model": first.model, "scoring": Scoring()})
+        task = read_assignment(spec, needs_weights=False)
+        build_arguments(task.spec, run.round(name).steps)
+        rows = tokenize_rows(task, lambda done, total, name=name: on_progress(name, done, total))
+        outlooks[name] = look_ahead(task, rows)
+    launch = first.launch
+    budget = make_budget(task.spec, task.network, task.plan, launch.num_ranks, is_mixed(task.spec), torch.cuda.is_available())
+    rank_bytes = None if launch.hostfile else share_memory(launch, [])
+    disk = check_disk(recipe, task.start, task.plan, launch.num_ranks, len(specs))
+    return outlooks, [check_memory(budget, rank_bytes), disk]

@@ -1,0 +1,186 @@
+"""A round before it has weights: what its files say, its rows as tokens, and whatever of it can be known to fail.
+
+`hft --dry-run` reads a round so, and a worker does the same before it joins the others.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from hftcli.data.chat import set_chat_template
+from hftcli.data.prepare import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
+from hftcli.data.tokens import Progress
+from hftcli.errors import DataError, InputError, ModelError
+from hftcli.freezing.activations import Network
+from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.launching.planning import apply_fit, choose_fit, make_budget
+from hftcli.measuring.asking import hold_out, tokenize_task
+from hftcli.methods import make_methods
+from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
+from hftcli.models.device import is_mixed
+from hftcli.recipe.sections import TrainSection
+from hftcli.recipe.trainer_keys import OPTIMIZERS, TRACKERS
+from hftcli.runs.records import DataReport, FitReport
+from hftcli.runs.scores import HELD_OUT
+from hftcli.runs.spec import RoundSpec
+from hftcli.tasks import load_task
+from hftcli.training.stages import Assignment, Rows
+
+# What a DataError calls the held-out rows, which are read as the others are.
+DATA_KEY = re.compile(r"\bdata\.(?=path|name|split|max_examples)")
+
+
+def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
+    """What the files say.
+
+    Args:
+        needs_weights: False where they may stay on the hub.
+
+    Raises:
+        InputError: something of it would fail later.
+    """
+    check_packages(spec.train)
+    start = fetch_checkpoint(spec.model.path, needs_weights)
+    description = describe_model(str(start))
+    check_positions(spec.data.max_length, description.max_positions)
+    check_kernel(spec, start)
+    check_router(spec, start)
+    units = assign_roles(description.model_type, description.parameters)
+    plan = make_plan(units, spec.freeze, spec.index)
+    methods = make_methods(spec)
+    for method in methods:
+        plan = method.narrow_plan(plan, units)
+    network = Network(description.model_type, units, description.num_heads)
+    spec, fit = fit_round(spec, network, plan)
+    tokenizer = load_tokenizer(start)
+    set_chat_template(tokenizer, spec.model.chat_template)
+    scoring = spec.scoring
+    asked = {}
+    for name in dict.fromkeys(scoring.before + scoring.after + scoring.likelihood):
+        questions = load_task(name, spec.data.root, "test", scoring.max_examples)
+        asked[name] = tokenize_task(questions, spec.data.max_length, tokenizer)
+    return Assignment(spec, start, plan, network, methods, fit, tokenizer, asked)
+
+
+def check_packages(train: TrainSection) -> None:
+    """Raises: InputError: an optimizer or a tracker needs a package that is not here."""
+    optimizer, trackers = train.extra.get("optim"), train.extra.get("report_to", "none")
+    needed = {f"train.optim {optimizer}": OPTIMIZERS.get(optimizer)}
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        needed[f"train.report_to {tracker}"] = TRACKERS.get(tracker)
+    for setting, package in needed.items():
+        if package and not is_installed(package):
+            raise InputError(f"{setting} needs {package}, which is not installed", f"pip install {package}, or take another")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; one of TensorBoard's two writers will do."""
+    names = (package, "tensorboardX") if package == "tensorboard" else (package,)
+    return any(importlib.util.find_spec(name) for name in names)
+
+
+def check_kernel(spec: RoundSpec, start: Path) -> None:
+    """Raises: InputError: the attention kernel is unknown, is not here, or does not serve the model or the precision."""
+    kernel = spec.model.attn_implementation
+    if kernel is None:
+        return
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start), attn_implementation=kernel)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"model.attn_implementation {kernel}: {reason}", "install it, or take sdpa, which every machine has"
+        ) from None
+    if "flash" in kernel and not is_mixed(spec):
+        raise ModelError(
+            f"model.attn_implementation {kernel} computes in bfloat16 alone, and this round computes in float32",
+            "take sdpa, or set train.bf16: true on a machine that has it",
+        )
+
+
+def check_router(spec: RoundSpec, start: Path) -> None:
+    """Raises: InputError: a weight for a loss that the model does not have."""
+    section = "train" if spec.objective == "sft" else "dpo"
+    weight = getattr(spec, section).extra.get("router_aux_loss_coef")
+    if weight and "output_router_logits" not in AutoConfig.from_pretrained(start).get_text_config().to_dict():
+        raise InputError(
+            f"{section}.router_aux_loss_coef is {weight:g}, and the model is no mixture of experts: it routes nothing",
+            "drop it",
+        )
+
+
+def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:
+    """The round with its loss kernel, and where it asks for that its micro-batch and checkpointing, chosen for this machine.
+
+    Raises:
+        InputError: nothing fits, or there is neither a GPU nor `train.memory_bytes`.
+    """
+    has_gpu = torch.cuda.is_available()
+    budget = make_budget(spec, network, plan, spec.launch.num_ranks, is_mixed(spec), has_gpu)
+    if spec.train.fit is None:
+        return spec.model_copy(update={"train": spec.train.model_copy(update={"loss_kernel": budget.work.loss})}), None
+    memory_bytes = spec.train.memory_bytes
+    if memory_bytes is None:
+        if not has_gpu:
+            raise InputError("train.fit: auto reads the GPU's memory, and there is no GPU", "set train.memory_bytes")
+        # All ranks must choose alike, so the smallest device of the machine counts, and nothing that changes.
+        devices = range(torch.cuda.device_count())
+        memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    fit = choose_fit(spec, budget, memory_bytes, has_gpu)
+    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
+
+
+def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
+    """Rows to tokens, which the cache keeps: whoever comes second finds them there.
+
+    Args:
+        on_progress: called with rows done and in all.
+
+    Raises:
+        DataError: a row or a file is not what it should be.
+    """
+    spec, tokenizer, cache = task.spec, task.tokenizer, default_cache()
+    dataset, report = prepare_rows(spec, tokenizer, on_progress)
+    by_task, digests = {spec.task: dataset} if spec.task is not None else {}, [report.tokens_digest]
+    for name in dict.fromkeys(name for method in task.methods for name in method.needed_tasks):
+        needed = load_task(name, spec.data.root, "train", spec.data.max_examples)
+        by_task[name], needed_report = prepare_task(needed, spec.data, tokenizer, cache)
+        digests.append(needed_report.tokens_digest)
+    for method in task.methods:
+        dataset = method.prepare_rows(dataset, by_task)
+    pairs, asked = None, dict(task.asked)
+    with naming_held_out():
+        if spec.held_out and spec.objective == "dpo":
+            pairs, _ = prepare_pairs(spec.held_out, tokenizer, cache)
+        elif spec.held_out:
+            unpacked = spec.train.model_copy(update={"packing": False})
+            asked[HELD_OUT] = hold_out(prepare_dataset(spec.held_out, unpacked, tokenizer, cache)[0])
+    return Rows(dataset, report, "+".join(digests), asked, pairs)
+
+
+def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:
+    """The tokens of the round's own rows."""
+    if spec.task is not None:
+        task = load_task(spec.task, spec.data.root, "train", spec.data.max_examples)
+        return prepare_task(task, spec.data, tokenizer, default_cache(), on_progress)
+    if spec.objective == "sft":
+        return prepare_dataset(spec.data, spec.train, tokenizer, default_cache(), on_progress)
+    return prepare_pairs(spec.data, tokenizer, default_cache(), on_progress)
+
+
+@contextmanager
+def naming_held_out() -> Iterator[None]:
+    """Name what is wrong with held-out rows by the keys that say where they are."""
+    try:
+        yield
+    except DataError as error:
+        message, fix = (DATA_KEY.sub("eval.held_out.", text) for text in (error.message, error.fix))
+        raise DataError(message, fix) from None
