@@ -18,6 +18,7 @@
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
         checksums.json          Checksums: size and sha256 of the checkpoint's files
+        tensorboard/            where `train.report_to` asks for it
         steps/40/               a step checkpoint: what a stopped round goes on from; gone when the round is done
           step.json               StepManifest: written last
         stop                    there while the front asks its ranks to stop

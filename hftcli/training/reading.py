@@ -47,6 +47,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
         InputError: something of it would fail later.
     """
     check_packages(spec.train)
+    check_offloading(spec)
     start = fetch_checkpoint(spec.model.path, needs_weights)
     description = describe_model(str(start))
     check_positions(spec.data.max_length, description.max_positions)
@@ -84,6 +85,15 @@ def is_installed(package: str) -> bool:
     """Whether a package can be imported; one of TensorBoard's two writers will do."""
     names = (package, "tensorboardX") if package == "tensorboard" else (package,)
     return any(importlib.util.find_spec(name) for name in names)
+
+
+def check_offloading(spec: RoundSpec) -> None:
+    """Raises: InputError: activations are to go where they are already."""
+    section = "train" if spec.objective == "sft" else "dpo"
+    if getattr(spec, section).model_extra.get("activation_offloading") and not torch.cuda.is_available():
+        raise InputError(
+            f"{section}.activation_offloading moves what a GPU keeps into the machine's memory, and there is no GPU", "drop it"
+        )
 
 
 def check_kernel(spec: RoundSpec, start: Path) -> None:

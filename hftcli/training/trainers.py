@@ -95,6 +95,8 @@ def build_arguments(spec: RoundSpec, folder: Path, **launch: Any) -> SFTConfig |
         values |= spec.dpo.model_dump(mode="json")
         # TRL then loads no second model; the log-probabilities come from hft's reference.
         values["precompute_ref_log_probs"] = spec.reference != "full"
+    if "tensorboard" in values["report_to"]:  # it would write into the folder of step checkpoints, which goes in the end
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.with_name("tensorboard")))
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:

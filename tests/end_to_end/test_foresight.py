@@ -36,7 +36,8 @@ def place(tmp_path_factory) -> Path:
         PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=end).save_pretrained(folder / name)
     llama.save_pretrained(folder / "wordless")
     for name, rows in {
-        "chat": [CHAT] * 6, "plain": [PLAIN] * 6, "pair": [PAIR] * 6, "gap": [PLAIN, {"prompt": "a"}], "odd": [{"x": 1}], "none": [],
+        "chat": [CHAT] * 6, "plain": [PLAIN] * 6, "pair": [PAIR] * 6, "gap": [PLAIN, {"prompt": "a"}], "odd": [{"x": 1}],
+        "none": [],
     }.items():  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "broken.jsonl").write_text('{"prompt": "a"\n')
@@ -100,6 +101,7 @@ FAILING: list[tuple[str, dict[str, object], str]] = [
     ("sft", {"train.max_steps": 3, "train.warmup_steps": 0, "train.lr_scheduler_type": "polynomial",
              "train.lr_scheduler_kwargs": "{lr_end: 1}"}, "polynomial does not take"),
     ("sft", {"train.max_steps": 1, "train.warmup_steps": 5}, "the learning rate is 0 in all 1 steps"),
+    ("sft", {"train.activation_offloading": True}, "there is no GPU"),
     ("sft", {"train.router_aux_loss_coef": 0.1}, "the model is no mixture of experts"),
     ("sft", {"train.eos_token": "</s>"}, "train.eos_token is not taken"),
     ("sft", {"train.global_batch_size": 6}, "train.global_batch_size is 6, not a multiple of"),
