@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -70,6 +71,11 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     return Assignment(spec, start, plan, network, methods, fit, tokenizer, asked)
 
 
+def list_settings(spec: RoundSpec) -> tuple[str, dict[str, Any]]:
+    """The section that holds the fields of the objective's own trainer, and what is given of them."""
+    return ("train", spec.train.extra) if spec.dpo is None else ("dpo", spec.dpo.extra)
+
+
 def check_packages(train: TrainSection) -> None:
     """Raises: InputError: an optimizer or a tracker needs a package that is not here."""
     optimizer, trackers = train.extra.get("optim"), train.extra.get("report_to", "none")
@@ -89,8 +95,8 @@ def is_installed(package: str) -> bool:
 
 def check_offloading(spec: RoundSpec) -> None:
     """Raises: InputError: activations are to go where they are already."""
-    section = "train" if spec.objective == "sft" else "dpo"
-    if getattr(spec, section).model_extra.get("activation_offloading") and not torch.cuda.is_available():
+    section, settings = list_settings(spec)
+    if settings.get("activation_offloading") and not torch.cuda.is_available():
         raise InputError(
             f"{section}.activation_offloading moves what a GPU keeps into the machine's memory, and there is no GPU", "drop it"
         )
@@ -118,8 +124,8 @@ def check_kernel(spec: RoundSpec, start: Path) -> None:
 
 def check_router(spec: RoundSpec, start: Path) -> None:
     """Raises: InputError: a weight for a loss that the model does not have."""
-    section = "train" if spec.objective == "sft" else "dpo"
-    weight = getattr(spec, section).extra.get("router_aux_loss_coef")
+    section, settings = list_settings(spec)
+    weight = settings.get("router_aux_loss_coef")
     if weight and "output_router_logits" not in AutoConfig.from_pretrained(start).get_text_config().to_dict():
         raise InputError(
             f"{section}.router_aux_loss_coef is {weight:g}, and the model is no mixture of experts: it routes nothing",
