@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 IGNORED = -100  # the label of a token that is not trained
 NO_ROW = -1  # the place of a pair that counts for nothing
@@ -48,6 +49,23 @@ class EvenBatches(Sampler[list[int]]):
         rows = list(self.sampler)
         for start in range(0, len(rows), self.num_rows):
             yield share_rows(rows[start : start + self.num_rows], self.num_ranks, self.rank)
+
+
+class GroupedSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that the seed and the epoch alone decide.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of a step over all ranks.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 def share_rows(rows: list[int], num_ranks: int, rank: int) -> list[int]:
@@ -125,6 +143,10 @@ class DealingTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
+        if self.args.train_sampling_strategy == "group_by_length":
+            num_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            loader.set_sampler(GroupedSampler(list(map(len, loader.dataset["input_ids"])), num_rows, seed))
         if self.args.world_size == 1:
             return loader
         return deal_batches(loader, self.args.train_batch_size, self.args.world_size, self.args.process_index)

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
-from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import SequentialSampler
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, skip_first_batches
+from datasets import Dataset
+from torch.utils.data import DataLoader, SequentialSampler
 
-from hftcli.training.dealing import NO_ROW, EvenBatches, FillingCollator, Part, count_rows, gathering, make_filler
+from hftcli.training.dealing import (
+    NO_ROW,
+    EvenBatches,
+    FillingCollator,
+    GroupedSampler,
+    Part,
+    count_rows,
+    deal_batches,
+    gathering,
+    make_filler,
+)
 
 
 def deal(num_rows: int, batch_size: int, num_ranks: int) -> list[list[list[int]]]:
@@ -48,6 +59,50 @@ def test_the_order_of_an_epoch_is_the_same_on_every_rank():
 
     assert list_rows(0, 1) == list_rows(0, 2) == list_rows(0, 3) != list_rows(1, 1)
     assert list_rows(1, 1) == list_rows(1, 4)
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    """Seven rows as transformers prepares them, one epoch in."""
+    rows = Dataset.from_list([{"input_ids": [row + 1] * (row + 1), "labels": [row + 1] * (row + 1)} for row in range(7)])
+    plain = DataLoader(
+        rows, 2, shuffle=True, collate_fn=lambda rows: {"labels": torch.tensor([len(row["labels"]) for row in rows])}
+    )
+    prepared = prepare_data_loader(plain, put_on_device=False, use_seedable_sampler=True, data_seed=3)
+    prepared.set_epoch(1)
+    return prepared
+
+
+def list_labels(loader: DataLoader) -> list[list[int]]:
+    return [batch["labels"].tolist() for batch in loader]
+
+
+def test_a_loader_is_dealt_and_gone_on_with(loader):
+    whole = [label for batch in list_labels(loader) for label in batch]
+    assert sorted(whole) == list(range(1, 8))
+    for rank, parts in enumerate(([whole[0:2], whole[4:6]], [whole[2:4], whole[6:]])):
+        loader.set_epoch(1)
+        dealt = deal_batches(loader, 2, 2, rank)
+        dealt.set_epoch(1)
+        assert list_labels(dealt) == parts
+        rest = skip_first_batches(dealt, 1)
+        rest.set_epoch(1)
+        assert list_labels(rest) == parts[1:]
+
+
+def test_rows_of_like_length_are_grouped_alike_in_every_epoch_of_that_number():
+    lengths = [13 * row % 64 for row in range(64)]
+    first, second = GroupedSampler(lengths, 4, 7), GroupedSampler(lengths, 4, 7)
+    orders = []
+    for epoch in (0, 1):
+        first.set_epoch(epoch)
+        second.set_epoch(epoch)
+        orders.append(list(first))
+        assert orders[-1] == list(second)
+        assert sorted(orders[-1]) == list(range(64))
+        steps = [[lengths[row] for row in orders[-1][start : start + 4]] for start in range(4, 64, 4)]
+        assert sum(max(step) - min(step) for step in steps) / len(steps) < 20  # some 38 where they are not grouped
+    assert orders[0] != orders[1]
 
 
 def test_a_row_that_stands_in_counts_for_nothing():
