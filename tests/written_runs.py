@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.loading import QUICK_START_RECIPES, load_recipe
 from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model
 from hftcli.runs.records import CheckpointIdentity, DataReport, Hardware, MergeManifest, RoundResult, Source, Verification
@@ -25,7 +25,7 @@ def write_run(
     is_finished: bool = True,
 ) -> Path:
     """The files that a finished run leaves, with these scores: of the start, then after each round."""
-    recipe = load_recipe(None, [*overrides, f"output={folder}"], objective)
+    recipe = load_recipe(QUICK_START_RECIPES[objective], [*overrides, f"output={folder}"], objective)
     run = Run(folder)
     run.claim(recipe, recipe.launch, make_manifest(None))
     for index, task in enumerate(tasks):

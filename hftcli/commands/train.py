@@ -78,13 +78,17 @@ def continual(
     """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
     from hftcli import runners
     from hftcli.reporting.progress import show_progress
+    from hftcli.recipe.sections import ContinualSection
     from hftcli.reporting.rounds import print_continual
+    from hftcli.tasks import find_sequence
     from hftcli.tasks.check import format_report
 
     place = Place(hostfile, slurm, submit, dry_run)
     given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
     given += [f"continual.order={json.dumps(order)}"] if order else []
     given += overrides or ()
+    if tasks and recipe is None and not any(override.startswith("data.root=") for override in given):
+        find_sequence(ContinualSection(tasks=tasks))  # a name that is misspelt is no task of the user's own
     resolved = read_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, place, "continual")
     run = runners.prepare_continual(check_place(resolved, place))
     if (sequence := run.read_manifest().sequence) is not None:

@@ -140,7 +140,7 @@ def wide(wide_model) -> dict[str, object]:
 def wide_run(hft, settings, wide, tmp_path_factory) -> Path:
     """Of one process, which ZeRO leaves as it is at every stage."""
     run = tmp_path_factory.mktemp("runs") / "wide"
-    hft("sft", "--output", run, *settings(wide))
+    hft("sft", "--recipe", "tinyworld", "--output", run, *settings(wide))
     return run
 
 
@@ -149,7 +149,7 @@ def test_two_ranks_score_as_one_process_does(hft, settings, wide, wide_run, tmp_
     """Scored before and after training; ranks and batches do not divide the number of questions."""
     two_ranks = {"launch.zero_stage": stage, "launch.num_processes": 2, "train.per_device_train_batch_size": 16}
     run = tmp_path / "two"
-    hft("sft", "--output", run, *settings(wide | two_ranks))
+    hft("sft", "--recipe", "tinyworld", "--output", run, *settings(wide | two_ranks))
     assert losses(run) == pytest.approx(losses(wide_run), abs=1e-3)
     one, two = (Round(path / "rounds" / "00-sft").read_scores() for path in (wide_run, run))
     for moment in ("before", "after"):

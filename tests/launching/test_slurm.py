@@ -169,7 +169,7 @@ def test_a_recipe_keeps_its_section():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("launch.slurm.time=8:00:00", "write it in quotes, such as '8:00:00'"),
+        ("launch.slurm.time=480", "write it in quotes, such as '8:00:00'"),
         ("launch.slurm.partition=a b", "launch.slurm.partition: string should match"),
         ("launch.slurm.options=[qos]", "launch.slurm.options.0: string should match"),
         ("launch.slurm={time: '5', signal_seconds: 300}", "signal_seconds is 300, and time gives 300 seconds in all"),

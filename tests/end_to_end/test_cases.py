@@ -1,0 +1,99 @@
+"""Settings on which hft once fell short, on the small inputs that showed it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Sft = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def cases(shared: Path, tmp_path_factory) -> Path:
+    """The inputs, with the tiny models that are made for them."""
+    if not (shared / "cases").is_dir():
+        pytest.skip(f"the inputs are not at {shared / 'cases'}")
+    folder = tmp_path_factory.mktemp("cases")
+    for name in ("rows", "runs"):
+        shutil.copytree(shared / "cases" / name, folder / name)
+    command = [sys.executable, folder / "rows" / "make_models.py", shared / "models" / "MiniMind2-Small", folder / "rows" / "m"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def rows(cases, monkeypatch) -> Path:
+    monkeypatch.chdir(cases / "rows")
+    return cases / "rows"
+
+
+@pytest.fixture
+def runs(cases, shared, monkeypatch) -> list[str]:
+    """In the folder of the recipes, what brings them to their model."""
+    monkeypatch.chdir(cases / "runs")
+    return ["--set", f"model.path={shared / 'models' / 'stories260K'}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"train.packing": True, "train.packing_strategy": "wrapped", "train.global_batch_size": 2,
+             "train.per_device_train_batch_size": 2},
+            "train.packing_strategy is not taken: hft packs whole rows, and attention never crosses their borders",
+        ),
+        (
+            {"data.path": "plain.jsonl", "train.eos_token": "<|endoftext|>"},
+            "train.eos_token is not taken: it acts after the rows are tokenized",
+        ),
+        (
+            {"model.path": "m/gpt2", "data.max_length": 1024, "data.path": "long558.jsonl"},
+            "data.max_length is 1024, but the model has 512 positions",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_that_would_be_trained_otherwise_than_it_is_said(hft, settings, rows, tmp_path, changes, expected):
+    done = hft("sft", "--recipe", "base.yaml", "--output", tmp_path / "run", "--dry-run", *settings(changes), code=2)
+    assert expected in done.stderr
+
+
+def test_the_default_recipe_on_six_rows(hft, settings, rows, tmp_path):
+    changes = {"model.path": "m/llama", "data.path": "six.jsonl", "data.max_length": 256, "launch.num_processes": 1}
+    done = hft("sft", "--output", tmp_path / "run", *settings(changes))
+    assert "steps   1 of 32 sequences out of 6; learning rate up to 2e-05, linear, without a warm-up" in done.stderr
+    metrics = (tmp_path / "run" / "rounds" / "00-sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["learning_rate"] for row in metrics] == [2e-5]
+
+
+def test_smoothed_labels_of_a_loss_that_has_none(hft, settings, runs, tmp_path):
+    changes = {"dpo.beta": 0.05, "dpo.label_smoothing": 0.1}
+    done = hft("dpo", "--recipe", "dpo.yaml", "--output", tmp_path / "run", *runs, *settings(changes), code=2)
+    assert "dpo.label_smoothing would have no effect beside dpo.loss_type sigmoid" in done.stderr
+
+
+def test_an_end_that_would_be_saved_and_not_trained(hft, settings, runs, tmp_path):
+    changes = {"train.eos_token": "<unk>"}
+    done = hft("sft", "--recipe", "s.yaml", "--output", tmp_path / "run", *runs, *settings(changes), code=2)
+    assert "train.eos_token is not taken" in done.stderr
+
+
+def test_three_tasks_and_then_two(hft, runs, cases, tmp_path):
+    """A dry run that nobody trained leaves no round to the next start."""
+    arguments = [
+        "--recipe",
+        "cl.yaml",
+        "--output",
+        tmp_path / "run",
+        "--dry-run",
+        *runs,
+        "--set",
+        f"data.root={cases}/runs/tasks",
+    ]
+    hft("continual", "--tasks", "trail,eosanswer,qa", *arguments)
+    shown = hft("continual", "--tasks", "qa,trail", *arguments).stdout
+    assert sorted(path.name for path in (tmp_path / "run" / "rounds").iterdir()) == ["00-qa", "01-trail"]
+    assert shown.count("hftcli.training.worker") == 2
