@@ -70,7 +70,7 @@ def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: Json
     resolved = read_recipe(recipe, overrides)
     tokenizer = load_tokenizer(fetch_checkpoint(runners.resolve_start(resolved.model.path).path))
     set_chat_template(tokenizer, resolved.model.chat_template)
-    if resolved.objective == "continual":
+    if resolved.continual is not None:
         rows, found = resolved.data, {}
         for name in find_sequence(resolved.continual, rows.root).tasks:
             task = load_task(name, rows.root, "train", rows.max_examples)

@@ -77,8 +77,8 @@ def continual(
 ) -> None:
     """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
     from hftcli import runners
-    from hftcli.reporting.progress import show_progress
     from hftcli.recipe.sections import ContinualSection
+    from hftcli.reporting.progress import show_progress
     from hftcli.reporting.rounds import print_continual
     from hftcli.tasks import find_sequence
     from hftcli.tasks.check import format_report

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from hftcli.recipe.recipe import Objective, Recipe
-from hftcli.recipe.sections import SCHEDULES, LossType
+from hftcli.recipe.sections import LossType, Schedule
 from hftcli.recipe.source import RecipeFile
 from hftcli.recipe.trainer_keys import ADAMS, LIONS, OPTIMIZER_ARGUMENTS, OPTIMIZERS
 
@@ -34,15 +34,17 @@ class Condition:
 
     key: str
     other: str
-    values: tuple
+    values: tuple[Any, ...]
 
 
 CONDITIONS = (
-    Condition("train.warmup_steps", "train.lr_scheduler_type", tuple(name for name in SCHEDULES if name != "constant")),
+    Condition(
+        "train.warmup_steps", "train.lr_scheduler_type", tuple(name for name in get_args(Schedule) if name != "constant")
+    ),
     Condition(
         "train.lr_scheduler_kwargs",
         "train.lr_scheduler_type",
-        tuple(name for name in SCHEDULES if name not in ("linear", "constant", "constant_with_warmup")),
+        tuple(name for name in get_args(Schedule) if name not in ("linear", "constant", "constant_with_warmup")),
     ),
     Condition("train.optim_args", "train.optim", tuple(name for name in OPTIMIZERS if OPTIMIZER_ARGUMENTS[name])),
     Condition("train.adam_beta1", "train.optim", (*ADAMS, *LIONS)),

@@ -12,10 +12,10 @@ from hftcli.recipe.section import Section
 QUICK_START = "tinyworld"  # the model and data that ship with the package
 
 # transformers' names, but for those that follow an evaluation within the training.
-SCHEDULES = (
+Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-)  # fmt: skip
+]  # fmt: skip
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -71,14 +71,16 @@ class DataSection(Section):
 
 def _refuse_no_steps(value: int) -> int:
     if value == 0 or value < -1:
-        raise ValueError("give the number of steps, or -1 for as many as train.num_train_epochs makes")
+        raise PydanticCustomError("no_steps", "give the number of steps, or -1 for as many as train.num_train_epochs makes")
     return value
 
 
 def _refuse_feedback(value: Any) -> Any:
     """These schedules follow a loss on other rows, which hft does not measure while it trains."""
     if value in ("reduce_lr_on_plateau", "greedy"):
-        raise ValueError(f"{value} follows an evaluation within the training, and hft evaluates before and after it")
+        raise PydanticCustomError(
+            "feedback", f"{value} follows an evaluation within the training, and hft evaluates before and after it"
+        )
     return value
 
 
@@ -108,7 +110,7 @@ class TrainSection(OpenSection):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate of AdamW."""
 
-    lr_scheduler_type: Annotated[Literal[SCHEDULES], BeforeValidator(_refuse_feedback)] = "linear"
+    lr_scheduler_type: Annotated[Schedule, BeforeValidator(_refuse_feedback)] = "linear"
     """Schedule after warm-up, by transformers' names."""
 
     warmup_steps: Annotated[float, Field(ge=0)] = 0.03

@@ -18,12 +18,12 @@ PATH_KEYS = {
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Reads scalars by the core schema of YAML 1.2: 1e-8 is a number, and 8:00:00, 010 or 2024-01-01 nothing of another kind
-    than they look like."""
+    """Reads scalars by the core schema of YAML 1.2: 1e-8 is a number, 010 is ten, and 8:00:00, no and 2024-01-01 are text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
 
     def construct_number(self, node: yaml.ScalarNode) -> int:
+        """A decimal, octal or hexadecimal number."""
         text = node.value.lower()
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 

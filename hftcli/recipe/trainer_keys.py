@@ -1,9 +1,9 @@
-"""What hft does with every field of the trainers' arguments: TRL's SFTConfig and DPOConfig, and the TrainingArguments of
-transformers that both inherit from.
+"""What hft does with every field of the trainers' arguments.
 
-A field is `Ours`: hft sets it, from a key of its own. Or it is `Passed` on as it is given, of the type that stands here. Or it
-is `Refused`, with the reason and what serves instead. A field that stands in no table is unknown, and a test goes through the
-installed versions for one.
+These are TRL's SFTConfig and DPOConfig, and the TrainingArguments of transformers that both inherit from. A field is `Ours`: hft
+sets it, from a key of its own. Or it is `Passed` on as it is given, of the type that stands here. Or it is `Refused`, with the
+reason and what serves instead. A field that stands in no table is unknown, and a test goes through the installed versions for
+one.
 
 The tables are those of the sections: SHARED and SFT_ONLY of `train`, DPO_ONLY of `dpo`.
 """
@@ -11,7 +11,8 @@ The tables are those of the sections: SHARED and SFT_ONLY of `train`, DPO_ONLY o
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,23 @@ REFUSED_TRACKERS = {
 }
 
 
-def _check_optimizer(value: Any) -> Any:
-    if isinstance(value, str) and value in REFUSED_OPTIMIZERS:
-        raise ValueError(f"{value} {REFUSED_OPTIMIZERS[value]}; take another")
-    return value
+def _check_optimizer(name: str) -> str:
+    if name in REFUSED_OPTIMIZERS:
+        raise PydanticCustomError("refused", f"{name} {REFUSED_OPTIMIZERS[name]}: take another")
+    if name not in OPTIMIZERS:
+        raise PydanticCustomError("unknown", f"input should be one of {', '.join(OPTIMIZERS)}")
+    return name
 
 
-def _check_trackers(value: Any) -> Any:
-    for name in value if isinstance(value, list) else [value]:
-        if isinstance(name, str) and name in REFUSED_TRACKERS:
-            raise ValueError(f"{name} {REFUSED_TRACKERS[name]}")
-    return value
+def _check_tracker(name: str) -> str:
+    if name in REFUSED_TRACKERS:
+        raise PydanticCustomError("refused", f"{name} {REFUSED_TRACKERS[name]}")
+    if name not in TRACKERS and name != "none":
+        raise PydanticCustomError("unknown", f"input should be one of none, {', '.join(TRACKERS)}")
+    return name
 
+
+Tracker = Annotated[str, AfterValidator(_check_tracker)]
 
 _EVALUATION = "hft evaluates before and after a round, and not within it"
 _BEST = "hft keeps the model of the last step, and chooses no other"
@@ -144,7 +150,7 @@ SHARED: dict[str, Fate] = {
     "lr_scheduler_type": Ours("train.lr_scheduler_type"),
     "lr_scheduler_kwargs": Passed(Options),
     "warmup_steps": Ours("train.warmup_steps"),
-    "optim": Passed(Annotated[Literal[tuple(OPTIMIZERS)], BeforeValidator(_check_optimizer)]),
+    "optim": Passed(Annotated[str, AfterValidator(_check_optimizer)]),
     "optim_args": Passed(str),
     "weight_decay": Ours("train.weight_decay"),
     "adam_beta1": Passed(Share),
@@ -182,9 +188,7 @@ SHARED: dict[str, Fate] = {
     "log_level": Passed(LogLevel),
     "log_level_replica": Passed(LogLevel),
     "disable_tqdm": Refused("hft shows its own progress"),
-    "report_to": Passed(
-        Annotated[Literal[("none", *TRACKERS)] | list[Literal[tuple(TRACKERS)]], BeforeValidator(_check_trackers)]
-    ),
+    "report_to": Passed(Tracker | list[Tracker]),
     "run_name": Passed(str),
     "project": Passed(str),
     "trackio_space_id": Passed(str | None),

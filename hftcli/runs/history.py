@@ -37,6 +37,7 @@ class History(Section):
 
     @property
     def num_rounds(self) -> int:
+        """The index of the next round."""
         return self.rounds[-1].index + 1 if self.rounds else 0
 
 

@@ -8,7 +8,7 @@ nothing: the ranks meet in every pass.
 Shapes: B, rows of a rank's micro-batch; W, ranks.
 """
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -35,7 +35,7 @@ class EvenBatches(Sampler[list[int]]):
         batch_size: rows of a rank's micro-batch, but for the last, which all ranks share as evenly as it goes.
     """
 
-    def __init__(self, sampler: Sampler[int] | Sized, batch_size: int, num_ranks: int, rank: int):
+    def __init__(self, sampler: Collection[int], batch_size: int, num_ranks: int, rank: int):
         self.sampler = sampler  # accelerate tells it the epoch
         self.batch_size = None  # they are of several sizes
         self.num_rows = batch_size * num_ranks
@@ -65,6 +65,7 @@ class GroupedSampler(LengthGroupedSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Take the order of this epoch."""
         self.generator.manual_seed(self.seed + epoch)
 
 
@@ -88,6 +89,7 @@ class FillingCollator:
     filler: Example
 
     def __call__(self, examples: list[Example]) -> Batch:
+        """The batch of a rank's rows, or of the one that stands in for them."""
         return self.collate(examples or [self.filler])
 
 
@@ -98,7 +100,7 @@ def make_filler(example: Example) -> Example:
     return {**example, "row": NO_ROW}
 
 
-def deal_batches(loader: DataLoader, batch_size: int, num_ranks: int, rank: int) -> DataLoader:
+def deal_batches(loader: DataLoaderShard, batch_size: int, num_ranks: int, rank: int) -> DataLoaderShard:
     """The batches that transformers prepared, dealt evenly."""
     names = (
         "num_workers", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor", "persistent_workers",
@@ -129,6 +131,7 @@ class Part:
 
     @property
     def num_rows(self) -> int:
+        """Rows, or pairs, of this rank."""
         return self.num_rows_W[self.rank]
 
 
@@ -141,7 +144,8 @@ class DealingTrainer(Trainer):
 
     part: Part | None = None
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoaderShard:
+        """This rank's batches of an epoch."""
         loader = super().get_train_dataloader()
         if self.args.train_sampling_strategy == "group_by_length":
             num_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -154,6 +158,7 @@ class DealingTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
+        """A step's micro-batches, each with what part of the step it is."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_rows = torch.tensor([count_rows(batch) for batch in batches], device=device)
         num_rows_WA = self.accelerator.gather(num_rows).view(self.args.world_size, -1).tolist()
@@ -165,6 +170,7 @@ class DealingTrainer(Trainer):
         return batches, num_items_in_batch
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The forward and the backward pass of a micro-batch."""
         inputs = dict(inputs)
         self.part = inputs.pop("part")
         try:
@@ -173,6 +179,7 @@ class DealingTrainer(Trainer):
             self.part = None
 
     def compute_loss(self, model: torch.nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A micro-batch's part of the step's loss, which the trainer adds up and averages over the ranks."""
         if self.part is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with gathering(self.accelerator, self.part):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import get_scheduler
@@ -115,7 +116,7 @@ def foresee_run(
             spec = spec.model_copy(update={"model": first.model, "scoring": Scoring()})
         task = read_assignment(spec, needs_weights=False)
         build_arguments(task.spec, run.round(name).steps)
-        rows = tokenize_rows(task, lambda done, total, name=name: on_progress(name, done, total))
+        rows = tokenize_rows(task, partial(on_progress, name))
         outlooks[name] = look_ahead(task, rows)
     launch = first.launch
     budget = make_budget(task.spec, task.network, task.plan, launch.num_ranks, is_mixed(task.spec), torch.cuda.is_available())

@@ -79,7 +79,7 @@ def list_settings(spec: RoundSpec) -> tuple[str, dict[str, Any]]:
 def check_packages(train: TrainSection) -> None:
     """Raises: InputError: an optimizer or a tracker needs a package that is not here."""
     optimizer, trackers = train.extra.get("optim"), train.extra.get("report_to", "none")
-    needed = {f"train.optim {optimizer}": OPTIMIZERS.get(optimizer)}
+    needed = {f"train.optim {optimizer}": OPTIMIZERS.get(optimizer or "")}
     for tracker in [trackers] if isinstance(trackers, str) else trackers:
         needed[f"train.report_to {tracker}"] = TRACKERS.get(tracker)
     for setting, package in needed.items():

@@ -159,6 +159,7 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
         self.add_callback(MethodCallback(self))
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule, with a warm-up that leaves a step to train in."""
         if num_training_steps == 1 and self.args.warmup_steps < 1:
             self.args.warmup_steps = 0  # a share, which transformers would round up to the only step
         return super().create_scheduler(num_training_steps, *args, **kwargs)

@@ -16,7 +16,7 @@ from trl import DPOConfig, SFTConfig
 from hftcli.errors import RecipeError
 from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.section import list_kinds
-from hftcli.recipe.sections import SCHEDULES, LossType
+from hftcli.recipe.sections import LossType, Schedule
 from hftcli.recipe.trainer_keys import (
     DPO_ONLY,
     OPTIMIZER_ARGUMENTS,
@@ -59,7 +59,7 @@ def test_the_tables_are_the_fields_of_the_installed_versions():
 def test_the_names_of_optimizers_schedules_and_losses_are_the_installed_ones():
     assert OPTIMIZERS.keys() | REFUSED_OPTIMIZERS.keys() == {name.value for name in OptimizerNames}
     assert OPTIMIZERS.keys() == OPTIMIZER_ARGUMENTS.keys()
-    assert {*SCHEDULES, "reduce_lr_on_plateau", "greedy"} == {name.value for name in SchedulerType}
+    assert {*typing.get_args(Schedule), "reduce_lr_on_plateau", "greedy"} == {name.value for name in SchedulerType}
     losses = next(field for field in dataclasses.fields(DPOConfig) if field.name == "loss_type").metadata["help"]
     assert all(f"'{name}'" in losses for name in typing.get_args(LossType))
 
