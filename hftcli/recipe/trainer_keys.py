@@ -1,9 +1,9 @@
 """What hft does with every field of the trainers' arguments.
 
-These are TRL's SFTConfig and DPOConfig, and the TrainingArguments of transformers that both inherit from. A field is `Ours`: hft
-sets it, from a key of its own. Or it is `Passed` on as it is given, of the type that stands here. Or it is `Refused`, with the
-reason and what serves instead. A field that stands in no table is unknown, and a test goes through the installed versions for
-one.
+These are TRL's SFTConfig and DPOConfig, and the TrainingArguments of transformers that both inherit from. A field is `Ours`:
+hft sets it, from a key of its own. Or it is `Passed` on as it is given, of the type that stands here. Or it is `Refused`, with
+the reason and what serves instead. A field that stands in no table is unknown, and a test goes through the installed versions
+for one.
 
 The tables are those of the sections: SHARED and SFT_ONLY of `train`, DPO_ONLY of `dpo`.
 """
