@@ -89,6 +89,10 @@ def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
             )
     yield from _check_optimizer_arguments(recipe, source)
     yield from _check_checkpointing(recipe, source)
+    optimizer = find_value(recipe, "train.optim")
+    if recipe.launch.offload == "optimizer" and optimizer not in ("adamw_torch", "adamw_torch_fused"):
+        place = _place("launch.offload", source)
+        yield f"{place}: launch.offload keeps AdamW's state on the host, and train.optim is {optimizer}: drop one of the two"
     if objective == "dpo":
         yield from _check_losses(recipe, source)
         if is_given(recipe, "train.label_smoothing_factor"):

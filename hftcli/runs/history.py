@@ -7,8 +7,9 @@ which one it is and draws another half.
 from pathlib import Path
 
 from hftcli.recipe.recipe import Objective
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import FileSection, Section
 from hftcli.runs.files import read_model
+from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
 
 HISTORY_NAME = "hft.json"
@@ -29,7 +30,7 @@ class PastRound(Section):
     """Where it started from: a folder or a hub id."""
 
 
-class History(Section):
+class History(FileSection):
     """The rounds behind a checkpoint."""
 
     rounds: tuple[PastRound, ...] = ()
@@ -44,11 +45,24 @@ class History(Section):
 def read_history(folder: Path) -> History:
     """That of a checkpoint; of one that no round of hft made, an empty one.
 
+    Where an earlier hft wrote the checkpoint, with no history in it, the round's folder around it tells of that round.
+
     Raises:
         InputError: the file is damaged.
     """
-    path = folder / HISTORY_NAME
-    return read_model(path, History) if path.exists() else History()
+    path, round_ = folder / HISTORY_NAME, Round(folder.parent)
+    if path.exists():
+        return read_model(path, History)
+    if folder != round_.checkpoint or not round_.spec_path.exists():
+        return History()
+    return History(rounds=(describe_round(round_.read_spec(), round_.read_plan().fingerprint),))
+
+
+def describe_round(spec: RoundSpec, fingerprint: str) -> PastRound:
+    """A round as the checkpoints after it remember it."""
+    return PastRound(
+        index=spec.index, objective=spec.objective, task=spec.task, fingerprint=fingerprint, parent=spec.model.path
+    )  # fmt: skip
 
 
 def extend_history(start: Path, spec: RoundSpec, fingerprint: str) -> History:
@@ -58,7 +72,4 @@ def extend_history(start: Path, spec: RoundSpec, fingerprint: str) -> History:
         start: folder of the checkpoint that it began from.
         fingerprint: of its freeze plan.
     """
-    this = PastRound(
-        index=spec.index, objective=spec.objective, task=spec.task, fingerprint=fingerprint, parent=spec.model.path
-    )  # fmt: skip
-    return History(rounds=(*read_history(start).rounds, this))
+    return History(rounds=(*read_history(start).rounds, describe_round(spec, fingerprint)))

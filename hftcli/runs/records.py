@@ -111,7 +111,7 @@ class Hardware(Section):
     """Memory of the machine."""
 
 
-class Outlook(Section):
+class Outlook(FileSection):
     """What a round is going to do, known before it has weights."""
 
     data: DataReport

@@ -25,6 +25,7 @@ def fail(objective: str, *overrides: str) -> str:
         ("sft", ["train.optim=sgd", "train.optim_args=momentun=0.9"], "'momentun=0.9' is none of sgd's"),
         ("sft", ["train.loss_type=dft", "train.label_smoothing_factor=0.1"], "beside train.loss_type dft: drop it"),
         ("sft", ["train.activation_checkpointing_kwargs={every_n_layers: 2}"], "beside train.activation_checkpointing false"),
+        ("sft", ["launch.offload=optimizer", "train.optim=sgd"], "launch.offload keeps AdamW's state on the host"),
         ("sft", ["train.run_name=x"], "beside train.report_to none"),
         ("sft", ["train.report_to=tensorboard", "train.run_name=x"], "beside train.report_to tensorboard"),
         ("sft", ["train.dataloader_prefetch_factor=2"], "set train.dataloader_num_workers to 1 or more"),

@@ -61,6 +61,12 @@ def test_a_run_goes_on_from_a_checkpoint_however_it_is_named(checkpoint, tmp_pat
         resolve_start(str(copied))
 
 
+def test_a_checkpoint_of_an_earlier_hft_is_told_by_its_round():
+    checkpoint = Path(__file__).parent / "version_1" / "continual" / "rounds" / "01-sums" / "checkpoint"
+    assert not (checkpoint / HISTORY_NAME).exists()
+    assert resolve_start(str(checkpoint)).num_rounds == 2
+
+
 def names(run: Run) -> list[str]:
     return [round_.name for round_ in run.rounds]
 

@@ -13,7 +13,8 @@ from hftcli.measuring.evaluation import Evaluation
 from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.section import FileSection, Version
 from hftcli.runs.files import read_model, write_model
-from hftcli.runs.records import Checksums, DeltaRecord, Manifest, MergeManifest, RoundResult
+from hftcli.runs.history import History
+from hftcli.runs.records import Checksums, DeltaRecord, Manifest, MergeManifest, Outlook, RoundResult
 from hftcli.runs.scores import Scores
 from hftcli.runs.spec import RoundSpec
 
@@ -33,6 +34,12 @@ FIRST: dict[type[BaseModel], dict] = {
     MergeManifest: {
         "kind": "interpolation", "command": [], "created": "", "version": "0.1.0", "inputs": {"base": IDENTITY},
         "weight": 0.5, "plan": None, "files": {},
+    },
+    History: {"rounds": [{"index": 0, "objective": "sft", "task": None, "fingerprint": "0f", "parent": "m"}]},
+    Outlook: {
+        "data": json.loads((ROUND / "result.json").read_text())["data"], "num_sequences": 6, "num_steps": 2,
+        "num_warmup_steps": 1, "is_warmup_dropped": False, "num_trainable": 5, "num_parameters": 9, "fingerprint": "0f",
+        "memory_bytes": 99,
     },
     Evaluation: {
         "model": "m", "base": None, "dtype": "float32", "max_length": 8, "max_examples": None, "versions": {}, "tasks": {},
