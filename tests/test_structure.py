@@ -3,7 +3,9 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,13 @@ def test_importing_the_front_leaves_torch_alone():
     code = f"import sys, {', '.join(front)}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_types_are_strict_on_the_front():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    own = [pattern for rule in settings["overrides"] for pattern in rule["module"] if pattern.startswith("hftcli.")]
+    assert settings["strict"]
+    assert [module for module in MODULES if is_front(module) for pattern in own if fnmatch(f"hftcli.{module}", pattern)] == []
 
 
 def test_every_module_says_what_it_is_for():

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from hftcli.recipe.methods import SEQUENCE_METHODS
 from hftcli.recipe.recipe import Objective, Recipe
 from hftcli.recipe.section import list_kinds, open_section
 from hftcli.recipe.sections import DpoSection, TrainSection
-from hftcli.recipe.source import RecipeFile, holds_secret
+from hftcli.recipe.source import Keys, RecipeFile, holds_secret
 from hftcli.recipe.trainer_keys import DPO_ONLY, GONE, SFT_ONLY, SHARED, Fate, Ours, Passed, Refused
 
 # Sections that also take fields of the trainers, each with hft's own fields and the trainers'.
@@ -43,7 +44,8 @@ FOREIGN_KEYS = {
 }
 
 
-def describe_fault(fault: dict, source: RecipeFile) -> str:
+def describe_fault(fault: ErrorDetails, source: RecipeFile) -> str:
+    """What pydantic refuses, on a line with the place where the key was given."""
     keys = tuple(str(part) for part in fault["loc"])
     place, name = source.place(keys), ".".join(keys)
     if fault["type"] == "extra_forbidden":
@@ -53,21 +55,21 @@ def describe_fault(fault: dict, source: RecipeFile) -> str:
     return f"{place}: {name}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
 
 
-def _describe_unknown_key(place: str, keys: tuple, known: Iterable[str]) -> str:
+def _describe_unknown_key(place: str, keys: Keys, known: Iterable[str]) -> str:
     guess = difflib.get_close_matches(keys[-1], list(known), n=1)
     section = f" under {'.'.join(keys[:-1])}" if len(keys) > 1 else ""
     hint = f" (did you mean '{guess[0]}'?)" if guess else f" (known: {', '.join(known) or 'none'})"
     return f"{place}: unknown key '{keys[-1]}'{section}{hint}"
 
 
-def _section_fields(keys: tuple) -> list[str]:
+def _section_fields(keys: Keys) -> list[str]:
     model: Any = Recipe
     for key in keys:
         model = open_section(model.model_fields[key].annotation)
     return list(model.model_fields)
 
 
-def check_secrets(values: dict, source: RecipeFile, keys: tuple = ()) -> Iterator[str]:
+def check_secrets(values: dict[str, Any], source: RecipeFile, keys: Keys = ()) -> Iterator[str]:
     """What nobody else may read: a recipe is written into its run."""
     for key, value in values.items():
         place, name = source.place((*keys, key)), ".".join((*keys, key))
@@ -81,7 +83,9 @@ def check_secrets(values: dict, source: RecipeFile, keys: tuple = ()) -> Iterato
             )
 
 
-def check_booleans(values: dict, source: RecipeFile, model: type[BaseModel] = Recipe, keys: tuple = ()) -> Iterator[str]:
+def check_booleans(
+    values: dict[str, Any], source: RecipeFile, model: type[BaseModel] = Recipe, keys: Keys = ()
+) -> Iterator[str]:
     """Pydantic reads `true` as the number 1."""
     for key, value in values.items():
         if key not in model.model_fields:
@@ -95,15 +99,18 @@ def check_booleans(values: dict, source: RecipeFile, model: type[BaseModel] = Re
 
 
 def is_misplaced_boolean(value: Any, annotation: Any) -> bool:
+    """Whether a value is true or false where a number is asked for."""
     kinds = list_kinds(annotation)
     return isinstance(value, bool) and bool({int, float} & kinds) and bool not in kinds
 
 
-def type_trainer_keys(values: dict, source: RecipeFile) -> Iterator[str]:
+def type_trainer_keys(values: dict[str, Any], source: RecipeFile) -> Iterator[str]:
     """Give the trainers' fields the types that the trainers take, in place; what does not fit is a fault."""
     for section, (model, fates) in OPEN_SECTIONS.items():
         given = values.get(section)
-        for key, value in given.items() if isinstance(given, dict) else ():
+        if not isinstance(given, dict):
+            continue
+        for key, value in given.items():
             fate = fates.get(key)
             if key in model.model_fields or not isinstance(fate, Passed):
                 continue

@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from hftcli.errors import RecipeError
+
+Keys = tuple[str, ...]  # of a value, from the outside in
 
 SECRET_NAME = re.compile(r"(?i)(hub|hf|api|auth|access|wandb)_?(token|key)|password|secret")
 SECRET_VALUE = re.compile(r"(?i)\bhf_[a-z0-9]{16,}|(token|api_key|secret|password)=[^\s,]")
@@ -20,12 +22,13 @@ PATH_KEYS = {
 class RecipeLoader(yaml.SafeLoader):
     """Reads scalars by the core schema of YAML 1.2: 1e-8 is a number, 010 is ten, and 8:00:00, no and 2024-01-01 are text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
-
     def construct_number(self, node: yaml.ScalarNode) -> int:
         """A decimal, octal or hexadecimal number."""
         text = node.value.lower()
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+RecipeLoader.yaml_implicit_resolvers = {}  # in place of those of YAML 1.1
 
 
 class RecipeDumper(yaml.SafeDumper):
@@ -54,7 +57,7 @@ class RecipeFile:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.origins: dict[tuple, str] = {}
+        self.origins: dict[Keys, str] = {}
         self.values: dict[str, Any] = {}
         if path is None:
             return
@@ -69,7 +72,7 @@ class RecipeFile:
         if node:
             self.values = self._read_node(node, ())
 
-    def _read_node(self, node: yaml.Node, keys: tuple) -> Any:
+    def _read_node(self, node: yaml.Node, keys: Keys) -> Any:
         if isinstance(node, yaml.MappingNode):
             values = {}
             for key_node, value_node in node.value:
@@ -82,7 +85,7 @@ class RecipeFile:
             return values
         return RecipeLoader("").construct_object(node, deep=True)
 
-    def place(self, keys: tuple) -> str:
+    def place(self, keys: Keys) -> str:
         """Where a key was given: the longest part of its path that stands somewhere."""
         for length in range(len(keys), 0, -1):
             if keys[:length] in self.origins:
@@ -90,7 +93,7 @@ class RecipeFile:
         return str(self.path) if self.path else "no recipe, and no --set"
 
 
-def apply_override(values: dict, override: str, source: RecipeFile) -> None:
+def apply_override(values: dict[str, Any], override: str, source: RecipeFile) -> None:
     """Lay `key.path=value` over the values; a section that is null is opened.
 
     Raises:
