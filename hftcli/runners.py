@@ -19,7 +19,7 @@ from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
-from hftcli.freezing.selection import make_plan
+from hftcli.freezing.selection import make_plan, narrow_plan
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
@@ -329,6 +329,8 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     """
     units = assign_roles(model_type, parameters)
     plan = make_plan(units, recipe.freeze, start.num_rounds)
+    if (lora := recipe.method.lora or recipe.method.olora) is not None:
+        plan = narrow_plan(plan, units, lora.target_modules)
     num_processes = count_ranks(recipe.launch)
     network = Network(model_type, units, num_heads)
     budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)
