@@ -273,9 +273,10 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
             run.record(round_, result)
     shutil.rmtree(round_.steps, ignore_errors=True)  # nothing goes on from them any more
     if not result.verification.passed:
+        verification = result.verification
         raise VerificationError(
-            f"{round_.folder}: {len(result.verification.violations)} frozen parameters moved, "
-            f"{len(result.verification.unmoved)} trained ones did not",
+            f"{round_.folder}: {len(verification.violations)} frozen parameters moved, {len(verification.unmoved)} trained "
+            f"ones did not, {len(verification.faults)} faults in all",
             f"hft verify {round_.folder} names them",
         )
     return result

@@ -1,8 +1,7 @@
-"""What a checkpoint is, without its weights: its config, its parameters by name and shape, its tokenizer, its data type."""
+"""What a checkpoint is, without its weights: its config, its parameters by name and shape, its tokenizer."""
 
 import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +10,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter
 from hftcli.models.deltas import hash_checkpoint, open_stack
-from hftcli.recipe.sections import ModelSection
 from hftcli.runs.run import find_checkpoint_damage
-
-SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,8 @@ def describe_model(path: str) -> ModelDescription:
     Raises:
         ModelError: there is no such model, or its config does not load.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
-    text_config = config.get_text_config()
+    model = build_empty_model(path)
+    text_config = model.config.get_text_config()
     return ModelDescription(
         model_type=model.config.model_type,
         parameters=tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters()),
@@ -65,6 +57,19 @@ def describe_model(path: str) -> ModelDescription:
         num_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
     )
+
+
+def build_empty_model(path: str) -> PreTrainedModel:
+    """The model of a folder, a config file or a hub id, without memory for its weights.
+
+    Raises:
+        ModelError: there is no such model, or its config does not load.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
 
 
 def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
@@ -107,36 +112,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def read_start_dtype(section: ModelSection, folder: Path) -> torch.dtype:
-    """The data type of the start: the recipe's, or that of the checkpoint's largest tensor."""
-    if section.dtype is not None:
-        return getattr(torch, section.dtype)
-    header = read_header(min(folder.glob("*.safetensors")))
-    largest = max(header.values(), key=lambda entry: entry["data_offsets"][1] - entry["data_offsets"][0])
-    if largest["dtype"] not in SAFETENSORS_DTYPES:
-        raise ModelError(f"{folder} stores {largest['dtype']} weights", "set model.dtype: bfloat16 or float32")
-    return getattr(torch, SAFETENSORS_DTYPES[largest["dtype"]])
-
-
-def read_header(file: Path) -> dict[str, dict]:
-    """Names, dtypes, shapes and byte offsets of the tensors in a safetensors file, without reading them.
-
-    Raises:
-        ModelError: the file is not one, or is shorter than its header says.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (struct.error, ValueError, MemoryError):
-        raise ModelError(f"{file} is damaged: its header does not read") from None
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if file.stat().st_size != expected:
-        raise ModelError(f"{file} is damaged: it has {file.stat().st_size:,} bytes, and its header says {expected:,}")
-    return header
 
 
 def get_first_line(error: Exception) -> str:

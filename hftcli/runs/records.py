@@ -24,19 +24,38 @@ class Verification(Section):
     """Frozen parameters compared."""
     num_trained: int
     """Trained parameters compared."""
+    num_extras: int = 0
+    """Tensors of the start's files that are no parameter's, such as stored masks: compared as well."""
     violations: tuple[str, ...]
-    """Frozen parameters whose bytes differ: must be none."""
+    """Frozen parameters whose bytes or data types differ: must be none."""
+    changed_extras: tuple[str, ...] = ()
+    """Of the tensors that are no parameter's, those whose bytes or data types differ: must be none."""
+    retyped: tuple[str, ...] = ()
+    """Tensors whose stored data type is another than the start's, or than `converted_to`, and which: must be none."""
+    lost: tuple[str, ...] = ()
+    """Tensors of the start's files that the checkpoint's lack: must be none."""
+    moved_in_memory: tuple[str, ...] = ()
+    """Frozen parameters that the model did not hold any more as the start has them when training ended: must be none."""
     unmoved: tuple[str, ...]
     """Trained parameters whose bytes are the same: must be none."""
     below_resolution: tuple[str, ...] = ()
     """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
     damaged: tuple[str, ...] = ()
     """Files of the checkpoint that are not what the round wrote, and how: must be none."""
+    converted_to: Literal["float32", "bfloat16", "float16"] | None = None
+    """`model.dtype`, where the start stores other data types: the comparison is with the start after that conversion, computed
+    anew. Null where it is with the start's own bytes."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """All that must not be."""
+        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory)
+        return (*moved, *self.unmoved, *self.retyped, *self.lost, *self.damaged)
 
     @property
     def passed(self) -> bool:
         """Whether nothing that must be empty holds a name."""
-        return not self.violations and not self.unmoved and not self.damaged
+        return not self.faults
 
 
 class ReferenceReport(Section):
@@ -160,6 +179,20 @@ class StepSaves(Section):
     """Size of the last one."""
 
 
+class AnswerEnds(Section):
+    """With which tokens an answer ends: what training settled, and where the checkpoint's generation stops."""
+
+    trained: tuple[str, ...]
+    """Tokens with which the trained answers end, the most frequent first; none where no answer was trained to its end, or where
+    answers end in plain text."""
+    trained_ids: tuple[int, ...]
+    """Their ids."""
+    added_ids: tuple[int, ...]
+    """Those of them at which the start's generation did not stop."""
+    eos_token_ids: tuple[int, ...]
+    """`eos_token_id` of the checkpoint's generation_config.json: the trained ones and the start's own."""
+
+
 class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
@@ -200,6 +233,8 @@ class RoundResult(FileSection):
     """Largest absolute change of each trained parameter, in float32."""
     verification: Verification
     """Frozen parts identical, trained parts moved."""
+    ends: AnswerEnds | None = None
+    """With which tokens an answer ends; null in a round of an older hft."""
     data: DataReport
     """What the data were: format, counts, hashes."""
     reference: ReferenceReport | None = None
@@ -228,10 +263,10 @@ class DeltaRecord(FileSection):
     """The round's start, which holds all that this checkpoint does not; may be a delta itself."""
     fingerprint: str
     """Of the round's freeze plan."""
-    dtype: Literal["float32", "bfloat16", "float16"]
-    """Data type of the checkpoint; what comes from the base is rounded to it."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    """What `model.dtype` converts every parameter of the base to; null where each keeps the data type that it has."""
     tensors: tuple[str, ...]
-    """Names of the parameters stored here: those whose bytes are not the base's, frozen ones too."""
+    """Names of the parameters stored here: trained ones whose bytes are not the base's."""
     rows: tuple[str, ...] = ()
     """Names of those of which only the rows that are not the base's are stored."""
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hftcli.data.chat import set_chat_template
+from hftcli.data.ends import find_trained_ends
 from hftcli.data.prepare import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
 from hftcli.data.tokens import Progress
 from hftcli.errors import DataError, InputError, ModelError
@@ -22,8 +23,9 @@ from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
-from hftcli.measuring.asking import hold_out, tokenize_task
+from hftcli.measuring.asking import add_ends, hold_out, tokenize_task
 from hftcli.methods import make_methods
+from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
 from hftcli.recipe.sections import TrainSection
@@ -179,7 +181,9 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
         elif spec.held_out:
             unpacked = spec.train.model_copy(update={"packing": False})
             asked[HELD_OUT] = hold_out(prepare_dataset(spec.held_out, unpacked, tokenizer, cache)[0])
-    return Rows(dataset, report, "+".join(digests), asked, pairs)
+    ends = find_trained_ends(dataset, spec.data.max_length, tokenizer)
+    asked = {name: add_ends(questions, (*read_ends(task.start), *ends)) for name, questions in asked.items()}
+    return Rows(dataset, report, "+".join(digests), asked, pairs, ends)
 
 
 def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:
