@@ -118,7 +118,10 @@ def _open_pair(base: Path, tuned: Path) -> tuple[CheckpointReader, CheckpointRea
             "give the model that the tuned one was tuned from",
         )
     names = tuple(shapes[0])
-    return CheckpointReader(base, names), CheckpointReader(tuned, names)
+    readers = CheckpointReader(base, names), CheckpointReader(tuned, names)
+    for reader in readers:
+        reader.layout.check_copies()
+    return readers
 
 
 def _move_tensors(source: CheckpointReader, target: CheckpointReader, name: str) -> dict[str, np.ndarray]:

@@ -16,9 +16,10 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.models.configs import Configs
 from hftcli.models.deltas import open_stack, write_delta
 from hftcli.models.description import describe_model, get_first_line
+from hftcli.models.layout import Layout
 from hftcli.models.proof import find_changed_rows, has_same_bits
 from hftcli.models.reader import CheckpointReader, Start, convert, list_forms
-from hftcli.models.tensors import write_shards
+from hftcli.models.tensors import list_tensors, write_shards
 from hftcli.recipe.sections import ModelSection
 
 MOST_ROWS = 0.9  # of a tensor's rows; where more of them changed, a delta stores it whole
@@ -83,7 +84,8 @@ def load_finished(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
     """
     names = tuple(parameter.name for parameter in describe_model(str(folder)).parameters)
     try:
-        CheckpointReader(folder, names)  # transformers fills what is missing with random numbers
+        root = open_stack(folder).root
+        Layout(root, list_tensors(root)).require(names)
         model = load_weights(folder, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model does not load: {get_first_line(error)}") from None

@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter
@@ -66,8 +60,11 @@ def build_empty_model(path: str) -> PreTrainedModel:
         ModelError: there is no such model, or its config does not load.
     """
     try:
+        config = AutoConfig.from_pretrained(path)
+        # The class itself: `from_config` would have DeepSpeed share the weights out where it holds the model.
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            return kind(config)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
 

@@ -5,12 +5,11 @@ before GPT-2's names). Tied parameters may stand in the file under each of their
 two for each expert. What is no parameter's, such as masks and rotary frequencies that older versions stored, is an extra.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -23,7 +22,7 @@ from transformers.core_model_loading import (
 
 from hftcli.errors import ModelError
 from hftcli.models.description import build_empty_model
-from hftcli.models.tensors import StoredTensor
+from hftcli.models.tensors import StoredTensor, has_same_bytes
 
 
 class Layout:
@@ -39,7 +38,7 @@ class Layout:
         shapes: of the parameters.
 
     Raises:
-        ModelError: a parameter cannot be told from another, or two tensors that must be one differ.
+        ModelError: a tensor holds several parameters.
     """
 
     def __init__(self, folder: Path, stored: Mapping[str, StoredTensor]):
@@ -60,8 +59,6 @@ class Layout:
         for name in sorted(self.owners, key=dot_natural_key):
             found[self.owners[name]].append(name)
         self.places = {name: tuple(tensors) for name, tensors in found.items() if tensors}
-        for name in self.places:
-            self._check_copies(name)
 
     def _find_targets(self, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> dict[str, str]:
         """Where transformers' loader lays every stored tensor in; the patterns of those that it converts are noted."""
@@ -80,17 +77,21 @@ class Layout:
                     )
         return targets
 
-    def _check_copies(self, name: str) -> None:
-        """Raises: ModelError: a parameter stands in the file more than once, and not the same each time."""
-        if self.is_split(name) or len(self.places[name]) == 1:
-            return
-        first, *others = (self.stored[place] for place in self.places[name])
-        for other in others:
-            if other.form != first.form or not np.array_equal(first.read_bytes(), other.read_bytes()):
-                raise ModelError(
-                    f"{self.folder}: {first.name} and {other.name} are tied, and their tensors differ",
-                    "set tie_word_embeddings: false in its config.json, or remove one of the two from the file",
-                )
+    def require(self, names: Iterable[str]) -> None:
+        """Raises: ModelError: a parameter is in none of the files: transformers would fill it with random numbers."""
+        if missing := [name for name in names if name not in self.places]:
+            raise ModelError(f"{self.folder} lacks {len(missing)} parameters, the first is {missing[0]}")
+
+    def check_copies(self) -> None:
+        """Raises: ModelError: a parameter stands in the files more than once, and not the same each time."""
+        whole = [places for name, places in self.places.items() if len(places) > 1 and not self.is_split(name)]
+        for first, *others in ([self.stored[place] for place in places] for places in whole):
+            for other in others:
+                if other.form != first.form or not has_same_bytes(first.read_bytes(), other.read_bytes()):
+                    raise ModelError(
+                        f"{self.folder}: {first.name} and {other.name} are tied, and their tensors differ",
+                        "set tie_word_embeddings: false in its config.json, or remove one of the two from the file",
+                    )
 
     @property
     def num_parameters(self) -> int:

@@ -14,10 +14,10 @@ import torch
 from hftcli.freezing.selection import FreezePlan
 from hftcli.models.description import fetch_checkpoint
 from hftcli.models.reader import CheckpointReader, Start, convert
+from hftcli.models.tensors import CHUNK_BYTES, has_same_bytes
 from hftcli.runs.records import Verification
 from hftcli.runs.run import Round, find_checkpoint_damage
 
-CHUNK_BYTES = 1 << 24  # compared at once
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -139,10 +139,7 @@ def is_same(old: np.ndarray, old_dtype: str, new: np.ndarray, new_dtype: str) ->
     """Whether bytes are the same; where the data types differ, once the old ones are converted."""
     if old_dtype != new_dtype:
         return _is_converted(old, old_dtype, new, new_dtype)
-    if len(old) != len(new):
-        return False
-    starts = range(0, len(old), CHUNK_BYTES)
-    return all(np.array_equal(old[start : start + CHUNK_BYTES], new[start : start + CHUNK_BYTES]) for start in starts)
+    return has_same_bytes(old, new)
 
 
 def _is_converted(old: np.ndarray, old_dtype: str, new: np.ndarray, new_dtype: str) -> bool:

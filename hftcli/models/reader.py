@@ -38,8 +38,7 @@ class CheckpointReader:
             if odd := sorted(set(layer) ^ expected):
                 raise ModelError(f"{delta.folder} is damaged: its delta.json and its weights differ in {odd[0]}")
         self.layout = Layout(self.stack.root, self.stored)
-        if missing := [name for name in names if name not in self.layout.places]:
-            raise ModelError(f"{self.stack.root} lacks {len(missing)} parameters, the first is {missing[0]}")
+        self.layout.require(names)
         self.dtypes = {place: self._find_dtype(place) for place in self.stored}
 
     def _find_dtype(self, place: str) -> str:
@@ -92,13 +91,14 @@ class Start:
         dtypes: the data type in which every tensor counts and is saved, as files name it.
 
     Raises:
-        ModelError: see `CheckpointReader`; or a parameter is stored in a data type that would not survive.
+        ModelError: see `CheckpointReader` and `check_copies`; or a parameter is stored in a data type that would not survive.
     """
 
     def __init__(self, section: ModelSection, folder: Path, names: tuple[str, ...]):
         self.folder = folder
         self.reader = CheckpointReader(folder, names)
         self.layout = self.reader.layout
+        self.layout.check_copies()
         self.dtype = None if section.dtype is None else getattr(torch, section.dtype)
         self.dtypes = convert_dtypes(self.reader, self.dtype)
 

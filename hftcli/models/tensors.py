@@ -20,6 +20,7 @@ from hftcli.errors import ModelError
 
 FILE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "50GB"  # transformers' own
+CHUNK_BYTES = 1 << 24  # compared at once
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
@@ -122,6 +123,14 @@ def get_form(tensor: torch.Tensor) -> Form:
 def get_bytes(tensor: torch.Tensor) -> np.ndarray:
     """A tensor's bytes: equal floats can differ in them (0.0 and -0.0), and equal bytes compare unequal as floats (NaN)."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def has_same_bytes(one: np.ndarray, two: np.ndarray) -> bool:
+    """Whether bytes are the same, read a chunk at a time."""
+    starts = range(0, len(one), CHUNK_BYTES)
+    return len(one) == len(two) and all(
+        np.array_equal(one[start : start + CHUNK_BYTES], two[start : start + CHUNK_BYTES]) for start in starts
+    )
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
