@@ -16,7 +16,7 @@ from hftcli.errors import ModelError
 from hftcli.freezing.roles import FAMILIES
 from hftcli.freezing.selection import FreezePlan, FreezeRule
 from hftcli.models.arithmetic import interpolate_models, merge_delta, reset_half
-from hftcli.models.checkpoint import load_finished, load_model, load_weights
+from hftcli.models.checkpoint import gather_outcome, load_finished, load_model, load_weights
 from hftcli.models.layout import Layout
 from hftcli.models.proof import verify_checkpoint
 from hftcli.models.reader import Start
@@ -263,3 +263,16 @@ def test_the_layout_is_what_transformers_loads(tmp_path, family):
         assert torch.equal(layout.join(name, tensors).float(), values)
         for place, part in layout.split(name, values).items():
             assert torch.equal(part.to(tensors[place].dtype), tensors[place])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_frozen_tensor_that_moved_by_one_bit_in_memory_is_found(tmp_path, mixed):
+    start = write_start(tmp_path / "start", "llama")
+    section, plan = ModelSection(path=str(start)), draw(start)
+    model, stored = load_model(section, start, plan, mixed=mixed, sharded=False), Start(section, start, ())
+    outcome = gather_outcome(model, stored, plan, sharded=False, is_first=True)
+    assert outcome.moved == ()
+    assert outcome.masters.keys() == set(plan.trained)
+    for name in plan.frozen:
+        model.get_parameter(name).data.view(-1).view(torch.uint8)[0] ^= 1
+    assert set(gather_outcome(model, stored, plan, sharded=False, is_first=True).moved) == set(plan.frozen)
