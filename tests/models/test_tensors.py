@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from hftcli import PACKAGE
 from hftcli.errors import ModelError
 from hftcli.models.proof import is_same
 from hftcli.models.tensors import get_bytes, list_tensors, write_tensors
@@ -38,6 +40,14 @@ def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+def test_no_file_is_written_by_what_makes_it_readable_by_its_owner_alone():
+    """The library's own writer does, and so does a temporary file."""
+    sources = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert len(sources) > 100
+    for path, source in sources.items():
+        assert not re.search(r"\bsave_file\b|\btempfile\b|\bmkstemp\b|0o[67]00", source), path
 
 
 @pytest.fixture
