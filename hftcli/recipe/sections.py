@@ -29,8 +29,8 @@ class ModelSection(Section):
     """A folder with a Hugging Face checkpoint, the folder of a finished run, a hub id, or `tinyworld`."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type in which the start is loaded and the checkpoint is written; null keeps the start's own. What trains has float32
-    masters in any case."""
+    """Data type that the start's weights are converted to, once, and in which the checkpoint is written; null keeps that of
+    each tensor. What trains has float32 masters in any case."""
 
     chat_template: str | None = None
     """A Jinja file, or a template that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the
