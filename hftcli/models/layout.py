@@ -15,9 +15,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     dot_natural_key,
     rename_source_key,
-    revert_weight_conversion,
 )
 
 from hftcli.errors import ModelError
@@ -49,8 +49,9 @@ class Layout:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.converters = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         self.patterns: dict[str, str] = {}
-        targets = self._find_targets([entry for entry in mapping if isinstance(entry, WeightRenaming)], converters)
-        self.model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # what saving reverts
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        targets = self._find_targets(renamings, converters)
+        self.renamings_back = [entry.reverse_transform() for entry in reversed(renamings) if entry.was_used()]
         names = {id(value): name for name, value in self.model.named_parameters()}
         aliases = {name: names[id(value)] for name, value in self.model.named_parameters(remove_duplicate=False)}
         self.owners = {name: aliases[target] for name, target in targets.items() if target in aliases}
@@ -131,7 +132,12 @@ class Layout:
         """
         if not self.is_split(name):
             return dict.fromkeys(self.places[name], values)
-        found = {self._find_name(place): part for place, part in revert_weight_conversion(self.model, {name: values}).items()}
+        converter = self.converters[self.patterns[self.places[name][0]]].reverse_transform()
+        key, pattern = converter.rename_source_key(name)
+        converter.add_tensor(key, name, pattern, values)
+        found = {}
+        for place, part in converter.convert(key, model=self.model, config=self.model.config).items():
+            found[self._find_name(apply_renamings(place, self.renamings_back))] = part[0] if isinstance(part, list) else part
         if found.keys() != set(self.places[name]):
             raise ModelError(f"{self.folder}: {name} comes apart into other tensors than those of the files, as {min(found)}")
         return found

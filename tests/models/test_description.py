@@ -19,7 +19,8 @@ def test_a_description_needs_the_config_alone(folder, tmp_path):
         fetch_checkpoint(str(tmp_path))
 
 
-def test_a_config_that_does_not_load_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+@pytest.mark.parametrize("config", [{"model_type": "no-such-type"}, {"model_type": "llama", "hidden_size": 15}])
+def test_a_config_that_does_not_load_is_named(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="the model's config does not load"):
         describe_model(str(tmp_path))
