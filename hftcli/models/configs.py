@@ -37,6 +37,7 @@ class Configs:
     ends: AnswerEnds
 
     def write(self, folder: Path) -> None:
+        """Write them all into a folder."""
         self.tokenizer.save_pretrained(folder)
         for file in self.vocabularies:
             if not (folder / file.name).exists():

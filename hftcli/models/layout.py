@@ -96,6 +96,7 @@ class Layout:
 
     @property
     def num_parameters(self) -> int:
+        """Weights of the model; tied ones count once."""
         return sum(map(prod, self.shapes.values()))
 
     def is_split(self, name: str) -> bool:

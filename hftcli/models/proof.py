@@ -46,6 +46,7 @@ class Comparison:
         return [name for name in names if not self._is_same(self.before.read_tensors(name), self.after.read_tensors(name))]
 
     def find_changed_extras(self) -> list[str]:
+        """Tensors that are no parameter's and have other bytes, or another data type."""
         kept = [place for place in self.before.layout.extras if self.places[place] is not None]
         return [
             place

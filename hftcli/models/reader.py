@@ -53,6 +53,7 @@ class CheckpointReader:
         return dtype
 
     def read(self, name: str) -> torch.Tensor:
+        """A parameter's values."""
         return self._read_at(name, len(self.stack.deltas))
 
     def _read_at(self, name: str, place: int) -> torch.Tensor:
@@ -103,6 +104,7 @@ class Start:
         self.dtypes = convert_dtypes(self.reader, self.dtype)
 
     def read(self, name: str) -> torch.Tensor:
+        """A parameter's values as they count."""
         values = self.reader.read(name)
         return values if self.dtype is None else convert(values, self.dtype)
 

@@ -55,9 +55,11 @@ class StoredTensor:
 
     @property
     def form(self) -> Form:
+        """All of it but its place and its values."""
         return self.dtype, self.shape, self.num_bytes
 
     def read(self) -> torch.Tensor:
+        """The tensor, in the data type of the file."""
         with safe_open(self.file, framework="pt") as file:
             return file.get_tensor(self.name)
 
@@ -117,6 +119,7 @@ def list_file(file: Path) -> dict[str, StoredTensor]:
 
 
 def get_form(tensor: torch.Tensor) -> Form:
+    """What a tensor is in a file."""
     return CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes
 
 
