@@ -185,8 +185,9 @@ def generate_answers(
     temperature: float = 0.0,
     on_batch: Progress = ignore_progress,
 ) -> list[list[int]]:
-    """Let a model answer a task's questions, with no more of its `generation_config` than the ends that `add_ends` gives it, so
-    that no checkpoint brings rules along.
+    """Let a model answer a task's questions.
+
+    Of its `generation_config` no more than the ends count, by `add_ends`, so that no checkpoint brings rules along.
 
     Returns:
         Token ids of each answer without its end, on all ranks.

@@ -197,7 +197,7 @@ class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
     version: Version = 2
-    """Version of the file's form. The first has no `attention` and no `host_bytes`."""
+    """Version of the file's form. The first has no `attention`, `host_bytes` and `ends`, and not all of `verification`."""
     fingerprint: str
     """Of the freeze plan."""
     rank_fingerprints: tuple[str, ...]
@@ -234,7 +234,7 @@ class RoundResult(FileSection):
     verification: Verification
     """Frozen parts identical, trained parts moved."""
     ends: AnswerEnds | None = None
-    """With which tokens an answer ends; null in a round of an older hft."""
+    """With which tokens an answer ends; null in a round of the first version."""
     data: DataReport
     """What the data were: format, counts, hashes."""
     reference: ReferenceReport | None = None
@@ -259,6 +259,8 @@ class CheckpointIdentity(Section):
 class DeltaRecord(FileSection):
     """What a delta checkpoint lacks, and where that is."""
 
+    version: Version = 2
+    """Version of the file's form. The first has a `dtype` always: what comes from the base is converted to it."""
     base: CheckpointIdentity
     """The round's start, which holds all that this checkpoint does not; may be a delta itself."""
     fingerprint: str
@@ -335,6 +337,8 @@ class StepManifest(FileSection):
 class Manifest(FileSection):
     """What a stranger needs to repeat the run."""
 
+    version: Version = 2
+    """Version of the file's form. The first has results of the first version."""
     command: tuple[str, ...]
     """The command line."""
     created: str
