@@ -106,16 +106,9 @@ def load_weights(folder: Path, dtype: torch.dtype, attn_implementation: str | No
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     reader = CheckpointReader(folder, tuple(name for name, _ in model.named_parameters()))
-    for name in _list_changed(reader):
+    for name in filter(reader.is_changed, reader.layout.places):
         _lay_in(model.get_parameter(name), reader.read(name))
     return model
-
-
-def _list_changed(reader: CheckpointReader) -> list[str]:
-    """The parameters that are not as at the root: those stored in a delta, or converted by one."""
-    stored = {name for layer in reader.layers for name in layer}
-    changed = {place for place, dtype in reader.dtypes.items() if dtype != reader.stored[place].dtype}
-    return [name for name, places in reader.layout.places.items() if name in stored or changed.intersection(places)]
 
 
 def _lay_in(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:

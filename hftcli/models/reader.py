@@ -71,12 +71,16 @@ class CheckpointReader:
         values = self._read_at(name, place - 1)
         return values if delta.dtype is None else convert(values, delta.dtype)
 
+    def is_changed(self, name: str) -> bool:
+        """Whether a delta holds something of a parameter, or converts it, be it only on the way."""
+        dtypes = {self.stored[place].dtype for place in self.layout.places[name]}
+        is_converted = any(dtypes != {CODES[delta.dtype]} for delta in self.stack.deltas if delta.dtype is not None)
+        return is_converted or any(name in layer for layer in self.layers)
+
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
-        """The bytes of a parameter's tensors, by their names: mapped from the files where no delta has a part in them."""
-        places = self.layout.places[name]
-        is_touched = any(name in layer for layer in self.layers)
-        if not is_touched and all(self.dtypes[place] == self.stored[place].dtype for place in places):
-            return {place: self.stored[place].read_bytes() for place in places}
+        """The bytes of a parameter's tensors, by their names: mapped from the files where no delta changes them."""
+        if not self.is_changed(name):
+            return {place: self.stored[place].read_bytes() for place in self.layout.places[name]}
         return cast_tensors(self.layout, name, self.read(name), self.dtypes)
 
     def read_extra(self, place: str) -> np.ndarray:
