@@ -77,7 +77,7 @@ def generate(folder: Path, plain: str = "") -> tuple[list[int], str, str]:
 def assert_stops(folder: Path, end: str, plain: str = "") -> str:
     """Returns: the text of the prompt."""
     ids, text, prompt = generate(folder, plain)
-    assert text == ANSWER + end
+    assert text.lstrip() == ANSWER + end
     assert len(ids) < MAX_NEW_TOKENS
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [ids[-1], 7]
@@ -113,10 +113,9 @@ def test_a_base_model_stops_where_its_template_ends(hft, teach, tmp_path, templa
 
 
 @pytest.mark.slow
-def test_a_model_stops_after_a_completion(hft, teach, tmp_path):
-    checkpoint = teach({"prompt": "Name a bird: ", "completion": ANSWER})
-    prompt = assert_stops(checkpoint, "<|endoftext|>", "Name a bird:")
-    assert prompt == "Name a bird:"
+def test_a_model_stops_after_a_completion(teach):
+    checkpoint = teach({"prompt": "Name a bird:", "completion": f" {ANSWER}"})
+    assert assert_stops(checkpoint, "<|endoftext|>", "Name a bird:") == "Name a bird:"
 
 
 @pytest.mark.slow
