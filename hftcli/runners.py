@@ -91,7 +91,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         objective=recipe.objective,
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path}),
-        data=recipe.data.model_copy(update={"path": recipe.data.path and _make_absolute(recipe.data.path)}),
+        data=_place_data(recipe.data),
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
@@ -222,7 +222,8 @@ def make_held_out_section(recipe: Recipe) -> DataSection | None:
     held_out = recipe.eval.held_out
     if held_out.path is None:
         return None
-    return DataSection(**held_out.model_dump() | {"path": _make_absolute(held_out.path)}, max_length=recipe.data.max_length)
+    shared = recipe.data.model_dump(include={"max_length", "bad_rows", "special_tokens_in_text", "ignore_columns"})
+    return DataSection(**held_out.model_dump() | shared | {"path": _make_absolute(held_out.path)})
 
 
 def check_reference(spec: RoundSpec) -> None:
@@ -384,6 +385,12 @@ def _describe_torchrun(round_: Round, launch: LaunchSection) -> str:
     options = f"--nnodes {launch.num_nodes} --nproc_per_node {launch.num_processes}"
     place = "--node_rank NODE_RANK --master_addr MASTER_ADDR --master_port MASTER_PORT"
     return f"torchrun {options} {place} -m hftcli.training.worker {shlex.quote(str(round_.folder))}"
+
+
+def _place_data(data: DataSection) -> DataSection:
+    """The rows' places as they are from any folder."""
+    sources = tuple(source.model_copy(update={"path": _make_absolute(source.path)}) for source in data.sources)
+    return data.model_copy(update={"path": data.path and _make_absolute(data.path), "sources": sources})
 
 
 def _make_absolute(path: str) -> str:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +16,8 @@ from hftcli.freezing.roles import Parameter
 from hftcli.models.deltas import hash_checkpoint, open_stack
 from hftcli.runs.run import find_checkpoint_damage
 
+POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+
 
 @dataclass(frozen=True)
 class ModelDescription:
@@ -22,6 +26,7 @@ class ModelDescription:
     model_type: str
     parameters: tuple[Parameter, ...]
     max_positions: int | None
+    num_embeddings: int
     num_layers: int
     num_heads: int
 
@@ -48,7 +53,8 @@ def describe_model(path: str) -> ModelDescription:
     return ModelDescription(
         model_type=model.config.model_type,
         parameters=tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters()),
-        max_positions=text_config.to_dict().get("max_position_embeddings"),
+        max_positions=find_max_positions(text_config.to_dict()),
+        num_embeddings=model.get_input_embeddings().weight.shape[0],
         num_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
     )
@@ -68,6 +74,11 @@ def build_empty_model(path: str) -> PreTrainedModel:
             return kind(config)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
+
+
+def find_max_positions(config: Mapping[str, Any]) -> int | None:
+    """How many positions a model has, by whichever name its family has for them; None where there is no limit."""
+    return next((config[name] for name in POSITION_NAMES if config.get(name) is not None), None)
 
 
 def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:

@@ -52,6 +52,7 @@ def load_recipe(
     found = find_base(path, overrides, objective or "sft")
     source = RecipeFile(found)
     values = source.values
+    drop_replaced(values, overrides)
     for override in overrides:
         apply_override(values, override, source)
     values = open_nulls(values, Recipe)
@@ -62,7 +63,7 @@ def load_recipe(
         faults += [describe_fault(fault, source) for fault in error.errors()]
         raise RecipeError("\n".join(faults)) from None
     objective = objective or recipe.objective
-    if objective != "continual" and recipe.data.path is None and needs_rows:
+    if objective != "continual" and recipe.data.path is None and not recipe.data.sources and needs_rows:
         faults.append(f"{source.place(('data',))}: data.path is missing")
     faults += [*check_foreign_keys(recipe, objective, source), *check_trainer_keys(recipe, objective, source)]
     faults += [*check_methods(recipe, objective, source), *check_fit(recipe, source)]
@@ -99,6 +100,17 @@ def describe_defaults(recipe: Recipe) -> str:
         f"{train.global_batch_size}, at most {recipe.data.max_length} tokens, {freeze.trainable_fraction:.0%} of each "
         f"{freeze.group} trained; --set changes each"
     )
+
+
+def drop_replaced(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Of a recipe's `data`, drop what says more about the rows that `--set data.path` or `data.sources` replaces."""
+    replaced = {"data.path", "data.sources"} & {override.partition("=")[0] for override in overrides}
+    data = values.get("data")
+    if isinstance(data, list):  # short for the sources alone
+        data = values["data"] = {"sources": data}
+    if replaced and isinstance(data, dict):
+        for key in ("path", "name", "split", "revision", "sources"):
+            data.pop(key, None)
 
 
 def _resolve(recipe: Recipe, objective: Objective, name: str) -> Recipe:

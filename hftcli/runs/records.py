@@ -73,38 +73,68 @@ class ReferenceReport(Section):
 
 
 class Source(Section):
-    """Where rows came from."""
+    """Where rows came from, and what became of them."""
 
     path: str
-    """The file, the hub id, or the task."""
+    """The file, the folder, the hub id, or the task."""
     fingerprint: str
-    """sha256 of the file's bytes or the task's examples; of a hub dataset, sha256 of its rows."""
+    """sha256 of the file's bytes, of those of several files, or of the task's examples; of a hub dataset, sha256 of its rows,
+    or where `max_examples` streams it, of what the hub says that it is."""
     num_bytes: int | None
-    """Size of the file; null for a hub dataset and a task."""
+    """Size of the files; null for a hub dataset and a task."""
+    format: str | None = None
+    """Format of the rows, as detected."""
+    weight: float | None = None
+    """Share of the mixture, beside the weights of the others; null takes all rows."""
+    num_rows: int | None = None
+    """Rows read."""
+    num_used: int | None = None
+    """Rows with trained tokens."""
+    num_sequences: int | None = None
+    """Sequences, or pairs, that are trained on, before they are packed: in a mixture by weights those that were drawn."""
+    num_tokens: int | None = None
+    """Tokens in them."""
+    num_trained_tokens: int | None = None
+    """Tokens in them that count in the loss."""
 
 
 class DataReport(Section):
     """What became of the rows."""
 
     format: str
-    """Format of the rows, as detected."""
+    """Format of the rows, as detected; several for a mixture of several."""
     num_rows: int
     """Rows read."""
     num_used: int
-    """Rows trained on."""
+    """Rows trained on; of a mixture by weights, those that its rows are drawn from."""
     num_dropped: int
-    """Rows left out because the cut to `data.max_length` took all of their trained tokens; of a task, those that do not fit
-    without their body either."""
+    """Rows left out because the cut to `data.max_length` took all of their trained tokens, or with `data.drop_identical` the
+    difference between two answers; of a task, those that do not fit without their body either."""
     num_truncated: int
     """Rows trained on without their end, which the cut took; of a task, without a part of their body."""
     num_identical: int = 0
     """Preference pairs whose answers the cut made the same."""
+    num_bad: int = 0
+    """Rows left out by `data.bad_rows: drop` because they cannot be trained on as they stand."""
+    bad_rows: tuple[str, ...] = ()
+    """The first ten of them, and what is wrong with each."""
+    doubled: dict[str, int] = Field(default_factory=dict)
+    """Rows that brought what stands there anyway, and lost it, so that there is one: `beginning`, the beginning token; `end`,
+    the end token of a turn or text; `prompt`, the prompt before both answers of a pair."""
+    num_special: int = 0
+    """Rows in whose text special tokens are written out."""
+    special_tokens: dict[str, int] = Field(default_factory=dict)
+    """The rows for each of these tokens."""
+    unused_columns: tuple[str, ...] = ()
+    """Columns, and keys of messages (`messages[].id`), of which no use is made; in a mixture after the source's path."""
     num_sequences: int
     """Sequences: rows, or packs of rows."""
     num_tokens: int
     """Tokens in all sequences."""
     num_trained_tokens: int
     """Tokens that count in the loss."""
+    max_token_id: int = 0
+    """The largest token id, for which the model must have an embedding."""
     length_percentiles: dict[str, int]
     """Tokens of a row before the cut: `p50`, `p90`, `p99`, `max`."""
     sources: tuple[Source, ...]

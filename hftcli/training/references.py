@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from hftcli.data.prepare import deal_pairs, default_cache
+from hftcli.data.cache import default_cache
+from hftcli.data.prepare import deal_pairs
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
 from hftcli.models.checkpoint import is_partitioned

@@ -48,6 +48,7 @@ class Assignment:
     methods: list[Method]
     fit: FitReport | None
     tokenizer: PreTrainedTokenizerBase
+    num_embeddings: int
     asked: dict[str, TokenizedTask]
 
 
