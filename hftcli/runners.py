@@ -91,7 +91,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         objective=recipe.objective,
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path}),
-        data=_place_data(recipe.data),
+        data=recipe.data.relocate(_make_absolute),
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
@@ -385,12 +385,6 @@ def _describe_torchrun(round_: Round, launch: LaunchSection) -> str:
     options = f"--nnodes {launch.num_nodes} --nproc_per_node {launch.num_processes}"
     place = "--node_rank NODE_RANK --master_addr MASTER_ADDR --master_port MASTER_PORT"
     return f"torchrun {options} {place} -m hftcli.training.worker {shlex.quote(str(round_.folder))}"
-
-
-def _place_data(data: DataSection) -> DataSection:
-    """The rows' places as they are from any folder."""
-    sources = tuple(source.model_copy(update={"path": _make_absolute(source.path)}) for source in data.sources)
-    return data.model_copy(update={"path": data.path and _make_absolute(data.path), "sources": sources})
 
 
 def _make_absolute(path: str) -> str:

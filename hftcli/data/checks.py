@@ -19,7 +19,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> 
     """Raises: ModelError: it has no token to pad with, or one that the model has no embedding for."""
     if tokenizer.pad_token is None:
         raise ModelError(
-            f"the tokenizer {tokenizer.name_or_path} has neither an end token nor one to pad with",
+            f"the tokenizer has no end token to stop with, and none to pad with: {tokenizer.name_or_path}",
             "name its eos_token in tokenizer_config.json",
         )
     if tokenizer.pad_token_id >= num_embeddings:

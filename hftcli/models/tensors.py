@@ -142,7 +142,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         places = write_header(stream, {name: get_form(tensor) for name, tensor in tensors.items()}, metadata)
         for name, place in places.items():
             stream.seek(place)
-            stream.write(get_bytes(tensors[name]))
+            stream.write(get_bytes(tensors[name]).data)
 
 
 def write_shards(
@@ -172,9 +172,9 @@ def write_shards(
             places |= {name: (stream, begin) for name, begin in begins.items()}
         for group in groups:
             for name, content in group.items():
-                stream, begin = places.pop(name)
-                stream.seek(begin)
-                stream.write(content)
+                opened, begin = places.pop(name)
+                opened.seek(begin)
+                opened.write(content.data)
     if places:
         raise RuntimeError(f"{folder}: {min(places)} was not written")
     if split.is_sharded:

@@ -52,7 +52,8 @@ def load_recipe(
     found = find_base(path, overrides, objective or "sft")
     source = RecipeFile(found)
     values = source.values
-    drop_replaced(values, overrides)
+    if isinstance(values.get("data"), list):  # short for its sources alone
+        values["data"] = {"sources": values["data"]}
     for override in overrides:
         apply_override(values, override, source)
     values = open_nulls(values, Recipe)
@@ -100,17 +101,6 @@ def describe_defaults(recipe: Recipe) -> str:
         f"{train.global_batch_size}, at most {recipe.data.max_length} tokens, {freeze.trainable_fraction:.0%} of each "
         f"{freeze.group} trained; --set changes each"
     )
-
-
-def drop_replaced(values: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Of a recipe's `data`, drop what says more about the rows that `--set data.path` or `data.sources` replaces."""
-    replaced = {"data.path", "data.sources"} & {override.partition("=")[0] for override in overrides}
-    data = values.get("data")
-    if isinstance(data, list):  # short for the sources alone
-        data = values["data"] = {"sources": data}
-    if replaced and isinstance(data, dict):
-        for key in ("path", "name", "split", "revision", "sources"):
-            data.pop(key, None)
 
 
 def _resolve(recipe: Recipe, objective: Objective, name: str) -> Recipe:

@@ -1,6 +1,7 @@
 """The sections of a recipe: model, data, train, dpo, launch, checkpoint, eval, continual."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -133,6 +134,11 @@ class DataSection(Section):
         if num_weighted not in (0, len(self.sources)):
             raise PydanticCustomError("weights", "give every one of the sources a weight, or none")
         return self
+
+    def relocate(self, move: Callable[[str], str]) -> "DataSection":
+        """The same rows at the places that `move` gives for their paths."""
+        sources = tuple(source.model_copy(update={"path": move(source.path)}) for source in self.sources)
+        return self.model_copy(update={"path": self.path and move(self.path), "sources": sources})
 
     @property
     def parts(self) -> tuple[SourceSection, ...]:

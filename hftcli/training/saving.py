@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from hftcli.data.chat import set_chat_template
+from hftcli.data.templates import set_chat_template
 from hftcli.models.checkpoint import gather_outcome, save_checkpoint, save_delta
 from hftcli.models.configs import settle_configs
 from hftcli.models.description import load_tokenizer

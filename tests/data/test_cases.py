@@ -109,7 +109,7 @@ def test_tokens_beyond_the_embeddings_are_refused(look):
     [
         ("vocab", "tool_tok.jsonl", {}, "the rows hold the token '<|tool|>' with id 6400"),
         ("gpt2", "long558.jsonl", {"data.max_length": 1024}, "data.max_length is 1024, but the model has 512 positions"),
-        ("noeos", "six.jsonl", {}, "has neither an end token nor one to pad with"),
+        ("noeos", "six.jsonl", {}, "the tokenizer has no end token to stop with, and none to pad with"),
         ("multi2", "six.jsonl", {}, "has the chat templates rag, tool_use, and none of them is called default"),
         ("llama", "flip.parquet", {}, "not a Parquet file, or a damaged one"),
         ("llama", "sixx.jsonl", {}, "did you mean"),

@@ -64,11 +64,11 @@ def test_tokens_beyond_the_embeddings_are_refused(tokenizer: PreTrainedTokenizer
 
 def test_tokenizer_without_end_and_pad(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ModelError, match="has neither an end token nor one to pad with") as caught:
+    with pytest.raises(ModelError, match="the tokenizer has no end token to stop with, and none to pad with") as caught:
         check_tokenizer(bare, 1000)
     assert "eos_token" in caught.value.fix
     bare.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="neither an end token"):
+    with pytest.raises(ModelError, match="none to pad with"):
         check_tokenizer(load_tokenizer(tmp_path), 1000)
     tokenizer.save_pretrained(tmp_path)
     check_tokenizer(load_tokenizer(tmp_path), 258)  # it pads with its end token

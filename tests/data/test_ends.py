@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.chat import set_chat_template
 from hftcli.data.ends import find_trained_ends
 from hftcli.data.prepare import prepare_dataset, prepare_pairs, prepare_task
+from hftcli.data.templates import set_chat_template
 from hftcli.models.description import load_tokenizer
 from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.tasks.examples import Example, Task
