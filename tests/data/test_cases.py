@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Hft
+
+Hft = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="module")

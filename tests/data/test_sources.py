@@ -1,5 +1,4 @@
-"""Where rows come from: files of every type, folders, saved datasets, snapshots; several of them mixed; and no more in memory
-than is worked on."""
+"""Where rows come from: files of every type, folders, saved datasets, snapshots; mixtures; and no more in memory than needed."""
 
 import csv
 import json
