@@ -1,4 +1,4 @@
-"""Where rows come from: files of every type, folders, saved datasets, snapshots; mixtures; and no more in memory than needed."""
+"""Where rows come from: files of every type, folders, saved datasets, snapshots; mixtures; memory."""
 
 import csv
 import json
