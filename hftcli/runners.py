@@ -19,7 +19,7 @@ from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
-from hftcli.freezing.selection import make_plan
+from hftcli.freezing.selection import make_plan, narrow_plan
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
@@ -91,7 +91,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         objective=recipe.objective,
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path}),
-        data=recipe.data.model_copy(update={"path": recipe.data.path and _make_absolute(recipe.data.path)}),
+        data=recipe.data.relocate(_make_absolute),
         freeze=recipe.freeze,
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
@@ -222,7 +222,8 @@ def make_held_out_section(recipe: Recipe) -> DataSection | None:
     held_out = recipe.eval.held_out
     if held_out.path is None:
         return None
-    return DataSection(**held_out.model_dump() | {"path": _make_absolute(held_out.path)}, max_length=recipe.data.max_length)
+    shared = recipe.data.model_dump(include={"max_length", "bad_rows", "special_tokens_in_text", "ignore_columns"})
+    return DataSection(**held_out.model_dump() | shared | {"path": _make_absolute(held_out.path)})
 
 
 def check_reference(spec: RoundSpec) -> None:
@@ -273,9 +274,10 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
             run.record(round_, result)
     shutil.rmtree(round_.steps, ignore_errors=True)  # nothing goes on from them any more
     if not result.verification.passed:
+        verification = result.verification
         raise VerificationError(
-            f"{round_.folder}: {len(result.verification.violations)} frozen parameters moved, "
-            f"{len(result.verification.unmoved)} trained ones did not",
+            f"{round_.folder}: {len(verification.violations)} frozen parameters moved, {len(verification.unmoved)} trained "
+            f"ones did not, {len(verification.faults)} faults in all",
             f"hft verify {round_.folder} names them",
         )
     return result
@@ -329,6 +331,8 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     """
     units = assign_roles(model_type, parameters)
     plan = make_plan(units, recipe.freeze, start.num_rounds)
+    if (lora := recipe.method.lora or recipe.method.olora) is not None:
+        plan = narrow_plan(plan, units, lora.target_modules)
     num_processes = count_ranks(recipe.launch)
     network = Network(model_type, units, num_heads)
     budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from hftcli.commands.cli import COMMANDS
 from hftcli.comparing.forgetting import ForgettingMetrics
-from hftcli.data.rows import FORMATS
+from hftcli.data.formats import FORMATS
 from hftcli.freezing.roles import FAMILIES
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.recipe import Objective, Recipe
@@ -29,6 +29,7 @@ from hftcli.tasks.general import FORMS
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("key", "default", "meaning")
+FORMAT_COLUMNS = ("format", "columns", "also taken")
 
 
 def make_pages() -> dict[str, dict[str, str]]:
@@ -38,8 +39,8 @@ def make_pages() -> dict[str, dict[str, str]]:
             "commands": make_table(("command", "does"), ((f"`hft {name}`", summary) for name, (_, summary) in COMMANDS.items()))
         },
         "recipes/README.md": {
-            "formats": make_table(("format", "columns"), list_formats("sft")),
-            "pair-formats": make_table(("format", "columns"), list_formats("dpo")),
+            "formats": make_table(FORMAT_COLUMNS, list_formats("sft")),
+            "pair-formats": make_table(FORMAT_COLUMNS, list_formats("dpo")),
             "benchmarks": make_table(("benchmark", "tasks", "rows"), list_benchmarks()),
             "methods": make_table(("`method:`", "does"), describe_fields(MethodSection)),
             "families": ", ".join(f"`{name}`" for name in FAMILIES) + ".",
@@ -55,10 +56,10 @@ def make_pages() -> dict[str, dict[str, str]]:
     }
 
 
-def list_formats(objective: Objective) -> Iterator[tuple[str, str]]:
+def list_formats(objective: Objective) -> Iterator[tuple[str, ...]]:
     for name, known in FORMATS.items():
         if known.objective == objective:
-            yield f"`{name}`", ", ".join(f"`{column}`" for column in known.columns)
+            yield tuple(", ".join(f"`{column}`" for column in columns) for columns in ((name,), known.columns, known.optional))
 
 
 def list_benchmarks() -> Iterator[tuple[str, str, str]]:
@@ -80,7 +81,7 @@ def describe_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[
     """Key, default and documentation of every field, sections opened up."""
     for name, field in section.model_fields.items():
         inner = open_section(field.annotation)
-        if inner is None or field.default is None:  # a section that may be left out is a key of its own
+        if inner is None or field.default in (None, ()):  # what may be left out, or holds several, is a key of its own
             yield describe_key(f"{prefix}{name}", field, inner)
         if inner is not None:
             yield from describe_keys(inner, f"{prefix}{name}.")

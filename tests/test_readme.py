@@ -137,14 +137,15 @@ def test_the_recipes_that_are_shown_load(name: str, tmp_path: Path):
 
 
 def test_the_rows_that_are_shown_are_of_the_known_formats():
-    from hftcli.data.rows import convert_row, detect_format
+    from hftcli.data.formats import convert_row, detect_format
+    from hftcli.data.turns import Lost
 
     for objective, block in zip(("sft", "dpo"), find_blocks(ROOT / "recipes" / "README.md", "json"), strict=False):
         rows = [json.loads(line) for line in block.splitlines()]
         names = [detect_format(list(row), objective) for row in rows]
         assert len(set(names)) == len(names)  # each format once
         for row, name in zip(rows, names, strict=True):
-            assert convert_row(row, name)
+            assert convert_row(row, name, Lost())
 
 
 def test_the_guide_names_every_metric_and_shipped_recipe():

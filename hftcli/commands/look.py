@@ -55,34 +55,53 @@ def plan(
 
 
 @app.command()
-def data(recipe: RecipeOption = None, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+def data(
+    rows: Annotated[str | None, typer.Argument(help="Rows to look at: a file, a folder or a hub id.")] = None,
+    recipe: RecipeOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model whose tokens and template count.")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """What the data are: format, counts, lengths, and a sample with its trained tokens in colour.
 
-    A recipe with a section `dpo` has preference pairs, one with `continual` the rows of each task.
+    A recipe with a section `dpo` has preference pairs, one with `continual` the rows of each task. Rows and a model need no
+    recipe: the columns say what the rows are.
     """
     from hftcli import runners
-    from hftcli.data.chat import set_chat_template
-    from hftcli.data.prepare import decode_samples, default_cache, prepare_dataset, prepare_pairs, prepare_task
-    from hftcli.models.description import fetch_checkpoint, load_tokenizer
+    from hftcli.data.cache import default_cache
+    from hftcli.data.checks import check_token_ids, check_tokenizer
+    from hftcli.data.prepare import prepare_dataset, prepare_pairs, prepare_task
+    from hftcli.data.rows import detect_objective
+    from hftcli.data.samples import decode_samples, show_samples
+    from hftcli.data.templates import set_chat_template
+    from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
     from hftcli.reporting.terminal import print_data, print_task_data
     from hftcli.tasks import find_sequence, load_task
 
-    resolved = read_recipe(recipe, overrides)
-    tokenizer = load_tokenizer(fetch_checkpoint(runners.resolve_start(resolved.model.path).path))
+    given = {"data.path": rows, "model.path": model}
+    extra = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    resolved = read_recipe(recipe, [*extra, *(overrides or ())])
+    is_bare = recipe is None and rows is not None
+    objective = detect_objective(resolved.data) if is_bare else resolved.objective
+    folder = fetch_checkpoint(runners.resolve_start(resolved.model.path).path)
+    num_embeddings = describe_model(str(folder)).num_embeddings
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, num_embeddings)
     set_chat_template(tokenizer, resolved.model.chat_template)
     if resolved.continual is not None:
-        rows, found = resolved.data, {}
-        for name in find_sequence(resolved.continual, rows.root).tasks:
-            task = load_task(name, rows.root, "train", rows.max_examples)
-            dataset, summary = prepare_task(task, rows, tokenizer, default_cache())
+        section, found = resolved.data, {}
+        for name in find_sequence(resolved.continual, section.root).tasks:
+            task = load_task(name, section.root, "train", section.max_examples)
+            dataset, summary = prepare_task(task, section, tokenizer, default_cache())
             found[name] = summary, decode_samples(dataset, tokenizer, 0)
         print_task_data(found, as_json)
         return
-    if resolved.objective == "sft":
-        dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
-    else:
+    if objective == "dpo":
         dataset, summary = prepare_pairs(resolved.data, tokenizer, default_cache())
-    print_data(summary, decode_samples(dataset, tokenizer, 0), as_json)
+    else:
+        dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
+    check_token_ids(summary, tokenizer, num_embeddings)
+    print_data(summary, show_samples(dataset, summary, default_cache(), tokenizer), as_json)
 
 
 @app.command()

@@ -3,19 +3,20 @@
 What is trained is settled on the characters, where it can be read and checked, and not on the tokens.
 """
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import has_generation_markers
 
-from hftcli.data.rows import Messages, Row, is_conversation
+from hftcli.data.contents import find_contents
+from hftcli.data.formats import Row, is_conversation
+from hftcli.data.templates import NO_TEMPLATE_FIX, Span, Template, Tools
+from hftcli.data.turns import Messages
 from hftcli.errors import DataError, ModelError
 from hftcli.recipe.sections import TrainSection
 
-Span = tuple[int, int]  # characters [start, end)
+PART_TOKEN = re.compile(r"[^>\]\s]*\Z")  # what follows the last place of a text at which a special token may end
 
 
 @dataclass(frozen=True)
@@ -33,110 +34,154 @@ class Rendering:
 
 
 @dataclass(frozen=True)
-class Template:
-    """A chat template with the special tokens it may print."""
+class Conversation:
+    """The text of a conversation.
 
-    source: str
-    special_tokens: dict[str, str]
+    Attributes:
+        spans: what the assistant says, with the tokens that end its turns.
+        places: the content of each turn.
+    """
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
-
-    def render_marked(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The text, and the characters between generation markers."""
-        return self._render(messages, return_assistant_tokens_mask=True)
-
-    def _render(self, messages: Messages, **options: bool) -> tuple[str, list[Span]]:
-        try:
-            texts, marked = render_jinja_template([messages], chat_template=self.source, **options, **self.special_tokens)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template does not render the conversation: {error}") from None
-        return texts[0], marked[0] if marked else []
-
-
-def find_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
-    """The tokenizer's chat template, or TRL's variant of it that marks what the assistant says; None if it has none."""
-    if tokenizer.chat_template is None:
-        return None
-    try:
-        variant = get_training_chat_template(tokenizer)
-    except ValueError:  # TRL has none for this template
-        variant = None
-    return Template(variant or tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+    text: str
+    spans: list[Span]
+    places: list[Span]
 
 
 def render_row(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template | None, train: TrainSection) -> Rendering:
     """Render a canonical row.
 
     Raises:
-        DataError: the template does not render it, or not so that the assistant's part can be told.
+        DataError: the template does not render it, or not so that the assistant's part can be told, or not all of it.
         ModelError: the tokenizer has no chat template for a conversation, or no end token for plain text.
     """
     if not is_conversation(row):
         if tokenizer.eos_token is None:
             raise ModelError("the tokenizer has no end token, so a model could not learn to stop", "give its eos_token")
+        if "text" in row:
+            return render_plain("", row["text"], tokenizer.eos_token, train)
         return render_plain(row["prompt"], row["completion"], tokenizer.eos_token, train)
     if template is None:
-        raise ModelError(
-            "the rows are conversations, but the tokenizer has no chat template",
-            f"set model.chat_template to {', '.join(CHAT_TEMPLATES)} or a Jinja file",
-        )
-    if "messages" in row:
-        return render_conversation([], row["messages"], template, train)
-    return render_conversation(row["prompt"], row["completion"], template, train)
+        raise ModelError("the rows are conversations, but the tokenizer has no chat template", NO_TEMPLATE_FIX)
+    prompt = row.get("prompt", [])
+    messages = prompt + row["completion"] if prompt else row["messages"]
+    return render_conversation(messages, len(prompt), template, train, row.get("tools"), row.get("untrained", []))
 
 
 def render_plain(prompt: str, completion: str, eos_token: str, train: TrainSection) -> Rendering:
-    text = prompt + completion.removesuffix(eos_token) + eos_token
+    """Render plain text, of which the prompt is not trained under `completion_only_loss`."""
+    text = prompt + strip_end(completion, eos_token) + eos_token
     start = len(prompt) if train.completion_only_loss else 0
     return Rendering(text, [(start, len(text))], is_plain=True)
 
 
-def render_conversation(prompt: Messages, completion: Messages, template: Template, train: TrainSection) -> Rendering:
-    """Render messages; those of the prompt, where there is one, are not trained under `completion_only_loss`."""
-    messages = prompt + completion
-    if train.assistant_only_loss:
-        text, spans = find_assistant_spans(messages, template)
+def strip_end(text: str, end_token: str) -> str:
+    """A text without the end token that it brings, and the white space after that."""
+    stripped = text.rstrip()
+    return strip_end(stripped.removesuffix(end_token), end_token) if stripped.endswith(end_token) else text
+
+
+def render_conversation(
+    messages: Messages,
+    num_prompt: int,
+    template: Template,
+    train: TrainSection,
+    tools: Tools | None = None,
+    untrained: list[int] | None = None,
+) -> Rendering:
+    """Render messages.
+
+    Args:
+        num_prompt: how many of them are the prompt's, which are not trained under `completion_only_loss`.
+        untrained: those that are marked as not to be trained.
+    """
+    if train.assistant_only_loss or untrained:
+        conversation = lay_out(messages, template, tools)
     else:
-        text = template.render(messages)
-        spans = [(0, len(text))]
-    if prompt and train.completion_only_loss:
-        border = _measure_prefix(text, template.render(prompt, add_generation_prompt=True))
+        text = template.render(messages, tools)
+        conversation = Conversation(text, [(0, len(text))], find_contents(text, messages, template, tools))
+    text = conversation.text
+    spans = conversation.spans if train.assistant_only_loss else [(0, len(text))]
+    if num_prompt and train.completion_only_loss:
+        asked = template.render(messages[:num_prompt], tools, add_generation_prompt=True)
+        border = len(asked) if text.startswith(asked) else _find_turn(conversation, num_prompt)[0]
         spans = [(max(start, border), end) for start, end in spans if end > border]
+    for index in untrained or []:
+        spans = _cut_out(spans, _find_turn(conversation, index))
     return Rendering(text, spans, is_plain=False)
 
 
-def find_assistant_spans(messages: Messages, template: Template) -> tuple[str, list[Span]]:
+def _find_turn(conversation: Conversation, index: int) -> Span:
+    """What the assistant says in a turn.
+
+    Raises:
+        DataError: the template does not part it from the assistant's turn before or after it.
+    """
+    first, last = conversation.places[index]
+    turn = next(((start, end) for start, end in conversation.spans if start <= first and last <= end), (first, last))
+    others = conversation.places[:index] + conversation.places[index + 1 :]
+    if any(turn[0] < end and start < turn[1] for start, end in others):
+        raise DataError(
+            f"turn {index + 1}: the chat template does not part it from the assistant's turn beside it", "join the two turns"
+        )
+    return turn
+
+
+def _cut_out(spans: list[Span], gone: Span) -> list[Span]:
+    parts = [part for start, end in spans for part in ((start, min(end, gone[0])), (max(start, gone[1]), end))]
+    return [(start, end) for start, end in parts if start < end]
+
+
+def lay_out(messages: Messages, template: Template, tools: Tools | None = None) -> Conversation:
     """The text, and in it the contents of the assistant's turns with their end tokens.
 
     Neither what the generation prompt gives the model, nor white space after the end token, is part of a span.
+
+    Raises:
+        DataError: the assistant's part cannot be told, or something that the row says is not in the text.
     """
-    if has_generation_markers(template.source):
-        return _find_marked_spans(messages, template)
-    return _find_turns(messages, template)
+    if has_generation_markers(template.choose_source(tools)):
+        return _lay_out_marked(messages, template, tools)
+    return _lay_out_turns(messages, template, tools)
 
 
-def _find_marked_spans(messages: Messages, template: Template) -> tuple[str, list[Span]]:
-    text, marked = template.render_marked(messages)
-    header = _render_header(messages, template)
+def _lay_out_marked(messages: Messages, template: Template, tools: Tools | None) -> Conversation:
+    text, marked = template.render_marked(messages, tools)
+    marked = _join_adjacent(marked)
+    places = find_contents(text, messages, template, tools, marked)
+    header = _render_header(messages, template, tools)
     spans = []
-    for start, end in _join_adjacent(marked):
-        # Some templates put their markers around the header as well, or around a part of it.
-        found = text.rfind(header, max(start - len(header), 0), start + len(header))
-        start = start if found < 0 else found + len(header)
+    for start, end in marked:
+        start = _skip_header(text, start, header)
         if spoken := text[start:end].rstrip():
             spans.append((start, start + len(spoken)))
-    return text, spans
+    return Conversation(text, spans, places)
 
 
-def _render_header(messages: Messages, template: Template) -> str:
+def _skip_header(text: str, start: int, header: str) -> int:
+    """Where a marked turn begins without what the generation prompt gives.
+
+    Some templates put their markers around the header as well, or around a part of it, and some prompts open a thought that the
+    turn has none of, or another one.
+    """
+    found = text.rfind(header, max(start - len(header), 0), start + len(header))
+    if found >= 0:
+        return found + len(header)
+    first = next(place for place in range(max(start - len(header), 0), start + 1) if header.startswith(text[place:start]))
+    num_common = next(
+        (place for place, pair in enumerate(zip(text[first:], header, strict=False)) if pair[0] != pair[1]), len(header)
+    )
+    # Two tokens that begin alike are not the same token.
+    return max(start, first + len(PART_TOKEN.sub("", header[:num_common])))
+
+
+def _render_header(messages: Messages, template: Template, tools: Tools | None) -> str:
     """What the generation prompt adds before the assistant's first turn."""
     roles = [message["role"] for message in messages]
     before = messages[: roles.index("assistant")]
     if not before:
-        return ""
-    asked = template.render(before, add_generation_prompt=True)
-    return asked.removeprefix(template.render(before))
+        return template.header
+    asked = template.render(before, tools, add_generation_prompt=True)
+    return asked.removeprefix(template.render(before, tools))
 
 
 def _join_adjacent(spans: list[Span]) -> list[Span]:
@@ -148,16 +193,23 @@ def _join_adjacent(spans: list[Span]) -> list[Span]:
     return joined
 
 
-def _find_turns(messages: Messages, template: Template) -> tuple[str, list[Span]]:
+def _lay_out_turns(messages: Messages, template: Template, tools: Tools | None) -> Conversation:
     """Without markers: a turn lies between the generation prompt before it and the end of the conversation up to it."""
-    text = template.render(messages)
+    text = template.render(messages, tools)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = _measure_prefix(text, template.render(messages[:index], add_generation_prompt=True))
-            end = _measure_prefix(text, template.render(messages[: index + 1]).rstrip())
+            start = _find_start(text, messages[:index], template, tools)
+            end = _measure_prefix(text, template.render(messages[: index + 1], tools).rstrip())
             spans.append((start, end))
-    return text, spans
+    return Conversation(text, spans, find_contents(text, messages, template, tools, spans))
+
+
+def _find_start(text: str, before: Messages, template: Template, tools: Tools | None) -> int:
+    """Where the assistant's turn begins after these, or at the beginning of a conversation that it opens."""
+    if before:
+        return _measure_prefix(text, template.render(before, tools, add_generation_prompt=True))
+    return max(text.find(template.header), 0) + len(template.header)
 
 
 def _measure_prefix(text: str, prefix: str) -> int:
@@ -168,67 +220,3 @@ def _measure_prefix(text: str, prefix: str) -> int:
             "set model.chat_template to a Jinja file with {% generation %} and {% endgeneration %} around that part",
         )
     return len(prefix)
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, value: str | None) -> None:
-    """Give the tokenizer a template of `CHAT_TEMPLATES`, or one from a Jinja file; None leaves its own.
-
-    Raises:
-        ModelError: there is no such template, it is not Jinja, or the tokenizer lacks its end token.
-    """
-    if value is None:
-        return
-    if value in CHAT_TEMPLATES:
-        end_token = "<|im_end|>" if value == "chatml" else tokenizer.eos_token
-        if end_token not in tokenizer.get_added_vocab():
-            raise ModelError(
-                f"model.chat_template {value} ends turns with {end_token or 'an end token'}; the tokenizer has none",
-                "take another template",
-            )
-        tokenizer.chat_template = CHAT_TEMPLATES[value]
-        return
-    if not Path(value).is_file():
-        known = ", ".join(CHAT_TEMPLATES)
-        raise ModelError(f"model.chat_template {value}: no such file", f"give a Jinja file, or one of: {known}")
-    source = Path(value).read_text(encoding="utf-8")
-    try:
-        render_jinja_template([], chat_template=source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"{value}:{error.lineno}: not a Jinja template: {error.message}") from None
-    tokenizer.chat_template = source
-
-
-CHAT_TEMPLATES = {
-    "chatml": r"""
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}
-            {{- message['content'] + '<|im_end|>' }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message['content'] + '<|im_end|>' }}
-    {%- endif %}
-    {{- '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}""",
-    # As Tulu 2 was trained: the beginning token first, where the model has one.
-    "tulu": r"""
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|' + message['role'] + '|>\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}
-            {{- message['content'] + eos_token }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- message['content'] }}
-    {%- endif %}
-    {{- '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>\n' }}
-{%- endif %}""",
-}

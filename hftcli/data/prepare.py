@@ -1,46 +1,42 @@
 """Rows turned into the tokens that TRL's SFTTrainer and DPOTrainer take as they are, made once and kept on disk.
 
-row (rows.py) -> text, and which of its characters are trained (chat.py) -> tokens and labels, cut to max_length, rows with
-    nothing left to learn dropped, packed where asked (tokens.py) -> cached on disk
+places (sources.py) -> rows of a file (readers.py) -> canonical rows (formats.py, turns.py, rows.py) -> text, and which of its
+    characters are trained (templates.py, chat.py, contents.py, special.py) -> tokens and labels (tokens.py, encoding.py) -> cut
+    to max_length, rows with nothing left to learn dropped (streaming.py), and written as they are made (shards.py) -> several
+    sources mixed (mixture.py) -> packed where asked, and kept on disk (cache.py)
 """
 
 import dataclasses
 import hashlib
 import json
-import os
+import logging
 import shutil
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.chat import find_template
-from hftcli.data.rows import describe_place, find_sources, load_rows
-from hftcli.data.tokens import (
-    BATCH_SIZE,
-    IGNORED,
-    Progress,
-    get_backend,
-    ignore_progress,
-    logger,
-    pack_rows,
-    tokenize_dataset,
-    tokenize_pairs,
-    tokenize_training,
+from hftcli.data.cache import SAMPLES_NAME, find_or_make
+from hftcli.data.mixture import describe_draw, mix, sum_counts
+from hftcli.data.shards import (
+    ShardWriter,
+    count_tokens,
+    find_largest,
+    keep_rows,
+    open_shards,
+    pack_shards,
 )
-from hftcli.errors import DataError
+from hftcli.data.sources import describe_place, find_places
+from hftcli.data.streaming import tokenize_source
+from hftcli.data.tokens import TOKEN_FEATURES, Progress, ignore_progress, measure_percentiles, tokenize_training
+from hftcli.recipe.recipe import Objective
 from hftcli.recipe.sections import DataSection, TrainSection
-from hftcli.runs.files import read_model, write_model
 from hftcli.runs.records import DataReport, Source
 from hftcli.tasks.examples import Task
 
-REPORT_NAME = "report.json"
-SHAPING_CODE = ("rows.py", "chat.py", "tokens.py", "prepare.py")  # a change in one of them is a change of the tokens
+logger = logging.getLogger(__name__)
 
 
 def prepare_dataset(
@@ -54,21 +50,30 @@ def prepare_dataset(
 
     Args:
         cache: folder with one folder for each key.
-        on_progress: called with rows done and in all.
+        on_progress: called with rows done and in all; where their number is not known, with those done twice.
 
     Raises:
-        DataError: a row or a file is not what it should be.
+        DataError: rows or a file are not what they should be.
         ModelError: the tokenizer or its chat template does not serve.
     """
-
-    def make() -> tuple[Dataset, dict[str, Any]]:
-        rows, format_name = load_rows(data)
-        tokens, counts = tokenize_dataset(rows, data, train, tokenizer, on_progress)
-        sequences = pack_rows(tokens, data.max_length) if train.packing else tokens
-        return sequences, {"format": format_name, "num_rows": len(rows), "num_sequences": len(sequences), **counts}
-
     options = train.model_dump(include={"packing", "assistant_only_loss", "completion_only_loss"})
-    return _find_or_make(find_sources(data), data, options, tokenizer, cache, make)
+    return _prepare_rows(data, train, "sft", options, tokenizer, cache, on_progress)
+
+
+def prepare_pairs(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path, on_progress: Progress = ignore_progress
+) -> tuple[Dataset, DataReport]:
+    """Turn preference rows into `prompt_ids`, `chosen_ids` and `rejected_ids`; otherwise as `prepare_dataset`."""
+    pairs, report = _prepare_rows(data, TrainSection(), "dpo", {"objective": "dpo"}, tokenizer, cache, on_progress)
+    if report.num_identical:
+        logger.warning(
+            "%s: the cut to data.max_length %d makes the answers of %d pairs the same; %s",
+            describe_place(data),
+            data.max_length,
+            report.num_identical,
+            "they are dropped" if data.drop_identical else "they teach nothing; raise it, or set data.drop_identical: true",
+        )
+    return pairs, report
 
 
 def prepare_task(
@@ -79,36 +84,80 @@ def prepare_task(
     Args:
         task: with the examples to train on, all of which are taken.
     """
-
-    def make() -> tuple[Dataset, dict[str, Any]]:
-        tokens, counts = tokenize_training(task, data.max_length, tokenizer, on_progress)
-        return tokens, {"format": "task", "num_rows": len(task.examples), "num_sequences": len(tokens), **counts}
-
     examples = json.dumps([dataclasses.astuple(example) for example in task.examples])
     source = Source(path=task.name, fingerprint=hashlib.sha256(examples.encode()).hexdigest(), num_bytes=None)
-    return _find_or_make((source,), data, {"cut": task.cut}, tokenizer, cache, make)
+
+    def make(folder: Path) -> dict[str, Any]:
+        columns, counts = tokenize_training(task, data.max_length, tokenizer, on_progress)
+        writer = ShardWriter(folder, TOKEN_FEATURES)
+        writer.write(columns)
+        writer.close()
+        num_tokens, num_trained = count_tokens(tokens := open_shards(folder))
+        counts |= {"num_tokens": num_tokens, "num_trained_tokens": num_trained, "max_token_id": find_largest(tokens)}
+        return {"format": "task", "num_rows": len(task.examples), "num_sequences": len(tokens), "sources": (source,), **counts}
+
+    return find_or_make((source,), data, {"cut": task.cut}, tokenizer, cache, make)
 
 
-def prepare_pairs(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path, on_progress: Progress = ignore_progress
+def _prepare_rows(
+    data: DataSection,
+    train: TrainSection,
+    objective: Objective,
+    options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    on_progress: Progress,
 ) -> tuple[Dataset, DataReport]:
-    """Turn preference rows into `prompt_ids`, `chosen_ids` and `rejected_ids`; otherwise as `prepare_dataset`."""
+    places = find_places(data)
+    sources = tuple(place.describe() for place in places)
 
-    def make() -> tuple[Dataset, dict[str, Any]]:
-        rows, format_name = load_rows(data, "dpo")
-        pairs, counts = tokenize_pairs(rows, data, tokenizer, on_progress)
-        return pairs, {"format": format_name, "num_rows": len(rows), "num_sequences": 2 * len(pairs), **counts}
+    def make(folder: Path) -> dict[str, Any]:
+        folders = [folder / f"source-{number}" for number in range(len(places))]
+        made = [
+            tokenize_source(place, data, train, objective, tokenizer, part, on_progress)
+            for place, part in zip(places, folders, strict=True)
+        ]
+        parts, tallies = zip(*made, strict=True)
+        weights = [source.weight for source in data.parts]
+        mixture, drawn = mix(parts, weights, data.seed) if len(parts) > 1 else (parts[0], parts)
+        (folder / SAMPLES_NAME).write_text(json.dumps([part[0] for part in parts]), encoding="utf-8")
+        if train.packing:
+            pack_shards(mixture, data.max_length, folder)
+        elif len(parts) > 1:
+            keep_rows(mixture, folder)
+        else:
+            for file in folders[0].iterdir():
+                file.rename(folder / file.name)
+        counts = sum_counts(tallies, [source.path for source in sources])
+        counts["length_percentiles"] = measure_percentiles([length for tally in tallies for length in tally.lengths])
+        found = [
+            source.model_copy(update={"weight": weight, **describe_draw(tally, part)})
+            for source, weight, tally, part in zip(sources, weights, tallies, drawn, strict=True)
+        ]
+        counts["max_token_id"] = find_largest(mixture)
+        counts["num_tokens"] = sum(source.num_tokens for source in found)
+        counts["num_trained_tokens"] = sum(source.num_trained_tokens for source in found)
+        for part in folders:
+            shutil.rmtree(part)
+        counts["num_sequences"] = len(open_shards(folder)) * (2 if objective == "dpo" else 1)
+        return {"sources": tuple(found), **counts}
 
-    pairs, report = _find_or_make(find_sources(data), data, {"objective": "dpo"}, tokenizer, cache, make)
-    if report.num_identical:
+    dataset, report = find_or_make(sources, data, options, tokenizer, cache, make)
+    _say_notes(data, report)
+    return dataset, report
+
+
+def _say_notes(data: DataSection, report: DataReport) -> None:
+    """What is worth a second look."""
+    place = describe_place(data)
+    if report.num_bad:
+        logger.warning("%s: %d bad rows are left out; the first: %s", place, report.num_bad, report.bad_rows[0])
+    if report.num_special and data.special_tokens_in_text == "keep":
         logger.warning(
-            "%s: the cut to data.max_length %d makes the answers of %d pairs the same; %s",
-            describe_place(data),
-            data.max_length,
-            report.num_identical,
-            "they are dropped" if data.drop_identical else "they teach nothing; raise it, or set data.drop_identical: true",
-        )
-    return pairs, report
+            "%s: special tokens stand in the text of %d rows (%s) and end or open turns there; data.special_tokens_in_text: "
+            "escape makes them text",
+            place, report.num_special, ", ".join(report.special_tokens),
+        )  # fmt: skip
 
 
 def deal_pairs(pairs: Dataset, batch_tokens: int, num_ranks: int) -> list[list[int]]:
@@ -136,112 +185,3 @@ def deal_rows(lengths: Sequence[int], batch_tokens: int, num_ranks: int) -> list
         batches.append(ordered[:size])
         ordered = ordered[size:]
     return batches
-
-
-def _find_or_make(
-    sources: tuple[Source, ...],
-    data: DataSection,
-    options: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    cache: Path,
-    make: Callable[[], tuple[Dataset, dict[str, Any]]],
-) -> tuple[Dataset, DataReport]:
-    """A dataset and its report from the cache, or made and put there.
-
-    Args:
-        sources: where the rows come from, hashed.
-        options: what shapes the tokens besides the data and the tokenizer.
-        make: gives the dataset and what its report says of it.
-    """
-    datasets.disable_progress_bars()  # hft shows its own
-    key = make_key(data, options, tokenizer, sources)
-    entry = cache / key
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{key}.lock"):  # the ranks of a round come here together: the first works, the others wait
-        if not (entry / REPORT_NAME).exists():
-            dataset, counts = make()
-            _write_entry(entry, dataset, DataReport(sources=sources, key=key, tokens_digest=hash_tokens(dataset), **counts))
-        report = read_model(entry / REPORT_NAME, DataReport)
-        # The same bytes may have been read at another place.
-        return datasets.load_from_disk(str(entry)), report.model_copy(update={"sources": sources})
-
-
-def default_cache(kind: str = "tokens") -> Path:
-    """Where tokens, or things of another kind, are kept: `$HFT_CACHE`, or `~/.cache/hft`."""
-    return Path(os.environ.get("HFT_CACHE", "~/.cache/hft")).expanduser() / kind
-
-
-def check_positions(max_length: int, max_positions: int | None) -> None:
-    """Raises: DataError: sequences would be longer than the model has positions for."""
-    if max_positions is not None and max_length > max_positions:
-        raise DataError(
-            f"data.max_length is {max_length}, but the model has {max_positions} positions",
-            f"set data.max_length to {max_positions} or less",
-        )
-
-
-def decode_samples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, index: int) -> dict[str, list[tuple[str, bool]]]:
-    """The text of one sequence, or of one pair's two, in pieces, each with whether it is trained."""
-    row = dataset[index]
-    if "labels" in row:
-        return {"sample": decode_pieces(row["input_ids"], [label != IGNORED for label in row["labels"]], tokenizer)}
-    return {
-        name: decode_pieces(
-            row["prompt_ids"] + row[f"{name}_ids"],
-            [False] * len(row["prompt_ids"]) + [True] * len(row[f"{name}_ids"]),
-            tokenizer,
-        )
-        for name in ("chosen", "rejected")
-    }
-
-
-def decode_pieces(ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Text in pieces, each with whether it is trained; together they are the whole text."""
-    pieces, done = [], ""
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or trained[end] != trained[end - 1]:
-            # Decoded from the start each time: a decoder may treat the beginning of a text unlike its middle.
-            text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            pieces.append((text[len(done) :], trained[end - 1]))
-            done = text
-    return pieces
-
-
-def make_key(
-    data: DataSection, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase, sources: tuple[Source, ...]
-) -> str:
-    """A hash of all that shapes the tokens. What it left out would be trained on stale."""
-    template = find_template(tokenizer)
-    shaping = {
-        "sources": [source.fingerprint for source in sources],
-        "data": data.model_dump(exclude={"path", "root"}),
-        "options": options,
-        "tokenizer": get_backend(tokenizer).to_str(),
-        "special_tokens": tokenizer.special_tokens_map,
-        "template": template and template.source,
-        "versions": {name: version(name) for name in ("tokenizers", "transformers", "trl")},
-        "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in SHAPING_CODE],
-    }
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
-
-
-def hash_tokens(dataset: Dataset) -> str:
-    """A hash of what is trained on, whatever made it and however it is stored: the lengths and numbers of each column."""
-    digest = hashlib.sha256()
-    for name in sorted(dataset.column_names):
-        lengths, numbers = hashlib.sha256(), hashlib.sha256()
-        for batch in dataset.select_columns(name).with_format("arrow").iter(BATCH_SIZE):
-            lists = batch[name].combine_chunks()
-            lengths.update(lists.value_lengths().to_numpy().astype("<i4"))
-            numbers.update(lists.flatten().to_numpy().astype("<i4"))
-        digest.update(f"{name} {lengths.hexdigest()} {numbers.hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _write_entry(entry: Path, sequences: Dataset, report: DataReport) -> None:
-    temporary = entry.with_name(f".{entry.name}")
-    for leftover in (temporary, entry):
-        shutil.rmtree(leftover, ignore_errors=True)
-    sequences.save_to_disk(str(temporary))
-    write_model(temporary / REPORT_NAME, report)
-    temporary.replace(entry)

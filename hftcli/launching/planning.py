@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from hftcli.errors import InputError
-from hftcli.freezing.activations import Arithmetic, Attention, LossKernel, Network, Workload
+from hftcli.freezing.activations import Adapters, Arithmetic, Attention, LossKernel, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.recipe import Recipe
@@ -35,10 +35,19 @@ def make_budget(
         network=network,
         work=make_workload(source, network, find_arithmetic(mixed, num_processes, source.launch.offload), has_gpu),
         reference=source.reference,
+        adapters=find_adapters(source),
         on_gpu=has_gpu,
         offload=source.launch.offload == "optimizer",
         num_accumulation_steps=-(-source.train.global_batch_size // (source.train.per_device_train_batch_size * num_processes)),
     )
+
+
+def find_adapters(source: Recipe | RoundSpec) -> Adapters | None:
+    """The low-rank adapters that train in place of matrices, where a method has them."""
+    lora = source.method.lora or source.method.olora
+    if lora is None:
+        return None
+    return Adapters(lora.r, has_dropout=lora.lora_dropout > 0 and source.dpo is None)
 
 
 def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arithmetic, has_gpu: bool) -> Workload:

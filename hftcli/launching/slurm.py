@@ -15,7 +15,8 @@ from pathlib import Path
 from hftcli.errors import InputError
 from hftcli.launching.hosts import collect_environment, is_secret
 from hftcli.recipe.recipe import Recipe
-from hftcli.recipe.sections import LaunchSection, SlurmSection
+from hftcli.recipe.sections import LaunchSection
+from hftcli.recipe.slurm import SlurmSection
 from hftcli.runs.files import write_text
 from hftcli.runs.run import Run
 

@@ -10,7 +10,7 @@ Shapes: B rows of a batch, T tokens, V vocabulary, N places of answers or rows o
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from datasets import Dataset
@@ -93,6 +93,11 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
                 task, number, f"has {len(prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
             )
     return TokenizedTask(task, rows, prompts, num_new_tokens, find_ends(tokens, tokenizer))
+
+
+def add_ends(asked: TokenizedTask, ends: Sequence[int]) -> TokenizedTask:
+    """A task whose answers end at a checkpoint's own ends too."""
+    return replace(asked, end_ids=sorted({*asked.end_ids, *ends})) if asked.num_new_tokens else asked
 
 
 def hold_out(rows: Dataset) -> TokenizedTask:
@@ -180,7 +185,9 @@ def generate_answers(
     temperature: float = 0.0,
     on_batch: Progress = ignore_progress,
 ) -> list[list[int]]:
-    """Let a model answer a task's questions, with nothing of its `generation_config`, so that no checkpoint brings rules along.
+    """Let a model answer a task's questions.
+
+    Of its `generation_config` no more than the ends count, by `add_ends`, so that no checkpoint brings rules along.
 
     Returns:
         Token ids of each answer without its end, on all ranks.

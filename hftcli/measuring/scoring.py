@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hftcli.comparing.items import compare_items
 from hftcli.data.tokens import Progress
 from hftcli.errors import ModelError
-from hftcli.measuring.asking import Row, TokenizedTask, tokenize_task
+from hftcli.measuring.asking import Row, TokenizedTask, add_ends, tokenize_task
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, read_prompts, read_texts
 from hftcli.measuring.evaluation import Drift, Evaluation, Item
 from hftcli.measuring.harness import PREFIX, HarnessTask, find_harness_tasks, score_harness
 from hftcli.measuring.judging import score_task
 from hftcli.models.checkpoint import load_finished
+from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.runs.scores import Prediction, Score
 from hftcli.tasks import load_task
@@ -118,8 +119,9 @@ def prepare_exam(asked: Examination) -> Exam:
     base_folder = None if asked.base is None else fetch_checkpoint(asked.base)
     max_length = find_length(asked.max_length, [folder] if base_folder is None else [folder, base_folder])
     tokenizer = load_tokenizer(folder)
+    ends = read_ends(folder)
     own = {
-        name: tokenize_task(load_task(name, asked.root, max_examples=asked.max_examples), max_length, tokenizer)
+        name: add_ends(tokenize_task(load_task(name, asked.root, max_examples=asked.max_examples), max_length, tokenizer), ends)
         for name in asked.tasks
         if not name.startswith(PREFIX)
     }

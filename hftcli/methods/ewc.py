@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, Trainer
 
 from hftcli.data.tokens import IGNORED
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method, draw_rows
+from hftcli.models.tensors import write_tensors
 from hftcli.recipe.methods import EwcSection
 from hftcli.runs.run import Round
 
@@ -91,7 +91,7 @@ class Ewc(Method):
         path = round_.fisher_path
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}")
-        save_file(held, temporary)
+        write_tensors(temporary, held)
         temporary.replace(path)
 
 

@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan, restrict_plan
-from hftcli.methods.lora import ADAPTER, write_tensors
+from hftcli.methods.lora import ADAPTER, check_merging, write_peft_folder
 from hftcli.methods.method import Method
 from hftcli.models.checkpoint import read_master
-from hftcli.models.description import read_start_dtype
+from hftcli.models.reader import Start
 from hftcli.runs.run import Round
 
 # By role, the last parts of the names of the layers that are scaled.
@@ -64,10 +64,12 @@ class Ia3(Method):
         """Lay vectors of ones over the layers that the plan trains; the weights below stay as they are."""
         self.base = start
         names = [name.removesuffix(".weight") for name in plan.trained if name.endswith(".weight")]
+        stored = Start(self.spec.model, start, plan.trained)
+        check_merging(stored, plan, mixed and sharded)
         if mixed and not sharded:  # only the vectors need float32
-            start_dtype = read_start_dtype(self.spec.model, start)
-            for weight in map(model.get_parameter, plan.trained):
-                weight.data = weight.data.to(start_dtype)
+            for name in plan.trained:
+                weight = model.get_parameter(name)
+                weight.data = weight.data.to(stored.get_dtype(name))
         self.config = IA3Config(
             target_modules=names,
             feedforward_modules=[name for name in names if _last_part(name) in SCALED["mlp"]],
@@ -94,7 +96,7 @@ class Ia3(Method):
             model.set_submodule(name, base)
         del model.peft_config
         if trainer.args.process_index == 0:
-            write_tensors(scales, self.config, self.base, round_.adapter)
+            write_peft_folder(scales, self.config, self.base, round_.adapter)
 
 
 def _multiply(parameter: torch.nn.Parameter, scale: torch.Tensor, sharded: bool) -> None:

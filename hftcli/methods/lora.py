@@ -17,16 +17,18 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
+from hftcli.errors import ModelError
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan, narrow_plan
 from hftcli.methods.method import Method
 from hftcli.models.checkpoint import read_master
-from hftcli.models.description import fetch_checkpoint, read_start_dtype
-from hftcli.models.proof import CheckpointReader
+from hftcli.models.description import fetch_checkpoint
+from hftcli.models.reader import Start
+from hftcli.models.tensors import write_tensors
 from hftcli.recipe.methods import LoraSection
 from hftcli.runs.run import Round
 
@@ -61,12 +63,12 @@ class Lora(Method):
         """Lay adapters over the layers of the plan, whose weights are the base's; the last round's adapters go on."""
         self.base, self.last = self.find_base(start), self.read_last()
         names = [name.removesuffix(".weight") for name in plan.trained]
-        start_dtype = read_start_dtype(self.spec.model, start)
-        reader = CheckpointReader(self.base, plan.trained)
+        base = Start(self.spec.model, self.base, plan.trained)
+        check_merging(base, plan, mixed and sharded)
         for name in plan.trained:
             weight = model.get_parameter(name)
-            held_dtype = start_dtype if mixed and not sharded else weight.dtype  # exact, and no larger than it must be
-            weight.data = reader.read(name).to(start_dtype).to(held_dtype)
+            held_dtype = base.get_dtype(name) if mixed and not sharded else weight.dtype  # exact, and no larger than it must be
+            weight.data = base.read(name).to(held_dtype)
         is_transposed = isinstance(model.get_submodule(names[0]), Conv1D)
         self.config = LoraConfig(
             r=self.section.r, lora_alpha=self.section.lora_alpha, lora_dropout=self.section.lora_dropout, target_modules=names,
@@ -103,6 +105,18 @@ class Lora(Method):
             write_adapter(self.last | trained, self.config, self.base, round_.adapter)
 
 
+def check_merging(start: Start, plan: FreezePlan, is_rounded: bool) -> None:
+    """Raises: ModelError: DeepSpeed in bfloat16 holds rounded what the adapters would be merged into."""
+    wide = [name for name in plan.trained if start.get_dtype(name) != torch.bfloat16]
+    if is_rounded and wide:
+        dtype = str(start.get_dtype(wide[0])).removeprefix("torch.")
+        raise ModelError(
+            f"{start.folder} stores {wide[0]} in {dtype}, and DeepSpeed in bfloat16 holds it rounded: an adapter would be "
+            "merged into other weights",
+            "set model.dtype: bfloat16, which rounds the start once, before the round, or train.bf16: false",
+        )
+
+
 def read_adapter(folder: Path) -> Adapter:
     """The adapters of a folder in PEFT's form."""
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -118,10 +132,10 @@ def write_adapter(adapter: Adapter, config: LoraConfig, base: Path, folder: Path
         for name, parts in adapter.items()
         for letter, part in zip("AB", parts, strict=True)
     }
-    write_tensors(tensors, config, base, folder)
+    write_peft_folder(tensors, config, base, folder)
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], config: PeftConfig, base: Path, folder: Path) -> None:
+def write_peft_folder(tensors: dict[str, torch.Tensor], config: PeftConfig, base: Path, folder: Path) -> None:
     """Write a folder that PEFT loads on top of `base`, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}")
     for leftover in (temporary, folder):
@@ -129,5 +143,5 @@ def write_tensors(tensors: dict[str, torch.Tensor], config: PeftConfig, base: Pa
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
     config.save_pretrained(str(temporary))
-    save_file({f"{PREFIX}{name}": values for name, values in tensors.items()}, temporary / "adapter_model.safetensors")
+    write_tensors(temporary / "adapter_model.safetensors", {f"{PREFIX}{name}": values for name, values in tensors.items()})
     temporary.replace(folder)

@@ -1,39 +1,33 @@
 """Models made out of the weights of other models: a delta laid over its base, the mean of two models, Half-Reset.
 
-Tensors are read, computed and written one at a time, so that a model of any size takes the memory of its largest tensor; only
-families whose files have another layout than their modules are read whole, by transformers. The files are those that
-`save_pretrained` writes, to the byte: same layout, same shards, same index.
+Tensors are read, computed and written one at a time, so that a model of any size takes the memory of its largest parameter.
+The files have the tensors of the tuned model's, under their names and in their data types, what is no parameter's among them,
+split and ordered as `save_pretrained` does it.
 """
 
-import json
 import shutil
-import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
+import numpy as np
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
 from hftcli import __version__
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
 from hftcli.models.deltas import hash_checkpoint, identify_checkpoint
-from hftcli.models.description import SAFETENSORS_DTYPES, describe_model
-from hftcli.models.proof import CheckpointReader
+from hftcli.models.description import describe_model
+from hftcli.models.reader import CheckpointReader, cast_tensors, list_forms
+from hftcli.models.tensors import CODES, MAX_SHARD_SIZE, write_shards
 from hftcli.runs.files import write_model
 from hftcli.runs.records import DELTA_NAME, MERGE_NAME, CheckpointIdentity, MergeManifest
 
-MAX_SHARD_SIZE = "50GB"  # transformers' own
-DTYPE_NAMES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items()}
-
-Read = Callable[[str], torch.Tensor]  # a parameter's values by its name
+Read = Callable[[str], dict[str, np.ndarray]]  # the bytes of a parameter's tensors, by its name
 
 
 def merge_delta(delta: Path, output: Path, base: Path | None = None) -> MergeManifest:
@@ -52,15 +46,15 @@ def merge_delta(delta: Path, output: Path, base: Path | None = None) -> MergeMan
         reader = CheckpointReader(delta, _list_names(delta), base)
         direct = reader.stack.deltas[-2].folder if len(reader.stack.deltas) > 1 else reader.stack.root
         copy_configs(delta, folder)
-        write_weights(reader, reader.read, folder)
+        write_weights(reader, reader.read_tensors, folder)
         inputs = {"base": identify_checkpoint(direct), "delta": identify_checkpoint(delta)}
         return _write_manifest(folder, "delta", inputs)
 
 
 def interpolate_models(base: Path, tuned: Path, weight: float, output: Path) -> MergeManifest:
-    """Write (1 - weight) base + weight tuned, computed in float32 and rounded to the tuned model's data type.
+    """Write (1 - weight) base + weight tuned, computed in float32 and rounded to the data types of the tuned model's tensors.
 
-    At 0 and 1 the result has the bits of the one model (as that data type holds them) and of the other.
+    At 0 and 1 the result has the bits of the one model (as these data types hold them) and of the other.
 
     Args:
         weight: share of the tuned model, in [0, 1]; arXiv 2109.01903 calls it alpha.
@@ -70,13 +64,12 @@ def interpolate_models(base: Path, tuned: Path, weight: float, output: Path) -> 
         InputError: there is something at `output`.
     """
 
-    def read(name: str) -> torch.Tensor:
-        values = second.read(name)
+    def read(name: str) -> dict[str, np.ndarray]:
         if weight == 1:
-            return values
-        if weight == 0:
-            return first.read(name).to(values.dtype)
-        return torch.lerp(first.read(name).float(), values.float(), weight).to(values.dtype)
+            return second.read_tensors(name)
+        old = first.read(name)
+        values = old if weight == 0 else torch.lerp(old.float(), second.read(name).float(), weight)
+        return cast_tensors(second.layout, name, values, second.dtypes)
 
     with create_folder(output) as folder:
         first, second = _open_pair(base, tuned)
@@ -87,7 +80,9 @@ def interpolate_models(base: Path, tuned: Path, weight: float, output: Path) -> 
 
 
 def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> MergeManifest:
-    """Write a tuned model with one half back at its base: Half-Reset, section 2 of arXiv 2404.18466.
+    """Write a tuned model with one half back at its base, byte for byte: Half-Reset, section 2 of arXiv 2404.18466.
+
+    Each tensor has the data type that it has in the model that it comes from.
 
     Args:
         rule: draws the half as for round 0: what the plan freezes goes back, what it trains stays as it was tuned.
@@ -100,14 +95,14 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
     plan = make_plan(assign_roles(description.model_type, description.parameters), rule, 0)
     reset = set(plan.frozen)
 
-    def read(name: str) -> torch.Tensor:
-        values = second.read(name)
-        return first.read(name).to(values.dtype) if name in reset else values
+    def read(name: str) -> dict[str, np.ndarray]:
+        return _move_tensors(first, second, name) if name in reset else second.read_tensors(name)
 
     with create_folder(output) as folder:
         first, second = _open_pair(base, tuned)
+        dtypes = second.dtypes | {place: dtype for name in reset for place, dtype in _move_dtypes(first, second, name).items()}
         copy_configs(tuned, folder)
-        write_weights(second, read, folder)
+        write_weights(second, read, folder, dtypes)
         inputs = {"base": identify_checkpoint(base), "tuned": identify_checkpoint(tuned)}
         return _write_manifest(folder, "reset", inputs, plan=plan)
 
@@ -123,7 +118,30 @@ def _open_pair(base: Path, tuned: Path) -> tuple[CheckpointReader, CheckpointRea
             "give the model that the tuned one was tuned from",
         )
     names = tuple(shapes[0])
-    return CheckpointReader(base, names), CheckpointReader(tuned, names)
+    readers = CheckpointReader(base, names), CheckpointReader(tuned, names)
+    for reader in readers:
+        reader.layout.check_copies()
+    return readers
+
+
+def _move_tensors(source: CheckpointReader, target: CheckpointReader, name: str) -> dict[str, np.ndarray]:
+    """The bytes of a parameter's tensors in one model, by their names in the other's files, which may be of an older form."""
+    found, places = source.read_tensors(name), target.layout.places[name]
+    if found.keys() == set(places):
+        return found
+    if not source.layout.is_split(name) and not target.layout.is_split(name):
+        return dict.fromkeys(places, next(iter(found.values())))
+    return cast_tensors(target.layout, name, source.read(name), _move_dtypes(source, target, name))
+
+
+def _move_dtypes(source: CheckpointReader, target: CheckpointReader, name: str) -> dict[str, str]:
+    """The data types that go with them."""
+    places = target.layout.places[name]
+    found = {place: source.dtypes[place] for place in source.layout.places[name]}
+    if found.keys() == set(places):
+        return found
+    dtypes = set(found.values())
+    return dict.fromkeys(places, dtypes.pop() if len(dtypes) == 1 else CODES[torch.float32])
 
 
 def _list_names(folder: Path) -> tuple[str, ...]:
@@ -159,66 +177,25 @@ def copy_configs(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def write_weights(like: CheckpointReader, read: Read, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Write a model's weights as `save_pretrained` does, without ever holding more than one of them.
+def write_weights(
+    like: CheckpointReader,
+    read: Read,
+    folder: Path,
+    dtypes: dict[str, str] | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Write a model's weights without ever holding more than one of them.
 
     Args:
-        like: a checkpoint with the same parameters, shapes and data types; the layout of its files is kept.
-        read: gives the values.
+        like: a checkpoint in the layout that is written; its tensors that are no parameter's come along.
+        read: gives the bytes of a parameter's tensors.
+        dtypes: of the tensors; None takes those of `like`.
         max_shard_size: bytes of a file, as huggingface_hub writes sizes.
     """
-    config = AutoConfig.from_pretrained(like.stack.folder)
-    model = AutoModelForCausalLM.from_pretrained(like.stack.root, config=config, device_map="meta")
-    described = {name: torch.empty_like(like.read(name), device="meta") for name, _ in model.named_parameters()}
-    stored = revert_weight_conversion(model, described)
-    split = split_torch_state_dict_into_shards(
-        stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    with ExitStack() as streams:
-        places: dict[str, tuple[BinaryIO, int]] = {}
-        for file, names in split.filename_to_tensors.items():
-            stream = streams.enter_context((folder / file).open("wb"))
-            offsets = write_header(stream, {name: stored[name] for name in names})
-            places |= {name: (stream, offset) for name, offset in offsets.items()}
-        for name in described:
-            for stored_name, values in revert_weight_conversion(model, {name: read(name)}).items():
-                stream, offset = places.pop(stored_name)
-                stream.seek(offset)
-                stream.write(values.contiguous().view(-1).view(torch.uint8).numpy())
-    if places:
-        raise ModelError(
-            f"{like.stack.folder}: {min(places)} is made of several parameters in the files, which hft cannot write"
-        )
-    if split.is_sharded:
-        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
-        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def write_header(stream: BinaryIO, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Write the start of a safetensors file: eight bytes with the header's length, and the header.
-
-    As the library has it: wider data types first, then by name, so that every tensor is aligned; padded to eight bytes.
-
-    Returns:
-        The place of each tensor's bytes in the file.
-    """
-    order = sorted(tensors, key=lambda name: (-ORDER.index(tensors[name].dtype), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begins, end = {}, 0
-    for name in order:
-        begins[name], end = end, end + tensors[name].nbytes
-        dtype, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begins[name], end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(struct.pack("<Q", len(text)) + text)
-    return {name: 8 + len(text) + begin for name, begin in begins.items()}
-
-
-# The library's order of data types, narrower first.
-ORDER = (torch.float16, torch.bfloat16, torch.float32)
+    parameters = (read(name) for name in like.layout.places)
+    extras = ({place: like.read_extra(place)} for place in like.layout.extras)
+    forms = list_forms(like, dtypes or like.dtypes)
+    write_shards(folder, forms, chain(parameters, extras), like.layout.num_parameters, max_shard_size)
 
 
 def _write_manifest(

@@ -1,25 +1,25 @@
 """A model from a checkpoint to a checkpoint: load, freeze, gather, save."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
-from hftcli.models.deltas import Stack, open_stack, write_delta
-from hftcli.models.description import SAFETENSORS_DTYPES, describe_model, get_first_line, read_header, read_start_dtype
-from hftcli.models.proof import CheckpointReader, find_changed_rows
+from hftcli.models.configs import Configs
+from hftcli.models.deltas import open_stack, write_delta
+from hftcli.models.description import describe_model, get_first_line
+from hftcli.models.layout import Layout
+from hftcli.models.proof import find_changed_rows, has_same_bits
+from hftcli.models.reader import CheckpointReader, Start, convert, list_forms
+from hftcli.models.tensors import list_tensors, write_shards
 from hftcli.recipe.sections import ModelSection
 
 MOST_ROWS = 0.9  # of a tensor's rows; where more of them changed, a delta stores it whole
@@ -28,31 +28,32 @@ MOST_ROWS = 0.9  # of a tensor's rows; where more of them changed, a delta store
 def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: bool, sharded: bool) -> PreTrainedModel:
     """Load the start and freeze what the plan freezes, before any optimizer can exist.
 
+    What is frozen is held so that its bits survive: in bfloat16 where it is stored so, else in float32. DeepSpeed in bfloat16
+    alone holds all in bfloat16; what trains gets its exact masters by `restore_masters`, and what is frozen is saved from the
+    start's files.
+
     Args:
-        mixed: compute in bfloat16: what is frozen is held in bfloat16 where it comes in it, what trains in float32.
+        mixed: compute in bfloat16.
         sharded: DeepSpeed holds the model and makes the float32 masters itself.
 
     Raises:
-        ModelError: the frozen half would be rounded.
+        ModelError: the start's data types cannot be trained from.
     """
-    start_dtype = read_start_dtype(section, folder)
-    keeps_bits = start_dtype == torch.bfloat16 or not plan.frozen
-    if mixed and sharded and not keeps_bits:
+    start = Start(section, folder, (*plan.trained, *plan.frozen))
+    if mixed and sharded and start.dtype == torch.float16:
         raise ModelError(
-            f"{folder} has {str(start_dtype).removeprefix('torch.')} weights, and DeepSpeed in bfloat16 holds the frozen half "
-            "in bfloat16, which would round it",
-            "set model.dtype: bfloat16, which rounds the start once, before the round, or train.bf16: false",
+            "model.dtype is float16, and DeepSpeed in bfloat16 would round the start a second time",
+            "set model.dtype: bfloat16 or null, or train.bf16: false",
         )
     held_dtype = torch.bfloat16 if mixed and sharded else torch.float32
     model = load_weights(folder, held_dtype, section.attn_implementation)
-    model.config.dtype = start_dtype
     freeze_model(model, plan)
-    for parameter in model.parameters():
-        values = parameter.ds_tensor if is_partitioned(parameter) else parameter
-        if start_dtype != held_dtype:
-            values.data = values.data.to(start_dtype).to(held_dtype)
-    if mixed and not sharded and keeps_bits:
-        halve_frozen(model)
+    if start.dtype not in (None, held_dtype):
+        for parameter in model.parameters():
+            values = parameter.ds_tensor if is_partitioned(parameter) else parameter
+            values.data = values.data.to(start.dtype).to(held_dtype)
+    if mixed and not sharded:
+        halve_frozen(model, {name for name in plan.frozen if start.get_dtype(name) != torch.bfloat16})
     head = model.get_output_embeddings().weight
     if is_partitioned(head):
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
@@ -60,6 +61,19 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         # TRL's loss reads the head's weight outside of the head's own forward pass, where ZeRO 3 would not gather it.
         register_external_parameter(model, head)
     return model
+
+
+def restore_masters(model: PreTrainedModel, section: ModelSection, folder: Path, plan: FreezePlan) -> None:
+    """Give what trains the start's own values as its float32 masters: DeepSpeed in bfloat16 made them of rounded ones.
+
+    All ranks must call this together, once DeepSpeed holds the model and before the first step.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    start = Start(section, folder, plan.trained)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name in start.layout.places and start.get_dtype(name) != torch.bfloat16:
+            safe_set_full_fp32_param(parameter, start.read(name).float().to(parameter.device))
 
 
 def load_finished(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -70,7 +84,8 @@ def load_finished(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
     """
     names = tuple(parameter.name for parameter in describe_model(str(folder)).parameters)
     try:
-        CheckpointReader(folder, names)  # transformers fills what is missing with random numbers
+        root = open_stack(folder).root
+        Layout(root, list_tensors(root)).require(names)
         model = load_weights(folder, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model does not load: {get_first_line(error)}") from None
@@ -90,19 +105,10 @@ def load_weights(folder: Path, dtype: torch.dtype, attn_implementation: str | No
     )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    names = _list_changed(stack, tuple(name for name, _ in model.named_parameters()))
-    reader = CheckpointReader(folder, names)
-    for name in names:
+    reader = CheckpointReader(folder, tuple(name for name, _ in model.named_parameters()))
+    for name in filter(reader.is_changed, reader.layout.places):
         _lay_in(model.get_parameter(name), reader.read(name))
     return model
-
-
-def _list_changed(stack: Stack, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The parameters that are not as at the root: those stored in a delta, or all where a delta rounds what is below it."""
-    stored = {name for delta in stack.deltas for name in delta.record.tensors}
-    dtypes = {entry["dtype"] for file in stack.root.glob("*.safetensors") for entry in read_header(file).values()}
-    is_rounded = {SAFETENSORS_DTYPES.get(dtype) for dtype in dtypes} != {delta.record.dtype for delta in stack.deltas}
-    return names if is_rounded else tuple(name for name in names if name in stored)
 
 
 def _lay_in(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
@@ -130,10 +136,14 @@ def freeze_model(model: PreTrainedModel, plan: FreezePlan) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def halve_frozen(model: PreTrainedModel) -> None:
-    """Hold in bfloat16 what is frozen: it needs no float32 master."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
+def halve_frozen(model: PreTrainedModel, wide: Collection[str] = ()) -> None:
+    """Hold in bfloat16 what is frozen: it needs no float32 master.
+
+    Args:
+        wide: parameters that bfloat16 would round.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and name not in wide:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -142,16 +152,44 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def gather_weights(
-    model: PreTrainedModel, sharded: bool, masters: Mapping[torch.nn.Parameter, torch.nn.Parameter]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, whole, on the CPU: float32 masters where there are any. All ranks must walk through it together.
+@dataclass(frozen=True)
+class Outcome:
+    """What the weights are when a round ends; on rank 0 alone.
+
+    Attributes:
+        masters: what trained, whole, in float32, on the CPU.
+        moved: frozen parameters that the model does not hold any more as the start has them.
+    """
+
+    masters: dict[str, torch.Tensor]
+    moved: tuple[str, ...]
+
+
+def gather_outcome(
+    model: PreTrainedModel,
+    start: Start,
+    plan: FreezePlan,
+    sharded: bool,
+    is_first: bool,
+    on_host: Mapping[torch.nn.Parameter, torch.nn.Parameter],
+) -> Outcome:
+    """Walk through a model when its round ends; all ranks together.
+
+    What is frozen is compared with the start in the data type in which the model holds it.
 
     Args:
-        masters: those in host memory.
+        on_host: masters in host memory.
     """
+    masters, moved, trained = {}, [], set(plan.trained)
     for name, parameter in model.named_parameters():
-        yield name, read_master(masters.get(parameter, parameter), sharded).detach().to("cpu", copy=True)
+        values = read_master(on_host.get(parameter, parameter), sharded).detach()
+        if not is_first:
+            continue
+        if name in trained:
+            masters[name] = values.to("cpu", torch.float32, copy=True)
+        elif not has_same_bits(values.cpu(), convert(start.read(name), values.dtype)):
+            moved.append(name)
+    return Outcome(masters, tuple(moved))
 
 
 def read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
@@ -167,44 +205,38 @@ def read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, torch.Tensor], folder: Path
-) -> None:
-    """Write a plain Hugging Face folder, whole or not at all."""
-    with _replace_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
+def save_checkpoint(configs: Configs, masters: dict[str, torch.Tensor], folder: Path, start: Start) -> None:
+    """Write a plain Hugging Face folder, whole or not at all.
 
-
-def save_delta(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: dict[str, torch.Tensor],
-    folder: Path,
-    start: Path,
-    plan: FreezePlan,
-) -> None:
-    """Write what `save_checkpoint` would, less the parameters, and rows of matrices, whose bits are found to be the start's.
-
-    A frozen parameter that did move is stored like a trained one, so that `verify_checkpoint` finds it as in a full folder.
-
-    Args:
-        weights: every parameter, all of one data type.
-        start: the checkpoint that the round started from.
+    The weights are the tensors of the start's files, under their names and in their data types: those of `masters` rounded
+    once, all others byte by byte as they stand there.
     """
-    reader = CheckpointReader(start, tuple(weights))
-    dtype = next(iter(weights.values())).dtype
+    layout = start.layout
+
+    def list_groups() -> Iterator[dict[str, np.ndarray]]:
+        for name in layout.places:
+            yield start.cast_tensors(name, masters[name]) if name in masters else start.read_tensors(name)
+        for place in layout.extras:
+            yield {place: start.reader.read_extra(place)}
+
+    with _replace_folder(folder) as temporary:
+        configs.write(temporary)
+        write_shards(temporary, list_forms(start.reader, start.dtypes), list_groups(), layout.num_parameters)
+
+
+def save_delta(configs: Configs, masters: dict[str, torch.Tensor], folder: Path, start: Start, plan: FreezePlan) -> None:
+    """Write what `save_checkpoint` would, less the parameters, and rows of matrices, whose bits are found to be the start's."""
     stored, rows = {}, {}
-    for name, values in weights.items():
-        changed_R = find_changed_rows(values, reader.read(name))
+    for name, master in masters.items():
+        values = start.round(name, master)
+        changed_R = find_changed_rows(values, start.reader.read(name))
         if len(changed_R) > MOST_ROWS * len(values):
             stored[name] = values
         elif len(changed_R):
             stored[name], rows[name] = values[changed_R], changed_R.int()
     with _replace_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict={})  # the configs as they are beside a full model, and no weights
-        tokenizer.save_pretrained(temporary)
-        write_delta(stored, rows, temporary, start, plan, dtype)
+        configs.write(temporary)
+        write_delta(stored, rows, temporary, start.folder, plan, start.dtype)
 
 
 @contextmanager

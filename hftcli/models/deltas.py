@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
+from hftcli.models.tensors import write_tensors
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.records import DELTA_NAME, CheckpointIdentity, DeltaRecord
 
@@ -32,8 +32,9 @@ class Delta:
     record: DeltaRecord
 
     @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.record.dtype)
+    def dtype(self) -> torch.dtype | None:
+        """What the parameters below are converted to; None leaves them what they are."""
+        return None if self.record.dtype is None else getattr(torch, self.record.dtype)
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,20 @@ def write_delta(
     folder: Path,
     base: Path,
     plan: FreezePlan,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> None:
-    """Write tensors, all of one data type, and what they stand on into a folder; delta.json comes last.
+    """Write parameters and what they stand on into a folder; delta.json comes last.
 
     Args:
         rows: for those of which only some rows are in `weights`, the numbers of these rows, int32 [R].
+        dtype: what the parameters below are converted to; None leaves them what they are.
     """
     content = weights | {name + ROWS_SUFFIX: numbers for name, numbers in rows.items()}
-    save_file({name: values.contiguous() for name, values in content.items()}, folder / WEIGHTS_NAME, {"format": "pt"})
+    write_tensors(folder / WEIGHTS_NAME, content, {"format": "pt"})
     record = DeltaRecord(
         base=identify_checkpoint(base),
         fingerprint=plan.fingerprint,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         tensors=tuple(weights),
         rows=tuple(rows),
     )

@@ -1,26 +1,22 @@
-"""What a checkpoint is, without its weights: its config, its parameters by name and shape, its tokenizer, its data type."""
+"""What a checkpoint is, without its weights: its config, its parameters by name and shape, its tokenizer."""
 
 import hashlib
 import json
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from huggingface_hub.errors import StrictDataclassError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter
 from hftcli.models.deltas import hash_checkpoint, open_stack
-from hftcli.recipe.sections import ModelSection
 from hftcli.runs.run import find_checkpoint_damage
 
-SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -30,6 +26,7 @@ class ModelDescription:
     model_type: str
     parameters: tuple[Parameter, ...]
     max_positions: int | None
+    num_embeddings: int
     num_layers: int
     num_heads: int
 
@@ -51,20 +48,37 @@ def describe_model(path: str) -> ModelDescription:
     Raises:
         ModelError: there is no such model, or its config does not load.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
-    text_config = config.get_text_config()
+    model = build_empty_model(path)
+    text_config = model.config.get_text_config()
     return ModelDescription(
         model_type=model.config.model_type,
         parameters=tuple(Parameter(name, tuple(value.shape)) for name, value in model.named_parameters()),
-        max_positions=text_config.to_dict().get("max_position_embeddings"),
+        max_positions=find_max_positions(text_config.to_dict()),
+        num_embeddings=model.get_input_embeddings().weight.shape[0],
         num_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
     )
+
+
+def build_empty_model(path: str) -> PreTrainedModel:
+    """The model of a folder, a config file or a hub id, without memory for its weights.
+
+    Raises:
+        ModelError: there is no such model, or its config does not load.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        # The class itself: `from_config` would have DeepSpeed share the weights out where it holds the model.
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with torch.device("meta"):
+            return kind(config)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
+
+
+def find_max_positions(config: Mapping[str, Any]) -> int | None:
+    """How many positions a model has, by whichever name its family has for them; None where there is no limit."""
+    return next((config[name] for name in POSITION_NAMES if config.get(name) is not None), None)
 
 
 def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
@@ -107,36 +121,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def read_start_dtype(section: ModelSection, folder: Path) -> torch.dtype:
-    """The data type of the start: the recipe's, or that of the checkpoint's largest tensor."""
-    if section.dtype is not None:
-        return getattr(torch, section.dtype)
-    header = read_header(min(folder.glob("*.safetensors")))
-    largest = max(header.values(), key=lambda entry: entry["data_offsets"][1] - entry["data_offsets"][0])
-    if largest["dtype"] not in SAFETENSORS_DTYPES:
-        raise ModelError(f"{folder} stores {largest['dtype']} weights", "set model.dtype: bfloat16 or float32")
-    return getattr(torch, SAFETENSORS_DTYPES[largest["dtype"]])
-
-
-def read_header(file: Path) -> dict[str, dict]:
-    """Names, dtypes, shapes and byte offsets of the tensors in a safetensors file, without reading them.
-
-    Raises:
-        ModelError: the file is not one, or is shorter than its header says.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (struct.error, ValueError, MemoryError):
-        raise ModelError(f"{file} is damaged: its header does not read") from None
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if file.stat().st_size != expected:
-        raise ModelError(f"{file} is damaged: it has {file.stat().st_size:,} bytes, and its header says {expected:,}")
-    return header
 
 
 def get_first_line(error: Exception) -> str:

@@ -1,97 +1,111 @@
-"""What moved: tensors of checkpoints read by name, full or delta, and compared with the start byte for byte."""
+"""What moved: a round's checkpoint compared with its start, by the bytes and the data types that the files have.
 
+Nothing is converted for the comparison, with one exception that is said: where `model.dtype` asks for another data type than
+the start stores, the start counts as converted once, and what that gives is computed here by the bits, without torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from transformers import (
-    AutoModelForCausalLM,
-)
 
-from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
-from hftcli.models.deltas import ROWS_SUFFIX, open_stack
-from hftcli.models.description import fetch_checkpoint, read_header
+from hftcli.models.description import fetch_checkpoint
+from hftcli.models.reader import CheckpointReader, Start, convert
+from hftcli.models.tensors import CHUNK_BYTES, has_same_bytes
 from hftcli.runs.records import Verification
 from hftcli.runs.run import Round, find_checkpoint_damage
 
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-class CheckpointReader:
-    """Tensors of a checkpoint, full or delta, by parameter name, one at a time.
 
-    Args:
-        base: for a delta: see `open_stack`.
+def measure_updates(masters: Mapping[str, torch.Tensor], start: Start) -> dict[str, float]:
+    """Largest absolute change of each trained parameter since the start, in float32."""
+    return {name: (values.float() - start.read(name).float()).abs().max().item() for name, values in masters.items()}
 
-    Raises:
-        ModelError: a file is damaged, a parameter is in none, or a delta's base is not the one that it was made on.
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two checkpoints to be compared.
+
+    Attributes:
+        expected: by tensor of the start's files, the data type that it should have.
+        places: by tensor of the start's files, its name in the checkpoint's; None where they lack it.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...], base: Path | None = None):
-        self.stack = open_stack(folder, base)
-        self.layers = [_map_tensors(self.stack.root), *(_map_tensors(delta.folder) for delta in self.stack.deltas)]
-        for delta, layer in zip(self.stack.deltas, self.layers[1:], strict=True):
-            expected = {*delta.record.tensors, *(name + ROWS_SUFFIX for name in delta.record.rows)}
-            if odd := sorted(set(layer) ^ expected):
-                raise ModelError(f"{delta.folder} is damaged: its delta.json and its weights differ in {odd[0]}")
-        self.model = None
-        if any(all(name not in layer for layer in self.layers) for name in names):
-            # A family whose files have another layout than its modules, such as experts fused on loading.
-            root = self.stack.root
-            self.model, loading = AutoModelForCausalLM.from_pretrained(root, dtype="auto", output_loading_info=True)
-            if missing := sorted(set(names) & set(loading["missing_keys"])):
-                raise ModelError(f"{root} lacks {len(missing)} parameters, the first is {missing[0]}")
+    before: CheckpointReader
+    after: CheckpointReader
+    expected: dict[str, str]
+    places: dict[str, str | None]
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._read_at(name, len(self.stack.deltas))
+    def find_changed(self, names: tuple[str, ...]) -> list[str]:
+        """Parameters of which a tensor has other bytes than the start's, or another data type than it should."""
+        return [name for name in names if not self._is_same(self.before.read_tensors(name), self.after.read_tensors(name))]
 
-    def _read_at(self, name: str, place: int) -> torch.Tensor:
-        """A parameter as it is with that many deltas on the root."""
-        if place == 0:
-            return self.model.get_parameter(name).detach() if self.model is not None else self._read_stored(name, 0)
-        delta = self.stack.deltas[place - 1]
-        if name in delta.record.rows:
-            values = self._read_at(name, place - 1).to(delta.dtype, copy=True)
-            values[self._read_stored(name + ROWS_SUFFIX, place)] = self._read_stored(name, place)
-            return values
-        if name in delta.record.tensors:
-            return self._read_stored(name, place)
-        return self._read_at(name, place - 1).to(delta.dtype)
+    def find_changed_extras(self) -> list[str]:
+        """Tensors that are no parameter's and have other bytes, or another data type."""
+        kept = [place for place in self.before.layout.extras if self.places[place] is not None]
+        return [
+            place
+            for place in kept
+            if not self._is_same({place: self.before.read_extra(place)}, {place: self.after.read_extra(place)})
+        ]
 
-    def _read_stored(self, name: str, place: int) -> torch.Tensor:
-        with safe_open(self.layers[place][name], framework="pt") as file:
-            return file.get_tensor(name)
+    def find_retyped(self) -> list[str]:
+        """Tensors that are in another data type than they should be, and in which."""
+        found = {place: self.after.dtypes[other] for place, other in self.places.items() if other is not None}
+        return [
+            f"{place} ({dtype}, not {self.expected[place]})" for place, dtype in found.items() if dtype != self.expected[place]
+        ]
 
-
-def _map_tensors(folder: Path) -> dict[str, Path]:
-    return {name: file for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
+    def _is_same(self, old: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray]) -> bool:
+        for place, content in old.items():
+            other = self.places[place]
+            if other is None:
+                continue  # lost, which is said elsewhere
+            held, expected = self.before.dtypes[place], self.expected[place]
+            if self.after.dtypes[other] != expected or not is_same(content, held, new[other], expected):
+                return False
+        return True
 
 
-def measure_updates(weights: dict[str, torch.Tensor], start: Path, dtype: torch.dtype, plan: FreezePlan) -> dict[str, float]:
-    """Largest absolute change of each trained parameter since the start, in float32."""
-    reader = CheckpointReader(start, plan.trained)
-    return {name: (weights[name].float() - reader.read(name).to(dtype).float()).abs().max().item() for name in plan.trained}
-
-
-def verify_checkpoint(start: Path, checkpoint: Path, plan: FreezePlan, updates: dict[str, float]) -> Verification:
+def verify_checkpoint(
+    start: Path,
+    checkpoint: Path,
+    plan: FreezePlan,
+    updates: Mapping[str, float],
+    dtype: str | None = None,
+    moved_in_memory: tuple[str, ...] = (),
+) -> Verification:
     """Compare a round's checkpoint with its start, bit for bit: frozen parameters are the same, trained ones are not.
-
-    The start counts as loaded, in the checkpoint's data type.
 
     Args:
         updates: largest change of each trained parameter in float32; tells a tensor that moved by less than a 16-bit
             checkpoint can hold from one that did not move.
+        dtype: `model.dtype`: the start counts as converted to it.
+        moved_in_memory: what was found when training ended.
     """
     names = (*plan.trained, *plan.frozen)
     before, after = CheckpointReader(start, names), CheckpointReader(checkpoint, names)
-
-    violations = tuple(name for name in plan.frozen if not _is_same(after.read(name), before.read(name)))
-    still = [name for name in plan.trained if _is_same(after.read(name), before.read(name))]
+    converted = dict.fromkeys(before.layout.owners, STORED_AS[dtype]) if dtype else {}
+    compared = Comparison(before, after, before.dtypes | converted, pair_places(before, after))
+    moved = set(compared.find_changed(plan.trained))
+    still = [name for name in plan.trained if name not in moved]
     return Verification(
         num_frozen=len(plan.frozen),
         num_trained=len(plan.trained),
-        violations=violations,
+        num_extras=len(before.layout.extras),
+        violations=tuple(compared.find_changed(plan.frozen)),
+        changed_extras=tuple(compared.find_changed_extras()),
+        retyped=tuple(compared.find_retyped()),
+        lost=tuple(place for place, other in compared.places.items() if other is None),
+        moved_in_memory=moved_in_memory,
         unmoved=tuple(name for name in still if updates.get(name, 0.0) == 0.0),
         below_resolution=tuple(name for name in still if updates.get(name, 0.0) > 0.0),
+        converted_to=dtype if compared.expected != before.dtypes else None,
     )
 
 
@@ -101,23 +115,80 @@ def verify_round(round_: Round) -> Verification:
     Raises:
         InputError: one of the files is missing or damaged.
     """
-    start = fetch_checkpoint(round_.read_spec().model.path)
-    verification = verify_checkpoint(start, round_.checkpoint, round_.read_plan(), round_.read_result().updates)
+    spec, result = round_.read_spec(), round_.read_result()
+    verification = verify_checkpoint(
+        fetch_checkpoint(spec.model.path), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
+        result.verification.moved_in_memory,
+    )  # fmt: skip
     return verification.model_copy(update={"damaged": tuple(find_checkpoint_damage(round_.checkpoint))})
+
+
+def pair_places(before: CheckpointReader, after: CheckpointReader) -> dict[str, str | None]:
+    """By tensor of the start's files, its name in the checkpoint's; None where they lack it.
+
+    A parameter that is one tensor may go by another name there, as transformers gives new ones to those of older forms.
+    """
+    pairs: dict[str, str | None] = {place: place if place in after.stored else None for place in before.stored}
+    for name, places in before.layout.places.items():
+        others = after.layout.places[name]
+        if not before.layout.is_split(name) and not after.layout.is_split(name):
+            pairs |= {place: others[0] for place in places if pairs[place] is None}
+    return pairs
+
+
+def is_same(old: np.ndarray, old_dtype: str, new: np.ndarray, new_dtype: str) -> bool:
+    """Whether bytes are the same; where the data types differ, once the old ones are converted."""
+    if old_dtype != new_dtype:
+        return _is_converted(old, old_dtype, new, new_dtype)
+    return has_same_bytes(old, new)
+
+
+def _is_converted(old: np.ndarray, old_dtype: str, new: np.ndarray, new_dtype: str) -> bool:
+    """Whether the new values are the old ones, rounded to nearest, ties to even; that a value is none (NaN) has many forms."""
+    width, new_width = WIDTHS[old_dtype], WIDTHS[new_dtype]
+    if len(old) // width != len(new) // new_width:
+        return False
+    for first in range(0, len(old) // width, CHUNK_BYTES):
+        last = first + CHUNK_BYTES
+        values = widen(old[first * width : last * width], old_dtype)
+        expected_bits, found = narrow_to_bits(values, new_dtype), new[first * new_width : last * new_width]
+        is_same_bits = expected_bits == found.view(expected_bits.dtype)
+        if not np.all(is_same_bits | (np.isnan(values) & np.isnan(widen(found, new_dtype)))):
+            return False
+    return True
+
+
+def widen(content: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of a data type as float32."""
+    if dtype == "BF16":
+        return (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        return content.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+
+
+def narrow_to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of float32 values in a data type, rounded to nearest, ties to even."""
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def find_changed_rows(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """Numbers [R] of the rows whose bits differ in the data type of the new tensor; a vector changes as a whole."""
+    old = convert(old, new.dtype)
     if old.shape == new.shape and new.ndim > 1:
-        return (_read_bits(new) != _read_bits(old.to(new.dtype))).flatten(1).any(1).nonzero().squeeze(1)
-    return torch.arange(0 if _is_same(new, old) else len(new))
+        return (_view_bits(new) != _view_bits(old)).flatten(1).any(1).nonzero().squeeze(1)
+    return torch.arange(0 if has_same_bits(new, old) else len(new))
 
 
-def _is_same(new: torch.Tensor, old: torch.Tensor) -> bool:
-    """Whether two tensors have the same bits in the data type of the new one."""
-    return old.shape == new.shape and torch.equal(_read_bits(old.to(new.dtype)), _read_bits(new))
+def has_same_bits(new: torch.Tensor, old: torch.Tensor) -> bool:
+    """Whether two tensors are of one data type and shape and have the same bits."""
+    return old.dtype == new.dtype and old.shape == new.shape and torch.equal(_view_bits(old), _view_bits(new))
 
 
-def _read_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes: equal floats can differ in bits (0.0 and -0.0), and equal bits compare unequal (NaN)."""
+def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(torch.uint8)

@@ -33,8 +33,14 @@ FOREIGN_KEYS = {
         "dpo",
         "reference",
         "data.path",
+        "data.sources",
         "data.name",
         "data.split",
+        "data.revision",
+        "data.bad_rows",
+        "data.special_tokens_in_text",
+        "data.ignore_columns",
+        "data.seed",
         "data.drop_identical",
         "eval.held_out",
         "train.packing",
@@ -65,6 +71,8 @@ def _describe_unknown_key(place: str, keys: Keys, known: Iterable[str]) -> str:
 def _section_fields(keys: Keys) -> list[str]:
     model: Any = Recipe
     for key in keys:
+        if key.isdigit():  # the place in a list of sections
+            continue
         model = open_section(model.model_fields[key].annotation)
     return list(model.model_fields)
 

@@ -52,6 +52,8 @@ def load_recipe(
     found = find_base(path, overrides, objective or "sft")
     source = RecipeFile(found)
     values = source.values
+    if isinstance(values.get("data"), list):  # short for its sources alone
+        values["data"] = {"sources": values["data"]}
     for override in overrides:
         apply_override(values, override, source)
     values = open_nulls(values, Recipe)
@@ -62,7 +64,7 @@ def load_recipe(
         faults += [describe_fault(fault, source) for fault in error.errors()]
         raise RecipeError("\n".join(faults)) from None
     objective = objective or recipe.objective
-    if objective != "continual" and recipe.data.path is None and needs_rows:
+    if objective != "continual" and recipe.data.path is None and not recipe.data.sources and needs_rows:
         faults.append(f"{source.place(('data',))}: data.path is missing")
     faults += [*check_foreign_keys(recipe, objective, source), *check_trainer_keys(recipe, objective, source)]
     faults += [*check_methods(recipe, objective, source), *check_fit(recipe, source)]

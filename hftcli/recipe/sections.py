@@ -1,6 +1,7 @@
 """The sections of a recipe: model, data, train, dpo, launch, checkpoint, eval, continual."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -8,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from hftcli.freezing.activations import LossKernel
 from hftcli.recipe.section import Section
+from hftcli.recipe.slurm import SlurmSection
 
 QUICK_START = "tinyworld"  # the model and data that ship with the package
 
@@ -29,8 +31,8 @@ class ModelSection(Section):
     """A folder with a Hugging Face checkpoint, the folder of a finished run, a hub id, or `tinyworld`."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type in which the start is loaded and the checkpoint is written; null keeps the start's own. What trains has float32
-    masters in any case."""
+    """Data type that the start's weights are converted to, once, and in which the checkpoint is written; null keeps that of
+    each tensor. What trains has float32 masters in any case."""
 
     chat_template: str | None = None
     """A Jinja file, or a template that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the
@@ -42,11 +44,39 @@ class ModelSection(Section):
     ships with torch and is compiled at the first step."""
 
 
+class SourceSection(Section):
+    """One of several places that rows come from."""
+
+    path: str
+    """As `data.path`."""
+
+    name: str | None = None
+    """Configuration of a hub dataset."""
+
+    split: str = "train"
+    """As `data.split`."""
+
+    revision: str | None = None
+    """As `data.revision`."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the mixture's rows, beside the weights of the other sources: all of them have one, or none. As many rows are
+    drawn as the shares allow without a row standing twice, each source's at random, by `data.seed`. Null takes all rows."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Use the first so many rows, and no more than `data.max_examples`; null uses all."""
+
+
 class DataSection(Section):
-    """The rows to train on, and how they are cut."""
+    """Where rows come from and what becomes of them. A list in place of the section is one of `sources`."""
 
     path: str | None = None
-    """A JSON, JSONL or Parquet file, a folder of them, a hub dataset, or `tinyworld/skill`."""
+    """A file (JSON, JSONL, CSV or TSV, each also as .gz, .bz2 or .zst, Parquet, Arrow), a folder of them, one that `datasets`
+    saved, a snapshot of a hub dataset, a hub id, or `tinyworld/skill`."""
+
+    sources: tuple[SourceSection, ...] = ()
+    """Several places instead of `path`, whose rows are mixed: each with `path`, and where needed `name`, `split`, `revision`,
+    `weight` and `max_examples`. Each may have a format of its own."""
 
     root: str | None = None
     """Continual learning: the folder with one folder for each task, `<task>/{train,eval,test}.json`; tinyworld needs none."""
@@ -55,18 +85,72 @@ class DataSection(Section):
     """Configuration of a hub dataset."""
 
     split: str = "train"
-    """Split of a hub dataset, or of a folder with one file per split."""
+    """Split of a hub dataset, or of a folder with files for several."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; null takes the newest."""
 
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Tokens in one sequence. Longer rows are cut at the end; rows that lose every trained token are dropped and counted. With
-    DPO, a prompt with one of its answers is a sequence."""
+    DPO, a prompt with one of its answers is a sequence. Rows of the format `text` are not cut but divided."""
 
     max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Use the first so many rows, of each task; null uses all."""
+    """Use the first so many rows, of each task or source, and read no further; null uses all."""
+
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What becomes of a file with rows that cannot be trained on as they stand: `refuse` counts them all and names the first
+    ten; `drop` leaves them out, counted and named in the manifest."""
+
+    special_tokens_in_text: Literal["keep", "escape", "refuse"] = "keep"
+    """What becomes of a special token, such as the one that ends a turn, that is written out in a row's text: `keep` makes it
+    that token, and so a border, which is counted and said; `escape` makes it plain text, as a user's text should be; `refuse`
+    makes it a bad row."""
+
+    ignore_columns: tuple[str, ...] = ()
+    """Columns, or keys of a message, that are left out though they carry meaning hft does not train on, such as `images`."""
+
+    seed: int = 42
+    """Which rows of a source with a `weight` are drawn, and the order in which sources are mixed."""
 
     drop_identical: bool = False
     """DPO: drop the pairs whose answers the cut to `data.max_length` makes the same. Otherwise they are counted, warned of, and
     kept: they teach nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_list(cls, value: Any) -> Any:
+        return {"sources": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "DataSection":
+        """What a source says for itself cannot be said for all."""
+        if not self.sources:
+            return self
+        fields = type(self).model_fields
+        for key in ("path", "name", "split", "revision"):
+            if getattr(self, key) != fields[key].default:
+                raise PydanticCustomError("two_places", f"{key} and sources are both given: write it into one of the sources")
+        num_weighted = sum(source.weight is not None for source in self.sources)
+        if num_weighted not in (0, len(self.sources)):
+            raise PydanticCustomError("weights", "give every one of the sources a weight, or none")
+        return self
+
+    def relocate(self, move: Callable[[str], str]) -> "DataSection":
+        """The same rows at the places that `move` gives for their paths."""
+        sources = tuple(source.model_copy(update={"path": move(source.path)}) for source in self.sources)
+        return self.model_copy(update={"path": self.path and move(self.path), "sources": sources})
+
+    @property
+    def parts(self) -> tuple[SourceSection, ...]:
+        """The sources, or the only one."""
+        if not self.sources:
+            places = {"path": self.path, "name": self.name, "split": self.split, "revision": self.revision}
+            return (SourceSection(**places, max_examples=self.max_examples),)
+        if self.max_examples is None:
+            return self.sources
+        limits = [min(source.max_examples or self.max_examples, self.max_examples) for source in self.sources]
+        pairs = zip(self.sources, limits, strict=True)
+        return tuple(source.model_copy(update={"max_examples": limit}) for source, limit in pairs)
 
 
 def _refuse_no_steps(value: int) -> int:
@@ -181,59 +265,6 @@ class DpoSection(OpenSection):
     and `aot_unpaired`."""
 
 
-def _refuse_sexagesimal(value: Any) -> Any:
-    """YAML 1.1 reads 8:00:00 as the number 28800, which sbatch would take for minutes."""
-    if isinstance(value, int):
-        raise ValueError("write it in quotes, such as '8:00:00', since YAML reads a time as a number")
-    return value
-
-
-SlurmWord = Annotated[str, Field(pattern=r"^\S+$")]
-
-
-class SlurmSection(Section):
-    """What the batch script of `--slurm` asks of Slurm. Nodes and processes are those of `launch`."""
-
-    partition: SlurmWord | None = None
-    """Partition to run in; null takes the site's own choice."""
-
-    account: SlurmWord | None = None
-    """Account to charge; null takes the user's own."""
-
-    time: Annotated[SlurmWord | None, BeforeValidator(_refuse_sexagesimal)] = None
-    """Time limit, as sbatch takes it (`8:00:00`, `2-00:00:00`); null takes the partition's."""
-
-    gres: SlurmWord | None = None
-    """Devices of each node, as sbatch's `--gres` takes them; null asks for `gpu:N`, one for each process, and `none` for CPU
-    ranks."""
-
-    signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 300
-    """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again: more than a step and
-    a step checkpoint take."""
-
-    options: tuple[Annotated[str, Field(pattern=r"^-.*$")], ...] = ()
-    """Other options of sbatch, each as on its command line: `--qos=long`."""
-
-    @model_validator(mode="after")
-    def _leave_time_to_train(self) -> "SlurmSection":
-        """Slurm would signal such a job when it begins, and the job would be queued again and again."""
-        if self.time is not None and (limit := _count_seconds(self.time)) is not None and self.signal_seconds >= limit:
-            raise PydanticCustomError(
-                "no_time", f"signal_seconds is {self.signal_seconds}, and time gives {limit} seconds in all: lower it"
-            )
-        return self
-
-
-def _count_seconds(time: str) -> int | None:
-    """A time limit as sbatch reads it; None where it is not one of numbers."""
-    days, _, clock = time.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
-        return None
-    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
-    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
-
-
 class LaunchSection(Section):
     """Where the ranks run, how many they are, and what of the model each holds."""
 
@@ -322,7 +353,10 @@ class HeldOutSection(Section):
     """Configuration of a hub dataset."""
 
     split: str = "test"
-    """Split of a hub dataset, or of a folder with one file per split."""
+    """Split of a hub dataset, or of a folder with files for several."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; null takes the newest."""
 
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Use the first so many rows; null uses all."""

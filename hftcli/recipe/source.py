@@ -14,8 +14,9 @@ SECRET_NAME = re.compile(r"(?i)(hub|hf|api|auth|access|wandb)_?(token|key)|passw
 SECRET_VALUE = re.compile(r"(?i)\bhf_[a-z0-9]{16,}|(token|api_key|secret|password)=[^\s,]")
 # Keys that say more about what a path holds, and that go when `--set` gives another path.
 PATH_KEYS = {
-    ("data", "path"): ("name", "split"),
-    ("eval", "held_out", "path"): ("name", "split"),
+    ("data", "path"): ("name", "split", "revision", "sources"),
+    ("data", "sources"): ("path", "name", "split", "revision"),
+    ("eval", "held_out", "path"): ("name", "split", "revision"),
 }
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, HostWork, MeasuredStep, Memory
 from hftcli.freezing.selection import FreezePlan
+from hftcli.launching.cards import judge_cards
 from hftcli.reporting.terminal import format_bytes, print_json
 
 
@@ -29,6 +30,10 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         highlight=False,
         soft_wrap=True,
     )
+    if budget.adapters is not None:
+        console.print(
+            f"LoRA of rank {budget.adapters.rank} in their place: {budget.num_adapter_weights:,} weights train", highlight=False
+        )
     console.print(_make_role_table(plan))
     console.print(
         f"{work.num_sequences} sequences of {work.length} tokens at once{', packed' if work.packed else ''}, "
@@ -46,6 +51,8 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         )
     else:
         console.print(_make_flops_table(_flops_parts(budget.half_step), _flops_parts(budget.full_step)))
+    for verdict in judge_cards(budget):
+        console.print(verdict.words, highlight=False, soft_wrap=True)
     if checked is not None:
         console.print(_make_measurement_table(*checked))
 
@@ -74,6 +81,8 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
             "half": _flops_parts(budget.half_step) or None,
             "full": _flops_parts(budget.full_step) or None,
         },
+        "num_adapter_weights": budget.num_adapter_weights,
+        "cards": [asdict(verdict) for verdict in judge_cards(budget)],
         "measured": checked and asdict(checked[1]),
     }
 

@@ -12,9 +12,20 @@ from hftcli.recipe.methods import ADAPTERS
 from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
-from hftcli.runs.records import DELTA_NAME, FitReport, RoundResult, Verification
+from hftcli.runs.records import DELTA_NAME, AnswerEnds, FitReport, RoundResult, Verification
 from hftcli.runs.run import Round, Run, find_rounds
 from hftcli.runs.scores import PairScore, PairScores
+
+# What a verification names, and how that is said.
+FAULTS = {
+    "violations": "frozen, but moved: ",
+    "changed_extras": "no parameter, but changed: ",
+    "retyped": "stored in another data type: ",
+    "lost": "in the start's files, and not in the checkpoint's: ",
+    "moved_in_memory": "frozen, but moved in memory while training: ",
+    "unmoved": "trained, but did not move: ",
+    "damaged": "damaged: checkpoint/",
+}
 
 
 def print_run(run: Run) -> None:
@@ -77,6 +88,8 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
         f"peak memory {format_bytes(result.peak_memory_bytes)}",
         _describe_verification(result.verification),
     ]
+    if result.ends is not None:
+        lines.append(_describe_ends(result.ends))
     if result.fit is not None:
         lines.insert(1, _describe_fit(result.fit))
     return "\n".join(lines)
@@ -119,9 +132,7 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
         total = {
             "num_frozen": sum(item.num_frozen for item in found.values()),
             "num_trained": sum(item.num_trained for item in found.values()),
-            "violations": [f"{name}: {item}" for name, one in found.items() for item in one.violations],
-            "unmoved": [f"{name}: {item}" for name, one in found.items() for item in one.unmoved],
-            "damaged": [f"{name}: {item}" for name, one in found.items() for item in one.damaged],
+            **{kind: [f"{name}: {item}" for name, one in found.items() for item in getattr(one, kind)] for kind in FAULTS},
             "rounds": {name: item.model_dump(mode="json") for name, item in found.items()},
         }
         print_json(total)
@@ -129,12 +140,9 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
     console = Console()
     for name, verification in found.items():
         console.print(f"{name}: {_describe_verification(verification)}", highlight=False, soft_wrap=True)
-        for parameter in verification.violations:
-            console.print(f"  frozen, but moved: {parameter}", highlight=False, soft_wrap=True)
-        for parameter in verification.unmoved:
-            console.print(f"  trained, but did not move: {parameter}", highlight=False, soft_wrap=True)
-        for damage in verification.damaged:
-            console.print(f"  damaged: checkpoint/{damage}", highlight=False, soft_wrap=True)
+        for kind, said in FAULTS.items():
+            for item in getattr(verification, kind):
+                console.print(f"  {said}{item}", highlight=False, soft_wrap=True)
 
 
 def _describe_verification(verification: Verification) -> str:
@@ -142,7 +150,25 @@ def _describe_verification(verification: Verification) -> str:
     moved = verification.num_trained - len(verification.unmoved) - len(verification.below_resolution)
     rounded = len(verification.below_resolution)
     note = f" ({rounded} more moved by less than the checkpoint's data type holds)" if rounded else ""
+    start = "the start"
+    if verification.converted_to is not None:
+        start = f"the start once it is converted to {verification.converted_to} (model.dtype)"
+    if verification.num_extras:
+        carried = verification.num_extras - len(verification.changed_extras)
+        note += f", {carried} of {verification.num_extras} stored tensors that are no parameters carried along"
     return (
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
-        f"bit-identical to the start, {moved} of {verification.num_trained} trained ones moved{note}"
+        f"bit-identical to {start}, {moved} of {verification.num_trained} trained ones moved{note}"
+    )
+
+
+def _describe_ends(ends: AnswerEnds) -> str:
+    if not ends.trained:
+        return "ends: no token that ends an answer was trained"
+    trained = ", ".join(f"{token} ({number})" for token, number in zip(ends.trained, ends.trained_ids, strict=True))
+    note = " as in the start"
+    if ends.added_ids:
+        note = f", with {', '.join(map(str, ends.added_ids))} added to the start's"
+    return (
+        f"ends: answers were trained to end with {trained}; generation stops at {', '.join(map(str, ends.eos_token_ids))}{note}"
     )

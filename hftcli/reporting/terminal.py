@@ -69,20 +69,11 @@ def print_data(summary: DataReport, samples: Samples, as_json: bool) -> None:
         return
     console = Console()
     table = Table(show_header=False)
-    lengths = ", ".join(f"{name} {value:,}" for name, value in summary.length_percentiles.items())
-    for name, value in (
-        ("format", summary.format),
-        ("rows", f"{summary.num_rows:,}; used {summary.num_used:,}, dropped {summary.num_dropped:,}, "
-                 f"cut {summary.num_truncated:,}" + (f", made the same by the cut {summary.num_identical:,}"
-                                                     if summary.num_identical else "")),
-        ("sequences", f"{summary.num_sequences:,}"),
-        ("tokens", f"{summary.num_tokens:,}; trained {summary.num_trained_tokens:,} "
-                   f"({summary.num_trained_tokens / summary.num_tokens:.1%})"),
-        ("row lengths", lengths),
-        ("cache key", summary.key[:12]),
-    ):  # fmt: skip
+    for name, value in describe_data(summary).items():
         table.add_row(name, value)
     console.print(table)
+    if len(summary.sources) > 1:
+        print_sources(summary)
     marks = "trained in green" if console.color_system else "trained between ⟦ ⟧"
     for name, pieces in samples.items():
         console.print(f"first {name}, {marks}:", highlight=False)
@@ -90,6 +81,42 @@ def print_data(summary: DataReport, samples: Samples, as_json: bool) -> None:
         for part, trained in pieces:
             text.append(part, style="bold green" if trained else "dim")
         console.print(text if console.color_system else "".join(f"⟦{t}⟧" if b else t for t, b in pieces), markup=False)
+
+
+def describe_data(summary: DataReport) -> dict[str, str]:
+    """Counts and lengths, and what is worth a second look where there is something."""
+    share = summary.num_trained_tokens / summary.num_tokens
+    rows = f"{summary.num_rows:,}; used {summary.num_used:,}, dropped {summary.num_dropped:,}, cut {summary.num_truncated:,}"
+    rows += f", made the same by the cut {summary.num_identical:,}" if summary.num_identical else ""
+    special = ", ".join(f"{token} in {count:,}" for token, count in summary.special_tokens.items())
+    notes = {
+        "bad rows": f"{summary.num_bad:,}, left out; the first: {summary.bad_rows[0]}" if summary.num_bad else "",
+        "not used": ", ".join(summary.unused_columns),
+        "stood twice": ", ".join(f"{name} in {count:,} rows" for name, count in summary.doubled.items()),
+        "special tokens": special and f"in the text of {summary.num_special:,} rows: {special} (data.special_tokens_in_text)",
+    }
+    return {
+        "format": summary.format,
+        "rows": rows,
+        **{name: note for name, note in notes.items() if note},
+        "sequences": f"{summary.num_sequences:,}",
+        "tokens": f"{summary.num_tokens:,}; trained {summary.num_trained_tokens:,} ({share:.1%})",
+        "row lengths": ", ".join(f"{name} {value:,}" for name, value in summary.length_percentiles.items()),
+        "cache key": summary.key[:12],
+    }
+
+
+def print_sources(summary: DataReport) -> None:
+    """What each source of a mixture gives to it."""
+    table = make_number_table("source", "format", "rows", "sequences", "share", "tokens", "share", "trained")
+    num_drawn = sum(source.num_sequences or 0 for source in summary.sources)
+    for source in summary.sources:
+        drawn, tokens, trained = source.num_sequences or 0, source.num_tokens or 0, source.num_trained_tokens or 0
+        table.add_row(
+            source.path, source.format, f"{source.num_rows:,}", f"{drawn:,}", f"{drawn / num_drawn:.1%}", f"{tokens:,}",
+            f"{tokens / summary.num_tokens:.1%}", f"{trained / tokens:.1%}",
+        )  # fmt: skip
+    print_whole(table)
 
 
 def make_number_table(first: str, *headings: object) -> Table:

@@ -24,19 +24,38 @@ class Verification(Section):
     """Frozen parameters compared."""
     num_trained: int
     """Trained parameters compared."""
+    num_extras: int = 0
+    """Tensors of the start's files that are no parameter's, such as stored masks: compared as well."""
     violations: tuple[str, ...]
-    """Frozen parameters whose bytes differ: must be none."""
+    """Frozen parameters whose bytes or data types differ: must be none."""
+    changed_extras: tuple[str, ...] = ()
+    """Of the tensors that are no parameter's, those whose bytes or data types differ: must be none."""
+    retyped: tuple[str, ...] = ()
+    """Tensors whose stored data type is another than the start's, or than `converted_to`, and which: must be none."""
+    lost: tuple[str, ...] = ()
+    """Tensors of the start's files that the checkpoint's lack: must be none."""
+    moved_in_memory: tuple[str, ...] = ()
+    """Frozen parameters that the model did not hold any more as the start has them when training ended: must be none."""
     unmoved: tuple[str, ...]
     """Trained parameters whose bytes are the same: must be none."""
     below_resolution: tuple[str, ...] = ()
     """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
     damaged: tuple[str, ...] = ()
     """Files of the checkpoint that are not what the round wrote, and how: must be none."""
+    converted_to: Literal["float32", "bfloat16", "float16"] | None = None
+    """`model.dtype`, where the start stores other data types: the comparison is with the start after that conversion, computed
+    anew. Null where it is with the start's own bytes."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """All that must not be."""
+        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory)
+        return (*moved, *self.unmoved, *self.retyped, *self.lost, *self.damaged)
 
     @property
     def passed(self) -> bool:
         """Whether nothing that must be empty holds a name."""
-        return not self.violations and not self.unmoved and not self.damaged
+        return not self.faults
 
 
 class ReferenceReport(Section):
@@ -54,38 +73,68 @@ class ReferenceReport(Section):
 
 
 class Source(Section):
-    """Where rows came from."""
+    """Where rows came from, and what became of them."""
 
     path: str
-    """The file, the hub id, or the task."""
+    """The file, the folder, the hub id, or the task."""
     fingerprint: str
-    """sha256 of the file's bytes or the task's examples; of a hub dataset, sha256 of its rows."""
+    """sha256 of the file's bytes, of those of several files, or of the task's examples; of a hub dataset, sha256 of its rows,
+    or where `max_examples` streams it, of what the hub says that it is."""
     num_bytes: int | None
-    """Size of the file; null for a hub dataset and a task."""
+    """Size of the files; null for a hub dataset and a task."""
+    format: str | None = None
+    """Format of the rows, as detected."""
+    weight: float | None = None
+    """Share of the mixture, beside the weights of the others; null takes all rows."""
+    num_rows: int | None = None
+    """Rows read."""
+    num_used: int | None = None
+    """Rows with trained tokens."""
+    num_sequences: int | None = None
+    """Sequences, or pairs, that are trained on, before they are packed: in a mixture by weights those that were drawn."""
+    num_tokens: int | None = None
+    """Tokens in them."""
+    num_trained_tokens: int | None = None
+    """Tokens in them that count in the loss."""
 
 
 class DataReport(Section):
     """What became of the rows."""
 
     format: str
-    """Format of the rows, as detected."""
+    """Format of the rows, as detected; several for a mixture of several."""
     num_rows: int
     """Rows read."""
     num_used: int
-    """Rows trained on."""
+    """Rows trained on; of a mixture by weights, those that its rows are drawn from."""
     num_dropped: int
-    """Rows left out because the cut to `data.max_length` took all of their trained tokens; of a task, those that do not fit
-    without their body either."""
+    """Rows left out because the cut to `data.max_length` took all of their trained tokens, or with `data.drop_identical` the
+    difference between two answers; of a task, those that do not fit without their body either."""
     num_truncated: int
     """Rows trained on without their end, which the cut took; of a task, without a part of their body."""
     num_identical: int = 0
     """Preference pairs whose answers the cut made the same."""
+    num_bad: int = 0
+    """Rows left out by `data.bad_rows: drop` because they cannot be trained on as they stand."""
+    bad_rows: tuple[str, ...] = ()
+    """The first ten of them, and what is wrong with each."""
+    doubled: dict[str, int] = Field(default_factory=dict)
+    """Rows that brought what stands there anyway, and lost it, so that there is one: `beginning`, the beginning token; `end`,
+    the end token of a turn or text; `prompt`, the prompt before both answers of a pair."""
+    num_special: int = 0
+    """Rows in whose text special tokens are written out."""
+    special_tokens: dict[str, int] = Field(default_factory=dict)
+    """The rows for each of these tokens."""
+    unused_columns: tuple[str, ...] = ()
+    """Columns, and keys of messages (`messages[].id`), of which no use is made; in a mixture after the source's path."""
     num_sequences: int
     """Sequences: rows, or packs of rows."""
     num_tokens: int
     """Tokens in all sequences."""
     num_trained_tokens: int
     """Tokens that count in the loss."""
+    max_token_id: int = 0
+    """The largest token id, for which the model must have an embedding."""
     length_percentiles: dict[str, int]
     """Tokens of a row before the cut: `p50`, `p90`, `p99`, `max`."""
     sources: tuple[Source, ...]
@@ -160,11 +209,25 @@ class StepSaves(Section):
     """Size of the last one."""
 
 
+class AnswerEnds(Section):
+    """With which tokens an answer ends: what training settled, and where the checkpoint's generation stops."""
+
+    trained: tuple[str, ...]
+    """Tokens with which the trained answers end, the most frequent first; none where no answer was trained to its end, or where
+    answers end in plain text."""
+    trained_ids: tuple[int, ...]
+    """Their ids."""
+    added_ids: tuple[int, ...]
+    """Those of them at which the start's generation did not stop."""
+    eos_token_ids: tuple[int, ...]
+    """`eos_token_id` of the checkpoint's generation_config.json: the trained ones and the start's own."""
+
+
 class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
     version: Version = 2
-    """Version of the file's form. The first has no `attention` and no `host_bytes`."""
+    """Version of the file's form. The first has no `attention`, `host_bytes` and `ends`, and not all of `verification`."""
     fingerprint: str
     """Of the freeze plan."""
     rank_fingerprints: tuple[str, ...]
@@ -200,6 +263,8 @@ class RoundResult(FileSection):
     """Largest absolute change of each trained parameter, in float32."""
     verification: Verification
     """Frozen parts identical, trained parts moved."""
+    ends: AnswerEnds | None = None
+    """With which tokens an answer ends; null in a round of the first version."""
     data: DataReport
     """What the data were: format, counts, hashes."""
     reference: ReferenceReport | None = None
@@ -224,14 +289,16 @@ class CheckpointIdentity(Section):
 class DeltaRecord(FileSection):
     """What a delta checkpoint lacks, and where that is."""
 
+    version: Version = 2
+    """Version of the file's form. The first has a `dtype` always: what comes from the base is converted to it."""
     base: CheckpointIdentity
     """The round's start, which holds all that this checkpoint does not; may be a delta itself."""
     fingerprint: str
     """Of the round's freeze plan."""
-    dtype: Literal["float32", "bfloat16", "float16"]
-    """Data type of the checkpoint; what comes from the base is rounded to it."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    """What `model.dtype` converts every parameter of the base to; null where each keeps the data type that it has."""
     tensors: tuple[str, ...]
-    """Names of the parameters stored here: those whose bytes are not the base's, frozen ones too."""
+    """Names of the parameters stored here: trained ones whose bytes are not the base's."""
     rows: tuple[str, ...] = ()
     """Names of those of which only the rows that are not the base's are stored."""
 
@@ -300,6 +367,8 @@ class StepManifest(FileSection):
 class Manifest(FileSection):
     """What a stranger needs to repeat the run."""
 
+    version: Version = 2
+    """Version of the file's form. The first has results of the first version."""
     command: tuple[str, ...]
     """The command line."""
     created: str

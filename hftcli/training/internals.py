@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
 from hftcli.errors import InputError, TrainingError
+from hftcli.models.tensors import write_tensors
 from hftcli.training.offload import HostAdamW, Masters
 
 INTERNALS = {
@@ -113,7 +114,7 @@ class ResumableTrainer(Trainer):
             weights = {name: value.detach() for name, value in self.list_trained().items()}
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, folder / WEIGHTS_NAME)
+            write_tensors(folder / WEIGHTS_NAME, weights)
 
     def save_step(self) -> None:
         """Write a step checkpoint now, after the last step; all ranks together."""

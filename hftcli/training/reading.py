@@ -14,16 +14,20 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from hftcli.data.chat import set_chat_template
-from hftcli.data.prepare import check_positions, default_cache, prepare_dataset, prepare_pairs, prepare_task
+from hftcli.data.cache import default_cache
+from hftcli.data.checks import check_positions, check_token_ids, check_tokenizer
+from hftcli.data.ends import find_trained_ends
+from hftcli.data.prepare import prepare_dataset, prepare_pairs, prepare_task
+from hftcli.data.templates import set_chat_template
 from hftcli.data.tokens import Progress
 from hftcli.errors import DataError, InputError, ModelError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
-from hftcli.measuring.asking import hold_out, tokenize_task
+from hftcli.measuring.asking import add_ends, hold_out, tokenize_task
 from hftcli.methods import make_methods
+from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
 from hftcli.recipe.sections import TrainSection
@@ -35,7 +39,7 @@ from hftcli.tasks import load_task
 from hftcli.training.stages import Assignment, Rows
 
 # What a DataError calls the held-out rows, which are read as the others are.
-DATA_KEY = re.compile(r"\bdata\.(?=path|name|split|max_examples)")
+DATA_KEY = re.compile(r"\bdata\.(?=path|name|split|revision|max_examples)")
 
 
 def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
@@ -62,13 +66,14 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     network = Network(description.model_type, units, description.num_heads)
     spec, fit = fit_round(spec, network, plan)
     tokenizer = load_tokenizer(start)
+    check_tokenizer(tokenizer, description.num_embeddings)
     set_chat_template(tokenizer, spec.model.chat_template)
     scoring = spec.scoring
     asked = {}
     for name in dict.fromkeys(scoring.before + scoring.after + scoring.likelihood):
         questions = load_task(name, spec.data.root, "test", scoring.max_examples)
         asked[name] = tokenize_task(questions, spec.data.max_length, tokenizer)
-    return Assignment(spec, start, plan, network, methods, fit, tokenizer, asked)
+    return Assignment(spec, start, plan, network, methods, fit, tokenizer, description.num_embeddings, asked)
 
 
 def list_settings(spec: RoundSpec) -> tuple[str, dict[str, Any]]:
@@ -165,6 +170,7 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     """
     spec, tokenizer, cache = task.spec, task.tokenizer, default_cache()
     dataset, report = prepare_rows(spec, tokenizer, on_progress)
+    check_token_ids(report, tokenizer, task.num_embeddings)
     by_task, digests = {spec.task: dataset} if spec.task is not None else {}, [report.tokens_digest]
     for name in dict.fromkeys(name for method in task.methods for name in method.needed_tasks):
         needed = load_task(name, spec.data.root, "train", spec.data.max_examples)
@@ -175,11 +181,16 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     pairs, asked = None, dict(task.asked)
     with naming_held_out():
         if spec.held_out and spec.objective == "dpo":
-            pairs, _ = prepare_pairs(spec.held_out, tokenizer, cache)
+            pairs, held_out = prepare_pairs(spec.held_out, tokenizer, cache)
+            check_token_ids(held_out, tokenizer, task.num_embeddings)
         elif spec.held_out:
             unpacked = spec.train.model_copy(update={"packing": False})
-            asked[HELD_OUT] = hold_out(prepare_dataset(spec.held_out, unpacked, tokenizer, cache)[0])
-    return Rows(dataset, report, "+".join(digests), asked, pairs)
+            sequences, held_out = prepare_dataset(spec.held_out, unpacked, tokenizer, cache)
+            check_token_ids(held_out, tokenizer, task.num_embeddings)
+            asked[HELD_OUT] = hold_out(sequences)
+    ends = find_trained_ends(dataset, spec.data.max_length, tokenizer)
+    asked = {name: add_ends(questions, (*read_ends(task.start), *ends)) for name, questions in asked.items()}
+    return Rows(dataset, report, "+".join(digests), asked, pairs, ends)
 
 
 def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:

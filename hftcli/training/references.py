@@ -17,15 +17,16 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from hftcli.data.prepare import deal_pairs, default_cache
+from hftcli.data.cache import default_cache
+from hftcli.data.prepare import deal_pairs
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
 from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.deltas import hash_checkpoint
+from hftcli.models.tensors import write_tensors
 from hftcli.runs.records import ReferenceReport
 from hftcli.runs.spec import RoundSpec
 
@@ -260,5 +261,5 @@ def write_log_probs(path: Path, log_probs_P2: torch.Tensor) -> None:
     """Keep the log-probabilities under their key, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    save_file({"log_probs": log_probs_P2}, temporary, {"key": path.stem})
+    write_tensors(temporary, {"log_probs": log_probs_P2}, {"key": path.stem})
     temporary.replace(path)

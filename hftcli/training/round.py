@@ -9,16 +9,14 @@ import torch
 from hftcli.errors import TrainingError
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
-from hftcli.models.checkpoint import gather_weights, load_model, save_checkpoint, save_delta
-from hftcli.models.description import make_start_key, read_start_dtype
+from hftcli.models.checkpoint import load_model, restore_masters
+from hftcli.models.description import make_start_key
 from hftcli.models.device import is_mixed, is_offloaded, is_sharded
-from hftcli.models.proof import measure_updates, verify_checkpoint
+from hftcli.models.proof import verify_checkpoint
 from hftcli.runs.files import write_model
-from hftcli.runs.history import HISTORY_NAME, extend_history
-from hftcli.runs.records import Checksums, RoundResult, StepSaves, Verification
+from hftcli.runs.records import RoundResult, StepSaves, Verification
 from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
-from hftcli.runs.seals import list_files, seal_files
 from hftcli.training.offload import make_masters
 from hftcli.training.outlook import look_ahead
 from hftcli.training.reading import read_assignment, tokenize_rows
@@ -31,6 +29,7 @@ from hftcli.training.reports import (
     measure_optimizer_bytes,
     measure_peak_memory,
 )
+from hftcli.training.saving import save_round
 from hftcli.training.scorer import RoundMemory, Scorer, Trained
 from hftcli.training.stages import Assignment, Attempt, Loaded, Rows, Saved
 from hftcli.training.steps import Origin, StepKeeper, find_step, read_memory
@@ -47,7 +46,7 @@ def run_round(round_: Round, stop: StopRequest) -> None:
     task, rows = read_round(attempt)
     loaded = load_start(attempt, task, rows)
     trained = train(attempt, task, rows, loaded)
-    saved = save(attempt, task, loaded, trained)
+    saved = save(attempt, task, rows, loaded, trained)
     prove(attempt, task, rows, loaded, trained, saved)
 
 
@@ -120,6 +119,8 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
         if loaded.step is not None:
             memory.restore(read_memory(loaded.step, args))
             return
+        if is_mixed(task.spec) and is_sharded(task.spec):
+            restore_masters(trainer.model, task.spec.model, task.start, task.plan)
         scorer.measure_before()
         if loaded.reference is not None:
             with clock.measure("referencing"):
@@ -159,31 +160,16 @@ def make_trainer(
     return trainer
 
 
-def save(attempt: Attempt, task: Assignment, loaded: Loaded, trained: Trained) -> Saved:
+def save(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained: Trained) -> Saved:
     """5. Save: every rank gathers, rank 0 writes."""
-    spec, start, round_, is_first = task.spec, task.start, attempt.round, attempt.reporter.is_first
     trainer = trained.trainer
     with attempt.clock.measure("saving"):
         attempt.reporter.report("saving")
         if any(method.leaves_another_model for method in task.methods):
             trained.keeper.save_end(trainer)  # a stop comes too late for it afterwards
         for method in task.methods:
-            method.finish(trainer, round_)
-        dtype = read_start_dtype(spec.model, start)
-        updates, weights = {}, {}
-        for name, values in gather_weights(trainer.model, is_sharded(spec), loaded.masters):
-            if is_first:
-                weights[name] = values
-        if is_first:
-            updates = measure_updates(weights, start, dtype, task.plan)
-            weights = {name: values.to(dtype) for name, values in weights.items()}
-            if spec.checkpoint.format == "delta":
-                save_delta(trainer.model, task.tokenizer, weights, round_.checkpoint, start, task.plan)
-            else:
-                save_checkpoint(trainer.model, task.tokenizer, weights, round_.checkpoint)
-            write_model(round_.checkpoint / HISTORY_NAME, extend_history(start, spec, task.plan.fingerprint))
-            write_model(round_.checksums_path, Checksums(files=seal_files(round_.checkpoint, list_files(round_.checkpoint))))
-    return Saved(updates)
+            method.finish(trainer, attempt.round)
+        return save_round(attempt, task, rows, trainer.model, loaded.masters)
 
 
 def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained: Trained, saved: Saved) -> None:
@@ -196,7 +182,9 @@ def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, traine
         return
     with attempt.clock.measure("verifying"):
         attempt.reporter.report("verifying")
-        verification = verify_checkpoint(task.start, round_.checkpoint, task.plan, saved.updates)
+        verification = verify_checkpoint(
+            task.start, round_.checkpoint, task.plan, saved.updates, task.spec.model.dtype, saved.moved_in_memory
+        )
     write_model(round_.scores_path, Scores(before=scorer.before, after=after))
     write_model(round_.result_path, make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores))
 
@@ -227,6 +215,7 @@ def make_result(
         host_bytes=trainer.host_optimizer.host_bytes if trainer.host_optimizer else 0,
         updates=saved.updates,
         verification=verification,
+        ends=saved.ends,
         data=rows.report,
         reference=describe_reference(spec, loaded.reference, loaded.second),
         pairs=pair_scores,

@@ -1,6 +1,6 @@
 """What the calls of a round hand on, one to the next (round.py)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -12,7 +12,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
 from hftcli.measuring.asking import TokenizedTask
 from hftcli.methods.method import Method
-from hftcli.runs.records import DataReport, FitReport
+from hftcli.runs.records import AnswerEnds, DataReport, FitReport
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
 from hftcli.training.offload import Masters
@@ -48,6 +48,7 @@ class Assignment:
     methods: list[Method]
     fit: FitReport | None
     tokenizer: PreTrainedTokenizerBase
+    num_embeddings: int
     asked: dict[str, TokenizedTask]
 
 
@@ -61,6 +62,7 @@ class Rows:
         tokens_digest: hash of all tokens that are trained on, those that methods add among them.
         asked: the tasks to score, and held-out rows.
         pairs: held-out preference pairs; None where there are none.
+        ends: tokens with which the trained answers end, the most frequent first.
     """
 
     train: Dataset
@@ -68,6 +70,7 @@ class Rows:
     tokens_digest: str
     asked: dict[str, TokenizedTask]
     pairs: Dataset | None
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint on disk.
+    """A checkpoint on disk, and what rank 0 alone knows of it.
 
     Attributes:
-        updates: largest absolute change of each trained parameter, in float32; on rank 0 alone.
+        updates: largest absolute change of each trained parameter, in float32.
+        moved_in_memory: frozen parameters that the model did not hold any more as the start has them.
+        ends: with which tokens an answer ends.
     """
 
-    updates: dict[str, float]
+    updates: dict[str, float] = field(default_factory=dict)
+    moved_in_memory: tuple[str, ...] = ()
+    ends: AnswerEnds | None = None

@@ -63,7 +63,12 @@ def run_command(recorder: Recorder, shape: str) -> None:
     hft = [sys.executable, "-m", "hftcli"]
     shown = subprocess.run([*hft, "plan", "--json", *options], capture_output=True, text=True, check=True)
     planned = json.loads(shown.stdout)["memory"]["half"]
-    done = subprocess.run([*hft, "sft", "--output", str(run_folder), *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*hft, "sft", "--recipe", "tinyworld", "--output", str(run_folder), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         recorder.add("hft sft: the command", False, code=done.returncode, said=done.stderr[-600:])
         return

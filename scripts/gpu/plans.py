@@ -109,3 +109,21 @@ def list_cases(shape: str) -> Iterator[Case]:
             yield Case(shape, rule, None, every)
         for reference in REFERENCES:
             yield Case(shape, "half", reference, every)
+
+
+# What the configs on the models' pages say; without the biases of Qwen 2.5 and the norms of Qwen 3's heads, a ten-thousandth.
+MODELS = {
+    "SmolLM2-135M": SHAPES["135M"],
+    "Llama-3.2-1B": SHAPES["1B"],
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128256, True),
+    "Llama-2-7B": SHAPES["7B"],
+    "Mistral-7B-v0.3": (4096, 14336, 32, 32, 8, 32768, False),
+    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256, False),
+    "Llama-2-13B": (5120, 13824, 40, 40, 40, 32000, False),
+    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
+    "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "Llama-3.1-70B": (8192, 28672, 80, 64, 8, 128256, False),
+    "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064, False),
+}
+SHAPES |= MODELS

@@ -31,7 +31,7 @@ def run(recorder: Recorder) -> None:
                 compare(recorder, name, kind, alone[kind].result(), *ranks[kind, stage].result())
 
 
-REHEARSED = (("float32", 2), ("bfloat16", 3))
+REHEARSED = (("float32", 2),)  # each start of DeepSpeed's launcher imports all libraries three times
 
 
 def make_command(recorder: Recorder, kind: str, stage: int, folder: Path) -> list[str]:

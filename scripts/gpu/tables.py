@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpu.plans import list_cases, make_setting
+from gpu.plans import MODELS, list_cases, make_setting
 from hftcli.freezing.activations import Workload
+from hftcli.freezing.budget import Budget
+from hftcli.launching.cards import CHECKPOINTED, OFFLOADED, judge_cards, list_ways, make_full
 
 RESULTS = Path(__file__).parent / "results" / "h200.json"
 FULL, TIGHT = "full", "full, in half's memory"
@@ -31,8 +33,38 @@ def make_gpu_tables(make_table: Callable[[Row, Iterator[Row]], str]) -> dict[str
         "gpu-memory": make_table(("", "planned GB", "measured GB", "measured over planned"), list_memory(steps["d"])),
         "gpu-kernels": make_table(("", "forward, ms", "backward, ms", "both, ms", "peak GB"), list_kernels(steps["h"])),
         "gpu-commands": make_table(("", "steps", "largest difference of a loss, nats"), list_commands(steps)),
+        "gpu-models": make_table(
+            (
+                "",
+                "billion weights",
+                "half",
+                "full",
+                "half, offloaded",
+                "full, offloaded",
+                "24 GB cards for full",
+                "80 GB cards for full",
+            ),
+            list_models(),
+        ),
         "gpu-questions": make_table(("", "way", "questions per second"), list_questions(steps["g"])),
     }
+
+
+def list_models() -> Iterator[Row]:
+    """Half fine-tuning of well-known models by the plan: the least of a device, and what full fine-tuning takes beside it."""
+    work = Workload(1, 2048, attention="flash", arithmetic="autocast")
+    for name in MODELS:
+        setting = make_setting(name, "half", work)
+        cards = {verdict.card_gb: verdict for verdict in judge_cards(setting.budget)}
+        ways, full_ways = dict(list_ways(setting.budget)), dict(list_ways(make_full(setting.budget)))
+
+        def show(way: Budget) -> str:
+            return f"{way.half.total_bytes / 1e9:,.1f}" + (f" + {way.host.host_bytes / 1e9:,.0f}" if way.host else "")
+
+        yield (
+            name, f"{setting.budget.plan.num_parameters / 1e9:.2f}", show(ways[CHECKPOINTED]), show(full_ways[CHECKPOINTED]),
+            show(ways[OFFLOADED]), show(full_ways[OFFLOADED]), f"{cards[24].num_full_cards}", f"{cards[80].num_full_cards}",
+        )  # fmt: skip
 
 
 def format_ms(seconds: float) -> str:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hftcli.data.chat import CHAT_TEMPLATES
+from hftcli.data.templates import CHAT_TEMPLATES
 
 
 @pytest.fixture

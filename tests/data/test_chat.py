@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hftcli.data.chat import CHAT_TEMPLATES, Template, find_assistant_spans, find_template, set_chat_template
+from hftcli.data.chat import lay_out
+from hftcli.data.templates import CHAT_TEMPLATES, Template, find_template, set_chat_template
 from hftcli.data.tokens import IGNORED
 from hftcli.errors import DataError, ModelError
 
@@ -76,7 +77,7 @@ def test_markers_and_prefixes_find_the_same(name: str):
     plain, marked = (Template(read_template(name + end), {"bos_token": "<s>"}) for end in ("", "_training"))
     assert "endgeneration" in marked.source
     assert "endgeneration" not in plain.source
-    assert find_assistant_spans(CONVERSATION, plain) == find_assistant_spans(CONVERSATION, marked)
+    assert lay_out(CONVERSATION, plain) == lay_out(CONVERSATION, marked)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +88,9 @@ def test_markers_and_prefixes_find_the_same(name: str):
     ],
 )
 def test_generation_prompt_inside_the_markers_is_not_trained(name: str, turn: str):
-    text, spans = find_assistant_spans(CONVERSATION, Template(read_template(f"{name}_training"), {}))
+    found = lay_out(CONVERSATION, Template(read_template(f"{name}_training"), {}))
     answers = [answer.strip() if "qwen" in name else answer for _, answer in TURNS]
-    assert [text[start:end] for start, end in spans] == [turn.format(answer) for answer in answers]
+    assert [found.text[start:end] for start, end in found.spans] == [turn.format(answer) for answer in answers]
 
 
 def test_markers_agree_with_transformers_on_real_conversations(minimind: PreTrainedTokenizerBase, shared: Path, tmp_path: Path):
@@ -121,9 +122,9 @@ def test_conversation_needs_a_template(tokenizer: PreTrainedTokenizerBase, tmp_p
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}",
-         "none of its tokens is trained"),
+         "turn 2, the assistant's: '4.\\n\\n  Always  4' stands outside of what is trained"),
         ("{% generation %}{% for m in messages %}{{ m.content + '\n' }}{% endfor %}{% endgeneration %}",
-         "all of its tokens are trained"),
+         "all of it is trained"),
         ("{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}",
          "the chat template renders the beginning of a conversation differently when more turns follow"),
         ("{{ raise_exception('no Greek, please') }}",

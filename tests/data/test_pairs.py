@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data.written_rows import read_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hftcli import PACKAGE
-from hftcli.data.chat import find_template
-from hftcli.data.prepare import deal_pairs, decode_samples, prepare_pairs
-from hftcli.data.rows import detect_format, load_rows
+from hftcli.data.formats import detect_format
+from hftcli.data.prepare import deal_pairs, prepare_pairs
+from hftcli.data.samples import decode_samples
+from hftcli.data.templates import find_template
 from hftcli.errors import DataError
 from hftcli.recipe.sections import DataSection
 
@@ -67,8 +69,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 )
 def test_format(name: str, row: dict, expected: dict, tmp_path: Path):
     assert detect_format(list(row), "dpo") == name
-    rows, found = load_rows(write_rows(tmp_path, row, row), "dpo")
-    assert (rows.to_list(), found) == ([expected, expected], name)
+    rows, found = read_rows(write_rows(tmp_path, row, row), "dpo")
+    assert (rows, found) == ([expected, expected], name)
 
 
 @pytest.mark.parametrize(
@@ -90,23 +92,23 @@ def test_format(name: str, row: dict, expected: dict, tmp_path: Path):
 def test_bad_row_is_named(first: dict, row: dict, message: str, tmp_path: Path):
     data = write_rows(tmp_path, first, row)
     with pytest.raises(DataError) as caught:
-        load_rows(data, "dpo")
+        read_rows(data, "dpo")
     assert caught.value.message.startswith(f"{data.path}: row 2: {message}")
 
 
 def test_rows_of_the_other_objective_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="they are preference pairs") as caught:
-        load_rows(write_rows(tmp_path, {"chosen": "a", "rejected": "b"}))
+        read_rows(write_rows(tmp_path, {"chosen": "a", "rejected": "b"}))
     assert "hft dpo" in caught.value.fix
     with pytest.raises(DataError, match="of no known format for `hft dpo`"):
-        load_rows(write_rows(tmp_path, {"messages": [USER, GOOD]}), "dpo")
+        read_rows(write_rows(tmp_path, {"messages": [USER, GOOD]}), "dpo")
 
 
 def test_tokens_are_the_template_s_up_to_the_end_of_the_answer(shared: Path, tmp_path: Path):
     minimind = AutoTokenizer.from_pretrained(shared / "models" / "MiniMind2-Small")
     data = DataSection(path=str(shared / "data" / "preference" / "hh_harmless_test.jsonl"), max_examples=50)
     pairs, report = prepare_pairs(data, minimind, tmp_path)
-    rows, _ = load_rows(data, "dpo")
+    rows, _ = read_rows(data, "dpo")
     template = find_template(minimind)
     for pair, row in zip(pairs, rows, strict=True):
         assert minimind.decode(pair["prompt_ids"]) == template.render(row["prompt"], add_generation_prompt=True)

@@ -5,11 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.written_rows import ROW, SYSTEM, write_jsonl
+from data.written_rows import (
+    ROW,
+    SYSTEM,
+    read_rows,
+    write_jsonl,
+)
 from datasets import Dataset
 
 from hftcli import PACKAGE
-from hftcli.data.rows import FORMATS, convert_row, detect_format, find_sources, load_rows
+from hftcli.data.formats import FORMATS, convert_row, detect_format
+from hftcli.data.sources import find_sources
+from hftcli.data.turns import Lost
 from hftcli.errors import DataError
 from hftcli.recipe.sections import DataSection
 
@@ -23,6 +30,7 @@ EXAMPLES = {
     "alpaca": ({"instruction": "a", "input": "i", "output": "b"}, "a\n\nib"),
     "prompt-answer": ({"prompt": "a", "answer": "b"}, {"prompt": "a", "completion": "b"}),
     "question-answer": ({"question": "a", "answer": "b"}, "ab"),
+    "text": ({"text": "a"}, {"text": "a"}),
 }
 USER, ASSISTANT = ROW["messages"]
 
@@ -34,48 +42,48 @@ def test_format(name: str, tmp_path: Path):
         question, answer = {"role": "user", "content": expected[:-1]}, {"role": "assistant", "content": expected[-1]}
         expected = {"messages": [question, answer]}
     assert detect_format(list(row)) == name
-    assert convert_row(row, name) == expected
-    rows, found = load_rows(write_jsonl(tmp_path / "rows.jsonl", [row, row]))
-    assert (rows.to_list(), found) == ([expected, expected], name)
+    assert convert_row(row, name, Lost()) == expected
+    rows, found = read_rows(write_jsonl(tmp_path / "rows.jsonl", [row, row]))
+    assert (rows, found) == ([expected, expected], name)
 
 
 def test_alpaca_without_input():
     for row in ({"instruction": "a", "output": "b"}, {"instruction": "a", "input": "", "output": "b"}):
-        assert convert_row(row, "alpaca")["messages"][0]["content"] == "a"
+        assert convert_row(row, "alpaca", Lost())["messages"][0]["content"] == "a"
 
 
 def test_system_turn_may_be_empty():
     messages = [{"role": "system", "content": ""}, *ROW["messages"]]
-    assert convert_row({"messages": messages}, "messages") == {"messages": messages}
+    assert convert_row({"messages": messages}, "messages", Lost()) == {"messages": messages}
 
 
 def test_all_file_types_give_the_same_rows(tmp_path: Path):
     rows = [{"question": f"q{index}", "answer": "a", "extra": index if index else "text"} for index in range(5)]
     lines = write_jsonl(tmp_path / "lines.jsonl", rows)
-    expected = load_rows(lines)[0].to_list()
+    expected = read_rows(lines)[0]
     (tmp_path / "lines.json").write_text("\n" + Path(lines.path).read_text())
     (tmp_path / "array.json").write_text("\ufeff" + json.dumps(rows, indent=1), encoding="utf-8")
     Dataset.from_list([{**row, "extra": 0} for row in rows]).to_parquet(tmp_path / "rows.parquet")
     for name in ("lines.json", "array.json", "rows.parquet"):
-        assert load_rows(DataSection(path=str(tmp_path / name)))[0].to_list() == expected
-    assert len(load_rows(lines.model_copy(update={"max_examples": 2}))[0]) == 2
+        assert read_rows(DataSection(path=str(tmp_path / name)))[0] == expected
+    assert len(read_rows(lines.model_copy(update={"max_examples": 2}))[0]) == 2
 
 
 def test_folder_has_a_file_for_each_split(tmp_path: Path):
     write_jsonl(tmp_path / "train.jsonl", [ROW])
-    assert len(load_rows(DataSection(path=str(tmp_path), split="anything"))[0]) == 1  # the only file there is
+    assert len(read_rows(DataSection(path=str(tmp_path), split="anything"))[0]) == 1  # the only file there is
     write_jsonl(tmp_path / "test.jsonl", [ROW, ROW])
-    assert len(load_rows(DataSection(path=str(tmp_path)))[0]) == 1
-    assert len(load_rows(DataSection(path=str(tmp_path), split="test"))[0]) == 2
+    assert len(read_rows(DataSection(path=str(tmp_path)))[0]) == 1
+    assert len(read_rows(DataSection(path=str(tmp_path), split="test"))[0]) == 2
     with pytest.raises(DataError, match=r"not one file for data\.split dev, it holds: test\.jsonl, train\.jsonl"):
-        load_rows(DataSection(path=str(tmp_path), split="dev"))
+        read_rows(DataSection(path=str(tmp_path), split="dev"))
 
 
 @pytest.mark.skipif(not (PACKAGE / "tinyworld").is_dir(), reason="tinyworld is not built")
 def test_tinyworld_comes_with_the_package():
-    rows, name = load_rows(DataSection(path="tinyworld/skill"))
+    rows, name = read_rows(DataSection(path="tinyworld/skill"))
     assert name == "messages"
-    assert len(rows) > len(load_rows(DataSection(path="tinyworld/skill", split="test"))[0]) > 0
+    assert len(rows) > len(read_rows(DataSection(path="tinyworld/skill", split="test"))[0]) > 0
 
 
 @pytest.mark.parametrize(
@@ -91,16 +99,16 @@ def test_tinyworld_comes_with_the_package():
         ("messages", {"messages": []}, "field 'messages' is empty"),
         ("messages", {"messages": ["Hi"]}, "messages[0] is of type str, expected dict"),
         ("messages", {"messages": [{"content": "Hi"}]},
-         "field 'messages[0].role' is None, expected one of system, user, assistant"),
+         "field 'messages[0].role' is None, expected one of system, developer, user, assistant, tool"),
         ("messages", {"messages": [USER, {"role": "bot", "content": "a"}]}, "field 'messages[1].role' is 'bot', expected"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": ""}]}, "field 'messages[1].content' is empty"),
         ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [1]}]},
-         "messages[1] has tool_calls, which hft does not render"),
+         "messages[1].tool_calls[0] is of type int, expected dict"),
         ("messages", {"messages": [USER, ASSISTANT, USER]}, "the conversation ends with the user's turn"),
         ("messages", {"messages": [SYSTEM]}, "the conversation ends with the system's turn"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "field 'conversations[0].value' is missing"),
         ("sharegpt", {"conversations": [{"from": "ai", "value": "a"}]},
-         "field 'conversations[0].from' is 'ai', expected one of system, user, assistant, human, gpt"),
+         "field 'conversations[0].from' is 'ai', expected one of system, developer, user, assistant, tool, function, human"),
         ("alpaca", {"instruction": "a", "output": ""}, "field 'output' is empty"),
         ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "field 'input' is of type int"),
         ("question-answer", {"question": "a", "answer": ["b"]}, "field 'answer' is of type list"),
@@ -113,13 +121,13 @@ def test_bad_row_is_named(format_name: str, row: Any, message: str, tmp_path: Pa
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([EXAMPLES[format_name][0], row]), encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        load_rows(DataSection(path=str(file)))
+        read_rows(DataSection(path=str(file)))
     assert caught.value.message.startswith(f"{file}: row 2: {message}")
 
 
 def test_unknown_columns_are_listed_with_the_known_ones(tmp_path: Path):
     with pytest.raises(DataError, match="row 1: the columns input, target are of no known format") as caught:
-        load_rows(write_jsonl(tmp_path / "rows.jsonl", [{"input": "a", "target": "b"}]))
+        read_rows(write_jsonl(tmp_path / "rows.jsonl", [{"input": "a", "target": "b"}]))
     assert all(name in caught.value.fix for name in EXAMPLES)
 
 
@@ -131,15 +139,16 @@ def test_unknown_columns_are_listed_with_the_known_ones(tmp_path: Path):
         ("rows.jsonl", b'{"question": "\xff"}', ": not UTF-8: invalid start byte at byte 14"),
         ("rows.jsonl", b"\n", ": there are no rows in it"),
         ("rows.json", b"[]", ": there are no rows in it"),
-        ("rows.parquet", b"PAR", ": not a Parquet file: "),
-        ("rows.csv", b"a,b", " is of no type that hft reads"),
+        ("rows.parquet", b"PAR", ": not a Parquet file, or a damaged one: "),
+        ("rows.csv", b"a,b", ": there are no rows in it"),
+        ("rows.txt", b"a,b", " is of no type that hft reads"),
     ],
 )
 def test_bad_file_is_named(name: str, content: bytes, message: str, tmp_path: Path):
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load_rows(DataSection(path=str(file)))
+        read_rows(DataSection(path=str(file)))
     assert caught.value.message.startswith(f"{file}{message}")
 
 

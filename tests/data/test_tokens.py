@@ -20,8 +20,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hftcli.data.chat import CHAT_TEMPLATES
 from hftcli.data.prepare import prepare_dataset
+from hftcli.data.templates import CHAT_TEMPLATES
 from hftcli.data.tokens import IGNORED, get_backend, tokenize_examples, tokenize_prompts
 from hftcli.errors import ModelError
 from hftcli.recipe.sections import TrainSection
@@ -135,7 +135,7 @@ def test_turn_without_end_token_is_said(tokenizer: PreTrainedTokenizerBase, tmp_
         "{% for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    with caplog.at_level(logging.WARNING, logger="hftcli.data.tokens"):
+    with caplog.at_level(logging.WARNING, logger="hftcli.data.encoding"):
         rows = tokenize([ROW, ROW], tokenizer, tmp_path)
     assert [read_trained(*row, tokenizer) for row in rows] == ["Hello", "Hello"]
     assert len(caplog.records) == 1

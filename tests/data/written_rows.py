@@ -8,8 +8,13 @@ from typing import Any
 import trl
 from transformers import PreTrainedTokenizerBase
 
+from hftcli.data.formats import Row
 from hftcli.data.prepare import prepare_dataset
+from hftcli.data.rows import Faults, RowReader
+from hftcli.data.sources import find_places
 from hftcli.data.tokens import IGNORED, tokenize_examples
+from hftcli.data.turns import Lost
+from hftcli.recipe.recipe import Objective
 from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.tasks.examples import Example
 
@@ -35,6 +40,16 @@ def make_long(body: str, answer: str = "A") -> Example:
 def write_jsonl(path: Path, rows: list[Any]) -> DataSection:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return DataSection(path=str(path))
+
+
+def read_rows(data: DataSection, objective: Objective = "sft") -> tuple[list[Row], str]:
+    """The rows of a file in canonical form, and their format; a bad one is refused."""
+    [place] = find_places(data)
+    faults = Faults(place.name)
+    reader = RowReader(place, objective, faults, Lost(data.ignore_columns))
+    rows = [row for _, row in reader]
+    faults.refuse(reader.num_rows)
+    return rows, reader.format
 
 
 def tokenize(

@@ -33,7 +33,8 @@ from hftcli.freezing.roles import Parameter, Unit, assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
 from hftcli.launching.hosts import Host
 from hftcli.recipe.loading import load_recipe
-from hftcli.recipe.sections import LaunchSection, SlurmSection
+from hftcli.recipe.sections import LaunchSection
+from hftcli.recipe.slurm import SlurmSection
 from hftcli.runners import count_rounds
 from hftcli.runs.files import write_model
 from hftcli.runs.records import CheckpointIdentity, DeltaRecord

@@ -207,7 +207,7 @@ def test_two_ranks_measure_as_one_process_does(hft, settings, tmp_path):
         ({"train.loss_type": "ipo"}, "train.loss_type is not a key of hft: use dpo.loss_type"),
         ({"dpo.learning_rate": 1}, "dpo.learning_rate is not a key of hft: use train.learning_rate"),
         ({"dpo.max_length": 64}, "use data.max_length"),
-        ({"dpo.padding_free": "true"}, "dpo.padding_free would have no effect"),
+        ({"dpo.padding_free": "true"}, "dpo.padding_free is not taken"),
         ({"dpo.sync_ref_model": "true"}, "set reference: full"),
         ({"train.packing": "true"}, "train.packing would have no effect under `hft dpo`"),
         ({"reference": "none"}, "reference: input should be 'precompute', 'shared' or 'full'"),

@@ -80,7 +80,7 @@ def test_ranks_under_deepspeed_train_as_without(hft, settings, small, tmp_path, 
     [
         ({"launch.num_processes": 2, "launch.zero_stage": 1}, "needs launch.zero_stage 2 or 3, and it is 1"),
         ({"method.lora": "{}"}, "method.lora works on gradients and weights on the device"),
-        ({"train.optim": "adafactor"}, "train.optim: adafactor does not run on the host"),
+        ({"train.optim": "adafactor"}, "launch.offload keeps AdamW's state on the host"),
     ],
 )
 def test_what_cannot_be_offloaded_is_refused_in_front(hft, settings, small, tmp_path, given, said):

@@ -9,7 +9,8 @@ import pytest
 from hftcli.errors import HftError, InputError, Interrupted, TrainingError, VerificationError
 from hftcli.launching import command as room
 from hftcli.launching.watch import _read_outcome
-from hftcli.recipe.sections import LaunchSection, SlurmSection
+from hftcli.recipe.sections import LaunchSection
+from hftcli.recipe.slurm import SlurmSection
 from hftcli.runs.run import Round
 
 

@@ -24,7 +24,7 @@ from hftcli.models.description import describe_model
 from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.records import FitReport
 from hftcli.runs.spec import RoundSpec
-from hftcli.training.round import fit_round
+from hftcli.training.reading import fit_round
 
 
 def make_spec(**train: object) -> RoundSpec:

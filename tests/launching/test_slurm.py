@@ -15,7 +15,8 @@ import pytest
 from hftcli.errors import InputError
 from hftcli.launching.slurm import add_section, check_allocation, make_script, make_step_command, submit
 from hftcli.recipe.loading import load_recipe
-from hftcli.recipe.sections import LaunchSection, SlurmSection
+from hftcli.recipe.sections import LaunchSection
+from hftcli.recipe.slurm import SlurmSection
 from hftcli.runs.run import Run
 
 LAUNCH = LaunchSection(num_nodes=2, num_processes=4, slurm=SlurmSection())

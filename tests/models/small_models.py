@@ -9,17 +9,18 @@ from hftcli import PACKAGE
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
 from hftcli.models.checkpoint import load_model, save_checkpoint, save_delta
+from hftcli.models.configs import settle_configs
 from hftcli.models.description import describe_model
-from hftcli.models.proof import CheckpointReader
+from hftcli.models.reader import CheckpointReader, Start
 from hftcli.recipe.sections import ModelSection
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 32}
 TOKENIZER = AutoTokenizer.from_pretrained(PACKAGE / "tinyworld" / "model")
 
 
-def draw(folder: Path, round_index: int = 0) -> FreezePlan:
+def draw(folder: Path, round_index: int = 0, **rule: str) -> FreezePlan:
     description = describe_model(str(folder))
-    return make_plan(assign_roles(description.model_type, description.parameters), FreezeRule(), round_index)
+    return make_plan(assign_roles(description.model_type, description.parameters), FreezeRule(**rule), round_index)
 
 
 def train(
@@ -27,29 +28,28 @@ def train(
     full: Path,
     delta: Path,
     round_index: int = 0,
-    dtype=torch.float32,
-    moved: tuple[str, ...] = (),
+    dtype: str | None = None,
     seen: slice = slice(None),
+    **rule: str,
 ) -> FreezePlan:
     """What a round does to the weights, kept in both forms.
 
     Args:
-        moved: frozen parameters to move by one bit, as a bug would.
+        dtype: `model.dtype`.
         seen: the tokens whose embeddings change.
+        rule: of the freeze plan, where it is not the default.
     """
-    plan = draw(start, round_index)
-    model = load_model(ModelSection(path=str(start)), start, plan, mixed=False, sharded=False)
-    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
-    for name in plan.trained:
-        rows = seen if "embed_tokens" in name else slice(None)
-        weights[name][rows] += 0.1 * (round_index + 1)
-    weights = {name: values.to(dtype) for name, values in weights.items()}
-    for name in moved:
-        weights[name].view(torch.int32).view(-1)[0] ^= 1
+    plan, section = draw(start, round_index, **rule), ModelSection(path=str(start), dtype=dtype)
+    model = load_model(section, start, plan, mixed=False, sharded=False)
+    masters = {name: model.get_parameter(name).detach().clone() for name in plan.trained}
+    for name, values in masters.items():
+        values[seen if "embed_tokens" in name else slice(None)] += 0.1 * (round_index + 1)
     for folder in (full, delta):
         folder.parent.mkdir(exist_ok=True, parents=True)
-    save_checkpoint(model, TOKENIZER, dict(weights), full)
-    save_delta(model, TOKENIZER, dict(weights), delta, start, plan)
+    configs = settle_configs(start, type(model).__name__, TOKENIZER, dtype, ())
+    stored = Start(section, start, (*plan.trained, *plan.frozen))
+    save_checkpoint(configs, masters, full, stored)
+    save_delta(configs, masters, delta, stored, plan)
     return plan
 
 

@@ -14,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hftcli.freezing.selection import FreezePlan
 from hftcli.models.arithmetic import interpolate_models, merge_delta
 from hftcli.models.checkpoint import save_delta
+from hftcli.models.configs import settle_configs
+from hftcli.models.reader import Start
+from hftcli.recipe.sections import ModelSection
 
 Weights = dict[str, torch.Tensor]
 CONFIG = LlamaConfig(**SIZES | {"num_hidden_layers": 1})
@@ -27,7 +30,6 @@ class Place:
 
     def __init__(self, top: Path):
         self.top, self.num_folders = top, 0
-        self.model = LlamaForCausalLM(CONFIG)
         CONFIG.save_pretrained(top)
         self.plan: FreezePlan = draw(top)
 
@@ -43,9 +45,10 @@ class Place:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         return folder
 
-    def save_delta(self, weights: Weights, start: Path) -> Path:
-        folder = self.name_folder()
-        save_delta(self.model, TOKENIZER, dict(weights), folder, start, self.plan)
+    def save_delta(self, weights: Weights, start: Path, dtype: torch.dtype) -> Path:
+        folder, section = self.name_folder(), ModelSection(path=str(start), dtype=str(dtype).removeprefix("torch."))
+        configs = settle_configs(start, "LlamaForCausalLM", TOKENIZER, section.dtype, ())
+        save_delta(configs, dict(weights), folder, Start(section, start, ()), self.plan)
         return folder
 
 
@@ -74,15 +77,17 @@ CHANGES = st.fixed_dictionaries(
 @settings(max_examples=8)
 @given(seed=SEEDS, dtype=DTYPES, rounds=st.lists(st.tuples(DTYPES, CHANGES), min_size=1, max_size=3))
 def test_a_stack_of_deltas_merges_to_the_last_model_bit_for_bit(place: Place, seed, dtype, rounds):
-    """Also where a round writes in another data type than its start."""
+    """Also where a round writes in another data type than its start: by way of float32, in which a model is loaded."""
     generator = torch.Generator().manual_seed(seed)
     weights = draw_weights(dtype, generator)
     folder = place.save(weights)
     for dtype, changes in rounds:
-        weights = {name: values.to(dtype, copy=True) for name, values in weights.items()}
+        weights = {
+            name: values.clone() if values.dtype == dtype else values.float().to(dtype) for name, values in weights.items()
+        }
         for name, rows in changes.items():
             weights[name][sorted(rows)] = draw_bits((len(rows), *SHAPES[name][1:]), dtype, generator)
-        folder = place.save_delta(weights, folder)
+        folder = place.save_delta(weights, folder, dtype)
         stored = {name.removesuffix("/rows") for name in load_file(folder / "delta.safetensors")}
         assert stored <= {name for name, rows in changes.items() if rows}
     merge_delta(folder, merged := place.name_folder())

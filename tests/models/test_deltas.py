@@ -14,7 +14,8 @@ from hftcli.errors import ModelError
 from hftcli.models.checkpoint import load_weights
 from hftcli.models.deltas import hash_checkpoint, open_stack
 from hftcli.models.description import fetch_checkpoint
-from hftcli.models.proof import CheckpointReader, verify_checkpoint
+from hftcli.models.proof import verify_checkpoint
+from hftcli.models.reader import CheckpointReader
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_chain_of_deltas_is_read_and_loaded_as_the_full_model(chain, index):
 
 def test_the_rounding_of_a_delta_in_another_data_type_is_that_of_the_full_model(chain, tmp_path):
     """Also where a third type is loaded: what is frozen goes through the delta's type."""
-    train(chain / "base", tmp_path / "full", tmp_path / "delta", dtype=torch.float16)
+    train(chain / "base", tmp_path / "full", tmp_path / "delta", dtype="float16")
     assert_same(read_all(tmp_path / "delta"), read_all(tmp_path / "full"))
     for dtype in (torch.float32, torch.bfloat16):
         one, two = (load_weights(tmp_path / form, dtype) for form in ("delta", "full"))
@@ -67,7 +68,7 @@ def test_of_embeddings_a_delta_holds_the_rows_of_the_tokens_that_were_seen(chain
     """Two rounds that saw other tokens, the second in another data type; where 29 of 32 were seen, all rows are kept."""
     name = "model.embed_tokens.weight"
     start = chain / "base"
-    for index, (seen, dtype) in enumerate([(slice(3, 9), torch.float32), (slice(7, 20), torch.bfloat16)]):
+    for index, (seen, dtype) in enumerate([(slice(3, 9), None), (slice(7, 20), "bfloat16")]):
         train(start, tmp_path / "full", tmp_path / "delta" / str(index), index, dtype, seen=seen)
         stored = load_file(tmp_path / "delta" / str(index) / "delta.safetensors")
         assert stored[f"{name}/rows"].tolist() == list(range(32))[seen]
@@ -83,10 +84,18 @@ def test_of_embeddings_a_delta_holds_the_rows_of_the_tokens_that_were_seen(chain
 def test_a_delta_is_verified_as_a_full_checkpoint_is(chain, tmp_path):
     plan = draw(chain / "base")
     assert verify_checkpoint(chain / "base", chain / "delta" / "0", plan, {}).passed
-    frozen = plan.frozen[1]
-    train(chain / "base", tmp_path / "full", tmp_path / "delta", moved=(frozen,))
-    for form in ("full", "delta"):
-        assert verify_checkpoint(chain / "base", tmp_path / form, plan, {}).violations == (frozen,)
+    moved, still = plan.frozen[1], plan.trained[0]
+    shutil.copytree(chain / "delta" / "0", tmp_path / "delta")
+    file = tmp_path / "delta" / "delta.safetensors"
+    weights = load_file(file)
+    weights[moved] = load_file(chain / "base" / "model.safetensors")[moved] + 1
+    del weights[still]
+    save_file(weights, file, {"format": "pt"})
+    record = json.loads((tmp_path / "delta" / "delta.json").read_text())
+    record["tensors"] = list(weights)
+    (tmp_path / "delta" / "delta.json").write_text(json.dumps(record))
+    found = verify_checkpoint(chain / "base", tmp_path / "delta", plan, {})
+    assert (found.violations, found.unmoved) == ((moved,), (still,))
 
 
 def test_experts_that_files_keep_apart_are_stored_as_the_model_has_them(tmp_path):

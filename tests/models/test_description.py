@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from hftcli.errors import ModelError
-from hftcli.models.description import describe_model, fetch_checkpoint, read_start_dtype
-from hftcli.recipe.sections import ModelSection
+from hftcli.models.description import describe_model, fetch_checkpoint
 
 
 def test_a_description_needs_the_config_alone(folder, tmp_path):
@@ -21,12 +19,8 @@ def test_a_description_needs_the_config_alone(folder, tmp_path):
         fetch_checkpoint(str(tmp_path))
 
 
-def test_a_config_that_does_not_load_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+@pytest.mark.parametrize("config", [{"model_type": "no-such-type"}, {"model_type": "llama", "hidden_size": 15}])
+def test_a_config_that_does_not_load_is_named(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="the model's config does not load"):
         describe_model(str(tmp_path))
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, torch.bfloat16), ("float32", torch.float32)])
-def test_the_start_keeps_its_data_type_unless_the_recipe_names_one(folder, given, expected):
-    assert read_start_dtype(ModelSection(path=str(folder), dtype=given), folder) == expected

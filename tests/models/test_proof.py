@@ -1,5 +1,7 @@
 """The proof of what moved: byte by byte, and each fault by its name."""
 
+import shutil
+
 import pytest
 import torch
 from models.small_models import SIZES, draw
@@ -8,6 +10,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hftcli.errors import ModelError
 from hftcli.models.proof import measure_updates, verify_checkpoint
+from hftcli.models.reader import Start
+from hftcli.recipe.sections import ModelSection
 
 
 def change(path, names: tuple[str, ...], amount: float, target) -> None:
@@ -42,6 +46,7 @@ def test_one_flipped_bit_is_a_violation_even_where_the_values_are_equal(folder, 
     name = plan.frozen[0]
     for path, zero in ((tmp_path / "a", 0.0), (tmp_path / "b", -0.0)):
         path.mkdir()
+        shutil.copy(folder / "config.json", path)
         weights = load_file(folder / "model.safetensors")
         weights[name].view(-1)[0] = zero
         save_file(weights, path / "model.safetensors")
@@ -53,9 +58,9 @@ def test_a_move_that_bfloat16_cannot_hold_is_told_from_no_move(folder, tmp_path)
     norm = next(name for name in plan.trained if "layernorm" in name)
     change(folder, tuple(name for name in plan.trained if name != norm), 0.5, tmp_path)
     stored = load_file(folder / "model.safetensors")
-    weights = {name: value.float() for name, value in stored.items()}
-    weights[norm] = weights[norm] + 1e-4
-    updates = measure_updates(weights, folder, torch.bfloat16, plan)
+    masters = {name: stored[name].float() for name in plan.trained}
+    masters[norm] = masters[norm] + 1e-4
+    updates = measure_updates(masters, Start(ModelSection(path=str(folder)), folder, plan.trained))
     assert updates[norm] == pytest.approx(1e-4, rel=0.01)
     assert verify_checkpoint(folder, tmp_path, plan, updates).below_resolution == (norm,)
     assert verify_checkpoint(folder, tmp_path, plan, updates | {norm: 0.0}).unmoved == (norm,)

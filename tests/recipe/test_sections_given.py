@@ -1,6 +1,7 @@
 """How a recipe is read: numbers and texts, sections that are null or opened, what comes without a recipe."""
 
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 
@@ -10,7 +11,8 @@ from hftcli.recipe.loading import describe_defaults, dump_recipe, find_recipe, l
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import open_section
-from hftcli.recipe.sections import DataSection, EvalSection, HeldOutSection, SlurmSection, TrainSection
+from hftcli.recipe.sections import DataSection, EvalSection, HeldOutSection, TrainSection
+from hftcli.recipe.slurm import SlurmSection
 
 BASE = ("model.path=m", "data.path=d.jsonl")
 
@@ -18,7 +20,7 @@ BASE = ("model.path=m", "data.path=d.jsonl")
 def list_sections(model: type = Recipe, prefix: str = "") -> list[tuple[str, type]]:
     found = []
     for name, field in model.model_fields.items():
-        if section := open_section(field.annotation):
+        if (section := open_section(field.annotation)) and get_origin(field.annotation) is not tuple:
             found += [(f"{prefix}{name}", section), *list_sections(section, f"{prefix}{name}.")]
     return found
 

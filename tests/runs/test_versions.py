@@ -64,6 +64,8 @@ def covers(written: object, first: object) -> bool:
     """Whether all keys of a file are there as they were, in its sections too."""
     if isinstance(written, dict) and isinstance(first, dict):
         return all(name in written and covers(written[name], value) for name, value in first.items())
+    if isinstance(written, list) and isinstance(first, list):
+        return len(written) == len(first) and all(map(covers, written, first))
     return written == first
 
 
