@@ -64,6 +64,8 @@ def measure(rows: list[str], seed: int, arguments: argparse.Namespace) -> dict:
             "train.learning_rate": arguments.learning_rate,
             "train.global_batch_size": 8,
             "train.per_device_train_batch_size": 8,
+            "train.bf16": "false",
+            "launch.num_processes": 1,
         }
         options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         output = Path(folder) / "run"

@@ -288,8 +288,9 @@ SFT_ONLY: dict[str, Fate] = {
 DPO_ONLY: dict[str, Fate] = {
     **{name: SFT_ONLY[name] for name in (
         "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "dataset_num_proc", "max_length", "truncation_mode",
-        "padding_free", "pad_to_multiple_of", "activation_offloading", "pad_token",
+        "pad_to_multiple_of", "activation_offloading", "pad_token",
     )},
+    "padding_free": Refused("TRL's trainer of pairs takes it, and pads all the same"),
     "disable_dropout": Passed(bool),
     "precompute_ref_log_probs": Ours("reference: precompute"),
     "precompute_ref_batch_size": Refused("hft makes the batches of the reference by the length of the pairs"),
