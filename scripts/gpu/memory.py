@@ -59,12 +59,12 @@ def run_command(recorder: Recorder, shape: str) -> None:
         "model.path": folder, "data.max_length": length, "train.packing": "true", "train.max_steps": 3, "train.bf16": "true",
         "train.global_batch_size": 8, "train.per_device_train_batch_size": 4, "eval.tasks": "[]", "launch.num_processes": 1,
     }  # fmt: skip
-    options = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    options = ["--recipe", "tinyworld", *(part for key, value in values.items() for part in ("--set", f"{key}={value}"))]
     hft = [sys.executable, "-m", "hftcli"]
     shown = subprocess.run([*hft, "plan", "--json", *options], capture_output=True, text=True, check=True)
     planned = json.loads(shown.stdout)["memory"]["half"]
     done = subprocess.run(
-        [*hft, "sft", "--recipe", "tinyworld", "--output", str(run_folder), *options],
+        [*hft, "sft", "--output", str(run_folder), *options],
         capture_output=True,
         text=True,
         check=False,
