@@ -18,6 +18,7 @@ from hftcli.runs.run import Round, Run
 from hftcli.runs.seals import list_files, seal_files
 
 SHORT = {"train.max_steps": 3, "eval.tasks": "[]", "train.bf16": "false"}
+RECIPES = {"sft": "tinyworld", "dpo": "tinyworld-dpo", "continual": "tinyworld-continual"}
 RUNS = {
     "sft": ("sft", {}),
     "delta": ("sft", {"checkpoint.format": "delta"}),
@@ -46,7 +47,8 @@ def runs(hft, settings, start, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, (command, change) in RUNS.items():
         if name != "autocast" or has_bfloat16():
-            hft(command, "--output", folder / name, *settings({"model.path": start, **SHORT, **change}))
+            where = ("--recipe", RECIPES[command], "--output", folder / name)
+            hft(command, *where, *settings({"model.path": start, **SHORT, **change}))
     return folder
 
 
@@ -140,7 +142,8 @@ def test_two_ranks_keep_them_in_bfloat16_where_deepspeed_holds_all_in_bfloat16(h
     change = {"launch.num_processes": 2, "launch.zero_stage": stage, "train.per_device_train_batch_size": 16}
     rate = {"train.learning_rate": 1e-6, "train.lr_scheduler_type": "constant", "train.warmup_steps": 0}
     precision = {"train.bf16": "true" if has_bfloat16() else "false"}
-    hft("sft", "--output", tmp_path / "run", *settings({"model.path": start, **SHORT, **change, **rate, **precision}))
+    where = ("--recipe", "tinyworld", "--output", tmp_path / "run")
+    hft("sft", *where, *settings({"model.path": start, **SHORT, **change, **rate, **precision}))
     round_ = Round(tmp_path / "run" / "rounds" / "00-sft")
     before, after, frozen = read_raw(start), read_raw(round_.checkpoint), round_.read_plan().frozen
     assert {name: tensor[:2] for name, tensor in before.items()} == {name: tensor[:2] for name, tensor in after.items()}
@@ -152,7 +155,7 @@ def test_two_ranks_keep_them_in_bfloat16_where_deepspeed_holds_all_in_bfloat16(h
 
 def test_a_frozen_tensor_that_moved_in_memory_is_told(hft, settings, start, tmp_path):
     """The file is right all the same; what was trained on was not the start."""
-    hft("sft", "--output", tmp_path / "run", *settings({"model.path": start, **SHORT}))
+    hft("sft", "--recipe", "tinyworld", "--output", tmp_path / "run", *settings({"model.path": start, **SHORT}))
     round_ = Round(tmp_path / "run" / "rounds" / "00-sft")
     result = round_.read_result()
     moved = result.verification.model_copy(update={"moved_in_memory": ("model.norm.weight",)})
