@@ -97,7 +97,14 @@ def assert_eval_stops(hft, model: Path, prompt: str, folder: Path) -> None:
     assert json.loads(item)["prediction"] == ANSWER
 
 
-@pytest.mark.parametrize(("template", "end"), [("chatml", "<|im_end|>"), ("tulu", "<|endoftext|>"), ("jinja", "<|im_start|>")])
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("chatml", "<|im_end|>"),
+        pytest.param("tulu", "<|endoftext|>", marks=pytest.mark.slow),
+        pytest.param("jinja", "<|im_start|>", marks=pytest.mark.slow),
+    ],
+)
 def test_a_base_model_stops_where_its_template_ends(hft, teach, tmp_path, template, end):
     if template == "jinja":
         template = tmp_path / "own.jinja"

@@ -37,7 +37,9 @@ def test_a_checkpoint_says_what_made_it(finished):
     assert past.parent == finished.read_spec().model.path
 
 
-@pytest.mark.parametrize("how", ["run", "checkpoint", "copy", "merged", "reset"])
+@pytest.mark.parametrize(
+    "how", ["copy", "reset", *(pytest.param(how, marks=pytest.mark.slow) for how in ("run", "checkpoint", "merged"))]
+)
 def test_the_next_round_is_the_next_however_its_start_is_named(hft, settings, finished, tmp_path, how):
     run = finished.folder.parents[1]
     if how == "copy":

@@ -17,7 +17,7 @@ def read_losses(round_: Round) -> list[float]:
     return [row["loss"] for row in round_.read_metrics()]
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("share", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_one_process_trains_as_without(hft, settings, small, tmp_path, share):
     """In float32, where the weights on the device are not rounded: two micro-batches a step, the gradient clipped."""
     values = small | {"train.bf16": "false", "train.per_device_train_batch_size": 4, "freeze.trainable_fraction": share}

@@ -59,7 +59,7 @@ def test_plan_is_what_the_round_does(hft, settings, small, one_process):
     assert result["optimizer_bytes"] == planned["memory"]["half"]["optimizer_bytes"]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
 def test_two_ranks_agree_with_one_process(hft, settings, small, one_process, tmp_path, stage):
     run = tmp_path / "two"
     small = small | {"launch.zero_stage": stage, "train.per_device_train_batch_size": 4}
@@ -144,7 +144,7 @@ def wide_run(hft, settings, wide, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_ranks_score_as_one_process_does(hft, settings, wide, wide_run, tmp_path, stage):
     """Scored before and after training; ranks and batches do not divide the number of questions."""
     two_ranks = {"launch.zero_stage": stage, "launch.num_processes": 2, "train.per_device_train_batch_size": 16}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from end_to_end.running import PATIENCE_SECONDS, assert_same
 
+TASKS = "[tinyworld/newcomers, tinyworld/topic]"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["tokenizing", "loading", "scoring"])
@@ -39,20 +41,22 @@ def test_a_signal_after_the_last_step_loses_no_step(start, short, undisturbed, t
 
 
 @pytest.fixture
-def prepared(hft, tmp_path) -> Path:
-    """A run of five rounds, of which none has begun."""
-    hft("continual", "--output", tmp_path / "run", "--dry-run")
+def prepared(hft, settings, tmp_path) -> Path:
+    """A run of two rounds, of which none has begun."""
+    hft("continual", "--output", tmp_path / "run", "--dry-run", *settings({"continual.tasks": TASKS}))
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_while_the_front_works_by_itself(hft, start, prepared, number):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGUSR1))]
+)
+def test_a_signal_while_the_front_works_by_itself(hft, settings, start, prepared, number):
     """It waits for its own manifest, which comes through a pipe, and so is surely in nobody's hands but its own."""
     manifest = prepared / "manifest.json"
     content = manifest.read_bytes()
     manifest.unlink()
     os.mkfifo(manifest)
-    running = start(prepared, {}, "continual", "00-newcomers")
+    running = start(prepared, {"continual.tasks": TASKS}, "continual", "00-newcomers")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
@@ -67,14 +71,14 @@ def test_a_signal_while_the_front_works_by_itself(hft, start, prepared, number):
     assert error.startswith("hft: stopped by a signal; what was finished before is kept\n     fix: run the same command again")
     manifest.unlink()
     manifest.write_bytes(content)
-    hft("continual", "--output", prepared, "--dry-run")
+    hft("continual", "--output", prepared, "--dry-run", *settings({"continual.tasks": TASKS}))
 
 
 @pytest.mark.slow
 def test_a_signal_between_two_rounds_loses_nothing(start, tmp_path):
     """After a round the front adds a row to the matrix, then draws it and writes the page, and then begins the next round."""
     values = {
-        "continual.tasks": "[tinyworld/newcomers, tinyworld/topic]",
+        "continual.tasks": TASKS,
         "data.max_examples": 16,
         "train.max_steps": 2,
         "eval.max_examples": 4,
