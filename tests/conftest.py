@@ -22,6 +22,7 @@ pytest.register_assert_rewrite("data", "end_to_end", "freezing", "methods", "mod
 hypothesis.settings.register_profile("gate", derandomize=True, database=None, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("gate")
 
+READERS = ("data", "verify", "merge", "reset")  # commands that open rows or weights in their own process
 TERMINAL = {"NO_COLOR": "1", "COLUMNS": "160"}
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +47,9 @@ def shared() -> Path:
 
 
 def run_forked(command: list[str]) -> subprocess.CompletedProcess:
-    """A command in a copy of this process, which has imported what the command needs: seconds less for each that reads rows."""
-    import hftcli.data.prepare
-    import hftcli.models.description  # noqa: F401
+    """A command in a copy of this process, which has imported what the command needs: seconds less for each that opens rows or weights."""
+    import hftcli.models.arithmetic
+    import hftcli.training.outlook  # noqa: F401
 
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as error:
         child = os.fork()
@@ -92,7 +93,7 @@ def hft() -> Hft:
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "hftcli", *map(str, arguments)]
-        if arguments[0] == "data":
+        if arguments[0] in READERS or "--dry-run" in arguments:
             done = run_forked(command)
         else:
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TERMINAL}, check=False)
