@@ -85,7 +85,7 @@ def run_recipe(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -
 
 def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     """Check what can be checked without a model, and write the run's and the round's files."""
-    start = resolve_start(recipe.model.path)
+    start, run = resolve_start(recipe.model.path), Run(recipe.folder)
     check_tasks(recipe.eval.tasks)
     spec = RoundSpec(
         objective=recipe.objective,
@@ -102,6 +102,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
             after=recipe.eval.tasks,
             max_examples=recipe.eval.max_examples,
             temperature=recipe.eval.temperature or 0.0,
+            asking=run.settle_asking(recipe.eval),
         ),
         dpo=recipe.dpo,
         reference=recipe.reference,
@@ -111,7 +112,6 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     check_offload(spec)
     check_method(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
-    run = Run(recipe.folder)
     run.claim(recipe, spec.launch, make_manifest(start.parent))
     round_ = run.round(f"00-{recipe.objective}")
     round_.folder.mkdir(parents=True, exist_ok=True)
@@ -131,8 +131,7 @@ def prepare_continual(recipe: Recipe) -> Run:
     sequence = find_sequence(recipe.continual, root)
     check_tasks(recipe.eval.tasks, root)
     temperature = recipe.eval.temperature if recipe.eval.temperature is not None else sequence.temperature
-    launch = resolve_launch(recipe.launch)
-    run = Run(recipe.folder)
+    launch, run = resolve_launch(recipe.launch), Run(recipe.folder)
     rounds = [run.round(f"{place:02d}-{shorten_task(task)}") for place, task in enumerate(sequence.tasks)]
     specs = []
     for place, task in enumerate(sequence.tasks):
@@ -159,6 +158,7 @@ def prepare_continual(recipe: Recipe) -> Run:
                 likelihood=sequence.tasks[place + 2 :],
                 max_examples=recipe.eval.max_examples,
                 temperature=temperature,
+                asking=run.settle_asking(recipe.eval),
             ),
         )
         check_offload(spec)

@@ -30,6 +30,7 @@ def evaluate(
         str | None, typer.Option("--prompts", help='A task, or a file of {"prompt": "...", "answer": "..."}.')
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to compute in.")] = "float32",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse tasks with a right answer that no model can give.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="FILE.json; the items go to FILE.items.jsonl beside it.")
     ] = None,
@@ -60,7 +61,7 @@ def evaluate(
 
     examination = Examination(
         model=subject.path, tasks=names, base=base, root=root or subject.root, max_examples=max_examples,
-        max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype,
+        max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, is_strict=strict,
     )  # fmt: skip
     with show_counts() as on_progress:
         evaluation, items = examine_model(examination, list_versions(), on_progress)

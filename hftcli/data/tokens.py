@@ -8,6 +8,7 @@ Shapes: T tokens of a row.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hftcli.data.chat import Rendering, render_row
 from hftcli.data.special import Encoded
-from hftcli.data.templates import NO_TEMPLATE_FIX, find_template
+from hftcli.data.templates import NO_TEMPLATE_FIX, Template, find_template
 from hftcli.errors import DataError, ModelError
 from hftcli.recipe.sections import TrainSection
 from hftcli.tasks.examples import Cut, Example, Task
@@ -98,13 +99,36 @@ def tokenize_examples(
     Raises:
         ModelError: the tokenizer or its chat template does not serve.
     """
+    render = _make_renderer(tokenizer)
+    rows, lengths, _ = _fit_examples(examples, cut, max_length, tokenizer, lambda example: render(example, example.answer))
+    return rows, lengths
+
+
+def _make_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Example, str], Rendering]:
+    """What lays out a question with an answer as training does; one of several answers that are listed has no end."""
     template = find_template(tokenizer)
 
-    def render(example: Example) -> Rendering:
-        answer = example.answer if isinstance(example.prompt, str) else [{"role": "assistant", "content": example.answer}]
-        return render_row({"prompt": example.prompt, "completion": answer}, tokenizer, template, TrainSection())
+    def render(example: Example, answer: str) -> Rendering:
+        if example.options:
+            asked = render_prompt(example.prompt, template)
+            return Rendering(asked.text + answer, [(len(asked.text), len(asked.text) + len(answer))], asked.is_plain)
+        completion = answer if isinstance(example.prompt, str) else [{"role": "assistant", "content": answer}]
+        return render_row({"prompt": example.prompt, "completion": completion}, tokenizer, template, TrainSection())
 
-    return _fit_examples(examples, cut, max_length, tokenizer, render)
+    return render
+
+
+def render_prompt(prompt: str | list[dict[str, str]], template: Template | None) -> Rendering:
+    """A question alone, ready to be answered.
+
+    Raises:
+        ModelError: it is a conversation, and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return Rendering(prompt, [], is_plain=True)
+    if template is None:
+        raise ModelError("the questions are conversations, but the tokenizer has no chat template", NO_TEMPLATE_FIX)
+    return Rendering(template.render(prompt, add_generation_prompt=True), [], is_plain=False)
 
 
 def tokenize_prompts(
@@ -115,16 +139,70 @@ def tokenize_prompts(
     They are tokenized without their answers, which must not show in them.
     """
     template = find_template(tokenizer)
-
-    def render(example: Example) -> Rendering:
-        if isinstance(example.prompt, str):
-            return Rendering(example.prompt, [], is_plain=True)
-        if template is None:
-            raise ModelError("the questions are conversations, but the tokenizer has no chat template", NO_TEMPLATE_FIX)
-        return Rendering(template.render(example.prompt, add_generation_prompt=True), [], is_plain=False)
-
-    rows, _ = _fit_examples(examples, cut, max_length, tokenizer, render)
+    rows, _, _ = _fit_examples(
+        examples, cut, max_length, tokenizer, lambda example: render_prompt(example.prompt, template)
+    )  # fmt: skip
     return [ids for ids, _ in rows]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A question with room for an answer, laid out as training lays it out.
+
+    Attributes:
+        prompt: the token ids that stand before every right answer.
+        lead: the end of the question's text where a token of an answer covers it too: what is written must begin with it.
+        answers: the token ids of each right answer after the prompt, the lead and the end that is learned with them.
+    """
+
+    prompt: list[int]
+    lead: str
+    answers: list[list[int]]
+
+
+def lay_out_prompts(examples: Sequence[Example], cut: Cut, max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[Layout]:
+    """The questions as they are asked, cut as `tokenize_prompts` cuts them.
+
+    A tokenizer may join the end of a question and the beginning of its answer in one token. Training shows that token, so a
+    model is asked before it. Of the answer no more shows in what is asked than where that border lies.
+    """
+    template, render = find_template(tokenizer), _make_renderer(tokenizer)
+    alone, _, shortened = _fit_examples(
+        examples, cut, max_length, tokenizer, lambda example: render_prompt(example.prompt, template)
+    )  # fmt: skip
+    backend, layouts = get_backend(tokenizer), []
+    for start in range(0, len(examples), BATCH_SIZE):
+        batch = shortened[start : start + BATCH_SIZE]
+        renderings = [render(example, answer) for example in batch for answer in example.options or (example.answer,)]
+        encodings = backend.encode_batch([one.text for one in renderings], add_special_tokens=renderings[0].is_plain)
+        made = iter(zip(renderings, encodings, strict=True))
+        for example, (ids, _) in zip(batch, alone[start : start + BATCH_SIZE], strict=True):
+            own = [next(made) for _ in example.options or (example.answer,)]
+            text = render_prompt(example.prompt, template).text
+            layouts.append(_find_border(text, ids, own, tokenizer))
+    return layouts
+
+
+def _find_border(
+    text: str, alone: list[int], answered: Sequence[tuple[Rendering, tokenizers.Encoding]], tokenizer: PreTrainedTokenizerBase
+) -> Layout:
+    """Where the tokens of a question end in all of its layouts.
+
+    Args:
+        text, alone: the question alone.
+        answered: with each right answer.
+    """
+    rows = [label_tokens(*pair) for pair in answered]
+    starts = [next(iter((labels != IGNORED).nonzero()[0].tolist()), len(labels)) for _, labels in rows]
+    first, _ = rows[0]
+    border = next((place for place in range(min(starts)) if any(ids[place] != first[place] for ids, _ in rows)), min(starts))
+    whole, prompt = (
+        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (alone, first[:border])
+    )
+    # A template may write a turn that is answered unlike one that is to be answered: then only the latter can be asked.
+    if not all(rendering.text.startswith(text) for rendering, _ in answered) or not whole.startswith(prompt):
+        return Layout(alone, "", [ids[start:] for (ids, _), start in zip(rows, starts, strict=True)])
+    return Layout(first[:border], whole[len(prompt) :], [ids[border:] for ids, _ in rows])
 
 
 def _fit_examples(
@@ -133,10 +211,12 @@ def _fit_examples(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
     render: Callable[[Example], Rendering],
-) -> tuple[list[Tokens], list[int]]:
+) -> tuple[list[Tokens], list[int], list[Example]]:
+    """The tokens of each, how many they are before the cut, and the examples after it."""
     backend = get_backend(tokenizer)
     rows: list[Tokens] = [([], np.array([], dtype=int))] * len(examples)
     lengths = [0] * len(examples)
+    shortened = list(examples)
     pending = dict(enumerate(examples))
     while pending:  # after the first cut, the tokens where the rest is joined may be a few more than counted
         renderings = [render(example) for example in pending.values()]
@@ -150,9 +230,9 @@ def _fit_examples(
             if length > max_length and rendering.is_plain:
                 shorter = cut_body(example, cut, encoding.offsets, length - max_length)
                 if shorter != example:
-                    longer[index] = shorter
+                    longer[index] = shortened[index] = shorter
         pending = longer
-    return rows, lengths
+    return rows, lengths, shortened
 
 
 def cut_body(example: Example, cut: Cut, offsets: Sequence[tuple[int, int]], num_over: int) -> Example:

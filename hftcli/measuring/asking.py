@@ -1,4 +1,4 @@
-"""Asking a model: a task as tokens, the likelihood of its right answers, and the answers that the model writes.
+"""Asking a model: the likelihood of right answers, and the answers that the model writes.
 
 By likelihood, one forward pass over question and right answer. By generation, where a task's metric reads what the model
 writes: left-padded batches with a cache, which a row leaves once its answer has ended. By options, where a question lists what
@@ -7,138 +7,19 @@ may be said (options.py).
 Shapes: B rows of a batch, T tokens, V vocabulary, N places of answers or rows of a task, S tokens that are generated.
 """
 
-import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
-from datasets import Dataset
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 
 from hftcli.data.prepare import deal_rows
-from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, tokenize_examples, tokenize_prompts
-from hftcli.errors import DataError, ModelError
-from hftcli.measuring.options import Question, tokenize_questions
-from hftcli.runs.scores import HELD_OUT
-from hftcli.tasks.examples import Task
-
-logger = logging.getLogger(__name__)
+from hftcli.data.tokens import IGNORED, Progress, ignore_progress
+from hftcli.measuring.questions import Row, TokenizedTask
 
 BATCH_TOKENS = 8192  # padded tokens in a forward pass
 CACHED_TOKENS = 16384  # places in the cache of a batch that is generated: 8 GiB for Llama-2-7B in 16 bits
 SAMPLING_SEED = 0  # of the draws of answers: a temperature gives the same answers every time
 NOTHING = -1  # where an answer has ended
-
-Row = tuple[list[int], list[int]]  # token ids, and labels that are ids where the answer is
-
-
-@dataclass(frozen=True)
-class TokenizedTask:
-    """A task as a model meets it.
-
-    Attributes:
-        rows: the questions with their answers, laid out as in training.
-        prompts: the questions alone, with room left for an answer; none where nothing is generated.
-        num_new_tokens: where an answer that has not ended is cut; 0 where nothing is generated.
-        end_ids: tokens that end an answer.
-        questions: the questions with all that may be said, in place of `rows`; none where nothing is listed.
-        bare_questions: of multiple choice: the same after a prompt that asks nothing.
-    """
-
-    task: Task
-    rows: list[Row]
-    prompts: list[list[int]]
-    num_new_tokens: int
-    end_ids: list[int]
-    questions: list[Question] = field(default_factory=list)
-    bare_questions: list[Question] = field(default_factory=list)
-
-
-def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
-    """Tokenize a task's questions.
-
-    Args:
-        max_length: tokens of a plain question with its answer, be it the right one or the model's. The body is cut to it, then
-            the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most half of it.
-
-    Raises:
-        DataError: a question does not fit, even without its body.
-        ModelError: the task asks in conversations, and the tokenizer has no chat template.
-    """
-    if task.examples[0].options:
-        return _tokenize_options(task, max_length, tokenizer)
-    try:
-        tokens, _ = tokenize_examples(task.examples, task.cut, max_length, tokenizer)
-    except ModelError as error:
-        raise ModelError(f"task {task.name}: {error.message}", error.fix) from None
-    num_new_tokens = 0 if task.max_new_tokens is None else min(task.max_new_tokens, max_length // 2)
-    room = max_length - num_new_tokens
-    if num_new_tokens < (task.max_new_tokens or 0):
-        logger.warning(
-            "%s: answers are cut at %d tokens, half of data.max_length, and not at %d",
-            task.name, num_new_tokens, task.max_new_tokens,
-        )  # fmt: skip
-    prompts = tokenize_prompts(task.examples, task.cut, room, tokenizer) if num_new_tokens else []
-    rows = []
-    for example, (ids, labels) in zip(task.examples, tokens, strict=True):
-        length = max_length if isinstance(example.prompt, str) else len(ids)
-        rows.append((ids[:length], labels[:length].tolist()))
-    for number, (_, labels) in enumerate(rows, start=1):
-        if labels.count(IGNORED) == len(labels):
-            raise _describe_overlong(task, number, f"is longer than data.max_length, {max_length} tokens")
-    for number, prompt in enumerate(prompts, start=1):
-        if len(prompt) > room:
-            raise _describe_overlong(
-                task, number, f"has {len(prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
-            )
-    return TokenizedTask(task, rows, prompts, num_new_tokens, find_ends(tokens, tokenizer))
-
-
-def add_ends(asked: TokenizedTask, ends: Sequence[int]) -> TokenizedTask:
-    """A task whose answers end at a checkpoint's own ends too."""
-    return replace(asked, end_ids=sorted({*asked.end_ids, *ends})) if asked.num_new_tokens else asked
-
-
-def hold_out(rows: Dataset) -> TokenizedTask:
-    """Rows, as `prepare_dataset` gives them, as a task of which only the likelihood of the trained tokens is measured."""
-    pairs = list(zip(rows["input_ids"], rows["labels"], strict=True))
-    return TokenizedTask(Task(HELD_OUT, examples=()), pairs, prompts=[], num_new_tokens=0, end_ids=[])
-
-
-def _tokenize_options(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
-    num_new_tokens = min(task.max_new_tokens or 0, max_length // 2)
-    room = max_length - num_new_tokens
-    bare_rows = [(task.bare_prompt, row.options) for row in task.examples] if task.bare_prompt else []
-    return TokenizedTask(
-        task=task,
-        rows=[],
-        prompts=tokenize_prompts(task.examples, task.cut, room, tokenizer) if num_new_tokens else [],
-        num_new_tokens=num_new_tokens,
-        end_ids=sorted(find_stops(task.stops, tokenizer) | ({tokenizer.eos_token_id} - {None})) if num_new_tokens else [],
-        questions=tokenize_questions([(row.text, row.options) for row in task.examples], max_length, tokenizer),
-        bare_questions=tokenize_questions(bare_rows, max_length, tokenizer),
-    )
-
-
-def find_stops(characters: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens with one of the characters, and nothing but blanks before it that would be lost where the token ends an answer."""
-    if not characters:
-        return set()
-    backend, stop = get_backend(tokenizer), re.compile(rf"\s*[{re.escape(characters)}]")
-    return {token for token in range(backend.get_vocab_size()) if stop.match(backend.decode([token]))}
-
-
-def _describe_overlong(task: Task, number: int, fault: str) -> DataError:
-    return DataError(f"task {task.name}: question {number}, even without its body, {fault}", "raise data.max_length")
-
-
-def find_ends(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and what ends an answer in training where that is a special token too."""
-    _, labels = rows[0]
-    last = int(labels[labels != IGNORED][-1])
-    special = {last} & set(tokenizer.get_added_vocab().values())
-    return sorted(special | ({tokenizer.eos_token_id} - {None}))
 
 
 def read_answers(
@@ -255,15 +136,6 @@ def choose_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature
     reached_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
     drawn_B1 = torch.searchsorted(reached_BV, uniforms_B[:, None] * reached_BV[:, -1:], right=True)
     return drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)
-
-
-def decode_answer(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that an answer adds to its prompt: alone, it would lose the space that some decoders take from a beginning."""
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    return decode(prompt + answer)[len(decode(prompt)) :]
 
 
 def predict_answers(

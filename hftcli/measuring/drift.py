@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.data.chat import Rendering
 from hftcli.data.prepare import deal_rows
-from hftcli.data.tokens import IGNORED, Progress, get_backend, ignore_progress, label_tokens, tokenize_prompts
+from hftcli.data.tokens import IGNORED, Layout, Progress, get_backend, ignore_progress, label_tokens, tokenize_prompts
 from hftcli.errors import DataError, ModelError
-from hftcli.measuring.asking import Row, TokenizedTask, generate_answers, predict_answers, tokenize_task
+from hftcli.measuring.asking import generate_answers, predict_answers
 from hftcli.measuring.evaluation import Drift
+from hftcli.measuring.questions import Row, TokenizedTask, tokenize_task
 from hftcli.tasks import load_task
 from hftcli.tasks.examples import Example, Task
 from hftcli.tasks.folder import read_json
@@ -134,7 +135,9 @@ def draw_answers(
 ) -> list[Row]:
     """Prompts with what the base draws after them, which has labels."""
     end_ids = sorted({tokenizer.eos_token_id} - {None})
-    asked = TokenizedTask(Task("samples of the base", ()), [], prompts, SAMPLE_TOKENS, end_ids)
+    asked = TokenizedTask(
+        Task("samples of the base", ()), [], [Layout(prompt, "", []) for prompt in prompts], SAMPLE_TOKENS, end_ids
+    )
     rows = []
     for prompt, answer in zip(prompts, generate_answers(base, asked, device, temperature=1.0), strict=True):
         drawn = answer if len(answer) == SAMPLE_TOKENS else answer + end_ids

@@ -7,18 +7,19 @@ Shapes: N questions of a task.
 """
 
 import math
-import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.data.tokens import Progress, ignore_progress
-from hftcli.measuring.asking import TokenizedTask, decode_answer, generate_answers, read_answers
+from hftcli.measuring.asking import generate_answers, read_answers
+from hftcli.measuring.grading import Grade, grade_answer
 from hftcli.measuring.options import read_options
+from hftcli.measuring.questions import TokenizedTask
 from hftcli.runs.scores import Prediction, Score
-from hftcli.tasks.examples import Task
-from hftcli.tasks.metrics import METRICS
+from hftcli.tasks.examples import Example
 
 
 @torch.no_grad()
@@ -52,19 +53,34 @@ def score_task(
         found = read_options(model, asked.questions + asked.bare_questions, device, rank, num_ranks, on_batch)
     else:
         readings_N3 = read_answers(model, asked.rows, device, rank, num_ranks, on_batch)
-    texts: list[str | None] = [None] * len(asked.rows or asked.questions)
-    if asked.prompts and not is_read_only:
+    grades: list[Grade | None] = [None] * len(asked.rows or asked.questions)
+    if asked.layouts and not is_read_only:
         answers = generate_answers(model, asked, device, rank, num_ranks, temperature, on_batch)
-        pairs = zip(asked.prompts, answers, strict=True)
-        texts = [cut_answer(decode_answer(prompt, answer, tokenizer), task.stops) for prompt, answer in pairs]
+        written = zip(task.examples, asked.layouts, answers, strict=True)
+        grades = [grade_answer(task, *one, tokenizer) for one in written]
     model.train(was_training)
     if asked.bare_questions:
         predictions = _judge_choices(asked, found, is_read_only)
     elif asked.questions:
-        predictions = _judge_several(asked, found, texts)
+        predictions = _judge_several(asked, found, grades)
     else:
-        predictions = _judge_answers(task, readings_N3, texts, is_read_only)
-    return summarize(predictions), predictions
+        predictions = _judge_answers(readings_N3, grades, is_read_only)
+    described = (
+        [
+            prediction.model_copy(update=_describe_question(asked, example, prediction.index))
+            for prediction, example in zip(predictions, task.examples, strict=True)
+        ]
+        if task.examples
+        else predictions
+    )
+    return summarize(described), described
+
+
+def _describe_question(asked: TokenizedTask, example: Example, index: int) -> dict[str, Any]:
+    """What a prediction says of its question."""
+    answers = example.options if example.options and not asked.bare_questions else (example.answer,)
+    prompt = example.prompt if isinstance(example.prompt, str) else "\n\n".join(turn["content"] for turn in example.prompt)
+    return {"question": prompt, "answers": answers, "fault": asked.faults.get(index)}
 
 
 def summarize(predictions: Sequence[Prediction]) -> Score:
@@ -75,6 +91,7 @@ def summarize(predictions: Sequence[Prediction]) -> Score:
         lenient=_average([prediction.lenient for prediction in predictions]),
         nll=math.fsum(nll * num_tokens for nll, num_tokens in read) / sum(num_tokens for _, num_tokens in read),
         num_examples=len(predictions),
+        num_impossible=sum(prediction.fault is not None for prediction in predictions),
         others={name: _average([prediction.others[name] for prediction in predictions]) for name in predictions[0].others},
     )
 
@@ -84,38 +101,32 @@ def _average(scores: list[float | None]) -> float | None:
     return math.fsum(known) / len(known) if len(known) == len(scores) else None
 
 
-def _judge_answers(task: Task, readings_N3: torch.Tensor, texts: Sequence[str | None], is_read_only: bool) -> list[Prediction]:
+def _judge_answers(readings_N3: torch.Tensor, grades: Sequence[Grade | None], is_read_only: bool) -> list[Prediction]:
     """Of tasks with one right answer: what is written counts, or whether greedy decoding gives the answer."""
     predictions = []
-    for index, ((nats, num_tokens, is_exact), text) in enumerate(zip(readings_N3.tolist(), texts, strict=True)):
-        score, lenient = _grade(task, index, text) if text is not None else (None if is_read_only else is_exact, None)
-        predictions.append(
-            Prediction(
-                index=index, prediction=text, score=score, lenient=lenient, nll=nats / num_tokens, num_tokens=int(num_tokens)
-            )
-        )
+    for index, ((nats, num_tokens, is_exact), grade) in enumerate(zip(readings_N3.tolist(), grades, strict=True)):
+        judged = _keep(grade) if grade else {"prediction": None, "score": None if is_read_only else is_exact, "lenient": None}
+        predictions.append(Prediction(index=index, nll=nats / num_tokens, num_tokens=int(num_tokens), **judged))
     return predictions
 
 
-def _judge_several(asked: TokenizedTask, found: list[list[float]], texts: Sequence[str | None]) -> list[Prediction]:
+def _judge_several(asked: TokenizedTask, found: list[list[float]], grades: Sequence[Grade | None]) -> list[Prediction]:
     """Of questions with several right answers: the one that the model knows best says how well it knows."""
     predictions = []
-    for index, (question, likelihoods, text) in enumerate(zip(asked.questions, found, texts, strict=True)):
-        score, lenient = _grade(asked.task, index, text) if text is not None else (None, None)
+    for index, (question, likelihoods, grade) in enumerate(zip(asked.questions, found, grades, strict=True)):
         best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
         num_tokens = question.nums_scored[best]
         predictions.append(
             Prediction(
-                index=index, prediction=text, score=score, lenient=lenient, nll=-likelihoods[best] / num_tokens,
-                num_tokens=num_tokens, log_likelihoods=tuple(likelihoods),
+                index=index, nll=-likelihoods[best] / num_tokens, num_tokens=num_tokens, log_likelihoods=tuple(likelihoods),
+                **(_keep(grade) if grade else {"prediction": None, "score": None, "lenient": None}),
             )
         )  # fmt: skip
     return predictions
 
 
-def _grade(task: Task, index: int, text: str) -> tuple[float, float]:
-    metric, example = METRICS[task.metric], task.examples[index]
-    return metric.strict(text, example), metric.lenient(text, example)
+def _keep(grade: Grade) -> dict[str, Any]:
+    return {"prediction": grade.text, "score": grade.score, "lenient": grade.lenient}
 
 
 def _judge_choices(asked: TokenizedTask, found: list[list[float]], is_read_only: bool) -> list[Prediction]:
@@ -160,10 +171,3 @@ def rank_choices(options: Sequence[str], likelihoods: Sequence[float], bare: Seq
         options[max(range(len(options)), key=values.__getitem__)] for values in (likelihoods, per_character, raised)
     )
     return best, best_per_character, best_raised
-
-
-def cut_answer(text: str, stops: str) -> str:
-    """The text before the first of the characters, without blanks around it; the text itself where nothing stops it."""
-    if not stops:
-        return text
-    return re.split(f"[{re.escape(stops)}]", text, maxsplit=1)[0].strip()

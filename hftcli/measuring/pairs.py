@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from hftcli.data.prepare import deal_pairs
 from hftcli.data.tokens import IGNORED, Progress, ignore_progress
-from hftcli.measuring.asking import BATCH_TOKENS, Row, predict_answers
+from hftcli.measuring.asking import BATCH_TOKENS, predict_answers
+from hftcli.measuring.questions import Row
 from hftcli.runs.scores import PairScore
 
 NUM_DRAWS = 8  # tokens that the reference draws at every place of an answer, to estimate its KL to the model

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hftcli.comparing.items import compare_items
 from hftcli.data.tokens import Progress
 from hftcli.errors import ModelError
-from hftcli.measuring.asking import Row, TokenizedTask, add_ends, tokenize_task
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, read_prompts, read_texts
 from hftcli.measuring.evaluation import Drift, Evaluation, Item
 from hftcli.measuring.harness import PREFIX, HarnessTask, find_harness_tasks, score_harness
 from hftcli.measuring.judging import score_task
+from hftcli.measuring.questions import Row, TokenizedTask, add_ends, report_faults, tokenize_task
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
@@ -43,6 +43,7 @@ class Examination:
         text: file of base text; None lets the base write some.
         prompts: task or file of prompts; None measures nothing on prompts.
         dtype: data type to compute in, as torch names it.
+        is_strict: whether a right answer that no model can give is an error.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Examination:
     text: Path | None = None
     prompts: str | None = None
     dtype: str = "float32"
+    is_strict: bool = False
 
 
 def examine_model(asked: Examination, versions: dict[str, str], on_progress: OnProgress) -> tuple[Evaluation, list[Item]]:
@@ -120,11 +122,11 @@ def prepare_exam(asked: Examination) -> Exam:
     max_length = find_length(asked.max_length, [folder] if base_folder is None else [folder, base_folder])
     tokenizer = load_tokenizer(folder)
     ends = read_ends(folder)
-    own = {
-        name: add_ends(tokenize_task(load_task(name, asked.root, max_examples=asked.max_examples), max_length, tokenizer), ends)
-        for name in asked.tasks
-        if not name.startswith(PREFIX)
-    }
+    own = {}
+    for name in dict.fromkeys(name for name in asked.tasks if not name.startswith(PREFIX)):
+        task = load_task(name, asked.root, max_examples=asked.max_examples)
+        own[name] = add_ends(tokenize_task(task, max_length, tokenizer), ends, tokenizer)
+        report_faults(own[name], asked.is_strict)
     foreign = find_harness_tasks([name for name in asked.tasks if name.startswith(PREFIX)])
     texts = prompts = None
     if base_folder is not None:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic_core import PydanticCustomError
 
 from hftcli.freezing.activations import LossKernel
+from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.section import Section
 from hftcli.recipe.slurm import SlurmSection
 
@@ -362,7 +363,7 @@ class HeldOutSection(Section):
     """Use the first so many rows; null uses all."""
 
 
-class EvalSection(Section):
+class EvalSection(AskingSection):
     """What is measured before and after each round."""
 
     tasks: tuple[str, ...] = ()

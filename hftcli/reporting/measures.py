@@ -17,6 +17,10 @@ from hftcli.reporting.terminal import make_number_table, print_json, print_whole
 from hftcli.runs.scores import Score
 
 ADJUSTED_HEADINGS = ("lost, less guessing", "won, less guessing")
+ADJUSTED_NOTE = (
+    "less guessing: the questions lost and won, points of all, less what guessing at the choices would show;\n"
+    "that takes off about half of what guessing produces, not all of it"
+)
 
 
 def make_score_table(
@@ -25,13 +29,16 @@ def make_score_table(
     """Score in points and negative log-likelihood in nats per token, before and after; what became of the questions."""
     title += ": scores in points (0 to 100), nll in nats per token"
     has_choices = any(items.adjusted for items in changes.values())
+    has_faults = any(score.num_impossible for score in befores.values())
     if changes:
         title += ";\nchange with its 95 % interval; lost of those known before, won of the others; p of McNemar's exact test"
     if has_choices:
-        title += ";\nless guessing: the questions lost and won, points of all, less what guessing at the choices would show"
+        title += f";\n{ADJUSTED_NOTE}"
+    if has_faults:
+        title += ";\nno model's: questions with a right answer that would not count if a model gave it"
     table = Table(title=title, title_justify="left")
     headings = ("task", "before", "after", "change", "nll before", "nll after", *(("lost", "won", "p") if changes else ()))
-    for heading in (*headings, *(ADJUSTED_HEADINGS if has_choices else ())):
+    for heading in (*headings, *(ADJUSTED_HEADINGS if has_choices else ()), *(("no model's",) if has_faults else ())):
         table.add_column(heading, justify="left" if heading == "task" else "right", no_wrap=heading == "task")
     for name, before in befores.items():
         after, items = afters[name], changes.get(name)
@@ -41,6 +48,7 @@ def make_score_table(
         table.add_row(
             name, POINTS.show(before.score), POINTS.show(after.score), change, NATS.show(before.nll), NATS.show(after.nll),
             *(describe_transitions(items) if changes else ()), *(describe_adjusted(items) if has_choices else ()),
+            *((str(before.num_impossible),) if has_faults else ()),
         )  # fmt: skip
     return table
 
@@ -226,11 +234,13 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     if evaluation.tasks:
         print("scores in points (0 to 100), nll in nats per token:")
         names = list(dict.fromkeys(name for score in evaluation.tasks.values() for name in score.others))
-        table = make_number_table("task", "score", "lenient", *names, "nll", "questions", "seconds")
+        faults = ("no model's",) if any(score.num_impossible for score in evaluation.tasks.values()) else ()
+        table = make_number_table("task", "score", "lenient", *names, "nll", "questions", *faults, "seconds")
         for task, score in evaluation.tasks.items():
             shown = (POINTS.show(value) for value in (score.score, score.lenient, *map(score.others.get, names)))
             time_s = f"{evaluation.seconds[task]:.1f}"
-            table.add_row(Text(task), *shown, NATS.show(score.nll), str(score.num_examples), time_s)
+            impossible = (str(score.num_impossible),) if faults else ()
+            table.add_row(Text(task), *shown, NATS.show(score.nll), str(score.num_examples), *impossible, time_s)
         print_whole(table)
     if evaluation.base_tasks:
         title = f"before, {evaluation.base}, and after"

@@ -121,7 +121,7 @@ def describe_pairs(scores: PairScores) -> list[tuple[str, str, str]]:
         ),
         ("reward margin", lambda score: f"{score.reward_margin:.3f}"),
         ("chosen likelier, points", lambda score: f"{100 * score.likelihood_accuracy:.1f}"),
-        ("KL to the reference, nats/token", lambda score: f"{score.kl:.4f}"),
+        ("KL to the reference on the data's answers, nats/token", lambda score: f"{score.kl:.4f}"),
     )
     return [(name, show(scores.before), show(scores.after)) for name, show in rows]
 

@@ -45,6 +45,7 @@ from filelock import FileLock, Timeout
 
 from hftcli.errors import InputError, RecipeError
 from hftcli.freezing.selection import FreezePlan
+from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import LaunchSection
@@ -184,6 +185,12 @@ class Run:
     def last_finished(self) -> Round | None:
         """The latest round that is done; None before the first is."""
         return next((round_ for round_ in reversed(self.rounds) if round_.is_done), None)
+
+    def settle_asking(self, given: AskingSection) -> AskingSection:
+        """How the run's questions are asked: as in its first round once that is begun, so that its scores can be compared."""
+        first = next(iter(self.rounds), None)
+        is_begun = first is not None and (first.metrics_path.exists() or first.is_done)
+        return first.read_spec().scoring.asking if first is not None and is_begun else given.asking
 
     def read_manifest(self) -> Manifest:
         """What a stranger needs to repeat the run."""

@@ -21,6 +21,8 @@ class Score(Section):
     """Negative log-likelihood of the answers, nats per token; null where another program scored the task."""
     num_examples: int
     """Questions asked."""
+    num_impossible: int = 0
+    """Questions with a right answer that would not count as right if a model gave it; 0 in a file of an earlier hft."""
     others: dict[str, float] = Field(default_factory=dict)
     """By further metrics of the task, by name. Of multiple choice, the accuracy when the choices are compared by log-likelihood
     per character (`acc_norm`) and by how much the question raises it (`acc_content`)."""
@@ -47,6 +49,13 @@ class Prediction(Section):
     """Of each choice, or of each right answer where there are several, in nats; null for tasks that have neither."""
     bare_log_likelihoods: tuple[float, ...] | None = None
     """Of each choice after a prompt that asks nothing, in nats; null where there are no choices."""
+    question: str | None = None
+    """What was asked, turns of a conversation with a blank line between them; null for rows that are no task's, and in a file
+    of an earlier hft."""
+    answers: tuple[str, ...] = ()
+    """The right answers; none where `question` is null."""
+    fault: str | None = None
+    """Why a right answer would not count as right if a model gave it; null where each does."""
 
     @property
     def num_choices(self) -> int | None:
@@ -67,7 +76,8 @@ class PairScore(Section):
     likelihood_accuracy: float
     """Share of pairs whose chosen answer is the likelier one as a whole, with no reference."""
     kl: float
-    """KL(reference || model), nats per answer token, estimated from tokens that the reference draws at every place."""
+    """KL(reference || model), nats per token, at the places of the data's answers and not of what a model writes itself;
+    estimated from tokens that the reference draws at every place."""
     num_pairs: int
     """Pairs measured."""
 

@@ -5,6 +5,7 @@ from typing import Literal
 from hftcli.errors import InputError
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
+from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.section import FileSection, Section, Version
@@ -33,6 +34,8 @@ class Scoring(Section):
     """The first so many questions of each task; null asks all."""
     temperature: float = 0.0
     """Temperature at which answers are drawn; 0 takes the likeliest token at every place."""
+    asking: AskingSection = AskingSection()
+    """How the questions are asked."""
 
 
 class RoundSpec(FileSection):

@@ -31,7 +31,7 @@ class TaskSheet(Section):
     or sari."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
-    """Where an answer that has not ended is cut. Choose no fewer than the longest right answer has."""
+    """Where an answer that has not ended is cut; where a right answer would be wrong for it, as many as that has."""
 
     instruction: str = ""
     """Text with which prompts begin, and which is never cut."""

@@ -5,7 +5,8 @@ r"""Tasks of a file: multiple choice and closed-book questions, one JSON object 
 
 A task whose name ends in `.jsonl` is such a file; the keys of its first row tell which of FORMS it holds. Further keys are left
 alone. The prompts are those of lm-evaluation-harness's ARC and TriviaQA, `Question: ...\nAnswer:`, with no examples before
-them and no chat template, and an answer ends where TriviaQA ends it; but a question that has its question mark gets no second.
+them and no chat template; but a question that has its question mark gets no second, and of a closed-book answer the first line
+is kept, of which a beginning up to a full stop or comma counts.
 """
 
 import json
@@ -19,7 +20,7 @@ from hftcli.tasks.examples import Benchmark, Example, Split, Task
 
 SUFFIX = ".jsonl"
 CUE = "Answer:"
-STOPS = "\n.,"
+STOPS = "\n"
 MAX_NEW_TOKENS = 32  # answers are a few words
 
 

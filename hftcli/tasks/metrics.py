@@ -24,10 +24,15 @@ Score = Callable[[str, Example], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """Both scores of a prediction, the text without its end token, against an example; in [0, 1]."""
+    """Both scores of a prediction, the text without its end token, against an example; in [0, 1].
+
+    Attributes:
+        least: what the strict score gives to the right answer itself, at least.
+    """
 
     strict: Score
     lenient: Score
+    least: float = 1.0
 
 
 # Whole answers
@@ -35,21 +40,23 @@ class Metric:
 
 def exact_match(prediction: str, example: Example) -> float:
     """1 where the prediction is the answer to the letter, blanks and case included."""
-    return float(prediction == example.answer != "")
+    return float(prediction == example.answer)
 
 
 def first_character(prediction: str, example: Example) -> float:
-    """1 where the prediction begins with the answer's first character; 0 for an empty one."""
-    return float(prediction[:1] == example.answer[:1] != "")
+    """1 where the prediction begins with the answer's first character, or is as empty as the answer."""
+    return float(prediction[:1] == example.answer[:1])
 
 
 def normalized_match(prediction: str, example: Example) -> float:
     """Exact match but for case, ASCII punctuation and blanks, as Super-NaturalInstructions and O-LoRA count."""
-    return float(_normalize(prediction) == _normalize(example.answer) != "")
+    return float(_normalize(prediction) == _normalize(example.answer))
 
 
 def _normalize(text: str) -> str:
-    return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
+    """Small letters without punctuation, or what there is where it is nothing else."""
+    small = text.lower()
+    return " ".join(small.translate(_WITHOUT_PUNCTUATION).split()) or small.strip()
 
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -58,16 +65,22 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def match_answers(prediction: str, example: Example) -> float:
     """1 where the prediction is one of the right answers but for case, ASCII punctuation, blanks and articles.
 
-    That is lm-evaluation-harness's exact match of NQ-open (and of TriviaQA, which keeps the articles).
+    It may go on after a full stop or comma outside a number, so that "Washington, D.C. is" and "3.14" count. Otherwise that is
+    lm-evaluation-harness's exact match of NQ-open (and of TriviaQA, which keeps the articles), which cuts at the first of them.
     """
-    written = _normalize_answer(prediction)
-    return float(written != "" and written in _list_answers(example))
+    answers = _list_answers(example)
+    return float(any(_normalize_answer(part) in answers for part in _list_beginnings(prediction)))
 
 
 def contain_answers(prediction: str, example: Example) -> float:
-    """1 where one of the right answers stands in the prediction, in whole words; otherwise as `match_answers`."""
-    written = f" {_normalize_answer(prediction)} "
+    """1 where one of the right answers stands before the first full stop or comma, in whole words; or as `match_answers`."""
+    written = f" {_normalize_answer(_list_beginnings(prediction)[0])} "
     return float(any(answer != "" and f" {answer} " in written for answer in _list_answers(example)))
+
+
+def _list_beginnings(text: str) -> list[str]:
+    """A text up to each full stop or comma outside a number, and to its end."""
+    return [*(text[: stop.start()] for stop in re.finditer(r"(?<!\d)[.,]|[.,](?!\d)", text)), text]
 
 
 def _list_answers(example: Example) -> list[str]:
@@ -75,21 +88,26 @@ def _list_answers(example: Example) -> list[str]:
 
 
 def _normalize_answer(text: str) -> str:
-    return " ".join(word for word in _normalize(text).split() if word not in ("a", "an", "the"))
+    """Without its articles, unless it is nothing else."""
+    normalized = _normalize(text)
+    return " ".join(word for word in normalized.split() if word not in ("a", "an", "the")) or normalized
 
 
 # Free text
 
 
 def rouge_l(prediction: str, example: Example) -> float:
-    """F1 of the longest common subsequences, as `rouge` 1.0.1 has it at summary level; 0 where a side has no sentence.
+    """F1 of the longest common subsequences, as `rouge` 1.0.1 has it at summary level.
 
-    Sentences end at each full stop, words at blanks. Both lengths count different words, and so does the union of the common
-    subsequences. TRACE passes the prediction as the reference, which decides between subsequences of one length.
+    Where a side has no sentence it is 1 for the same text and 0 for another. Sentences end at each full stop, words at blanks.
+    Both lengths count different words, and so does the union of the common subsequences. TRACE passes the prediction as the
+    reference, which decides between subsequences of one length.
     """
     reference, hypothesis = _split_sentences(prediction), _split_sentences(example.answer)
     if not reference or not hypothesis:
-        return 0.0
+        return float(prediction == example.answer)
+    if prediction == example.answer:  # every word is common: nothing is to be looked for
+        return 2 / (2 + 1e-8)
     common = {word for one in reference for other in hypothesis for word in _find_common(one, other)}
     recall = len(common) / len({word for sentence in reference for word in sentence})
     precision = len(common) / len({word for sentence in hypothesis for word in sentence})
@@ -130,10 +148,12 @@ def edit_similarity(prediction: str, example: Example) -> float:
     """1 - insertions and deletions / both lengths, after the literals are restored; in whole hundredths, as `fuzz.ratio` is.
 
     That is `fuzz.ratio` of rapidfuzz and of fuzzywuzzy with python-Levenshtein; fuzzywuzzy alone falls back to difflib's
-    ratio, which is another number. 0 where a side is empty.
+    ratio, which is another number. 1 where both sides are empty, 0 where one is.
     """
     restored, answer = restore_literals(prediction), restore_literals(example.answer)
-    return round(100 * Indel.normalized_similarity(restored, answer)) / 100 if restored and answer else 0.0
+    return (
+        round(100 * Indel.normalized_similarity(restored, answer)) / 100 if restored and answer else float(restored == answer)
+    )
 
 
 def restore_literals(code: str) -> str:
@@ -256,8 +276,8 @@ def _take_code_line(text: str) -> str:
     return re.split(r"\n|<EOL>", text.strip(), maxsplit=1)[0].strip()
 
 
-def _make_metric(strict: Score, lenient: Score) -> Metric:
-    return Metric(strict, lambda prediction, example: max(strict(prediction, example), lenient(prediction, example)))
+def _make_metric(strict: Score, lenient: Score, least: float = 1.0) -> Metric:
+    return Metric(strict, lambda prediction, example: max(strict(prediction, example), lenient(prediction, example)), least)
 
 
 METRICS: Mapping[str, Metric] = {
@@ -267,7 +287,8 @@ METRICS: Mapping[str, Metric] = {
     "first_character": _make_metric(first_character, match_letter),
     "normalized_match": _make_metric(normalized_match, match_line),
     "closed_book": _make_metric(match_answers, contain_answers),
-    "rouge_l": _make_metric(rouge_l, _score_cleaned(rouge_l, _clean_prose)),
+    "rouge_l": _make_metric(rouge_l, _score_cleaned(rouge_l, _clean_prose), least=1 - 1e-8),
     "edit_similarity": _make_metric(edit_similarity, _score_cleaned(edit_similarity, _take_code_line)),
-    "sari": _make_metric(sari, _score_cleaned(sari, _take_paragraph)),
+    # An n-gram that the text has more often than the answer counts as deleted and, in part, as deleted wrongly.
+    "sari": _make_metric(sari, _score_cleaned(sari, _take_paragraph), least=0.95),
 }

@@ -4,7 +4,7 @@ r"""The standard streams of continual learning, of 4 and of 15 classification ta
     ["very negative", "negative", "neutral", "positive", "very positive"]                     <group>/<task>/labels.json
 
 The prompt is `<instruction of the group>Option: <labels> \n<sentence>\nAnswer:`. `dev.json` is `test.json` again in the
-released rows, and 131 test rows of MNLI have the label `-`, which nobody can say; both are left as they are.
+released rows, and 131 test rows of MNLI have the label `-`, which is no option; both are left as they are.
 """
 
 from pathlib import Path

@@ -25,7 +25,7 @@ from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
-from hftcli.measuring.asking import add_ends, hold_out, tokenize_task
+from hftcli.measuring.questions import add_ends, hold_out, report_faults, tokenize_task
 from hftcli.methods import make_methods
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
@@ -189,7 +189,9 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
             check_token_ids(held_out, tokenizer, task.num_embeddings)
             asked[HELD_OUT] = hold_out(sequences)
     ends = find_trained_ends(dataset, spec.data.max_length, tokenizer)
-    asked = {name: add_ends(questions, (*read_ends(task.start), *ends)) for name, questions in asked.items()}
+    asked = {name: add_ends(questions, (*read_ends(task.start), *ends), tokenizer) for name, questions in asked.items()}
+    for questions in asked.values():
+        report_faults(questions, spec.scoring.asking.strict)
     return Rows(dataset, report, "+".join(digests), asked, pairs, ends)
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers.trainer_utils import TrainOutput
 from trl.models import unwrap_model_for_generation
 
-from hftcli.measuring.asking import TokenizedTask
 from hftcli.measuring.judging import score_task
 from hftcli.measuring.pairs import Reading, read_pairs, score_pairs
+from hftcli.measuring.questions import TokenizedTask
 from hftcli.methods.method import Method
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.runs.scores import HELD_OUT, Moment, PairScores, Score

@@ -10,7 +10,7 @@ from trl import DPOConfig, SFTConfig
 from hftcli.freezing.activations import Network
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
-from hftcli.measuring.asking import TokenizedTask
+from hftcli.measuring.questions import TokenizedTask
 from hftcli.methods.method import Method
 from hftcli.runs.records import AnswerEnds, DataReport, FitReport
 from hftcli.runs.run import Round

@@ -9,7 +9,9 @@ from transformers import AutoTokenizer
 
 from hftcli.data.tokens import IGNORED
 from hftcli.errors import DataError
-from hftcli.measuring.asking import TokenizedTask, choose_tokens, decode_answer, generate_answers, tokenize_task
+from hftcli.measuring.asking import choose_tokens, generate_answers
+from hftcli.measuring.grading import decode_answer
+from hftcli.measuring.questions import TokenizedTask, tokenize_task
 from hftcli.tasks import Task, load_task
 from hftcli.tasks.examples import Example
 
@@ -73,12 +75,13 @@ def test_decoding_gives_the_answer_to_the_letter(name, shared):
         file = shared / "data" / "trace" / task / "test.json"
         rows += [(row["prompt"], row["answer"]) for row in json.loads(file.read_text(encoding="utf-8"))[:10]]
     asked = tokenize_task(Task("task", tuple(Example(*row) for row in rows), max_new_tokens=1), 20_000, tokenizer)
-    num_same = 0
-    for (_, answer), (ids, labels), prompt in zip(rows, asked.rows, asked.prompts, strict=True):
-        if ids[: len(prompt)] == prompt and labels[len(prompt) - 1] == IGNORED:  # else a token straddles the border
-            num_same += 1
-            assert decode_answer(prompt, ids[len(prompt) : -1], tokenizer) == answer
-    assert num_same >= len(rows) - 4
+    for (prompt, answer), (ids, _), layout in zip(rows, asked.rows, asked.layouts, strict=True):
+        assert ids[: len(layout.prompt)] == layout.prompt
+        assert prompt.endswith(layout.lead)
+        assert decode_answer(layout.prompt, ids[len(layout.prompt) : -1], tokenizer) == layout.lead + answer
+    assert asked.layouts[1].lead == " "  # of `Answer: `, whose blank is the answer's first token's
+    assert asked.layouts[0].lead == ""
+    assert not asked.faults
 
 
 def test_draws_follow_the_distribution():
@@ -93,7 +96,7 @@ def test_draws_follow_the_distribution():
 
 def test_draws_depend_on_the_question_alone(embedded, questions):
     model, tokenizer = embedded
-    some, all_ = (tokenize_task(Task("task", part, max_new_tokens=8), 256, tokenizer) for part in (questions[:5], questions))
+    some, all_ = (tokenize_task(Task("task", part, max_new_tokens=32), 256, tokenizer) for part in (questions[:5], questions))
     drawn = generate_answers(model, all_, CPU, temperature=1.0)
     assert drawn == generate_answers(model, all_, CPU, temperature=1.0)
     assert drawn[:5] == generate_answers(model, some, CPU, temperature=1.0)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from hftcli.measuring.asking import decode_answer, generate_answers, tokenize_task
+from hftcli.measuring.asking import generate_answers
+from hftcli.measuring.grading import decode_answer
 from hftcli.measuring.judging import rank_choices, score_task
+from hftcli.measuring.questions import tokenize_task
 from hftcli.tasks import Task, load_task
 from hftcli.tasks.examples import Example
 

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
 from hftcli.data.tokens import get_backend
-from hftcli.measuring.asking import find_stops, tokenize_task
-from hftcli.measuring.judging import cut_answer, score_task
+from hftcli.measuring.grading import cut_answer
+from hftcli.measuring.judging import score_task
 from hftcli.measuring.options import read_options, tokenize_questions
+from hftcli.measuring.questions import find_stops, tokenize_task
 from hftcli.tasks import Task
 from hftcli.tasks.examples import Example
 
@@ -109,7 +110,7 @@ def test_of_several_right_answers_the_best_known_counts(loaded):
         # Greedy decoding to the end of all tokens, cut as text.
         ids = tokenizer(example.prompt)["input_ids"]
         with torch.no_grad():
-            for _ in range(8):
+            for _ in range(asked.num_new_tokens):
                 token = model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()
                 if token == tokenizer.eos_token_id:
                     break

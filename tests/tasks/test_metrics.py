@@ -32,7 +32,8 @@ def score(metric: str, prediction: str, answer: str, prompt: str = "") -> tuple[
         ("exact_match", " fox", " fox", 1, 1),
         ("exact_match", "fox.\nAnswer: hen", " fox", 0, 1),
         ("exact_match", "foxes", " fox", 0, 0),
-        ("exact_match", "", "", 0, 0),
+        ("exact_match", "", "", 1, 1),
+        ("exact_match", "", "fox", 0, 0),
         ("letter", "A", "A", 1, 1),
         ("letter", "A\nBecause it is so.", "A", 0, 1),
         ("letter", " (b) hawkish", "B", 0, 1),
@@ -156,3 +157,33 @@ def test_tokens_equal_those_of_sacrebleu(shared):
     examples = load_task("trace/20Minuten", str(shared / "data" / "trace")).examples
     for text in texts + [text for example in examples for text in (example.prompt, example.answer)]:
         assert tokenize_13a(text) == tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "strict", "lenient"),
+    [
+        ("Paris. It is the capital", "Paris", 1, 1),
+        ("Washington, D.C. is", "Washington, D.C.", 1, 1),
+        ("J. K. Rowling wrote it", "J. K. Rowling", 0, 0),
+        ("J. K. Rowling, who wrote it", "J. K. Rowling", 1, 1),
+        ("3.14 or so", "3", 0, 0),
+        ("3.14", "3.14", 1, 1),
+        ("1,000", "1", 0, 0),
+        ("London, Paris", "Paris", 0, 0),
+        ("It is Paris, London", "Paris", 0, 1),
+        ("a", "A", 1, 1),
+        ("the an", "A", 0, 0),
+        ("?", "?", 1, 1),
+        ("", "A", 0, 0),
+    ],
+)
+def test_closed_books_go_on_after_full_stops(prediction, answer, strict, lenient):
+    assert score("closed_book", prediction, answer) == (strict, lenient)
+
+
+def test_empty_sides_are_equal():
+    for metric in ("rouge_l", "edit_similarity", "normalized_match", "first_character"):
+        assert score(metric, "", "")[0] == 1
+    assert score("edit_similarity", "<STR_LIT>", "<STR_LIT>")[0] == 1
+    assert score("normalized_match", "-", "-")[0] == 1
+    assert score("normalized_match", "", "-")[0] == 0

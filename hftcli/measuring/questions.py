@@ -1,0 +1,209 @@
+"""A task as tokens: its questions with their right answers, and ready to be answered.
+
+What is asked has the tokens that training shows, and every right answer is seen to count before anything is asked.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hftcli.data.chat import strip_end
+from hftcli.data.tokens import IGNORED, Layout, Tokens, get_backend, lay_out_prompts, tokenize_examples
+from hftcli.errors import DataError, ModelError
+from hftcli.measuring.grading import find_faults, find_longest
+from hftcli.measuring.options import Question, tokenize_questions
+from hftcli.runs.scores import HELD_OUT
+from hftcli.tasks.examples import Task
+
+logger = logging.getLogger(__name__)
+
+NUM_NAMED = 10  # faults that a message names
+
+Row = tuple[list[int], list[int]]  # token ids, and labels that are ids where the answer is
+
+
+@dataclass(frozen=True)
+class TokenizedTask:
+    """A task as a model meets it.
+
+    Attributes:
+        rows: the questions with their answers, laid out as in training.
+        layouts: the questions alone, with room left for an answer; none where nothing is generated.
+        num_new_tokens: where an answer that has not ended is cut; 0 where nothing is generated.
+        end_ids: tokens that end an answer.
+        questions: the questions with all that may be said, in place of `rows`; none where nothing is listed.
+        bare_questions: of multiple choice: the same after a prompt that asks nothing.
+        faults: questions, by index from 0, whose right answer no model can give, and why.
+    """
+
+    task: Task
+    rows: list[Row]
+    layouts: list[Layout]
+    num_new_tokens: int
+    end_ids: list[int]
+    questions: list[Question] = field(default_factory=list)
+    bare_questions: list[Question] = field(default_factory=list)
+    faults: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of the questions alone."""
+        return [layout.prompt for layout in self.layouts]
+
+
+def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+    """Tokenize a task's questions.
+
+    Args:
+        max_length: tokens of a plain question with its answer, be it the right one or the model's. The body is cut to it, then
+            the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most half of it.
+
+    Raises:
+        DataError: a question does not fit, even without its body.
+        ModelError: the task asks in conversations, and the tokenizer has no chat template.
+    """
+    task = _strip_ends(task, tokenizer)
+    rows: list[Row] = []
+    questions: list[Question] = []
+    bare_questions: list[Question] = []
+    end_ids = _find_eos(tokenizer)
+    if task.examples[0].options:
+        bare_rows = [(task.bare_prompt, row.options) for row in task.examples] if task.bare_prompt else []
+        questions = tokenize_questions([(row.text, row.options) for row in task.examples], max_length, tokenizer)
+        bare_questions = tokenize_questions(bare_rows, max_length, tokenizer)
+        end_ids = sorted(find_stops(task.stops, tokenizer).union(end_ids)) if task.max_new_tokens else []
+    else:
+        rows, end_ids = _tokenize_rows(task, max_length, tokenizer)
+    asked = TokenizedTask(task, rows, [], 0, end_ids, questions, bare_questions)
+    asked = _lay_out(asked, max_length, tokenizer) if task.max_new_tokens else asked
+    return replace(asked, faults=find_task_faults(asked, tokenizer))
+
+
+def _strip_ends(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task with answers that do not bring the end token themselves, as they are trained."""
+    if tokenizer.eos_token is None:
+        return task
+    examples = tuple(
+        replace(
+            example,
+            answer=strip_end(example.answer, tokenizer.eos_token),
+            options=tuple(strip_end(option, tokenizer.eos_token) for option in example.options),
+        )
+        for example in task.examples
+    )
+    return replace(task, examples=examples)
+
+
+def _tokenize_rows(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[int]]:
+    """The questions with their answers, and the tokens that end these."""
+    try:
+        tokens, _ = tokenize_examples(task.examples, task.cut, max_length, tokenizer)
+    except ModelError as error:
+        raise ModelError(f"task {task.name}: {error.message}", error.fix) from None
+    rows = []
+    for number, (example, (ids, labels)) in enumerate(zip(task.examples, tokens, strict=True), start=1):
+        length = max_length if isinstance(example.prompt, str) else len(ids)
+        if (labels[:length] == IGNORED).all():
+            raise _describe_overlong(task, number, f"is longer than data.max_length, {max_length} tokens")
+        rows.append((ids[:length], labels[:length].tolist()))
+    return rows, find_ends(tokens, tokenizer)
+
+
+def _lay_out(asked: TokenizedTask, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+    """With the questions alone, and as many tokens for an answer as the right ones need."""
+    task, most = asked.task, max_length // 2
+    num_new_tokens = min(task.max_new_tokens or 0, most)
+    layouts = lay_out_prompts(task.examples, task.cut, max_length - num_new_tokens, tokenizer)
+    longest = min(find_longest(task, layouts, asked.end_ids, num_new_tokens, tokenizer), most)
+    if longest > num_new_tokens:
+        logger.warning(
+            "%s: answers are cut at %d tokens, as many as the right ones have, and not at %d",
+            task.name, longest, num_new_tokens,
+        )  # fmt: skip
+        num_new_tokens = longest
+        layouts = lay_out_prompts(task.examples, task.cut, max_length - num_new_tokens, tokenizer)
+    elif num_new_tokens < (task.max_new_tokens or 0):
+        logger.warning(
+            "%s: answers are cut at %d tokens, half of data.max_length, and not at %d",
+            task.name, num_new_tokens, task.max_new_tokens,
+        )  # fmt: skip
+    room = max_length - num_new_tokens
+    for number, layout in enumerate(layouts, start=1):
+        if len(layout.prompt) > room:
+            fault = f"has {len(layout.prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
+            raise _describe_overlong(task, number, fault)
+    return replace(asked, layouts=layouts, num_new_tokens=num_new_tokens)
+
+
+def find_task_faults(asked: TokenizedTask, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Questions of a task, by index from 0, whose right answer would not count if a model gave it, and why."""
+    faults = find_faults(asked.task, asked.layouts, asked.end_ids, asked.num_new_tokens, tokenizer) if asked.layouts else {}
+    for index, (example, question) in enumerate(zip(asked.task.examples, asked.questions, strict=False)):
+        if asked.bare_questions:
+            right = question.options[example.options.index(example.answer)]
+            same = {option for option, ids in zip(example.options, question.options, strict=True) if ids == right}
+            if len(same) > 1:
+                faults[index] = "another choice has the same tokens as the right one"
+    return faults
+
+
+def add_ends(asked: TokenizedTask, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+    """A task whose answers end at a checkpoint's own ends too."""
+    end_ids = sorted({*asked.end_ids, *ends})
+    if not asked.num_new_tokens or end_ids == asked.end_ids:
+        return asked
+    asked = replace(asked, end_ids=end_ids)
+    return replace(asked, faults=find_task_faults(asked, tokenizer))
+
+
+def report_faults(asked: TokenizedTask, is_strict: bool) -> None:
+    """Name the questions whose right answer no model can give.
+
+    Raises:
+        DataError: there are some, and `is_strict`.
+    """
+    if not asked.faults:
+        return
+    named = "; ".join(f"question {index + 1}: {fault}" for index, fault in list(asked.faults.items())[:NUM_NAMED])
+    more = "" if len(asked.faults) <= NUM_NAMED else "; and so on"
+    message = (
+        f"task {asked.task.name}: {len(asked.faults)} of {len(asked.task.examples)} questions have a right answer that does "
+        f"not count as right: {named}{more}"
+    )
+    if is_strict:
+        raise DataError(message, "mend these rows, or ask without strict")
+    logger.warning(message)
+
+
+def hold_out(rows: Dataset) -> TokenizedTask:
+    """Rows, as `prepare_dataset` gives them, as a task of which only the likelihood of the trained tokens is measured."""
+    pairs = list(zip(rows["input_ids"], rows["labels"], strict=True))
+    return TokenizedTask(Task(HELD_OUT, examples=()), pairs, layouts=[], num_new_tokens=0, end_ids=[])
+
+
+def find_stops(characters: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens with one of the characters, and nothing but blanks before it that would be lost where the token ends an answer."""
+    if not characters:
+        return set()
+    backend, stop = get_backend(tokenizer), re.compile(rf"\s*[{re.escape(characters)}]")
+    return {token for token in range(backend.get_vocab_size()) if stop.match(backend.decode([token]))}
+
+
+def _describe_overlong(task: Task, number: int, fault: str) -> DataError:
+    return DataError(f"task {task.name}: question {number}, even without its body, {fault}", "raise data.max_length")
+
+
+def find_ends(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token, and what ends an answer in training where that is a special token too."""
+    _, labels = rows[0]
+    last = int(labels[labels != IGNORED][-1])
+    special = {last} & set(tokenizer.get_added_vocab().values())
+    return sorted(special.union(_find_eos(tokenizer)))
+
+
+def _find_eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
