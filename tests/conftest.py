@@ -47,7 +47,7 @@ def shared() -> Path:
 
 
 def run_forked(command: list[str]) -> subprocess.CompletedProcess:
-    """A command in a copy of this process, which has imported what the command needs: seconds less for each that opens rows or weights."""
+    """A command in a copy of this process, which has imported what the command needs: seconds less each."""
     import hftcli.models.arithmetic
     import hftcli.training.outlook  # noqa: F401
 

@@ -136,10 +136,14 @@ class Adapters:
     rank: int
     has_dropout: bool = False
 
+    def list_shapes(self, units: Iterable[Unit], trained: Collection[str]) -> list[tuple[int, int]]:
+        """The factors' shapes."""
+        shapes = [parameter.shape for unit in units for parameter in unit.parameters if parameter.name in trained]
+        return [one for shape in shapes if len(shape) == 2 for one in ((self.rank, shape[1]), (shape[0], self.rank))]
+
     def count_weights(self, units: Iterable[Unit], trained: Collection[str]) -> int:
         """The factors' weights."""
-        shapes = [parameter.shape for unit in units for parameter in unit.parameters if parameter.name in trained]
-        return self.rank * sum(sum(shape) for shape in shapes if len(shape) == 2)
+        return sum(rows * columns for rows, columns in self.list_shapes(units, trained))
 
 
 @dataclass(frozen=True, eq=False)

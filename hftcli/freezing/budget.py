@@ -1,17 +1,20 @@
 """What a freeze plan costs: the bytes that each device holds, and the FLOPs of a token.
 
-Weights, gradients, AdamW's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
+Weights, gradients, the optimizer's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
 5): with mixed precision, a weight that trains costs 16 bytes, and each stage of ZeRO spreads one more part of them over the
 devices. A frozen weight costs only itself: no gradient, no moments and no float32 master. Activations are those of
 `passes.py`, for the micro-batch that the budget names.
 """
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload
 from hftcli.freezing.passes import count_activations
+from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
+from hftcli.freezing.states import STATE_FORMS, StateForm
 
 Precision = Literal["float32", "mixed"]
 ReferenceMode = Literal["precompute", "shared", "full"]
@@ -115,6 +118,7 @@ class Budget:
         on_gpu: whether the devices are GPUs.
         offload: what trains is kept and updated in host memory.
         num_accumulation_steps: micro-batches of a step.
+        optimizer: what the optimizer keeps of a tensor.
     """
 
     plan: FreezePlan
@@ -129,6 +133,7 @@ class Budget:
     on_gpu: bool = True
     offload: bool = False
     num_accumulation_steps: int = 1
+    optimizer: StateForm = STATE_FORMS["adamw_torch_fused"]
 
     @property
     def host(self) -> HostWork | None:
@@ -151,10 +156,13 @@ class Budget:
     @property
     def half(self) -> Memory:
         """What the plan costs."""
-        step = self.half_step
+        units, trained, step = self.network.units, frozenset(self.plan.trained), self.half_step
         if self.adapters is None:
-            return self._estimate(self.plan.num_trainable, self.reference, step)
-        return self._estimate(self.num_adapter_weights, self.reference, step, num_frozen=self.plan.num_parameters)
+            num_bytes = self._count_states(list_shapes(units, trained), self.plan.num_trainable)
+            return self._estimate(self.plan.num_trainable, self.reference, step, num_bytes)
+        shapes = [(shape, False) for shape in self.adapters.list_shapes(units, trained)]
+        num_bytes = self._count_states(shapes, self.num_adapter_weights)
+        return self._estimate(self.num_adapter_weights, self.reference, step, num_bytes, num_frozen=self.plan.num_parameters)
 
     @property
     def num_adapter_weights(self) -> int:
@@ -164,7 +172,9 @@ class Budget:
     @property
     def full(self) -> Memory:
         """What it would cost to train every weight, with a second model where DPO needs a reference."""
-        return self._estimate(self.plan.num_parameters, self.reference and "full", self.full_step)
+        shapes = list_shapes(self.network.units, frozenset((*self.plan.trained, *self.plan.frozen)))
+        num_bytes = self._count_states(shapes, self.plan.num_parameters)
+        return self._estimate(self.plan.num_parameters, self.reference and "full", self.full_step, num_bytes)
 
     @property
     def half_step(self) -> tuple[Activations, Flops] | None:
@@ -179,8 +189,14 @@ class Budget:
     def _count(self, trained: tuple[str, ...], adapters: Adapters | None = None) -> tuple[Activations, Flops] | None:
         return count_activations(self.network, frozenset(trained), self.work, adapters)
 
+    def _count_states(self, shapes: Iterable[tuple[tuple[int, ...], bool]], num_trainable: int) -> int:
+        """Bytes of the optimizer's state before it is spread. DeepSpeed lays the tensors of what trains end to end."""
+        if self.num_processes > 1 and (self.precision == "mixed" or self.zero_stage > 0):
+            return self.optimizer.count_bytes((num_trainable,))
+        return sum(self.optimizer.count_bytes(shape, is_embedding) for shape, is_embedding in shapes)
+
     def _estimate(
-        self, num_trainable: int, reference: ReferenceMode | None, step: tuple[Activations, Flops] | None,
+        self, num_trainable: int, reference: ReferenceMode | None, step: tuple[Activations, Flops] | None, state_bytes: int,
         num_frozen: int | None = None,
     ) -> Memory:  # fmt: skip
         states = estimate_memory(
@@ -190,6 +206,7 @@ class Budget:
             num_processes=self.num_processes,
             zero_stage=self.zero_stage,
             reference=reference,
+            state_bytes=state_bytes,
         )
         if self.offload:
             states = self._offload(states)
@@ -227,6 +244,16 @@ class Budget:
         return bucket + gathered
 
 
+def list_shapes(units: Iterable[Unit], trained: Collection[str]) -> list[tuple[tuple[int, ...], bool]]:
+    """The shapes of what trains, and whether each is of the embeddings."""
+    return [
+        (parameter.shape, unit.role == "embedding")
+        for unit in units
+        for parameter in unit.parameters
+        if parameter.name in trained
+    ]
+
+
 def estimate_memory(
     num_parameters: int,
     num_trainable: int,
@@ -235,8 +262,9 @@ def estimate_memory(
     num_processes: int,
     zero_stage: int,
     reference: ReferenceMode | None = None,
+    state_bytes: int | None = None,
 ) -> Memory:
-    """Bytes on each device for training with AdamW.
+    """Bytes on each device.
 
     Full fine-tuning is the same question with `num_trainable` equal to `num_parameters`.
 
@@ -248,16 +276,18 @@ def estimate_memory(
             weights; on one device a weight that trains is its own master.
         zero_stage: what DeepSpeed spreads over the devices: 1 the optimizer's state, 2 also gradients, 3 also weights.
         reference: DPO's: a copy of what trains (`shared`), a second model (`full`), or some bytes a pair (`precompute`).
+        state_bytes: of the optimizer, on all devices together; AdamW's, 8 bytes a weight, unless given.
     """
     num_frozen = num_parameters - num_trainable
+    state = 8 * num_trainable if state_bytes is None else state_bytes
     if precision == "float32":
         # From stage 1 on, DeepSpeed keeps a master of its own even of float32 weights.
-        optimizer = (12 if num_processes > 1 and zero_stage > 0 else 8) * num_trainable
+        optimizer = state + (4 * num_trainable if num_processes > 1 and zero_stage > 0 else 0)
         weights, gradients = 4 * num_parameters, 4 * num_trainable
     elif num_processes == 1:
-        weights, gradients, optimizer = 2 * num_frozen + 4 * num_trainable, 4 * num_trainable, 8 * num_trainable
+        weights, gradients, optimizer = 2 * num_frozen + 4 * num_trainable, 4 * num_trainable, state
     else:
-        weights, gradients, optimizer = 2 * num_parameters, 2 * num_trainable, 12 * num_trainable
+        weights, gradients, optimizer = 2 * num_parameters, 2 * num_trainable, 4 * num_trainable + state
 
     def share(num_bytes: int, first_stage: int) -> int:
         """One device's part, rounded up, where the stage spreads it."""

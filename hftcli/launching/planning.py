@@ -8,6 +8,7 @@ from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters, Arithmetic, Attention, LossKernel, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.selection import FreezePlan
+from hftcli.freezing.states import find_form
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import TrainSection
 from hftcli.runs.records import FitReport
@@ -39,6 +40,7 @@ def make_budget(
         on_gpu=has_gpu,
         offload=source.launch.offload == "optimizer",
         num_accumulation_steps=-(-source.train.global_batch_size // (source.train.per_device_train_batch_size * num_processes)),
+        optimizer=find_form(source.train.extra.get("optim", "adamw_torch_fused"), source.train.extra.get("optim_args")),
     )
 
 

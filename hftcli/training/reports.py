@@ -137,8 +137,17 @@ def measure_optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the optimizer's moments on this process; DeepSpeed's own optimizers wrap the one that holds them."""
     while not isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
+    values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    parts = [part for value in values for part in list_parts(value) if part.dim() > 0]
+    return sum({part.data_ptr(): part.nbytes for part in parts}.values())  # tables of codes are held in common
+
+
+def list_parts(value: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a tensor: its codes and scales where it is a quantised one of torchao's."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in list_parts(getattr(value, name))]
 
 
 def measure_peak_memory() -> int:
