@@ -186,12 +186,11 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
         check_disk,
         check_hosts,
         check_launcher,
-        check_memory,
         check_ops,
         check_packages,
         find_existing,
-        share_memory,
     )
+    from hftcli.doctor.memory import check_host, check_memory, share_memory
     from hftcli.launching.command import resolve_launch
     from hftcli.launching.hosts import read_hostfile
 
@@ -228,8 +227,11 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
         num_rounds = runners.count_rounds(recipe)
     except InputError as error:
         return [*findings, Finding("tasks", "fault", error.message, error.fix)]
+    rank_bytes = share_memory(resolved, reports)
+    host = check_host(budget, resolved, rank_bytes)
     return [
         *findings,
         check_disk(recipe, Path(start.path), budget.plan, resolved.num_ranks, num_rounds),
-        check_memory(budget, share_memory(resolved, reports)),
+        check_memory(budget, rank_bytes),
+        *([host] if host is not None else []),
     ]

@@ -20,6 +20,7 @@ from hftcli.commands.options import (
     check_place,
     read_recipe,
 )
+from hftcli.errors import InputError
 
 if TYPE_CHECKING:
     from hftcli.recipe.recipe import Recipe
@@ -155,3 +156,6 @@ def _foresee(run: "Run", recipe: "Recipe") -> None:
     with show_counts() as on_progress:
         outlooks, findings = foresee_run(recipe, run, on_progress)
     print_outlooks(outlooks, {round_.name: round_.read_spec() for round_ in run.rounds}, findings)
+    for finding in findings:
+        if finding.status == "fault":
+            raise InputError(f"{finding.check}: {finding.message}", finding.fix)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,6 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 
 from hftcli import __version__
-from hftcli.freezing.budget import Budget
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.cluster import make_ssh_command
 from hftcli.launching.command import count_gpus
@@ -37,7 +36,7 @@ from hftcli.runs.records import DELTA_NAME, DeltaRecord
 HOST_SECONDS = 30.0  # for a host to answer
 ALIKE = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets")  # the same on every host
 MIN_SHARED_MEMORY_BYTES = 512 * 2**20  # below this, NCCL between the GPUs of a machine may fail
-MAX_FILLED_FRACTION = 0.8  # of a device, where activations are not counted and need the rest; of a disk
+MAX_FILLED_FRACTION = 0.8  # of a disk
 
 Status = Literal["ok", "warning", "fault"]
 
@@ -311,77 +310,9 @@ def find_existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
-def check_memory(budget: Budget, rank_bytes: int | None) -> Finding:
-    """What the recipe's next round holds on each device, against what the device has.
-
-    Args:
-        rank_bytes: memory that one rank has to itself, on the smallest device; None where the devices cannot be seen from
-            here.
-    """
-    memory = budget.half
-    message = f"a round takes {memory.total_bytes / 1e9:,.2f} GB on each of {budget.num_processes} devices"
-    if budget.half_step is None:
-        message += ", and activations, which are not counted for this model"
-    if rank_bytes is None:
-        return Finding("memory", "ok", f"{message}; the devices cannot be seen from here")
-    message += f"; there are {rank_bytes / 1e9:,.2f} GB"
-    if has_room(budget, rank_bytes):
-        return Finding("memory", "ok", message)
-    status: Status = "fault" if memory.total_bytes > rank_bytes else "warning"
-    return Finding("memory", status, message, suggest_launch(budget, rank_bytes))
-
-
-def has_room(budget: Budget, rank_bytes: int) -> bool:
-    """Whether a round surely fits; where activations are not counted, whether it leaves them room."""
-    if budget.half_step is None:
-        return budget.half.total_bytes <= MAX_FILLED_FRACTION * rank_bytes
-    return budget.half.high_bytes <= rank_bytes
-
-
-def suggest_launch(budget: Budget, rank_bytes: int) -> str:
-    """The smallest change with which a round surely fits, by the same count that refused it."""
-    changes: list[tuple[str, Budget]] = []
-    if budget.reference in ("shared", "full"):
-        changes.append(("reference: precompute", replace(budget, reference="precompute")))
-    if budget.half_step is not None:
-        fitted = replace(budget, work=replace(budget.work, num_sequences=2 if budget.reference else 1, checkpoint_every=1))
-        changes.append(("train.fit: auto, which takes a micro-batch and activation checkpointing that fit", fitted))
-        budget = fitted
-    if budget.num_processes > 1:
-        changes += [
-            (f"launch.zero_stage: {stage}", replace(budget, zero_stage=stage)) for stage in range(budget.zero_stage + 1, 4)
-        ]
-    for factor in (2**power for power in range(1, 11)):
-        reference = budget.reference and "precompute"
-        wider = replace(budget, num_processes=budget.num_processes * factor, zero_stage=3, reference=reference)
-        changes.append((f"{wider.num_processes} devices at launch.zero_stage: 3", wider))
-    for words, changed in changes:
-        if has_room(changed, rank_bytes):
-            return f"{words} ({changed.half.total_bytes / 1e9:,.2f} GB on each)"
-    return "a smaller model"
-
-
 def find_versions() -> dict[str, str]:
     """What must be the same on every host, by name: hft and what computes."""
     return {"hft": __version__, **{name: find_version(name) or "missing" for name in ALIKE}}
-
-
-def share_memory(launch: LaunchSection, reports: Iterable[HostReport]) -> int | None:
-    """Bytes that a rank has to itself: a GPU's, or its part of a machine without one; None for machines not seen from here.
-
-    Args:
-        launch: resolved.
-        reports: the hosts' words, where the launch has hosts.
-    """
-    num_nodes, num_processes = launch.shape
-    if launch.hostfile:
-        machines = [(report.num_gpus, report.device_bytes) for report in reports]
-    elif launch.slurm or num_nodes > 1:
-        machines = []
-    else:
-        machines = [(count_gpus(), measure_device_bytes())]
-    parts = [num_bytes if num_gpus else math.floor(num_bytes / num_processes) for num_gpus, num_bytes in machines]
-    return min(parts, default=None)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The bytes of an optimizer's state, by its name in `train.optim`, for each tensor that trains.
 
-The forms are those of torch, transformers (Adafactor), bitsandbytes 0.50 and torchao 0.18: `tests/freezing/test_states.py` holds
-them against the optimizers that are installed.
+The forms are those of torch, transformers (Adafactor), bitsandbytes 0.50 and torchao 0.18: `tests/freezing/test_states.py`
+holds them against the optimizers that are installed.
 """
 
 import math

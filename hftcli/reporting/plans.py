@@ -44,6 +44,10 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
     console.print(_make_memory_table(budget))
     if (host := budget.host) is not None:
         console.print(_describe_host(host), highlight=False, soft_wrap=True)
+    if budget.optimizer.is_paged:
+        console.print(
+            "The optimizer's state is paged: where the device is full, the driver moves it to the host.", highlight=False
+        )
     if budget.half_step is None:
         console.print(
             f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.",

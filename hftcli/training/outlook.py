@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from transformers import get_scheduler
 
-from hftcli.doctor.doctor import Finding, check_disk, check_memory, share_memory
+from hftcli.doctor.doctor import Finding, check_disk
+from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
 from hftcli.launching.planning import make_budget
 from hftcli.models.device import is_mixed, is_sharded
@@ -122,4 +123,5 @@ def foresee_run(
     budget = make_budget(task.spec, task.network, task.plan, launch.num_ranks, is_mixed(task.spec), torch.cuda.is_available())
     rank_bytes = None if launch.hostfile else share_memory(launch, [])
     disk = check_disk(recipe, task.start, task.plan, launch.num_ranks, len(specs))
-    return outlooks, [check_memory(budget, rank_bytes), disk]
+    found = (check_memory(budget, rank_bytes), check_host(budget, launch, rank_bytes), disk)
+    return outlooks, [finding for finding in found if finding is not None]

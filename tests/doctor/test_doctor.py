@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,13 @@ from hftcli.doctor.doctor import (
     check_disk,
     check_hosts,
     check_launcher,
-    check_memory,
     check_packages,
     count_checkpoint_bytes,
     count_step_bytes,
     judge_disk,
     judge_host,
-    share_memory,
-    suggest_launch,
 )
-from hftcli.freezing.activations import Network, Workload
-from hftcli.freezing.budget import Budget
-from hftcli.freezing.roles import Parameter, Unit, assign_roles
+from hftcli.freezing.roles import Parameter, Unit
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
 from hftcli.launching.hosts import Host
 from hftcli.recipe.loading import load_recipe
@@ -38,20 +32,6 @@ from hftcli.recipe.slurm import SlurmSection
 from hftcli.runners import count_rounds
 from hftcli.runs.files import write_model
 from hftcli.runs.records import CheckpointIdentity, DeltaRecord
-
-
-def make_llama(num_layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> list[Parameter]:
-    """The parameters of a Llama, untied."""
-    shapes = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
-    for index in range(num_layers):
-        layer = f"model.layers.{index}"
-        shapes |= {f"{layer}.self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
-        shapes |= {f"{layer}.self_attn.{name}_proj": (keys, hidden) for name in "kv"}
-        shapes |= {f"{layer}.mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
-        shapes |= {f"{layer}.mlp.down_proj": (hidden, inner)}
-        shapes |= {f"{layer}.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
-    return [Parameter(f"{name}.weight", shape) for name, shape in shapes.items()]
-
 
 HOST = Host("worker-1", 8, "hosts:2")
 REPORT = HostReport(versions={"hft": "1", "torch": "2"}, num_gpus=8, device_bytes=80 * 10**9, sees_file=True)
@@ -200,55 +180,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, plan):
     recipe = load_recipe(None, ["output=/proc/run"])
     assert check_disk(recipe, tmp_path, plan, 1, 1).status == "fault"
     assert check_disk(load_recipe(None, [f"output={tmp_path}/a/b"]), tmp_path, plan, 1, 1).status == "ok"
-
-
-@pytest.fixture
-def budget() -> Budget:
-    units = [
-        Unit("model.norm", "final_norm", None, (Parameter("model.norm.weight", (400,)),)),
-        Unit("lm_head", "head", None, (Parameter("lm_head.weight", (20, 30)),)),
-    ]
-    return Budget(
-        make_plan(units, FreezeRule(head="freeze"), 0), precision="mixed", num_processes=8, zero_stage=2,
-        network=Network("not counted", units, 1), work=Workload(1, 8),
-    )  # fmt: skip
-
-
-def test_what_does_not_fit_comes_with_the_smallest_change_that_does(budget):
-    # By hand: ZeRO 2 takes 2000 + 100 + 600 = 2700 bytes on each of 8 devices, ZeRO 3 takes 250 + 100 + 600 = 950.
-    assert check_memory(budget, 10_000).status == "ok"
-    assert check_memory(budget, 3000).status == "warning"
-    found = check_memory(budget, 2000)
-    assert (found.status, found.fix) == ("fault", "launch.zero_stage: 3 (0.00 GB on each)")
-    assert suggest_launch(budget, 900).startswith("16 devices at launch.zero_stage: 3")
-    assert suggest_launch(budget, 1) == "a smaller model"
-    assert suggest_launch(replace(budget, reference="full"), 3500).startswith("reference: precompute")
-    assert "cannot be seen from here" in check_memory(budget, None).message
-
-
-def test_a_smaller_micro_batch_is_proposed_where_activations_are_what_is_too_large():
-    units = assign_roles("llama", make_llama(num_layers=2, hidden=64, inner=128, keys=64, vocabulary=100))
-    budget = Budget(
-        make_plan(units, FreezeRule(), 0), precision="float32", num_processes=1, zero_stage=2,
-        network=Network("llama", units, 4), work=Workload(64, 512),
-    )  # fmt: skip
-    least = replace(budget, work=Workload(1, 512, checkpoint_every=1)).half.high_bytes
-    assert check_memory(budget, budget.half.high_bytes).status == "ok"
-    assert check_memory(budget, budget.half.total_bytes).status == "warning"
-    found = check_memory(budget, least)
-    assert found.status == "fault"
-    assert found.fix.startswith("train.fit: auto")
-    assert not suggest_launch(budget, least - 1).startswith("train.fit: auto")
-
-
-def test_memory_of_a_rank(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert share_memory(LaunchSection(num_nodes=1, num_processes=2), []) == machine // 2
-    hosts = LaunchSection(hostfile="hosts", num_nodes=2, num_processes=8)
-    assert share_memory(hosts, [REPORT, REPORT.model_copy(update={"device_bytes": 40})]) == 40
-    assert share_memory(hosts, [REPORT.model_copy(update={"num_gpus": 0, "device_bytes": 80})]) == 10
-    assert share_memory(LaunchSection(slurm=SlurmSection(), num_nodes=2, num_processes=8), []) is None
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from freezing.shapes import make_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
@@ -13,7 +14,7 @@ from hftcli import PACKAGE
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import estimate_memory
 from hftcli.freezing.passes import count_activations
-from hftcli.freezing.roles import Parameter, assign_roles
+from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
 from hftcli.models.checkpoint import freeze_model, halve_frozen
 from hftcli.models.description import describe_model
@@ -116,19 +117,6 @@ def test_activations_of_a_layer_by_hand():
         Network("llama", units, 2), {p.name for u in units for p in u.parameters}, replace(work, checkpoint_every=1)
     )[1]
     assert again.recompute == head + 2 * weights + scores - 2 * 8 * 24  # all but the last multiplication
-
-
-def make_llama(num_layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> list[Parameter]:
-    shapes = {"model.embed_tokens": (vocabulary, hidden)}
-    for index in range(num_layers):
-        layer = f"model.layers.{index}"
-        shapes |= {f"{layer}.self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
-        shapes |= {f"{layer}.self_attn.{name}_proj": (keys, hidden) for name in "kv"}
-        shapes |= {f"{layer}.mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
-        shapes |= {f"{layer}.mlp.down_proj": (hidden, inner)}
-        shapes |= {f"{layer}.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
-    shapes |= {"model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
-    return [Parameter(f"{name}.weight", shape) for name, shape in shapes.items()]
 
 
 def test_flops_of_llama_2_7b():

@@ -1,6 +1,5 @@
 """The bytes of optimizers' states, beside what the optimizers themselves hold after a step."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -96,9 +95,3 @@ def test_a_plan_counts_its_optimizer(monkeypatch):
     assert small.half.weights_bytes == budget.half.weights_bytes
     spread = Budget(**{**small.__dict__, "num_processes": 8, "zero_stage": 2})
     assert spread.half.optimizer_bytes == pytest.approx((4 + 2 * (1 + 4 / 256)) * budget.plan.num_trainable / 8, rel=1e-3)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_a_missing_package_is_refused_by_name(hft, settings):
-    shown = hft("plan", "--recipe", "tinyworld", *settings({"train.optim": "paged_adamw_8bit"}), code=2).stderr
-    assert "bitsandbytes" in shown
