@@ -1,0 +1,164 @@
+"""The commands that talk to a model: `hft chat`, `hft generate`."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hftcli.commands.options import Dtype
+from hftcli.errors import InputError
+
+if TYPE_CHECKING:
+    from hftcli.measuring.talking import Manner, Message, Speaker
+
+app = typer.Typer()
+
+START = "start"
+HELP = "/new begins again, /quit ends; Ctrl-C stops an answer, Ctrl-D ends"
+
+ModelArgument = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a folder with a config.json, or a hub id.")]
+LengthOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where an answer that has not ended is cut.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
+TopOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the likeliest of so much probability.")]
+SystemOption = Annotated[str | None, typer.Option("--system", help="A system prompt.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Data type to compute in.")]
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    beside: Annotated[
+        str | None, typer.Option("--beside", help=f"Another model that answers too; `{START}` is what the run started from.")
+    ] = None,
+    system: SystemOption = None,
+    max_new_tokens: LengthOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopOption = 1.0,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Talk to a model; with --beside, to another one at the same time, such as what it was before training."""
+    from hftcli.runners import resolve_subject
+
+    subject = resolve_subject(model)
+    if beside == START and subject.base is None:
+        raise InputError(f"--beside {START}: {model} is no run, and does not say what it started from", "name the model")
+    paths = {"model": subject.path}
+    if beside is not None:
+        paths = {"before" if beside == START else "beside": _resolve_beside(beside, subject.base), **paths}
+
+    from hftcli.measuring.talking import Manner, Speaker
+
+    speakers = {name: Speaker(path, dtype, needs_template=True) for name, path in paths.items()}
+    print(HELP, file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it stops an answer, not the command
+    talk(speakers, Manner(max_new_tokens, temperature, top_p), system)
+
+
+def _resolve_beside(beside: str, base: str | None) -> str:
+    from hftcli.runners import resolve_subject
+
+    return str(base) if beside == START else resolve_subject(beside).path
+
+
+def talk(speakers: "dict[str, Speaker]", manner: "Manner", system: str | None) -> None:
+    """Read messages and have every model answer each, in a conversation of its own."""
+    opening: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    told: dict[str, list[Message]] = {name: list(opening) for name in speakers}
+    while True:
+        try:
+            said = _read_message()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if said == "/quit":
+            return
+        if said == "/new":
+            told = {name: list(opening) for name in speakers}
+            continue
+        if not said.strip():
+            continue
+        for name, speaker in speakers.items():
+            _answer(name if len(speakers) > 1 else "", speaker, told[name], said, manner)
+
+
+def _read_message() -> str:
+    """A line from the terminal, with its editing and its history; several, where they were pasted at once."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):  # not on every platform
+        import readline  # noqa: F401
+    return input("> ")
+
+
+def _answer(label: str, speaker: "Speaker", told: "list[Message]", said: str, manner: "Manner") -> None:
+    told.append({"role": "user", "content": said})
+    if label:
+        print(f"[{label}] ", end="", flush=True)
+    try:
+        answer, num_left_out = speaker.answer(told, manner, lambda text: print(text, end="", flush=True))
+    except InputError as error:
+        told.pop()
+        print(f"hft: {error.message}; {error.fix}", file=sys.stderr)
+        return
+    print()
+    if num_left_out:
+        print(f"(the oldest {num_left_out} messages had no room and were left out)", file=sys.stderr)
+        first = len(told) > 0 and told[0]["role"] == "system"
+        del told[first : first + num_left_out]
+    if answer:
+        told.append({"role": "assistant", "content": answer})
+    else:
+        told.pop()
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[
+        str, typer.Option("--prompts", help='A file with a prompt on each line, as text or {"prompt": "..."}; - reads them.')
+    ],
+    output: Annotated[Path | None, typer.Option("--output", help="FILE.jsonl in place of the terminal.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Ask through the chat template; on where the model has one.")
+    ] = None,
+    system: SystemOption = None,
+    max_new_tokens: LengthOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopOption = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn at a temperature.")] = 0,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Answer prompts, one on each line of a file.
+
+    What is written has {"prompt", "answer"} on each line.
+    """
+    from hftcli.runners import resolve_subject
+
+    subject = resolve_subject(model)
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}", "make it, or give another")
+
+    from hftcli.measuring.talking import Manner, Speaker, encode_prompts, read_prompt_lines, read_prompts_from
+    from hftcli.reporting.progress import show_counts
+    from hftcli.runs.files import write_text
+
+    rows = read_prompt_lines(sys.stdin, "standard input") if prompts == "-" else read_prompts_from(Path(prompts))
+    speaker = Speaker(subject.path, dtype)
+    encoded = encode_prompts(speaker, rows, chat, system)
+    with show_counts() as on_progress:
+        answers = speaker.complete(
+            encoded, Manner(max_new_tokens, temperature, top_p, seed), lambda done, total: on_progress("prompts", done, total)
+        )
+    text = "".join(
+        json.dumps({**row, "answer": answer}, ensure_ascii=False) + "\n" for row, answer in zip(rows, answers, strict=True)
+    )
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text)
