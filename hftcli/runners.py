@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hftcli import PACKAGE, __version__
-from hftcli.comparing.forgetting import ForgettingMatrix
+from hftcli.comparing.forgetting import ForgettingMatrix, assemble_matrix, shorten_task
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
@@ -36,7 +36,7 @@ from hftcli.runs.files import write_model
 from hftcli.runs.history import read_history
 from hftcli.runs.records import Manifest, RoundResult
 from hftcli.runs.run import Round, Run
-from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring
+from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring, split_tasks
 from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence
 from hftcli.tasks.check import check_sequence
 
@@ -103,7 +103,9 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
             max_examples=recipe.eval.max_examples,
             temperature=recipe.eval.temperature or 0.0,
             asking=run.settle_asking(recipe.eval),
+            **split_tasks(recipe),
         ),
+        stop=recipe.stop,
         dpo=recipe.dpo,
         reference=recipe.reference,
         held_out=make_held_out_section(recipe),
@@ -159,7 +161,9 @@ def prepare_continual(recipe: Recipe) -> Run:
                 max_examples=recipe.eval.max_examples,
                 temperature=temperature,
                 asking=run.settle_asking(recipe.eval),
+                **split_tasks(recipe, task, sequence.tasks[:place], sequence.tasks),
             ),
+            stop=recipe.stop,
         )
         check_offload(spec)
         check_method(spec)
@@ -187,34 +191,6 @@ def finish_continual(run: Run, on_progress: Callable[[Round, Progress], None]) -
         draw_matrix(matrix, run.figures / "forgetting.svg")
         write_page(run, run.page_path)
     return matrix
-
-
-def assemble_matrix(run: Run) -> ForgettingMatrix:
-    """What the finished rounds of a continual run scored: row 0 before any training, then a row for each."""
-    specs = [round_.read_spec() for round_ in run.rounds]
-    tasks = [spec.task for spec in specs if spec.task is not None]
-    scores = [round_.read_scores() for round_ in run.rounds if round_.is_done]
-    rows = [scores[0].before, *(found.after for found in scores)]
-    general = [name for name in specs[0].scoring.before if name not in tasks]
-
-    def read(names: Sequence[str], field: str) -> tuple[tuple[float | None, ...], ...]:
-        return tuple(tuple(getattr(row[name], field) for name in names) for row in rows)
-
-    has_lenient = any(value is not None for row in read(tasks, "lenient") for value in row)
-    names = [shorten_task(task) for task in tasks]
-    return ForgettingMatrix(
-        tasks=tuple(names if len(set(names)) == len(names) else tasks),
-        scores=read(tasks, "score"),
-        lenient=read(tasks, "lenient") if has_lenient else None,
-        nll=read(tasks, "nll"),
-        general=dict(zip(general, zip(*read(general, "score"), strict=True), strict=False)),
-        general_nll=dict(zip(general, zip(*read(general, "nll"), strict=True), strict=False)),
-    )
-
-
-def shorten_task(name: str) -> str:
-    """A task's name without its benchmark's."""
-    return name.rpartition("/")[2]
 
 
 def make_held_out_section(recipe: Recipe) -> DataSection | None:

@@ -1,7 +1,7 @@
 """Learning against forgetting: what runs of several settings and seeds show of the methods behind them.
 
 A setting is what a run's recipe says besides its seeds; a method is what a setting says besides its learning rate. A run with
-less forgetting may just have learned less, so methods are compared at equal learning, along their frontiers.
+less forgetting may just have learned less, so methods are compared at equal learning, along their curves (frontiers.py).
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,22 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from hftcli.comparing.points import FULL, RATE_KEY, SEED_KEYS, UNITS, By, Point, read_point
-from hftcli.comparing.statistics import (
-    EqualLearning,
-    Estimate,
-    Unit,
-    compare_at_equal_learning,
-    estimate_mean,
-    find_frontier,
-)
+from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_learning, correct_by_holm
+from hftcli.comparing.points import FULL, RATE_KEY, SEED_KEYS, UNITS, Point, read_point
+from hftcli.comparing.statistics import CONFIDENCE, Estimate, Seed, Unit, estimate_mean, find_frontier
 from hftcli.errors import InputError
+from hftcli.runs.scores import By
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs that differ in their seeds only."""
+    """The runs that differ in their seeds only.
 
-    learning_rate: float
+    Attributes:
+        label: what it is called beside the method's other settings.
+    """
+
+    label: str
     points: tuple[Point, ...]
 
     @property
@@ -42,7 +41,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """The settings that differ in their learning rates only, in the order of these.
+    """The settings that differ in their learning rates only, in the order of these; or all that are tried to find the best.
 
     Attributes:
         frontier: indices of the settings whose means no other one beats, in the order of learning.
@@ -53,48 +52,69 @@ class Method:
     frontier: tuple[int, ...]
 
     @property
-    def curves(self) -> dict[tuple[int, ...], list[tuple[float, float]]]:
-        """By seed, learning and forgetting of its runs along the frontier."""
-        curves: dict[tuple[int, ...], list[tuple[float, float]]] = {}
-        for index in self.frontier:
-            for point in self.settings[index].points:
-                curves.setdefault(point.seed, []).append((point.learning, point.forgetting))
-        return curves
+    def is_measured(self) -> bool:
+        """Whether all of its runs were measured within."""
+        return all(point.trail for setting in self.settings for point in setting.points)
+
+    def list_trails(self, is_within: bool) -> dict[Seed, list[Trail]]:
+        """By seed that every setting has, what was measured of each setting's run: within it, or at its end alone."""
+        by_seed = [{point.seed: point for point in setting.points} for setting in self.settings]
+        seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
+        return {
+            seed: [runs[seed].trail if is_within else ((runs[seed].learning, runs[seed].forgetting),) for runs in by_seed]
+            for seed in seeds
+        }
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two methods at equal learning; `found` is None where they have none in common."""
+    """Two methods at equal learning.
+
+    Attributes:
+        found: None where they have no learning in common.
+        p_value: by Holm's correction over all pairs; None with one seed.
+        num_pairs: how many pairs were compared.
+    """
 
     first: str
     second: str
     found: EqualLearning | None
+    p_value: float | None
+    num_pairs: int
     by: By
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the bands of the two are apart, and were so by more than chance makes likely among so many pairs."""
+        return self.p_value is not None and self.p_value < 1 - CONFIDENCE
 
     @property
     def sentence(self) -> str:
         """What the comparison shows in words, with its interval; a difference that is not shown is called none."""
         if self.found is None:
             return f"{self.first} and {self.second} never learned equally much: give more values of {RATE_KEY}"
-        estimate, found, unit = self.found.difference, self.found, UNITS[self.by]
+        found, unit = self.found, UNITS[self.by]
         between = f"between {unit.show(found.low)} and {unit.show(found.high)} {unit.name} of learning"
-        if estimate.interval is None:
+        if self.p_value is None or found.interval is None:
             return (
-                f"at equal learning, {self._compare(estimate)}, {between}: one seed, so no interval and no difference is shown"
+                f"at equal learning, {self._compare(found.difference.mean)}, {between}: one seed, so no interval and no "
+                "difference is shown"
             )
-        if not estimate.excludes_zero:
-            interval = " to ".join(unit.show(value, signed=True) for value in estimate.interval)
+        chance = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
+        chance += f", Holm's of {self.num_pairs} pairs" if self.num_pairs > 1 else ""
+        if not self.is_shown:
+            interval = " to ".join(unit.show(value, signed=True) for value in found.interval)
             return (
                 f"at equal learning, no difference was shown between {self.first} and {self.second}: {self.first} forgets "
-                f"{unit.show(estimate.mean, signed=True)} {unit.name} (95 % interval {interval}), {between}"
+                f"{unit.show(found.difference.mean, signed=True)} {unit.name} (95 % interval {interval}; {chance}), {between}"
             )
-        interval = " to ".join(unit.show(value) for value in sorted(map(abs, estimate.interval)))
-        return f"at equal learning, {self._compare(estimate)} (95 % interval {interval}), {between}"
+        interval = " to ".join(unit.show(value) for value in sorted(map(abs, found.interval)))
+        return f"at equal learning, {self._compare(found.difference.mean)} (95 % interval {interval}; {chance}), {between}"
 
-    def _compare(self, estimate: Estimate) -> str:
-        more = "less" if estimate.mean < 0 else "more"
+    def _compare(self, mean: float) -> str:
+        more = "less" if mean < 0 else "more"
         unit = UNITS[self.by]
-        return f"{self.first} forgets {unit.show(abs(estimate.mean))} {unit.name} {more} than {self.second}"
+        return f"{self.first} forgets {unit.show(abs(mean))} {unit.name} {more} than {self.second}"
 
 
 @dataclass(frozen=True)
@@ -119,12 +139,16 @@ class Comparison:
         return UNITS[self.by]
 
 
-def compare_runs(folders: Sequence[Path], learned: Sequence[str] = (), by: By = "score") -> Comparison:
+def compare_runs(
+    folders: Sequence[Path], learned: Sequence[str] = (), by: By = "score", merges_settings: bool = False
+) -> Comparison:
     """Read finished runs and compare their methods.
 
     Args:
         learned: tasks that measure what was learned; empty takes the tasks whose rows were trained on, and held-out rows.
         by: `score`, each task's own; or `nll`, the likelihood of the right answers, which held-out rows have too.
+        merges_settings: whether all that is set under `train` and `method` is a setting of one method, and not the learning
+            rate alone.
 
     Raises:
         InputError: no such run, one that is not finished, or runs that cannot be compared.
@@ -133,16 +157,27 @@ def compare_runs(folders: Sequence[Path], learned: Sequence[str] = (), by: By = 
         raise InputError("one run is no comparison", "name two or more, or give --recipe with --vary and --seeds")
     points = [read_point(folder, learned, by) for folder in folders]
     _check_comparable(points)
+    methods = _group_points(points, merges_settings)
+    pairs = [(second, first) for first, second in combinations(methods, 2)]
+    found = [_compare_methods(one, other) for one, other in pairs]
+    p_values = correct_by_holm([one.p_value if one else None for one in found])
+    num_pairs = sum(p_value is not None for p_value in p_values)
     return Comparison(
         learned=tuple(points[0].learned),
         known=tuple(points[0].lost),
-        methods=(methods := _group_points(points)),
+        methods=methods,
         differences=tuple(
-            Difference(second.name, first.name, compare_at_equal_learning(second.curves, first.curves), by)
-            for first, second in combinations(methods, 2)
+            Difference(one.name, other.name, difference, p_value, num_pairs, by)
+            for (one, other), difference, p_value in zip(pairs, found, p_values, strict=True)
         ),
         by=by,
     )
+
+
+def _compare_methods(one: Method, other: Method) -> EqualLearning | None:
+    """Along what was measured within the runs, where that is there of both."""
+    is_within = one.is_measured and other.is_measured
+    return compare_at_equal_learning(one.list_trails(is_within), other.list_trails(is_within), is_within)
 
 
 def _check_comparable(points: Sequence[Point]) -> None:
@@ -154,6 +189,8 @@ def _check_comparable(points: Sequence[Point]) -> None:
             for name in first.alike
             if point.alike[name] != first.alike[name]
         ]
+    if len(ways := {point.measuring for point in points if point.trail}) > 1:
+        faults.append(f"they were not measured alike within the runs: {'; '.join(sorted(ways))}")
     seen: dict[str, str] = {}
     for point in points:
         key = repr(sorted(point.values.items()))
@@ -170,23 +207,34 @@ def _show(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _group_points(points: Sequence[Point]) -> tuple[Method, ...]:
+def _group_points(points: Sequence[Point], merges_settings: bool) -> tuple[Method, ...]:
     """Methods in the order in which they are met."""
-    told = [key for key in dict.fromkeys(key for point in points for key in point.values) if key not in (*SEED_KEYS, RATE_KEY)]
+    told = [key for key in dict.fromkeys(key for point in points for key in point.values) if key not in SEED_KEYS]
     varying = [key for key in told if len({repr(point.values.get(key)) for point in points}) > 1]
+    inner = [key for key in varying if key == RATE_KEY or (merges_settings and key.startswith(("train.", "method.")))]
+    outer = [key for key in varying if key not in inner]
     groups: dict[tuple[str, ...], list[Point]] = {}
     for point in points:
-        groups.setdefault(tuple(repr(point.values.get(key)) for key in varying), []).append(point)
+        groups.setdefault((point.title, *(repr(point.values.get(key)) for key in outer)), []).append(point)
     # Full fine-tuning first: it is what the others are measured against.
     members = sorted(groups.values(), key=lambda group: group[0].title != FULL)
-    names = _tell_apart([group[0] for group in members], varying)
-    methods = []
-    for name, group in zip(names, members, strict=True):
-        rates = sorted({point.learning_rate for point in group})
-        settings = tuple(Setting(rate, tuple(point for point in group if point.learning_rate == rate)) for rate in rates)
-        means = [(setting.learning.mean, setting.forgetting.mean) for setting in settings]
-        methods.append(Method(name, settings, tuple(find_frontier(means))))
-    return tuple(methods)
+    names = _tell_apart([group[0] for group in members], outer)
+    return tuple(_make_method(name, group, inner) for name, group in zip(names, members, strict=True))
+
+
+def _make_method(name: str, points: Sequence[Point], inner: Sequence[str]) -> Method:
+    """A method of its runs, which differ in these keys and in their seeds."""
+    keys = [key for key in inner if key != RATE_KEY and len({repr(point.values.get(key)) for point in points}) > 1]
+    groups: dict[tuple[float, str], list[Point]] = {}
+    for point in points:
+        others = ", ".join(f"{key}={point.values.get(key)}" for key in keys)
+        groups.setdefault((point.learning_rate, others), []).append(point)
+    settings = tuple(
+        Setting(", ".join(filter(None, (f"{rate:g}", others))), tuple(group))
+        for (rate, others), group in sorted(groups.items(), key=lambda item: item[0])
+    )
+    means = [(setting.learning.mean, setting.forgetting.mean) for setting in settings]
+    return Method(name, settings, tuple(find_frontier(means)))
 
 
 def _tell_apart(points: Sequence[Point], varying: Sequence[str]) -> list[str]:

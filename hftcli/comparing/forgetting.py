@@ -250,3 +250,31 @@ def _suggest_fix(kinds: set[str]) -> str:
     if "less_than_equal" in kinds:
         return "scores are shares in [0, 1]; if these are points from 0 to 100, divide them by 100"
     return 'a matrix file is {"tasks": [...], "scores": [[...], ...]}: a row of the base model, then one after each task'
+
+
+def assemble_matrix(run: Run) -> ForgettingMatrix:
+    """What the finished rounds of a continual run scored: row 0 before any training, then a row for each."""
+    specs = [round_.read_spec() for round_ in run.rounds]
+    tasks = [spec.task for spec in specs if spec.task is not None]
+    scores = [round_.read_scores() for round_ in run.rounds if round_.is_done]
+    rows = [scores[0].before, *(found.after for found in scores)]
+    general = [name for name in specs[0].scoring.before if name not in tasks]
+
+    def read(names: Sequence[str], field: str) -> tuple[tuple[float | None, ...], ...]:
+        return tuple(tuple(getattr(row[name], field) for name in names) for row in rows)
+
+    has_lenient = any(value is not None for row in read(tasks, "lenient") for value in row)
+    names = [shorten_task(task) for task in tasks]
+    return ForgettingMatrix(
+        tasks=tuple(names if len(set(names)) == len(names) else tasks),
+        scores=read(tasks, "score"),
+        lenient=read(tasks, "lenient") if has_lenient else None,
+        nll=read(tasks, "nll"),
+        general=dict(zip(general, zip(*read(general, "score"), strict=True), strict=False)),
+        general_nll=dict(zip(general, zip(*read(general, "nll"), strict=True), strict=False)),
+    )
+
+
+def shorten_task(name: str) -> str:
+    """A task's name without its benchmark's."""
+    return name.rpartition("/")[2]

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hftcli.comparing.intervals import estimate_change
 from hftcli.comparing.statistics import (
     Adjusted,
     Estimate,
     Transitions,
     adjust_for_chance,
-    bootstrap_mean,
     compute_mcnemar,
     count_transitions,
 )
@@ -21,7 +21,7 @@ class ItemChange:
     """What became of the questions of one task.
 
     Attributes:
-        change: mean gain in score over the questions, a share, with its paired bootstrap interval.
+        change: mean gain in score over the questions, a share, with its interval (intervals.py).
         transitions: known and lost, or won; None where scores have degrees.
         p_value: of McNemar's exact test that as many were lost as won; None like `transitions`.
         adjusted: of multiple choice, the shares of the questions lost and won, less what guessing would show; None elsewhere.
@@ -46,7 +46,8 @@ def compare_items(before: Sequence[Prediction], after: Sequence[Prediction]) -> 
     ]
     if len(pairs) < len(before):
         return None
-    change, transitions = bootstrap_mean([last - first for first, last in pairs]), count_transitions(*zip(*pairs, strict=True))
+    firsts, lasts = ([pair[side] for pair in pairs] for side in (0, 1))
+    change, transitions = estimate_change(firsts, lasts), count_transitions(firsts, lasts)
     if transitions is None:
         return ItemChange(change, None, None, None)
     groups: dict[int | None, list[tuple[float, float]]] = {}

@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
-from hftcli.comparing.statistics import (
-    NATS,
-    POINTS,
-    Unit,
-)
+from hftcli.comparing.curves import find_gain
+from hftcli.comparing.statistics import NATS, POINTS, Unit
 from hftcli.errors import InputError
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.methods import ADAPTERS
@@ -19,17 +16,18 @@ from hftcli.recipe.section import FileSection
 from hftcli.runs.files import read_model
 from hftcli.runs.records import MERGE_NAME, MergeManifest, RoundResult
 from hftcli.runs.run import Round, Run
-from hftcli.runs.scores import HELD_OUT, Score
+from hftcli.runs.scores import HELD_OUT, By, Score
 
-By = Literal["score", "nll"]
 UNITS: dict[By, Unit] = {"score": POINTS, "nll": NATS}
 SEED_KEYS = ("train.seed", "freeze.seed")
 RATE_KEY = "train.learning_rate"
 FULL = "full"
 EVALUATION_NAME = "evaluation.json"  # beside the merge.json of a model that was made
 # The form of the file, where a run was written, and what is held to be equal by its outcome: the data by their hashes, the
-# tasks by their names.
-UNTOLD_KEYS = ("version", "output", "data.path", "data.root")
+# tasks by their names; when the runs were measured changes nothing of them.
+UNTOLD_KEYS = ("version", "output", "data.path", "data.root", "eval.every_steps", "eval.num_points")
+
+Trail = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,9 @@ class Point:
         learned: by task that was trained, the gain in score, a share, or the fall of its negative log-likelihood.
         lost: by task that was known, the loss in score, or the rise of its negative log-likelihood.
         alike: what has to be the same in every run that is compared with this one, by what it is called in a message.
+        trail: learning and forgetting at the steps that were measured within the run; none where nothing was, or the run has
+            several rounds.
+        measuring: when the recipe has it measured.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Point:
     learned: Mapping[str, float]
     lost: Mapping[str, float]
     alike: Mapping[str, Any]
+    trail: Trail = ()
+    measuring: str = ""
 
     @property
     def learning(self) -> float:
@@ -94,8 +97,10 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
             "run its recipe again: it goes on where it stopped",
         )
     results = {round_: round_.read_result() for round_ in run.rounds}
+    trail: Trail = ()
     if len(results) == 1:
         gains, losses, num_examples = _read_single(folder, recipe, results, learned, made, by)
+        trail = () if made else _read_trail(next(iter(results)), tuple(gains), tuple(losses), by)
     elif made:
         raise InputError(f"{folder} is made of a run of {len(results)} rounds", "compare models that are made of runs of one")
     else:
@@ -121,6 +126,9 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
             "data": [_describe_data(result) for result in results.values()],
             "tasks": {name: f"{count} questions" for name, count in num_examples.items()},
         },
+        trail=trail,
+        # With more points, a run would meet a level of learning earlier.
+        measuring=f"eval.every_steps {recipe.eval.every_steps}, eval.num_points {recipe.eval.num_points}",
     )
 
 
@@ -199,6 +207,20 @@ def _read_single(
         gains["reward accuracy"] = result.pairs.after.reward_accuracy - result.pairs.before.reward_accuracy
         num_examples["reward accuracy"] = result.pairs.after.num_pairs
     return gains, losses, num_examples
+
+
+def _read_trail(round_: Round, learned: Sequence[str], lost: Sequence[str], by: By) -> Trail:
+    """Learning and forgetting at the steps that were measured within a round, by the tasks of its end."""
+    scores, found = round_.read_scores(), []
+    for point in scores.points:
+        gains = {name: find_gain(scores.before[name], score, by) for name, score in point.scores.items()}
+        if point.pairs is not None and (pairs := round_.read_result().pairs) is not None:
+            gains["reward accuracy"] = point.pairs.reward_accuracy - pairs.before.reward_accuracy
+        known = {name: gain for name, gain in gains.items() if gain is not None}
+        if not known.keys() >= {*learned, *lost}:
+            return ()
+        found.append((fmean(known[name] for name in learned), -fmean(known[name] for name in lost)))
+    return tuple(found)
 
 
 def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: Sequence[str], by: By) -> Measures:

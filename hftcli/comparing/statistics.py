@@ -37,12 +37,19 @@ NATS = Unit("nats per token", "nats per token, lower is better", 1.0, 3)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval; `low` and `high` are None where one value alone says nothing of the spread."""
+    """A mean with its interval; `low` and `high` are None where one value alone says nothing of the spread.
+
+    Attributes:
+        error, num_free: standard error and degrees of freedom of a mean over seeds; None and 0 where its interval is not
+            Student's.
+    """
 
     mean: float
     low: float | None
     high: float | None
     num_values: int
+    error: float | None = None
+    num_free: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -154,8 +161,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     count, mean = len(values), fmean(values)
     if count < 2:
         return Estimate(mean, None, None, count)
-    half = find_t_bound(count - 1) * math.sqrt(variance(values) / count)
-    return Estimate(mean, mean - half, mean + half, count)
+    return _make_estimate(mean, math.sqrt(variance(values) / count), count - 1, count)
 
 
 def estimate_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
@@ -167,10 +173,14 @@ def estimate_difference(first: Sequence[float], second: Sequence[float]) -> Esti
     errors = [variance(values) / len(values) for values in (first, second)]
     total = sum(errors)
     if total == 0:
-        return Estimate(mean, mean, mean, count)
+        return _make_estimate(mean, 0.0, count - 1, count)
     spread = sum(error**2 / (len(values) - 1) for error, values in zip(errors, (first, second), strict=True))
-    half = find_t_bound(int(total**2 / spread)) * math.sqrt(total)  # degrees of freedom rounded down: the wider interval
-    return Estimate(mean, mean - half, mean + half, count)
+    return _make_estimate(mean, math.sqrt(total), int(total**2 / spread), count)  # rounded down: the wider interval
+
+
+def _make_estimate(mean: float, error: float, num_free: int, count: int) -> Estimate:
+    half = find_t_bound(num_free) * error
+    return Estimate(mean, mean - half, mean + half, count, error, num_free)
 
 
 def find_t_bound(num_free: int) -> float:
@@ -188,57 +198,3 @@ def find_frontier(points: Curve) -> list[int]:
         if not frontier or points[index][1] < points[frontier[-1]][1]:
             frontier.append(index)
     return frontier[::-1]
-
-
-@dataclass(frozen=True)
-class EqualLearning:
-    """How much more the first method forgets than the second, where both learn equally much.
-
-    Attributes:
-        difference: forgetting of the first less that of the second, mean over the range of learning.
-        low, high: the range of learning that every curve of both covers.
-        is_paired: whether the seeds are the same, so that each is compared with itself.
-    """
-
-    difference: Estimate
-    low: float
-    high: float
-    is_paired: bool
-
-
-def compare_at_equal_learning(first: Mapping[Seed, Curve], second: Mapping[Seed, Curve]) -> EqualLearning | None:
-    """Compare two methods along their frontiers.
-
-    Every seed gives one curve, straight between its runs; forgetting is averaged over the range of learning that all curves of
-    both methods cover, and the seeds give the interval. Settings of one seed share its draw, so seeds are counted, not runs.
-
-    Args:
-        first: by seed, the runs at the settings of the method's frontier.
-        second: the same of the other method.
-
-    Returns:
-        None where there is no such range.
-    """
-    curves = [*first.values(), *second.values()]
-    low = max(min(learning for learning, _ in curve) for curve in curves)
-    high = min(max(learning for learning, _ in curve) for curve in curves)
-    if low >= high:
-        return None
-    levels = [{seed: _average_between(curve, low, high) for seed, curve in method.items()} for method in (first, second)]
-    is_paired = first.keys() == second.keys()
-    if is_paired:
-        difference = estimate_mean([levels[0][seed] - levels[1][seed] for seed in first])
-    else:
-        difference = estimate_difference(list(levels[0].values()), list(levels[1].values()))
-    return EqualLearning(difference, low, high, is_paired)
-
-
-def _average_between(curve: Curve, low: float, high: float) -> float:
-    """Mean height of a curve that is straight between its points."""
-    by_learning: dict[float, list[float]] = {}
-    for learning, forgetting in curve:
-        by_learning.setdefault(learning, []).append(forgetting)
-    learning_P = np.array(sorted(by_learning))
-    forgetting_P = np.array([np.mean(by_learning[learning]) for learning in learning_P])
-    grid = np.array([low, *learning_P[(learning_P > low) & (learning_P < high)], high])
-    return float(np.trapezoid(np.interp(grid, learning_P, forgetting_P), grid) / (high - low))

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from hftcli.models.proof import find_changed_rows, has_same_bits
 from hftcli.models.reader import CheckpointReader, Start, convert, list_forms
 from hftcli.models.tensors import list_tensors, write_shards
 from hftcli.recipe.sections import ModelSection
+
+Tensors = dict[str, torch.Tensor]
 
 MOST_ROWS = 0.9  # of a tensor's rows; where more of them changed, a delta stores it whole
 
@@ -203,6 +206,48 @@ def read_master(parameter: torch.nn.Parameter, sharded: bool) -> torch.Tensor:
         return master.view(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
     with GatheredParameters([parameter], enabled=is_partitioned(parameter)):
         return parameter.detach().clone()
+
+
+def gather_masters(model: torch.nn.Module, sharded: bool, is_first: bool, on_host: Mapping[Any, Any]) -> Tensors:
+    """What trains, whole, in float32, on the CPU; all ranks together, and only rank 0 gets it.
+
+    Args:
+        on_host: masters in host memory, by parameter.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values = read_master(on_host.get(parameter, parameter), sharded).detach()
+            if is_first:
+                found[name] = values.to("cpu", torch.float32, copy=True)
+    return found
+
+
+@torch.no_grad()
+def lay_in_masters(model: torch.nn.Module, masters: Tensors, sharded: bool, on_host: Mapping[Any, Any]) -> None:
+    """Give what trains the values that `gather_masters` took; all ranks together.
+
+    Args:
+        masters: as rank 0 got them; of the other ranks nothing is asked.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not sharded:
+            if parameter in on_host:
+                on_host[parameter].copy_(masters[name])
+            parameter.copy_(masters[name])
+            continue
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        shape = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+        values = masters[name] if name in masters else torch.empty(shape)
+        values = values.to(parameter.device)
+        torch.distributed.broadcast(values, src=0)
+        safe_set_full_fp32_param(parameter, values)
+        with GatheredParameters([parameter], modifier_rank=0, enabled=is_partitioned(parameter)):
+            parameter.data.copy_(values)
 
 
 def save_checkpoint(configs: Configs, masters: dict[str, torch.Tensor], folder: Path, start: Start) -> None:

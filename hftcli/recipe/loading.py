@@ -18,6 +18,7 @@ from hftcli.recipe.faults import (
     check_booleans,
     check_fit,
     check_foreign_keys,
+    check_measuring,
     check_methods,
     check_secrets,
     check_trainer_keys,
@@ -69,7 +70,7 @@ def load_recipe(
     faults += [*check_foreign_keys(recipe, objective, source), *check_trainer_keys(recipe, objective, source)]
     faults += [*check_methods(recipe, objective, source), *check_fit(recipe, source)]
     if not faults:  # what is not of its type has no effect to speak of
-        faults += check_effects(recipe, objective, source)
+        faults += [*check_measuring(recipe, objective, source), *check_effects(recipe, objective, source)]
     if faults:
         raise RecipeError("\n".join(faults))
     return _resolve(recipe, objective, found.stem if found else objective)

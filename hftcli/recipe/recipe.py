@@ -5,6 +5,7 @@ from typing import Literal
 
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
+from hftcli.recipe.evaluation import EvalSection, StopSection
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.section import FileSection
 from hftcli.recipe.sections import (
@@ -12,7 +13,6 @@ from hftcli.recipe.sections import (
     ContinualSection,
     DataSection,
     DpoSection,
-    EvalSection,
     LaunchSection,
     ModelSection,
     TrainSection,
@@ -37,6 +37,7 @@ class Recipe(FileSection):
     a copy is kept; `full` is a second model. All three give the same losses."""
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+    stop: StopSection = StopSection()
     continual: ContinualSection | None = None
     """Learning task after task. A recipe with this section is one for `hft continual`, which fills it in where it is not
     given."""

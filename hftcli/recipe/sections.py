@@ -8,7 +8,6 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic_core import PydanticCustomError
 
 from hftcli.freezing.activations import LossKernel
-from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.section import Section
 from hftcli.recipe.slurm import SlurmSection
 
@@ -337,46 +336,16 @@ class CheckpointSection(Section):
     """Step checkpoints kept: an older one is removed when a newer one is complete, and all when the round is done. With two, a
     damaged one costs the steps since the one before."""
 
+    best: Literal["learning", "within_budget"] | None = None
+    """Which of the steps that are measured within the round (`eval.every_steps`) is kept: `learning`, the one that learned
+    most; `within_budget`, the one that learned most of those that forgot no more than `stop.max_forgetting`, as measured, or
+    where nothing measures learning the last of them. Null keeps the last step, and with `stop.max_forgetting` is
+    `within_budget`. Until the round ends, a copy of what trains is held in host memory."""
+
     @property
     def is_on(self) -> bool:
         """Whether step checkpoints are written."""
         return self.save_steps is not None or self.save_every_minutes is not None
-
-
-class HeldOutSection(Section):
-    """Rows to measure on that are not trained on."""
-
-    path: str | None = None
-    """Held-out rows, as under `data.path`, to measure before and after each round: by the likelihood of what would be trained;
-    with DPO, by reward accuracy, margin and KL to the reference. Null measures none."""
-
-    name: str | None = None
-    """Configuration of a hub dataset."""
-
-    split: str = "test"
-    """Split of a hub dataset, or of a folder with files for several."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset; null takes the newest."""
-
-    max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Use the first so many rows; null uses all."""
-
-
-class EvalSection(AskingSection):
-    """What is measured before and after each round."""
-
-    tasks: tuple[str, ...] = ()
-    """Tasks to score before and after each round, such as `tinyworld/facts`. With continual learning they stand beside those of
-    the sequence: what the model knew besides."""
-
-    max_examples: Annotated[int, Field(ge=1)] | None = None
-    """Ask the first so many questions of each task; null asks all."""
-
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    """Temperature at which answers are drawn; 0 takes the likeliest token at every place. Null is 0, or the protocol's."""
-
-    held_out: HeldOutSection = HeldOutSection()
 
 
 class ContinualSection(Section):

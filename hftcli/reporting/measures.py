@@ -119,14 +119,14 @@ def print_comparison(comparison: Comparison, as_json: bool) -> None:
     console = Console()
     console.print(f"learning   mean gain on {', '.join(comparison.learned)}", highlight=False, soft_wrap=True)
     console.print(f"forgetting mean loss on {', '.join(comparison.known)}", highlight=False, soft_wrap=True)
-    table = make_number_table("method", "learning rate", "seeds", "learning", "forgetting", "")
+    table = make_number_table("method", "setting", "seeds", "learning", "forgetting", "")
     unit = comparison.unit
     table.title = f"{unit.name}, means over seeds with 95 % intervals; * on the frontier"
     table.title_justify = "left"
     for method in comparison.methods:
         for index, setting in enumerate(method.settings):
             table.add_row(
-                Text(method.name), f"{setting.learning_rate:g}", f"{len(setting.points)}",
+                Text(method.name), Text(setting.label), f"{len(setting.points)}",
                 *(_show_estimate(estimate, unit) for estimate in (setting.learning, setting.forgetting)),
                 "*" if index in method.frontier else "",
             )  # fmt: skip
@@ -144,7 +144,8 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
         "methods": {
             method.name: [
                 {
-                    "learning_rate": setting.learning_rate,
+                    "setting": setting.label,
+                    "learning_rate": setting.points[0].learning_rate,
                     "is_on_frontier": index in method.frontier,
                     "learning": asdict(setting.learning),
                     "forgetting": asdict(setting.forgetting),
@@ -156,6 +157,7 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
                             "forgetting": point.forgetting,
                             "learned": point.learned,
                             "lost": point.lost,
+                            "trail": point.trail,
                         }
                         for point in setting.points
                     ],

@@ -25,6 +25,7 @@ from hftcli.recipe.recipe import Recipe
 from hftcli.reporting.measures import describe_adjusted, describe_transitions
 from hftcli.reporting.rounds import describe_pairs
 from hftcli.reporting.terminal import format_bytes
+from hftcli.reporting.trails import draw_trails, find_ticks
 from hftcli.runs.files import write_text
 from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
@@ -74,6 +75,7 @@ def make_page(run: Run) -> str:
         matrices=list(_describe_matrices(matrix)) if matrix else [],
         metrics=_describe_metrics(matrix) if matrix else [],
         pairs=[(round_.name, describe_pairs(result.pairs)) for round_, result in rounds if result.pairs is not None],
+        trails=[trail for round_, result in rounds for trail in draw_trails(round_, result)],
         curves=_draw_curves([round_ for round_, _ in rounds]),
         pictures=[_draw_plan(round_, plan) for (round_, _), plan in zip(rounds, plans, strict=True)],
         speeds=[_describe_speed(round_, result) for round_, result in rounds],
@@ -227,7 +229,7 @@ def _draw_curves(rounds: Sequence[Round]) -> Curves | None:
     if not values:
         return None
     is_log = min(values) > 0 and max(values) / min(values) > MIN_LOG_RATIO
-    ticks = _find_decades(min(values), max(values)) if is_log else _find_ticks(min(values), max(values))
+    ticks = _find_decades(min(values), max(values)) if is_log else find_ticks(min(values), max(values))
     low, high = _scale(ticks[0], is_log), _scale(ticks[-1], is_log)
 
     def place(value: float) -> float:
@@ -254,17 +256,6 @@ def _scale(value: float, is_log: bool) -> float:
 
 def _find_decades(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-
-
-def _find_ticks(low: float, high: float) -> list[float]:
-    """Round numbers around the values, 0 among them unless they are far from it."""
-    low = min(low, 0.0) if low < high / 2 else low
-    span = (high - low) or abs(high) or 1.0
-    step = min(
-        (base * 10.0**power for base in (1, 2, 5) for power in range(-12, 13)), key=lambda step: abs(span / step - 4)
-    )  # fmt: skip
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,10 @@ class RoundResult(FileSection):
     """The attention kernel, as transformers names it; null in a file of an earlier hft."""
     num_steps: int
     """Optimizer steps taken."""
+    stopped_by: Literal["max_forgetting", "min_learning"] | None = None
+    """The key of `stop` that ended the round before its last step; null where it came to its end."""
+    kept_step: int | None = None
+    """The step whose weights were kept, by `checkpoint.best`; null keeps the last."""
     train_loss: float
     """Mean training loss over the round."""
     num_tokens: int

@@ -4,9 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from hftcli.recipe.section import FileSection, Section
+from hftcli.recipe.section import FileSection, Section, Version
 
 Moment = Literal["before", "after"]  # of a round
+By = Literal["score", "nll"]  # what gains and losses are of
 HELD_OUT = "held-out rows"  # among the tasks of `Scores`, by likelihood alone
 
 
@@ -91,10 +92,42 @@ class PairScores(Section):
     """After it."""
 
 
+class Loss(Section):
+    """How much of what was known before a round is lost: a share, or by likelihood nats per token."""
+
+    mean: float
+    """Mean over the tasks."""
+    low: float | None
+    """Lower end of its 95 % interval over the questions; null where there is none."""
+    high: float | None
+    """Upper end."""
+
+
+class CurvePoint(Section):
+    """What a model knew after a step of a round: a point of the run's own curve of learning against forgetting."""
+
+    step: int
+    """Optimizer steps taken."""
+    scores: dict[str, Score]
+    """Scores on the tasks and held-out rows that ask for what is trained, and on those that ask for what was known."""
+    pairs: PairScore | None = None
+    """Held-out preference pairs; null where there are none."""
+    learning: dict[By, float] = Field(default_factory=dict)
+    """Mean gain on what is trained since the start of the round, by `score`, a share, and by `nll`, the fall in nats per token;
+    what nothing measures is left out."""
+    forgetting: dict[By, Loss] = Field(default_factory=dict)
+    """Mean loss of what was known, alike."""
+
+
 class Scores(FileSection):
     """What a model scored on the tasks of a round."""
+
+    version: Version = 2
+    """Version of the file's form. The first has no `points`."""
 
     before: dict[str, Score]
     """Score on each task before the round."""
     after: dict[str, Score]
     """Score on each task after it."""
+    points: tuple[CurvePoint, ...] = ()
+    """What was measured within the round, in the order of the steps."""

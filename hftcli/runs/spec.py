@@ -1,15 +1,19 @@
 """What the front asks of a worker, round.json, and what the worker says while it is at work."""
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from hftcli.errors import InputError
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezeRule
 from hftcli.recipe.asking import AskingSection
+from hftcli.recipe.evaluation import StopSection
 from hftcli.recipe.methods import MethodSection
-from hftcli.recipe.recipe import Objective
+from hftcli.recipe.recipe import Objective, Recipe
 from hftcli.recipe.section import FileSection, Section, Version
 from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
+from hftcli.runs.scores import HELD_OUT
 
 
 class EarlierRound(Section):
@@ -36,6 +40,22 @@ class Scoring(Section):
     """Temperature at which answers are drawn; 0 takes the likeliest token at every place."""
     asking: AskingSection = AskingSection()
     """How the questions are asked."""
+    learned: tuple[str, ...] = ()
+    """Of what is measured, the tasks and held-out rows that ask for what the round trains on."""
+    known: tuple[str, ...] = ()
+    """The tasks that ask for what was known before the round."""
+    every_steps: int | None = None
+    """Steps between the points that are measured within the round; null measures by `num_points`, or not at all."""
+    num_points: int | None = None
+    """Points that are measured within the round."""
+
+    def list_steps(self, num_steps: int) -> tuple[int, ...]:
+        """Steps after which to measure, of so many; the last is among them unless there are none."""
+        if self.every_steps is not None:
+            return (*range(self.every_steps, num_steps, self.every_steps), num_steps)
+        if self.num_points is not None:
+            return tuple(sorted({math.ceil(num_steps * part / self.num_points) for part in range(1, self.num_points + 1)}))
+        return ()
 
 
 class RoundSpec(FileSection):
@@ -60,7 +80,9 @@ class RoundSpec(FileSection):
     checkpoint: CheckpointSection = CheckpointSection()
     """How the outcome is kept, and when step checkpoints are written."""
     scoring: Scoring = Scoring()
-    """Tasks to score before and after."""
+    """Tasks to score before and after, and within."""
+    stop: StopSection = StopSection()
+    """When to end before the last step."""
     task: str | None = None
     """The task whose training rows are the data, under `data.root`; null where `data.path` names the rows."""
     method: MethodSection = MethodSection()
@@ -92,6 +114,28 @@ class RoundSpec(FileSection):
                 "change one of the three so that it divides",
             )
         return self.train.global_batch_size // batch
+
+
+def split_tasks(
+    recipe: Recipe, task: str | None = None, earlier: Sequence[str] = (), sequence: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What asks for what a round trains on, what for what was known before it, and when that is measured within the round.
+
+    Args:
+        task: what a round of a sequence trains on.
+        earlier: the tasks of the rounds before it.
+        sequence: all of them.
+    """
+    trained = {task} if task is not None else {recipe.data.path, *(source.path for source in recipe.data.sources)}
+    asked = (*(() if task is None else (task,)), *recipe.eval.tasks)
+    held_out = (HELD_OUT,) if recipe.eval.held_out.path is not None and recipe.objective == "sft" else ()
+    known = (*earlier, *(name for name in recipe.eval.tasks if name not in trained and name not in sequence))
+    return {
+        "learned": (*dict.fromkeys(name for name in asked if name in trained), *held_out),
+        "known": known,
+        "every_steps": recipe.eval.every_steps,
+        "num_points": recipe.eval.num_points,
+    }
 
 
 class Progress(Section):

@@ -68,9 +68,11 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         saving_seconds: spent on writing step checkpoints, before they are completed.
+        is_ended: whether the round has ended before its last step.
     """
 
     saving_seconds = 0.0
+    is_ended = False
     masters: Masters
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -193,7 +195,7 @@ class ResumableTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks for the end only after a step, and so takes one too many from a checkpoint of the last.
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.is_ended:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True

@@ -38,6 +38,7 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     num_steps = count_steps(task, len(rows.train))
     num_warmup_steps = count_warmup_steps(spec.train.warmup_steps, num_steps)
     check_schedule(spec.train, num_steps, num_warmup_steps)
+    check_points(spec.scoring, num_steps)
     budget = make_budget(spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available())
     return Outlook(
         data=rows.report,
@@ -71,6 +72,20 @@ def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
     if warmup_steps >= 1:
         return int(warmup_steps)
     return math.ceil(num_steps * warmup_steps) if num_steps > 1 else 0
+
+
+def check_points(scoring: Scoring, num_steps: int) -> None:
+    """Raises: InputError: there is no step to measure at before the last."""
+    if scoring.every_steps is not None and scoring.every_steps >= num_steps:
+        raise InputError(
+            f"eval.every_steps is {scoring.every_steps}, and the round has {num_steps} steps: nothing would be measured before "
+            "the last",
+            "lower it, or give eval.num_points",
+        )
+    if scoring.num_points is not None and scoring.num_points > num_steps:
+        raise InputError(
+            f"eval.num_points is {scoring.num_points}, and the round has {num_steps} steps", "give that many or fewer"
+        )
 
 
 def check_schedule(train: TrainSection, num_steps: int, num_warmup_steps: int) -> None:

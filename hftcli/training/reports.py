@@ -76,8 +76,9 @@ class RoundCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Score the untouched model, with the metrics cut back to the step that the round goes on from."""
-        if self.reporter.is_first and (rows := cut_metrics(self.reporter.round, state.global_step)):
-            self.loss = rows[-1]["loss"]
+        if self.reporter.is_first:
+            rows = cut_metrics(self.reporter.round, state.global_step)
+            self.loss = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
         self.score_start()
         checkpoint_layers(model, args)
         self.reporter.report("training", 0, state.max_steps)

@@ -5,6 +5,7 @@ alone, parameters are frozen before any optimizer exists, and result.json is wri
 """
 
 import torch
+from transformers import TrainerCallback
 
 from hftcli.errors import TrainingError
 from hftcli.freezing.selection import FreezePlan
@@ -17,6 +18,8 @@ from hftcli.runs.files import write_model
 from hftcli.runs.records import RoundResult, StepSaves, Verification
 from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
+from hftcli.training.curve import Curve
+from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
 from hftcli.training.outlook import look_ahead
 from hftcli.training.reading import read_assignment, tokenize_rows
@@ -30,7 +33,7 @@ from hftcli.training.reports import (
     measure_peak_memory,
 )
 from hftcli.training.saving import save_round
-from hftcli.training.scorer import RoundMemory, Scorer, Trained
+from hftcli.training.scorer import Scorer
 from hftcli.training.stages import Assignment, Attempt, Loaded, Rows, Saved
 from hftcli.training.steps import Origin, StepKeeper, find_step, read_memory
 from hftcli.training.trainers import PairTrainer, TaskTrainer, make_training_arguments
@@ -118,6 +121,7 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
     def measure_start() -> None:
         if loaded.step is not None:
             memory.restore(read_memory(loaded.step, args))
+            curve.finish_open(trainer.state)
             return
         if is_mixed(task.spec) and is_sharded(task.spec):
             restore_masters(trainer.model, task.spec.model, task.start, task.plan)
@@ -128,23 +132,25 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
                 loaded.reference.prepare(trainer)
 
     callback = RoundCallback(attempt.reporter, measure_start)
+    curve = Curve(scorer)
     keeper = StepKeeper(attempt.round, loaded.origin, attempt.stop, args, memory.recall)
-    trainer = make_trainer(task, rows, loaded, callback, keeper)
+    trainer = make_trainer(task, rows, loaded, [callback, curve, keeper])
     scorer.attach(trainer, keeper)
-    memory.attach(callback)
+    memory.attach(callback, curve)
     with clock.measure("training"):
         outcome = trainer.train(resume_from_checkpoint=str(loaded.step) if loaded.step else None)
     with keeper.stopping(trainer):
         keeper.check()
     clock.seconds["training"] -= clock.seconds["scoring"] + clock.seconds["referencing"]
-    return Trained(trainer, outcome, scorer, keeper, callback)
+    if curve.kept_step not in (None, trainer.state.global_step):
+        keeper.save_end(trainer)  # before it goes back: a stop comes too late for it afterwards
+    curve.go_back()
+    return Trained(trainer, outcome, scorer, keeper, callback, curve)
 
 
-def make_trainer(
-    task: Assignment, rows: Rows, loaded: Loaded, callback: RoundCallback, keeper: StepKeeper
-) -> TaskTrainer | PairTrainer:
+def make_trainer(task: Assignment, rows: Rows, loaded: Loaded, callbacks: list[TrainerCallback]) -> TaskTrainer | PairTrainer:
     """TRL's trainer for the round's objective."""
-    callbacks, loss_kernel = [callback, keeper], task.spec.train.loss_kernel
+    loss_kernel = task.spec.train.loss_kernel
     assert loss_kernel is not None  # chosen with the budget
     if task.spec.objective == "sft":
         sft = TaskTrainer(loaded.model, loaded.args, rows.train, task.tokenizer, callbacks, task.methods, loss_kernel)
@@ -185,7 +191,7 @@ def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, traine
         verification = verify_checkpoint(
             task.start, round_.checkpoint, task.plan, saved.updates, task.spec.model.dtype, saved.moved_in_memory
         )
-    write_model(round_.scores_path, Scores(before=scorer.before, after=after))
+    write_model(round_.scores_path, Scores(before=scorer.before, after=after, points=tuple(trained.curve.points)))
     write_model(round_.result_path, make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores))
 
 
@@ -202,6 +208,8 @@ def make_result(
         loss_kernel=spec.train.loss_kernel,
         attention=trainer.attention,
         num_steps=trainer.state.global_step,
+        stopped_by=trained.curve.stopped_by,
+        kept_step=trained.curve.kept_step,
         train_loss=trained.outcome.training_loss,
         num_tokens=trainer.num_tokens,
         seconds=attempt.clock.seconds,

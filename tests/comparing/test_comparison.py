@@ -65,7 +65,7 @@ def test_methods_and_settings_are_told_apart(tmp_path):
     comparison = compare_runs(write_grid(tmp_path))
     assert [method.name for method in comparison.methods] == ["full", "half"]
     for method in comparison.methods:
-        assert [setting.learning_rate for setting in method.settings] == [3e-4, 5e-4, 7e-4]
+        assert [setting.label for setting in method.settings] == ["0.0003", "0.0005", "0.0007"]
         assert [len(setting.points) for setting in method.settings] == [3, 3, 3]
 
 

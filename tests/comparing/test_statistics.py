@@ -13,7 +13,6 @@ from hftcli.comparing.statistics import (
     Transitions,
     adjust_for_chance,
     bootstrap_mean,
-    compare_at_equal_learning,
     compute_mcnemar,
     count_transitions,
     estimate_difference,
@@ -24,10 +23,6 @@ from hftcli.comparing.statistics import (
 
 NUM_DRAWS = 1000
 THREE, FIVE, EQUAL = [0.31, 0.27, 0.36], [1.5, -0.25, 0.75, 0.5, 2.0], [0.1, 0.1, 0.1]
-CURVES = (
-    {1: [(0.1, 0.0), (0.6, 0.6)], 2: [(0.0, 0.1), (0.7, 0.5)], 3: [(0.05, 0.02), (0.8, 0.4)]},
-    {1: [(0.2, 0.1), (0.5, 0.1), (0.9, 0.1)], 2: [(0.1, 0.0), (0.9, 0.2)], 3: [(0.1, 0.05), (0.6, 0.15)]},
-)
 
 
 def check_coverage(covered: list[bool]) -> None:
@@ -97,7 +92,6 @@ def spread(found: Estimate) -> tuple[float, float, float]:
         (estimate_difference(THREE, FIVE), (-0.5866666666666667, -1.6777346256312557, 0.5044012922979224)),
         (estimate_difference(EQUAL, THREE), (-0.21333333333333326, -0.32534930696021525, -0.1013173597064513)),
         (estimate_difference(EQUAL, EQUAL), (0, 0, 0)),
-        (compare_at_equal_learning(*CURVES).difference, (0.2003015873015873, -0.04286112838107997, 0.4434643029842546)),
         (bootstrap_mean([0, 1, 1, 0, 1, 0, 0, 0, 1, 1]), (0.5, 0.2, 0.8)),
         (bootstrap_mean([0.125, 0.5, 0.75, 0.25, 1, 0.0625]), (0.4479166666666667, 0.19791666666666666, 0.7291666666666666)),
         (bootstrap_mean([0.125, 0.5, 0.75, 0.25, 1, 0.0625], 3), (0.4479166666666667, 0.17708333333333334, 0.71875)),
@@ -105,12 +99,6 @@ def spread(found: Estimate) -> tuple[float, float, float]:
 )
 def test_intervals_stay_what_they_were(found, expected):
     assert spread(found) == pytest.approx(expected, abs=1e-9)
-
-
-def test_interval_of_other_seeds_at_equal_learning_stays_what_it_was():
-    first, second = CURVES
-    found = compare_at_equal_learning(first, {seed + 10: curve for seed, curve in second.items()})
-    assert spread(found.difference) == pytest.approx((0.2003015873015873, -0.018673043557679903, 0.41927621816085464), abs=1e-9)
 
 
 def test_mean_over_seeds_by_hand():
@@ -213,53 +201,6 @@ def test_mean_over_three_seeds_covers_the_truth():
     draw = random.Random(2)
     intervals = [estimate_mean([draw.gauss(0.3, 0.05) for _ in range(3)]) for _ in range(NUM_DRAWS)]
     check_coverage([found.low <= 0.3 <= found.high for found in intervals])
-
-
-def simulate_method(
-    generator: np.random.Generator, rates: list[float], forgets_more: float, seed_effects: np.ndarray
-) -> dict[int, list[tuple[float, float]]]:
-    """Runs at some learning rates with some seeds: a higher rate learns more; forgetting grows with learning.
-
-    What is shared by the runs of a seed, its half and its order of the data, moves all of them.
-    """
-    curves = {}
-    for seed, effect in enumerate(seed_effects):
-        learning = np.array(rates) + generator.normal(0, 0.01, len(rates))
-        forgetting = 0.5 * learning + forgets_more + effect + generator.normal(0, 0.02, len(rates))
-        curves[seed] = list(zip(learning.tolist(), forgetting.tolist(), strict=True))
-    return curves
-
-
-@pytest.mark.parametrize(("num_seeds", "is_paired"), [(3, True), (5, True), (5, False)])
-def test_difference_at_equal_learning_covers_the_known_one(num_seeds, is_paired):
-    """The learning rates of one method teach other amounts than those of the other, and the truth is 0.05."""
-    generator = np.random.default_rng(4)
-    covered = []
-    for _ in range(NUM_DRAWS):
-        effects = generator.normal(0, 0.03, (2, num_seeds))
-        first = simulate_method(generator, [0.1, 0.3, 0.5, 0.7, 0.9], 0.05, effects[0])
-        second = simulate_method(generator, [0.05, 0.2, 0.4, 0.65, 0.8], 0.0, effects[0 if is_paired else 1])
-        if not is_paired:
-            second = {seed + 100: curve for seed, curve in second.items()}
-        found = compare_at_equal_learning(first, second)
-        assert found.is_paired == is_paired
-        covered.append(found.difference.low <= 0.05 <= found.difference.high)
-    check_coverage(covered)
-
-
-def test_equal_learning_by_hand():
-    """Both curves cover learning from 0.2 to 0.6: heights 0.2 to 0.6, mean 0.4, against 0.1 throughout."""
-    first = {1: [(0.0, 0.0), (0.6, 0.6)]}
-    second = {1: [(0.2, 0.1), (0.5, 0.1), (0.9, 0.1)]}
-    found = compare_at_equal_learning(first, second)
-    assert (found.low, found.high) == (0.2, 0.6)
-    assert found.difference.mean == pytest.approx(0.3)
-    assert found.difference.low is None
-
-
-def test_methods_that_never_learn_equally_much_are_not_compared():
-    assert compare_at_equal_learning({1: [(0.0, 0.0), (0.2, 0.1)]}, {1: [(0.3, 0.0), (0.9, 0.1)]}) is None
-    assert compare_at_equal_learning({1: [(0.5, 0.0)]}, {1: [(0.5, 0.2)]}) is None  # no line through one point
 
 
 def test_frontier_leaves_out_what_is_beaten():

@@ -7,11 +7,12 @@ import pytest
 
 from hftcli.errors import RecipeError
 from hftcli.freezing.selection import FreezeRule
+from hftcli.recipe.evaluation import EvalSection, HeldOutSection
 from hftcli.recipe.loading import describe_defaults, dump_recipe, find_recipe, load_recipe
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import open_section
-from hftcli.recipe.sections import DataSection, EvalSection, HeldOutSection, TrainSection
+from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.recipe.slurm import SlurmSection
 
 BASE = ("model.path=m", "data.path=d.jsonl")

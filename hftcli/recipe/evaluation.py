@@ -1,0 +1,80 @@
+"""The sections of a recipe that say what is measured of a model, and what follows from it while it trains."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from hftcli.recipe.asking import AskingSection
+from hftcli.recipe.section import Section
+
+
+class HeldOutSection(Section):
+    """Rows to measure on that are not trained on."""
+
+    path: str | None = None
+    """Held-out rows, as under `data.path`, to measure before and after each round: by the likelihood of what would be trained;
+    with DPO, by reward accuracy, margin and KL to the reference. Null measures none."""
+
+    name: str | None = None
+    """Configuration of a hub dataset."""
+
+    split: str = "test"
+    """Split of a hub dataset, or of a folder with files for several."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; null takes the newest."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Use the first so many rows; null uses all."""
+
+
+class EvalSection(AskingSection):
+    """What is measured before and after each round."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks to score before and after each round, such as `tinyworld/facts`. With continual learning they stand beside those of
+    the sequence: what the model knew besides."""
+
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Ask the first so many questions of each task; null asks all."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Temperature at which answers are drawn; 0 takes the likeliest token at every place. Null is 0, or the protocol's."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Measure within the round too, every so many optimizer steps and at the last: what it was trained on, by the tasks and the
+    held-out rows that ask for it, against what was known before. It gives the run's own curve of learning against forgetting,
+    and changes nothing of the training. Each point asks all questions again, which `eval.max_examples` makes fewer."""
+
+    num_points: Annotated[int, Field(ge=2)] | None = None
+    """The same, so many times at even distances, the last step among them; in place of `eval.every_steps`."""
+
+    held_out: HeldOutSection = HeldOutSection()
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "EvalSection":
+        if self.every_steps is not None and self.num_points is not None:
+            raise PydanticCustomError("two_ways", "every_steps and num_points both say when to measure: drop one of the two")
+        return self
+
+    @property
+    def measures_within(self) -> bool:
+        """Whether something is measured while a round trains."""
+        return self.every_steps is not None or self.num_points is not None
+
+
+class StopSection(Section):
+    """When a round ends before its last step, by what is measured within it (`eval.every_steps`)."""
+
+    by: Literal["score", "nll"] = "score"
+    """What the limits are of: scores, or the negative log-likelihood of the right answers."""
+
+    max_forgetting: Annotated[float, Field(gt=0)] | None = None
+    """The forgetting budget of a round: the mean loss over the tasks that measure what was known before it. By score a share,
+    so that 0.02 is 2 points of 100; by nll nats per token. The round ends where the 95 % interval of the loss, over the
+    questions, lies above it, and goes back to the step that `checkpoint.best` names."""
+
+    min_learning: Annotated[float, Field(gt=0)] | None = None
+    """What is enough to learn: the round ends at the first measured step whose mean gain on what it trains on is that large, in
+    the same unit."""
