@@ -121,11 +121,15 @@ def split_tasks(
 ) -> dict[str, Any]:
     """What asks for what a round trains on, what for what was known before it, and when that is measured within the round.
 
+    Nothing where it is not measured.
+
     Args:
         task: what a round of a sequence trains on.
         earlier: the tasks of the rounds before it.
         sequence: all of them.
     """
+    if not recipe.eval.measures_within:
+        return {}
     trained = {task} if task is not None else {recipe.data.path, *(source.path for source in recipe.data.sources)}
     asked = (*(() if task is None else (task,)), *recipe.eval.tasks)
     held_out = (HELD_OUT,) if recipe.eval.held_out.path is not None and recipe.objective == "sft" else ()
