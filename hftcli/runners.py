@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -234,7 +233,7 @@ def check_method(spec: RoundSpec) -> None:
 
 
 def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress], None]) -> RoundResult:
-    """Run a round unless it is done, and take it into the manifest.
+    """Run a round unless it is done, take it into the manifest, and remove what nothing goes on from any more.
 
     Raises:
         VerificationError: something frozen moved, or something trained did not.
@@ -248,7 +247,7 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
         with passing_signals(round_):
             result = launch_round(round_, launch, lambda progress: on_progress(round_, progress))
             run.record(round_, result)
-    shutil.rmtree(round_.steps, ignore_errors=True)  # nothing goes on from them any more
+    run.remove_spent(round_, result)
     if not result.verification.passed:
         verification = result.verification
         raise VerificationError(

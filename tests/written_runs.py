@@ -6,10 +6,11 @@ from pathlib import Path
 from hftcli.recipe.loading import QUICK_START_RECIPES, load_recipe
 from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model
-from hftcli.runs.records import CheckpointIdentity, DataReport, Hardware, MergeManifest, RoundResult, Source, Verification
+from hftcli.runs.records import CheckpointIdentity, DataReport, Hardware, MergeManifest, RoundResult, Source
 from hftcli.runs.run import Run
 from hftcli.runs.scores import PairScores, Prediction, Score, Scores
 from hftcli.runs.spec import RoundSpec
+from hftcli.runs.verification import Verification
 
 FACTS, REWORDED, SKILL = "tinyworld/facts", "tinyworld/facts-reworded", "tinyworld/skill"
 

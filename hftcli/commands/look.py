@@ -179,11 +179,11 @@ def doctor(
 def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     """Every check that can be made; one that fails does not keep the others from being made."""
     from hftcli import runners
+    from hftcli.doctor.disk import check_disk
     from hftcli.doctor.doctor import (
         Finding,
         HostReport,
         check_devices,
-        check_disk,
         check_hosts,
         check_launcher,
         check_ops,

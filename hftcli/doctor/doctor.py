@@ -7,7 +7,6 @@ Every check is a function that returns findings. A fault keeps the run from work
 
 import importlib.metadata
 import json
-import math
 import os
 import secrets
 import shutil
@@ -23,15 +22,12 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 
 from hftcli import __version__
-from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.cluster import make_ssh_command
 from hftcli.launching.command import count_gpus
 from hftcli.launching.hosts import Host
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import Section
-from hftcli.recipe.sections import CheckpointSection, LaunchSection
-from hftcli.runs.files import read_model
-from hftcli.runs.records import DELTA_NAME, DeltaRecord
+from hftcli.recipe.sections import LaunchSection
 
 HOST_SECONDS = 30.0  # for a host to answer
 ALIKE = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets")  # the same on every host
@@ -250,58 +246,6 @@ def judge_host(host: Host, answer: HostReport | str, here: dict[str, str], num_p
         findings.append(Finding(name, "fault", message, "lower its slots, or --num-processes"))
     devices = f"{answer.num_gpus} GPUs of {answer.device_bytes / 1e9:.0f} GB" if answer.num_gpus else "no GPU"
     return findings or [Finding(name, "ok", f"reachable, same versions, shared folder, {devices}")]
-
-
-def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, num_rounds: int) -> Finding:
-    """Free disk where the run goes, against the checkpoints that it leaves and the step checkpoints beside them.
-
-    Args:
-        start: the start's folder; a hub id is none.
-        plan: the next round's, which stands for all: other rounds train about as much.
-        num_rounds: rounds of the run, each of which leaves a checkpoint.
-    """
-    folder = find_existing(recipe.folder)
-    if not os.access(folder, os.W_OK):
-        return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
-    kept = num_rounds * count_checkpoint_bytes(recipe, start, plan)
-    passing = count_step_bytes(recipe.checkpoint, plan, num_ranks)
-    return judge_disk(folder, shutil.disk_usage(folder).free, kept, passing)
-
-
-def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int:
-    """Bytes of what a round leaves: as many as the start has, or by the recipe's data type; of an unseen start, at most."""
-    dtype, files = recipe.model.dtype, sorted(start.glob("*.safetensors"))
-    if dtype is None and (start / DELTA_NAME).exists():
-        dtype = read_model(start / DELTA_NAME, DeltaRecord).dtype
-    if dtype is None and files:
-        num_bytes = sum(file.stat().st_size for file in files)
-    else:
-        num_bytes = plan.num_parameters * (2 if dtype in ("bfloat16", "float16") else 4)
-    return math.ceil(num_bytes * plan.trainable_fraction) if recipe.checkpoint.format == "delta" else num_bytes
-
-
-def count_step_bytes(checkpoint: CheckpointSection, plan: FreezePlan, num_ranks: int) -> int:
-    """Most bytes of a round's step checkpoints at a time: those kept, and the one being written.
-
-    Each holds for every trained weight a float32 master and two moments; under DeepSpeed, what the ranks compute with too.
-    """
-    if not checkpoint.is_on:
-        return 0
-    return (checkpoint.keep + 1) * plan.num_trainable * (12 if num_ranks == 1 else 16)
-
-
-def judge_disk(folder: Path, free_bytes: int, kept_bytes: int, step_bytes: int) -> Finding:
-    """Args: kept_bytes: what the run leaves. step_bytes: what it needs besides until it is done."""
-    message = f"{free_bytes / 1e9:,.1f} GB free at {folder}, and the run leaves {kept_bytes / 1e9:,.3f} GB of checkpoints"
-    if step_bytes:
-        message += f", with {step_bytes / 1e9:,.3f} GB of step checkpoints at a time until it is done"
-    needed_bytes = kept_bytes + step_bytes
-    if needed_bytes > free_bytes:
-        fix = "free some, give an --output on a larger disk, or set checkpoint.format: delta, which leaves about half"
-        return Finding("disk", "fault", message, fix)
-    if needed_bytes > MAX_FILLED_FRACTION * free_bytes:
-        return Finding("disk", "warning", message, "tokens and logs come on top: free some, or give another --output")
-    return Finding("disk", "ok", message)
 
 
 def find_existing(folder: Path) -> Path:

@@ -64,10 +64,11 @@ class Ia3(Method):
         """Lay vectors of ones over the layers that the plan trains; the weights below stay as they are."""
         self.base = start
         names = [name.removesuffix(".weight") for name in plan.trained if name.endswith(".weight")]
-        stored = Start(self.spec.model, start, plan.trained)
+        self.stored = stored = Start(self.spec.model, start, plan.trained)
+        self.merged: dict[str, torch.Tensor] = {}
         check_merging(stored, plan, mixed and sharded)
         if mixed and not sharded:  # only the vectors need float32
-            for name in plan.trained:
+            for name in set(plan.trained) - set(stored.masters):
                 weight = model.get_parameter(name)
                 weight.data = weight.data.to(stored.get_dtype(name))
         self.config = IA3Config(
@@ -90,18 +91,24 @@ class Ia3(Method):
             scale = read_master(layer.ia3_l[ADAPTER], sharded).detach().float()
             scales[f"{name}.ia3_l"] = scale.cpu()
             base = layer.get_base_layer()
-            _multiply(base.weight, scale.T if self.config.fan_in_fan_out else scale, sharded)
+            keeps = sharded and trainer.args.process_index == 0
+            self._multiply(f"{name}.weight", base.weight, scale.T if self.config.fan_in_fan_out else scale, sharded, keeps)
             if base.bias is not None and not layer.is_feedforward:
-                _multiply(base.bias, scale[:, 0], sharded)
+                self._multiply(f"{name}.bias", base.bias, scale[:, 0], sharded, keeps)
             model.set_submodule(name, base)
         del model.peft_config
         if trainer.args.process_index == 0:
             write_peft_folder(scales, self.config, self.base, round_.adapter)
 
+    def list_merged(self) -> dict[str, torch.Tensor]:
+        """The weights and biases with their vectors, in float32."""
+        return self.merged
 
-def _multiply(parameter: torch.nn.Parameter, scale: torch.Tensor, sharded: bool) -> None:
-    merged = parameter.float() * scale
-    parameter.data = merged.to(parameter.dtype) if sharded else merged
+    def _multiply(self, name: str, parameter: torch.nn.Parameter, scale: torch.Tensor, sharded: bool, keeps: bool) -> None:
+        merged = self.stored.read_master(name).float().to(scale.device) * scale
+        if keeps:
+            self.merged[name] = merged.cpu()
+        parameter.data = merged.to(parameter.dtype) if sharded else merged
 
 
 def _last_part(name: str) -> str:

@@ -6,7 +6,8 @@ plain model with the adapters merged in, rounded once to the start's data type.
 A layer that trains in this round goes back to what it was before the first round, and takes its adapter up where an earlier
 round left it; so its weights are always that start plus one product, however often it was saved in 16 bits. A layer that does
 not train in this round keeps the bytes of the round's start, with its adapter merged in, and needs none here; ROUND/adapter/
-carries it on. So ROUND/adapter/ on the run's start is the model of the round.
+carries it on. So ROUND/adapter/ on the run's start is the model of the round. Where float32 masters lie beside the start, the
+adapters stand on these, and the files of the start are their rounding.
 
 Shapes: I and O, inputs and outputs of a linear layer; R, the rank.
 """
@@ -63,12 +64,15 @@ class Lora(Method):
         """Lay adapters over the layers of the plan, whose weights are the base's; the last round's adapters go on."""
         self.base, self.last = self.find_base(start), self.read_last()
         names = [name.removesuffix(".weight") for name in plan.trained]
-        base = Start(self.spec.model, self.base, plan.trained)
+        self.stored = base = Start(self.spec.model, self.base, plan.trained)
+        self.merged: dict[str, torch.Tensor] = {}
         check_merging(base, plan, mixed and sharded)
         for name in plan.trained:
             weight = model.get_parameter(name)
-            held_dtype = base.get_dtype(name) if mixed and not sharded else weight.dtype  # exact, and no larger than it must be
-            weight.data = base.read(name).to(held_dtype)
+            held_dtype = weight.dtype
+            if mixed and not sharded and name not in base.masters:
+                held_dtype = base.get_dtype(name)  # exact, and no larger than it must be
+            weight.data = base.read_master(name).to(held_dtype)
         is_transposed = isinstance(model.get_submodule(names[0]), Conv1D)
         self.config = LoraConfig(
             r=self.section.r, lora_alpha=self.section.lora_alpha, lora_dropout=self.section.lora_dropout, target_modules=names,
@@ -97,12 +101,19 @@ class Lora(Method):
             trained[name] = (weight_A_RI.cpu(), weight_B_OR.cpu())
             base = layer.get_base_layer()
             product = layer.scaling[ADAPTER] * weight_B_OR @ weight_A_RI
-            merged = base.weight.float() + (product.T if self.config.fan_in_fan_out else product)
+            below = self.stored.read_master(f"{name}.weight").float().to(product.device)
+            merged = below + (product.T if self.config.fan_in_fan_out else product)
+            if sharded and trainer.args.process_index == 0:
+                self.merged[f"{name}.weight"] = merged.cpu()
             base.weight.data = merged.to(base.weight.dtype) if sharded else merged
             model.set_submodule(name, base)
         del model.peft_config
         if trainer.args.process_index == 0:
             write_adapter(self.last | trained, self.config, self.base, round_.adapter)
+
+    def list_merged(self) -> dict[str, torch.Tensor]:
+        """The weights with their adapters, in float32."""
+        return self.merged
 
 
 def check_merging(start: Start, plan: FreezePlan, is_rounded: bool) -> None:

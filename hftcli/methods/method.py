@@ -9,6 +9,7 @@ compute_penalty   a term of the loss                                           e
 change_gradient   after the last backward pass of a step, before the step      gem, agem
 recall, restore   what a step checkpoint keeps                                 gem, agem
 finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3
+list_merged       after `finish`: what was merged, where the model rounds it   lora, olora, ia3
 """
 
 import random
@@ -94,6 +95,10 @@ class Method:
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Called once by all ranks after the last step; rank 0 leaves in the round's folder what later rounds need."""
+
+    def list_merged(self) -> dict[str, torch.Tensor]:
+        """Float32 values, by parameter, of what `finish` merged into weights that the model holds rounded; on rank 0."""
+        return {}
 
 
 def draw_rows(rows: Dataset, num_rows: int, task: str, seed: int) -> Dataset:

@@ -24,7 +24,8 @@ from hftcli.models.deltas import hash_checkpoint, identify_checkpoint
 from hftcli.models.description import describe_model
 from hftcli.models.reader import CheckpointReader, cast_tensors, list_forms
 from hftcli.models.tensors import CODES, MAX_SHARD_SIZE, write_shards
-from hftcli.runs.files import write_model
+from hftcli.runs.files import read_model, write_model
+from hftcli.runs.history import HISTORY_NAME, History
 from hftcli.runs.records import DELTA_NAME, MERGE_NAME, CheckpointIdentity, MergeManifest
 
 Read = Callable[[str], dict[str, np.ndarray]]  # the bytes of a parameter's tensors, by its name
@@ -74,6 +75,7 @@ def interpolate_models(base: Path, tuned: Path, weight: float, output: Path) -> 
     with create_folder(output) as folder:
         first, second = _open_pair(base, tuned)
         copy_configs(tuned, folder)
+        forget_masters(folder)
         write_weights(second, read, folder)
         inputs = {"base": identify_checkpoint(base), "tuned": identify_checkpoint(tuned)}
         return _write_manifest(folder, "interpolation", inputs, weight=weight)
@@ -102,6 +104,7 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
         first, second = _open_pair(base, tuned)
         dtypes = second.dtypes | {place: dtype for name in reset for place, dtype in _move_dtypes(first, second, name).items()}
         copy_configs(tuned, folder)
+        forget_masters(folder)
         write_weights(second, read, folder, dtypes)
         inputs = {"base": identify_checkpoint(base), "tuned": identify_checkpoint(tuned)}
         return _write_manifest(folder, "reset", inputs, plan=plan)
@@ -175,6 +178,13 @@ def copy_configs(source: Path, target: Path) -> None:
         is_about_weights = file.name in (DELTA_NAME, MERGE_NAME) or file.name.endswith(".index.json")
         if file.suffix in (".json", ".model", ".jinja", ".txt") and not is_about_weights:
             shutil.copyfile(file, target / file.name)
+
+
+def forget_masters(folder: Path) -> None:
+    """Take out of a checkpoint's history the masters of another one's weights."""
+    path = folder / HISTORY_NAME
+    if path.exists():
+        write_model(path, read_model(path, History).model_copy(update={"masters": None}))
 
 
 def write_weights(

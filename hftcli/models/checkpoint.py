@@ -20,7 +20,7 @@ from hftcli.models.description import describe_model, get_first_line
 from hftcli.models.layout import Layout
 from hftcli.models.proof import find_changed_rows, has_same_bits
 from hftcli.models.reader import CheckpointReader, Start, convert, list_forms
-from hftcli.models.tensors import list_tensors, write_shards
+from hftcli.models.tensors import StoredTensor, list_tensors, write_shards
 from hftcli.recipe.sections import ModelSection
 
 Tensors = dict[str, torch.Tensor]
@@ -31,16 +31,18 @@ MOST_ROWS = 0.9  # of a tensor's rows; where more of them changed, a delta store
 def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: bool, sharded: bool) -> PreTrainedModel:
     """Load the start and freeze what the plan freezes, before any optimizer can exist.
 
-    What is frozen is held so that its bits survive: in bfloat16 where it is stored so, else in float32. DeepSpeed in bfloat16
-    alone holds all in bfloat16; what trains gets its exact masters by `restore_masters`, and what is frozen is saved from the
-    start's files.
+    All that has float32 masters beside the start begins from them, be it that it trains in this round or that it did in one
+    before. What is frozen is held so that its bits survive: in bfloat16 where it is stored so, else in float32; vectors with
+    masters in float32, in which they are multiplied, while matrices are rounded for that anyway. DeepSpeed in bfloat16 alone
+    holds all in bfloat16; what trains gets its exact masters by `restore_masters`, and what is frozen is saved from the start's
+    files.
 
     Args:
         mixed: compute in bfloat16.
         sharded: DeepSpeed holds the model and makes the float32 masters itself.
 
     Raises:
-        ModelError: the start's data types cannot be trained from.
+        ModelError: the start's data types cannot be trained from, or its weights are not the rounding of its masters.
     """
     start = Start(section, folder, (*plan.trained, *plan.frozen))
     if mixed and sharded and start.dtype == torch.float16:
@@ -55,8 +57,12 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         for parameter in model.parameters():
             values = parameter.ds_tensor if is_partitioned(parameter) else parameter
             values.data = values.data.to(start.dtype).to(held_dtype)
+    for name in start.masters:
+        if held_dtype == torch.float32 or start.get_dtype(name) != held_dtype:
+            lay_in(model.get_parameter(name), check_master(start, name))
     if mixed and not sharded:
-        halve_frozen(model, {name for name in plan.frozen if start.get_dtype(name) != torch.bfloat16})
+        wide = {name for name in plan.frozen if start.get_dtype(name) != torch.bfloat16}
+        halve_frozen(model, wide | {name for name in start.masters if len(start.layout.shapes[name]) == 1})
     head = model.get_output_embeddings().weight
     if is_partitioned(head):
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter
@@ -75,8 +81,78 @@ def restore_masters(model: PreTrainedModel, section: ModelSection, folder: Path,
 
     start = Start(section, folder, plan.trained)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name in start.layout.places and start.get_dtype(name) != torch.bfloat16:
+        if not parameter.requires_grad or name not in start.layout.places:
+            continue
+        if name in start.masters:
+            safe_set_full_fp32_param(parameter, check_master(start, name).to(parameter.device))
+        elif start.get_dtype(name) != torch.bfloat16:
             safe_set_full_fp32_param(parameter, start.read(name).float().to(parameter.device))
+
+
+def check_master(start: Start, name: str) -> torch.Tensor:
+    """A float32 master that lies beside a start.
+
+    Raises:
+        ModelError: the start's files do not hold its rounding.
+    """
+    master = start.read_master(name)
+    if not has_same_bits(start.round(name, master), start.read(name)):
+        raise ModelError(
+            f"{start.folder} holds other values of {name} than its float32 masters round to",
+            "restore both, or move masters.safetensors away to begin from the checkpoint's own weights",
+        )
+    return master
+
+
+@contextmanager
+def holding_file(model: torch.nn.Module, folder: Path, masters: Mapping[str, StoredTensor]) -> Iterator[None]:
+    """The model as a checkpoint's files hold it; afterwards its masters are back. All ranks together.
+
+    Args:
+        masters: those of the checkpoint. All else the model holds as the files do, or has rounded for its arithmetic.
+    """
+    reader = CheckpointReader(folder, tuple(masters)) if masters else None
+    try:
+        for name in masters:
+            assert reader is not None
+            lay_in(find_parameter(model, name), reader.read(name))
+        yield
+    finally:
+        for name, master in masters.items():
+            lay_in(find_parameter(model, name), master.read())
+
+
+@contextmanager
+def holding_rounding(model: torch.nn.Module, start: Start) -> Iterator[None]:
+    """The model as its files would hold it if it were saved now; afterwards its weights are back. All ranks together.
+
+    Args:
+        start: what the round began from, in whose data types it is saved.
+    """
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name, parameter in model.named_parameters():
+            name = name.replace(".base_layer.", ".")  # below PEFT's adapters
+            if name not in start.layout.places or not (parameter.requires_grad or name in start.masters):
+                continue
+            held = parameter.ds_tensor if is_partitioned(parameter) else parameter
+            if start.is_rounded(name) and held.dtype != start.get_dtype(name):
+                kept.append((held, held.detach().to("cpu", copy=True)))
+                whole = not is_partitioned(parameter)
+                held.data.copy_(start.round(name, held.detach()) if whole else held.detach().to(start.get_dtype(name)))
+        yield
+    finally:
+        for held, values in kept:
+            held.data.copy_(values)
+
+
+def find_parameter(model: torch.nn.Module, name: str) -> torch.nn.Parameter:
+    """A parameter by its name in the model, be it below one of PEFT's adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    place, _, leaf = name.rpartition(".")
+    module = model.get_submodule(place)
+    return (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).get_parameter(leaf)
 
 
 def load_finished(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -110,11 +186,12 @@ def load_weights(folder: Path, dtype: torch.dtype, attn_implementation: str | No
         model.generation_config = GenerationConfig.from_pretrained(folder)
     reader = CheckpointReader(folder, tuple(name for name, _ in model.named_parameters()))
     for name in filter(reader.is_changed, reader.layout.places):
-        _lay_in(model.get_parameter(name), reader.read(name))
+        lay_in(model.get_parameter(name), reader.read(name))
     return model
 
 
-def _lay_in(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+def lay_in(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Give a parameter other values, in the data type in which it is held. All ranks together."""
     if not is_partitioned(parameter):
         parameter.data.copy_(values)
         return
@@ -175,6 +252,7 @@ def gather_outcome(
     sharded: bool,
     is_first: bool,
     on_host: Mapping[torch.nn.Parameter, torch.nn.Parameter],
+    merged: Mapping[str, torch.Tensor],
 ) -> Outcome:
     """Walk through a model when its round ends; all ranks together.
 
@@ -182,6 +260,7 @@ def gather_outcome(
 
     Args:
         on_host: masters in host memory.
+        merged: float32 values of what methods merged, by name, where the model holds them rounded.
     """
     masters, moved, trained = {}, [], set(plan.trained)
     for name, parameter in model.named_parameters():
@@ -189,8 +268,8 @@ def gather_outcome(
         if not is_first:
             continue
         if name in trained:
-            masters[name] = values.to("cpu", torch.float32, copy=True)
-        elif not has_same_bits(values.cpu(), convert(start.read(name), values.dtype)):
+            masters[name] = merged[name] if name in merged else values.to("cpu", torch.float32, copy=True)
+        elif not has_same_bits(values.cpu(), convert(start.read_master(name), values.dtype)):
             moved.append(name)
     return Outcome(masters, tuple(moved))
 

@@ -14,6 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter
 from hftcli.models.deltas import hash_checkpoint, open_stack
+from hftcli.models.masters import open_masters
 from hftcli.runs.run import find_checkpoint_damage
 
 POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
@@ -31,15 +32,22 @@ class ModelDescription:
     num_heads: int
 
 
+def identify_start(folder: Path) -> dict[str, str]:
+    """Hashes of what a round begins from, by file: weights and config, and the masters beside them, as they were written."""
+    masters = open_masters(folder)
+    carried = {masters.path.name: masters.seal.sha256} if masters.state == "here" and masters.seal else {}
+    return hash_checkpoint(folder) | carried
+
+
 def make_start_key(folder: Path) -> str:
-    """A hash of a checkpoint's weights and config; those of a round must be what the round wrote.
+    """A hash of a checkpoint's weights, masters and config; those of a round must be what the round wrote.
 
     Raises:
         ModelError: a file of it is damaged.
     """
-    if damage := find_checkpoint_damage(folder):
+    if damage := find_checkpoint_damage(folder) + open_masters(folder).find_damage():
         raise ModelError(f"{folder} is damaged: {'; '.join(damage)}", "restore it, or run its round again in a new folder")
-    return hashlib.sha256(json.dumps(hash_checkpoint(folder), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identify_start(folder), sort_keys=True).encode()).hexdigest()
 
 
 def describe_model(path: str) -> ModelDescription:

@@ -13,18 +13,22 @@ import torch
 
 from hftcli.freezing.selection import FreezePlan
 from hftcli.models.description import fetch_checkpoint
+from hftcli.models.masters import RoundingLoss, open_masters
 from hftcli.models.reader import CheckpointReader, Start, convert
-from hftcli.models.tensors import CHUNK_BYTES, has_same_bytes
-from hftcli.runs.records import Verification
+from hftcli.models.tensors import CHUNK_BYTES, get_bytes, has_same_bytes
 from hftcli.runs.run import Round, find_checkpoint_damage
+from hftcli.runs.verification import Verification
 
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def measure_updates(masters: Mapping[str, torch.Tensor], start: Start) -> dict[str, float]:
-    """Largest absolute change of each trained parameter since the start, in float32."""
-    return {name: (values.float() - start.read(name).float()).abs().max().item() for name, values in masters.items()}
+def measure_updates(masters: Mapping[str, torch.Tensor], start: Start) -> RoundingLoss:
+    """How far each trained parameter moved, and what of that the checkpoint's data types drop."""
+    loss = RoundingLoss({}, {})
+    for name, values in masters.items():
+        loss.add(name, start.read_master(name), start.read(name), values, start.round(name, values))
+    return loss
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def verify_checkpoint(
     compared = Comparison(before, after, before.dtypes | converted, pair_places(before, after))
     moved = set(compared.find_changed(plan.trained))
     still = [name for name in plan.trained if name not in moved]
+    num_masters, unlike_masters = compare_masters(after, checkpoint)
     return Verification(
         num_frozen=len(plan.frozen),
         num_trained=len(plan.trained),
@@ -106,7 +111,21 @@ def verify_checkpoint(
         unmoved=tuple(name for name in still if updates.get(name, 0.0) == 0.0),
         below_resolution=tuple(name for name in still if updates.get(name, 0.0) > 0.0),
         converted_to=dtype if compared.expected != before.dtypes else None,
+        num_masters=num_masters,
+        unlike_masters=unlike_masters,
     )
+
+
+def compare_masters(after: CheckpointReader, checkpoint: Path) -> tuple[int, tuple[str, ...]]:
+    """How many float32 masters lie beside a checkpoint, and which of its parameters are not their rounding, bit for bit."""
+    masters = open_masters(checkpoint).tensors
+    unlike = []
+    for name, master in masters.items():
+        parts = after.layout.split(name, master.read())
+        held = after.read_tensors(name)
+        if not all(is_same(get_bytes(part), "F32", held[place], after.dtypes[place]) for place, part in parts.items()):
+            unlike.append(name)
+    return len(masters), tuple(unlike)
 
 
 def verify_round(round_: Round) -> Verification:
@@ -120,7 +139,10 @@ def verify_round(round_: Round) -> Verification:
         fetch_checkpoint(spec.model.path), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
         result.verification.moved_in_memory,
     )  # fmt: skip
-    return verification.model_copy(update={"damaged": tuple(find_checkpoint_damage(round_.checkpoint))})
+    unlike = (*verification.unlike_masters, *open_masters(round_.checkpoint).find_damage())
+    return verification.model_copy(
+        update={"damaged": tuple(find_checkpoint_damage(round_.checkpoint)), "unlike_masters": unlike}
+    )
 
 
 def pair_places(before: CheckpointReader, after: CheckpointReader) -> dict[str, str | None]:

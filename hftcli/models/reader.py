@@ -8,8 +8,10 @@ import torch
 from hftcli.errors import ModelError
 from hftcli.models.deltas import ROWS_SUFFIX, WEIGHTS_NAME, open_stack
 from hftcli.models.layout import Layout
+from hftcli.models.masters import open_masters
 from hftcli.models.tensors import CODES, DTYPES, Form, get_bytes, list_file, list_tensors
 from hftcli.recipe.sections import ModelSection
+from hftcli.runs.masters import MastersState
 
 FLOATS = ("F32", "BF16", "F16")  # data types that float32 holds exactly
 
@@ -94,9 +96,11 @@ class Start:
     Attributes:
         dtype: what every parameter is converted to; None leaves each tensor its own data type.
         dtypes: the data type in which every tensor counts and is saved, as files name it.
+        masters: by parameter, the float32 values that the files are the rounding of, where they lie beside the checkpoint.
+        masters_state: whether they do, and are taken.
 
     Raises:
-        ModelError: see `CheckpointReader` and `check_copies`; or a parameter is stored in a data type that would not survive.
+        ModelError: see `CheckpointReader`, `check_copies` and `open_masters`; or a data type would not survive.
     """
 
     def __init__(self, section: ModelSection, folder: Path, names: tuple[str, ...]):
@@ -106,6 +110,25 @@ class Start:
         self.layout.check_copies()
         self.dtype = None if section.dtype is None else getattr(torch, section.dtype)
         self.dtypes = convert_dtypes(self.reader, self.dtype)
+        found = open_masters(folder)
+        if found.state == "other":
+            raise ModelError(
+                f"{found.path} is not what was written beside {folder}: {found.find_damage()[0]}",
+                "bring it back, or move it away to begin from the checkpoint's own weights",
+            )
+        is_converted = self.dtypes != self.reader.dtypes
+        self.masters = {} if is_converted else found.tensors
+        self.masters_state: MastersState = "missing" if found.state == "missing" else "none"
+        if found.state == "here":
+            self.masters_state = "converted" if is_converted else "taken"
+
+    def read_master(self, name: str) -> torch.Tensor:
+        """A parameter's values as a round begins from them: float32 where they are carried, else as they count."""
+        return self.masters[name].read() if name in self.masters else self.read(name)
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether a file holds fewer bits of a parameter than its float32 master has."""
+        return any(self.dtypes[place] != "F32" for place in self.layout.places[name])
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter's values as they count."""

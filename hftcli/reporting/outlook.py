@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hftcli.doctor.doctor import Finding
 from hftcli.recipe.sections import TrainSection
 from hftcli.reporting.terminal import format_bytes
+from hftcli.runs.masters import STATES
 from hftcli.runs.records import Outlook
 from hftcli.runs.spec import RoundSpec
 
@@ -26,6 +27,9 @@ def describe_outlook(outlook: Outlook, spec: RoundSpec) -> Iterator[str]:
         f"trains  {outlook.num_trainable / outlook.num_parameters:.1%} of {outlook.num_parameters:,} weights, plan "
         f"{outlook.fingerprint[:12]}; about {format_bytes(outlook.memory_bytes)} on each device"
     )
+
+    if outlook.masters != "none":
+        yield f"start   {STATES[outlook.masters]}"
 
 
 def _describe_rates(outlook: Outlook, train: TrainSection) -> str:

@@ -12,10 +12,12 @@ from hftcli.comparing.items import read_item_changes
 from hftcli.recipe.methods import ADAPTERS
 from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.plans import name_checkpointed
+from hftcli.reporting.rounding import describe_masters
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
-from hftcli.runs.records import DELTA_NAME, AnswerEnds, FitReport, RoundResult, Verification
+from hftcli.runs.records import DELTA_NAME, AnswerEnds, FitReport, RoundResult
 from hftcli.runs.run import Round, Run, find_rounds
 from hftcli.runs.scores import PairScore, PairScores
+from hftcli.runs.verification import Verification
 
 # What a verification names, and how that is said.
 FAULTS = {
@@ -26,6 +28,7 @@ FAULTS = {
     "moved_in_memory": "frozen, but moved in memory while training: ",
     "unmoved": "trained, but did not move: ",
     "damaged": "damaged: checkpoint/",
+    "unlike_masters": "not the rounding of the float32 masters: ",
 }
 
 
@@ -98,6 +101,8 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
         f"peak memory {format_bytes(result.peak_memory_bytes)}",
         _describe_verification(result.verification),
     ]
+    if result.masters is not None:
+        lines.extend(describe_masters(result.masters))
     if result.ends is not None:
         lines.append(_describe_ends(result.ends))
     if result.fit is not None:
@@ -166,6 +171,8 @@ def _describe_verification(verification: Verification) -> str:
     if verification.num_extras:
         carried = verification.num_extras - len(verification.changed_extras)
         note += f", {carried} of {verification.num_extras} stored tensors that are no parameters carried along"
+    if verification.num_masters:
+        note += f", the rounding of {verification.num_masters} float32 masters"
     return (
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
         f"bit-identical to {start}, {moved} of {verification.num_trained} trained ones moved{note}"

@@ -7,9 +7,10 @@ which one it is and draws another half.
 from pathlib import Path
 
 from hftcli.recipe.recipe import Objective
-from hftcli.recipe.section import FileSection, Section
+from hftcli.recipe.section import FileSection, Section, Version
 from hftcli.runs.files import read_model
 from hftcli.runs.run import Round
+from hftcli.runs.seals import FileSeal
 from hftcli.runs.spec import RoundSpec
 
 HISTORY_NAME = "hft.json"
@@ -33,8 +34,13 @@ class PastRound(Section):
 class History(FileSection):
     """The rounds behind a checkpoint."""
 
+    version: Version = 2
+    """Version of the file's form. The first has no `masters`."""
     rounds: tuple[PastRound, ...] = ()
     """From the first to the one that wrote it."""
+    masters: FileSeal | None = None
+    """Size and hash of the float32 masters that the weights are the rounding of, in masters.safetensors beside the folder; null
+    where there are none."""
 
     @property
     def num_rounds(self) -> int:
@@ -65,11 +71,12 @@ def describe_round(spec: RoundSpec, fingerprint: str) -> PastRound:
     )  # fmt: skip
 
 
-def extend_history(start: Path, spec: RoundSpec, fingerprint: str) -> History:
+def extend_history(start: Path, spec: RoundSpec, fingerprint: str, masters: FileSeal | None = None) -> History:
     """The history of what a round writes.
 
     Args:
         start: folder of the checkpoint that it began from.
         fingerprint: of its freeze plan.
+        masters: what it leaves beside its checkpoint.
     """
-    return History(rounds=(*read_history(start).rounds, describe_round(spec, fingerprint)))
+    return History(rounds=(*read_history(start).rounds, describe_round(spec, fingerprint)), masters=masters)

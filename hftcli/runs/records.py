@@ -8,54 +8,15 @@ from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.section import FileSection, Section, Version
+from hftcli.runs.masters import MastersReport, MastersState
 from hftcli.runs.scores import PairScores
 from hftcli.runs.seals import FileSeal
 from hftcli.runs.spec import RoundSpec
+from hftcli.runs.verification import Verification
 from hftcli.tasks.check import SequenceReport
 
 DELTA_NAME = "delta.json"  # its presence tells a delta checkpoint from a full one
 MERGE_NAME = "merge.json"
-
-
-class Verification(Section):
-    """What a comparison of a round's checkpoint with its start found, tensor by tensor, byte by byte."""
-
-    num_frozen: int
-    """Frozen parameters compared."""
-    num_trained: int
-    """Trained parameters compared."""
-    num_extras: int = 0
-    """Tensors of the start's files that are no parameter's, such as stored masks: compared as well."""
-    violations: tuple[str, ...]
-    """Frozen parameters whose bytes or data types differ: must be none."""
-    changed_extras: tuple[str, ...] = ()
-    """Of the tensors that are no parameter's, those whose bytes or data types differ: must be none."""
-    retyped: tuple[str, ...] = ()
-    """Tensors whose stored data type is another than the start's, or than `converted_to`, and which: must be none."""
-    lost: tuple[str, ...] = ()
-    """Tensors of the start's files that the checkpoint's lack: must be none."""
-    moved_in_memory: tuple[str, ...] = ()
-    """Frozen parameters that the model did not hold any more as the start has them when training ended: must be none."""
-    unmoved: tuple[str, ...]
-    """Trained parameters whose bytes are the same: must be none."""
-    below_resolution: tuple[str, ...] = ()
-    """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
-    damaged: tuple[str, ...] = ()
-    """Files of the checkpoint that are not what the round wrote, and how: must be none."""
-    converted_to: Literal["float32", "bfloat16", "float16"] | None = None
-    """`model.dtype`, where the start stores other data types: the comparison is with the start after that conversion, computed
-    anew. Null where it is with the start's own bytes."""
-
-    @property
-    def faults(self) -> tuple[str, ...]:
-        """All that must not be."""
-        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory)
-        return (*moved, *self.unmoved, *self.retyped, *self.lost, *self.damaged)
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing that must be empty holds a name."""
-        return not self.faults
 
 
 class ReferenceReport(Section):
@@ -163,6 +124,8 @@ class Hardware(Section):
 class Outlook(FileSection):
     """What a round is going to do, known before it has weights."""
 
+    version: Version = 2
+    """Version of the file's form. The first has no `masters`."""
     data: DataReport
     """What became of the rows."""
     num_sequences: int
@@ -181,6 +144,8 @@ class Outlook(FileSection):
     """The freeze plan's."""
     memory_bytes: int
     """What a device is expected to hold, by the budget of `hft plan`."""
+    masters: MastersState = "none"
+    """Whether the start's float32 masters are beside it, and taken: as `masters.start` of the result."""
 
 
 class FitReport(Section):
@@ -226,8 +191,9 @@ class AnswerEnds(Section):
 class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
-    version: Version = 2
-    """Version of the file's form. The first has no `attention`, `host_bytes` and `ends`, and not all of `verification`."""
+    version: Version = 3
+    """Version of the file's form. The first has no `attention`, `host_bytes` and `ends`, and not all of `verification`; the
+    first two have no `masters`."""
     fingerprint: str
     """Of the freeze plan."""
     rank_fingerprints: tuple[str, ...]
@@ -265,6 +231,8 @@ class RoundResult(FileSection):
     counted again; 0 where DeepSpeed keeps them."""
     updates: dict[str, float]
     """Largest absolute change of each trained parameter, in float32."""
+    masters: MastersReport | None = None
+    """The float32 masters, and what rounding them to the checkpoint dropped; null in a file of an earlier hft."""
     verification: Verification
     """Frozen parts identical, trained parts moved."""
     ends: AnswerEnds | None = None
@@ -371,8 +339,8 @@ class StepManifest(FileSection):
 class Manifest(FileSection):
     """What a stranger needs to repeat the run."""
 
-    version: Version = 2
-    """Version of the file's form. The first has results of the first version."""
+    version: Version = 3
+    """Version of the file's form: that of the results in it."""
     command: tuple[str, ...]
     """The command line."""
     created: str

@@ -14,7 +14,8 @@
         metrics.jsonl           a row per logging step, with the trainer's own keys
         worker.log              all that the processes print
         checkpoint/             a plain Hugging Face folder, or a delta: what changed, and delta.json (DeltaRecord)
-          hft.json                History: the rounds behind it
+          hft.json                History: the rounds behind it, and the seal of its masters
+        masters.safetensors     float32 masters of all that ever trained, where the checkpoint rounds them; the latest round's
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
         checksums.json          Checksums: size and sha256 of the checkpoint's files
@@ -38,6 +39,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ class Round:
     metrics_path = Inside("metrics.jsonl")
     log_path = Inside("worker.log")
     checkpoint = Inside("checkpoint")
+    masters_path = Inside("masters.safetensors")
     adapter = Inside("adapter")
     fisher_path = Inside("method/ewc.safetensors")
     checksums_path = Inside("checksums.json")
@@ -266,6 +269,16 @@ class Run:
         manifest = self.read_manifest()
         rounds = {**manifest.rounds, round_.name: result}
         write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
+
+    def remove_spent(self, round_: Round, result: RoundResult) -> None:
+        """Remove what nothing goes on from any more: a finished round's step checkpoints, and the masters of those before it.
+
+        Its own masters hold theirs, and were complete before its result was.
+        """
+        shutil.rmtree(round_.steps, ignore_errors=True)
+        if result.verification.passed:
+            for earlier in takewhile(lambda other: other != round_, self.rounds):
+                earlier.masters_path.unlink(missing_ok=True)
 
 
 def find_checkpoint_damage(checkpoint: Path) -> list[str]:

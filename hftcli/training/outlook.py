@@ -8,13 +8,17 @@ from functools import partial
 import torch
 from transformers import get_scheduler
 
-from hftcli.doctor.doctor import Finding, check_disk
+from hftcli.doctor.disk import check_disk
+from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
 from hftcli.launching.planning import make_budget
 from hftcli.models.device import is_mixed, is_sharded
+from hftcli.models.masters import open_masters
+from hftcli.models.reader import Start
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import TrainSection
+from hftcli.runs.masters import MastersState
 from hftcli.runs.records import Outlook
 from hftcli.runs.run import Run
 from hftcli.runs.spec import Scoring
@@ -50,7 +54,14 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
         num_parameters=plan.num_parameters,
         fingerprint=plan.fingerprint,
         memory_bytes=budget.half.total_bytes,
+        masters=find_masters_state(task),
     )
+
+
+def find_masters_state(task: Assignment) -> MastersState:
+    """Whether the float32 masters of a round's start are beside it, and taken."""
+    state = open_masters(task.start).state
+    return state if state in ("none", "missing") else Start(task.spec.model, task.start, ()).masters_state
 
 
 def count_steps(task: Assignment, num_sequences: int) -> int:
@@ -134,6 +145,8 @@ def foresee_run(
         build_arguments(task.spec, run.round(name).steps)
         rows = tokenize_rows(task, partial(on_progress, name))
         outlooks[name] = look_ahead(task, rows)
+        if spec.model.path != specs[name].model.path:  # a later round's masters are not there yet
+            outlooks[name] = outlooks[name].model_copy(update={"masters": "none"})
     launch = first.launch
     budget = make_budget(task.spec, task.network, task.plan, launch.num_ranks, is_mixed(task.spec), torch.cuda.is_available())
     rank_bytes = None if launch.hostfile else share_memory(launch, [])

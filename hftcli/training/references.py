@@ -25,7 +25,7 @@ from hftcli.data.prepare import deal_pairs
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
 from hftcli.models.checkpoint import is_partitioned
-from hftcli.models.deltas import hash_checkpoint
+from hftcli.models.description import identify_start
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.records import ReferenceReport
 from hftcli.runs.spec import RoundSpec
@@ -234,7 +234,7 @@ def describe_reference(spec: RoundSpec, reference: Reference | None, second: Pre
 def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: bool) -> str:
     """A hash of all that shapes the reference's log-probabilities. What it left out would be trained on stale."""
     shaping = {
-        "start": hash_checkpoint(start),
+        "start": identify_start(start),
         "tokens": tokens_key,
         "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
         "mixed": mixed,

@@ -14,10 +14,12 @@ from hftcli.models.checkpoint import load_model, restore_masters
 from hftcli.models.description import make_start_key
 from hftcli.models.device import is_mixed, is_offloaded, is_sharded
 from hftcli.models.proof import verify_checkpoint
+from hftcli.models.reader import Start
 from hftcli.runs.files import write_model
-from hftcli.runs.records import RoundResult, StepSaves, Verification
+from hftcli.runs.records import RoundResult, StepSaves
 from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
+from hftcli.runs.verification import Verification
 from hftcli.training.curve import Curve
 from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
@@ -94,7 +96,8 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
 
         reference = make_reference(spec, start, rows.report.key, mixed, is_first, show)
         masters = make_masters(model, torch.bfloat16 if mixed else torch.float32) if is_offloaded(spec) else {}
-    return Loaded(args, model, second, reference, fingerprints, origin, step, masters)
+        stored = Start(spec.model, start, (*plan.trained, *plan.frozen))
+    return Loaded(args, model, second, reference, fingerprints, origin, step, masters, stored)
 
 
 def gather_fingerprints(plan: FreezePlan, num_ranks: int) -> tuple[str, ...]:
@@ -135,7 +138,7 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
     curve = Curve(scorer)
     keeper = StepKeeper(attempt.round, loaded.origin, attempt.stop, args, memory.recall)
     trainer = make_trainer(task, rows, loaded, [callback, curve, keeper])
-    scorer.attach(trainer, keeper)
+    scorer.attach(trainer, keeper, loaded.stored)
     memory.attach(callback, curve)
     with clock.measure("training"):
         outcome = trainer.train(resume_from_checkpoint=str(loaded.step) if loaded.step else None)
@@ -175,7 +178,8 @@ def save(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained
             trained.keeper.save_end(trainer)  # a stop comes too late for it afterwards
         for method in task.methods:
             method.finish(trainer, attempt.round)
-        return save_round(attempt, task, rows, trainer.model, loaded.masters)
+        merged = {name: values for method in task.methods for name, values in method.list_merged().items()}
+        return save_round(attempt, task, rows, trainer.model, loaded.masters, merged)
 
 
 def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained: Trained, saved: Saved) -> None:
@@ -222,6 +226,7 @@ def make_result(
         optimizer_bytes=measure_optimizer_bytes(trainer.optimizer),
         host_bytes=trainer.host_optimizer.host_bytes if trainer.host_optimizer else 0,
         updates=saved.updates,
+        masters=saved.masters,
         verification=verification,
         ends=saved.ends,
         data=rows.report,

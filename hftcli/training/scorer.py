@@ -11,7 +11,10 @@ from hftcli.comparing.curves import Standing
 from hftcli.measuring.judging import score_task
 from hftcli.measuring.pairs import Reading, read_pairs, score_pairs
 from hftcli.measuring.questions import TokenizedTask
+from hftcli.models.checkpoint import holding_file, holding_rounding
 from hftcli.models.device import is_mixed, is_sharded
+from hftcli.models.masters import open_masters
+from hftcli.models.reader import Start
 from hftcli.runs.scores import HELD_OUT, Moment, PairScore, PairScores, Score
 from hftcli.training.stages import Assignment, Attempt, Rows
 from hftcli.training.steps import StepKeeper
@@ -29,28 +32,36 @@ class Scorer:
         self.before: dict[str, Score] = {}
         self.read_before: list[Reading] = []
 
-    def attach(self, trainer: TaskTrainer | PairTrainer, keeper: StepKeeper) -> None:
-        """Take the trainer whose model is asked, and who says between batches whether to stop: both are made later."""
+    def attach(self, trainer: TaskTrainer | PairTrainer, keeper: StepKeeper, stored: Start) -> None:
+        """Take what is made later: the trainer whose model is asked, who says between batches whether to stop, the start."""
         self.trainer = trainer
         self.keeper = keeper
+        self.stored = stored
 
     def measure_before(self) -> None:
-        """Ask the untouched model; all ranks together."""
-        self.before.update(self._score("before", self.spec.scoring.before, self.held_out).scores)
-        if self.rows.pairs is not None:
-            self.read_before.extend(self._read(None))
+        """Ask the untouched model, as the start's files hold it; all ranks together."""
+        if not (self.spec.scoring.before or self.held_out or self.rows.pairs is not None):
+            return
+        with holding_file(self.trainer.model, self.stored.folder, self.stored.masters):
+            self.before.update(self._score("before", self.spec.scoring.before, self.held_out).scores)
+            if self.rows.pairs is not None:
+                self.read_before.extend(self._read(None))
 
     def measure_after(self) -> tuple[dict[str, Score], PairScores | None]:
-        """Ask the trained model; all ranks together."""
-        after = self._score("after", self.spec.scoring.after, (*self.spec.scoring.likelihood, *self.held_out)).scores
-        before = self._score_pairs(self.read_before)
-        now = self._score_pairs(None)
+        """Ask the model that was saved, as its files hold it; all ranks together."""
+        checkpoint = self.attempt.round.checkpoint
+        if self.trainer.args.world_size > 1:
+            torch.distributed.barrier()  # rank 0 has written it
+        with holding_file(self.trainer.model, checkpoint, open_masters(checkpoint).tensors):
+            after = self._score("after", self.spec.scoring.after, (*self.spec.scoring.likelihood, *self.held_out)).scores
+            before, now = self._score_pairs(self.read_before), self._score_pairs(None)
         return dict(after), PairScores(before=before, after=now) if before is not None and now is not None else None
 
     def measure_now(self, learned: tuple[str, ...], known: tuple[str, ...]) -> Standing:
-        """Ask the model as it is between two steps; all ranks together."""
-        found = self._score(None, tuple(name for name in (*learned, *known) if name != HELD_OUT), self.held_out)
-        return replace(found, pairs=self._score_pairs(None))
+        """Ask the model as it would be saved between two steps; all ranks together."""
+        with holding_rounding(self.trainer.model, self.stored):
+            found = self._score(None, tuple(name for name in (*learned, *known) if name != HELD_OUT), self.held_out)
+            return replace(found, pairs=self._score_pairs(None))
 
     @property
     def pairs_before(self) -> PairScore | None:

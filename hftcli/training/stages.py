@@ -12,6 +12,8 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
 from hftcli.measuring.questions import TokenizedTask
 from hftcli.methods.method import Method
+from hftcli.models.reader import Start
+from hftcli.runs.masters import MastersReport
 from hftcli.runs.records import AnswerEnds, DataReport, FitReport
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
@@ -81,6 +83,7 @@ class Loaded:
         second: the second model that preference optimization may refer to.
         step: the step checkpoint to go on from; None where the round begins.
         masters: what trains, in host memory, with `launch.offload`.
+        stored: the start as its files hold it, and the float32 masters beside them.
     """
 
     args: SFTConfig | DPOConfig
@@ -91,6 +94,7 @@ class Loaded:
     origin: Origin
     step: Path | None
     masters: Masters
+    stored: Start
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,10 @@ class Saved:
         updates: largest absolute change of each trained parameter, in float32.
         moved_in_memory: frozen parameters that the model did not hold any more as the start has them.
         ends: with which tokens an answer ends.
+        masters: what lies beside the checkpoint, and what rounding dropped.
     """
 
     updates: dict[str, float] = field(default_factory=dict)
     moved_in_memory: tuple[str, ...] = ()
     ends: AnswerEnds | None = None
+    masters: MastersReport | None = None

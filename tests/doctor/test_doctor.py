@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 
 from hftcli import __version__
+from hftcli.doctor.disk import (
+    check_disk,
+    count_checkpoint_bytes,
+    count_masters_bytes,
+    count_step_bytes,
+    judge_disk,
+)
 from hftcli.doctor.doctor import (
     Finding,
     HostReport,
     Probe,
     check_devices,
-    check_disk,
     check_hosts,
     check_launcher,
     check_packages,
-    count_checkpoint_bytes,
-    count_step_bytes,
-    judge_disk,
     judge_host,
 )
 from hftcli.freezing.roles import Parameter, Unit
@@ -125,6 +128,21 @@ def plan() -> FreezePlan:
         Unit("lm_head", "head", None, (Parameter("lm_head.weight", (10, 10)),)),
     ]
     return make_plan(units, FreezeRule(head="freeze"), 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_rounds", "expected"),
+    [
+        ("bfloat16", 1, (800, 0)),  # 200 weights in float32
+        ("bfloat16", 2, (1200, 800)),  # never more than all 300, beside those of the round before
+        ("bfloat16", 3, (1200, 1200)),
+        ("float32", 8, (0, 0)),
+        ("null", 1, (800, 0)),  # an unseen start may be in 16 bits
+    ],
+)
+def test_masters_of_two_rounds_lie_side_by_side_while_the_second_are_written(plan, dtype, num_rounds, expected):
+    recipe = load_recipe(None, [f"model.dtype={dtype}"])
+    assert count_masters_bytes(recipe, Path("owner/name"), plan, num_rounds) == expected
 
 
 @pytest.mark.parametrize(

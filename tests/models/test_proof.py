@@ -60,7 +60,7 @@ def test_a_move_that_bfloat16_cannot_hold_is_told_from_no_move(folder, tmp_path)
     stored = load_file(folder / "model.safetensors")
     masters = {name: stored[name].float() for name in plan.trained}
     masters[norm] = masters[norm] + 1e-4
-    updates = measure_updates(masters, Start(ModelSection(path=str(folder)), folder, plan.trained))
+    updates = measure_updates(masters, Start(ModelSection(path=str(folder)), folder, plan.trained)).updates
     assert updates[norm] == pytest.approx(1e-4, rel=0.01)
     assert verify_checkpoint(folder, tmp_path, plan, updates).below_resolution == (norm,)
     assert verify_checkpoint(folder, tmp_path, plan, updates | {norm: 0.0}).unmoved == (norm,)

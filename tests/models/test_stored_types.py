@@ -270,9 +270,11 @@ def test_a_frozen_tensor_that_moved_by_one_bit_in_memory_is_found(tmp_path, mixe
     start = write_start(tmp_path / "start", "llama")
     section, plan = ModelSection(path=str(start)), draw(start)
     model, stored = load_model(section, start, plan, mixed=mixed, sharded=False), Start(section, start, ())
-    outcome = gather_outcome(model, stored, plan, sharded=False, is_first=True, on_host={})
+    outcome = gather_outcome(model, stored, plan, sharded=False, is_first=True, on_host={}, merged={})
     assert outcome.moved == ()
     assert outcome.masters.keys() == set(plan.trained)
     for name in plan.frozen:
         model.get_parameter(name).data.view(-1).view(torch.uint8)[0] ^= 1
-    assert set(gather_outcome(model, stored, plan, sharded=False, is_first=True, on_host={}).moved) == set(plan.frozen)
+    assert set(gather_outcome(model, stored, plan, sharded=False, is_first=True, on_host={}, merged={}).moved) == set(
+        plan.frozen
+    )

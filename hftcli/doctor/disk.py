@@ -1,0 +1,97 @@
+"""Free disk against what a run leaves there: checkpoints, float32 masters, and step checkpoints until it is done."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from hftcli.doctor.doctor import MAX_FILLED_FRACTION, Finding, find_existing
+from hftcli.freezing.selection import FreezePlan
+from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.sections import CheckpointSection
+from hftcli.runs.files import read_model
+from hftcli.runs.records import DELTA_NAME, DeltaRecord
+from hftcli.runs.run import Round
+
+
+def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, num_rounds: int) -> Finding:
+    """Free disk where the run goes, against what it leaves and what it needs besides until it is done.
+
+    Args:
+        start: the start's folder; a hub id is none.
+        plan: the next round's, which stands for all: other rounds train about as much.
+        num_rounds: rounds of the run, each of which leaves a checkpoint.
+    """
+    folder = find_existing(recipe.folder)
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
+    kept = num_rounds * count_checkpoint_bytes(recipe, start, plan)
+    masters, earlier_masters = count_masters_bytes(recipe, start, plan, num_rounds)
+    passing = count_step_bytes(recipe.checkpoint, plan, num_ranks) + earlier_masters
+    return judge_disk(folder, shutil.disk_usage(folder).free, kept + masters, passing, masters)
+
+
+def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int:
+    """Bytes of what a round leaves: as many as the start has, or by the recipe's data type; of an unseen start, at most."""
+    dtype, num_bytes = find_dtype(recipe, start), count_file_bytes(start)
+    if dtype is not None or not num_bytes:
+        num_bytes = plan.num_parameters * (2 if dtype in ("bfloat16", "float16") else 4)
+    return math.ceil(num_bytes * plan.trainable_fraction) if recipe.checkpoint.format == "delta" else num_bytes
+
+
+def count_masters_bytes(recipe: Recipe, start: Path, plan: FreezePlan, num_rounds: int) -> tuple[int, int]:
+    """Most bytes of the float32 masters beside the last round's checkpoint, and beside the one before while it is written.
+
+    Checkpoints in float32 have none. Of an unseen start, they may be in 16 bits.
+    """
+    dtype, num_bytes, whole = find_dtype(recipe, start), count_file_bytes(start), 4 * plan.num_parameters
+    if dtype == "float32" or (dtype is None and num_bytes >= whole):
+        return 0, 0
+    beside = Round(start.parent).masters_path
+    carried = beside.stat().st_size if beside.exists() else 0
+    last, before = (min(carried + number * 4 * plan.num_trainable, whole) for number in (num_rounds, num_rounds - 1))
+    return last, before if num_rounds > 1 else 0
+
+
+def find_dtype(recipe: Recipe, start: Path) -> str | None:
+    """The data type that a round's checkpoint has throughout; None where it is that of the start's files."""
+    if recipe.model.dtype is None and (start / DELTA_NAME).exists():
+        return read_model(start / DELTA_NAME, DeltaRecord).dtype
+    return recipe.model.dtype
+
+
+def count_file_bytes(start: Path) -> int:
+    """Bytes of a start's weights; 0 of one that is not seen."""
+    return sum(file.stat().st_size for file in start.glob("*.safetensors"))
+
+
+def count_step_bytes(checkpoint: CheckpointSection, plan: FreezePlan, num_ranks: int) -> int:
+    """Most bytes of a round's step checkpoints at a time: those kept, and the one being written.
+
+    Each holds for every trained weight a float32 master and two moments; under DeepSpeed, what the ranks compute with too.
+    """
+    if not checkpoint.is_on:
+        return 0
+    return (checkpoint.keep + 1) * plan.num_trainable * (12 if num_ranks == 1 else 16)
+
+
+def judge_disk(folder: Path, free_bytes: int, kept_bytes: int, passing_bytes: int, masters_bytes: int = 0) -> Finding:
+    """Compare what is free with what a run needs.
+
+    Args:
+        kept_bytes: what the run leaves.
+        passing_bytes: what it needs besides until it is done.
+        masters_bytes: of what it leaves, the float32 masters.
+    """
+    message = f"{free_bytes / 1e9:,.1f} GB free at {folder}, and the run leaves {kept_bytes / 1e9:,.3f} GB of checkpoints"
+    if masters_bytes:
+        message += f", {masters_bytes / 1e9:,.3f} GB of it float32 masters"
+    if passing_bytes:
+        message += f", with {passing_bytes / 1e9:,.3f} GB of step checkpoints and earlier masters at a time until it is done"
+    needed_bytes = kept_bytes + passing_bytes
+    if needed_bytes > free_bytes:
+        fix = "free some, give an --output on a larger disk, or set checkpoint.format: delta, which leaves about half"
+        return Finding("disk", "fault", message, fix)
+    if needed_bytes > MAX_FILLED_FRACTION * free_bytes:
+        return Finding("disk", "warning", message, "tokens and logs come on top: free some, or give another --output")
+    return Finding("disk", "ok", message)

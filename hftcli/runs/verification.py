@@ -1,0 +1,50 @@
+"""What `hft verify` finds of a round's checkpoint."""
+
+from typing import Literal
+
+from hftcli.recipe.section import Section
+
+
+class Verification(Section):
+    """What a comparison of a round's checkpoint with its start found, tensor by tensor, byte by byte."""
+
+    num_frozen: int
+    """Frozen parameters compared."""
+    num_trained: int
+    """Trained parameters compared."""
+    num_extras: int = 0
+    """Tensors of the start's files that are no parameter's, such as stored masks: compared as well."""
+    violations: tuple[str, ...]
+    """Frozen parameters whose bytes or data types differ: must be none."""
+    changed_extras: tuple[str, ...] = ()
+    """Of the tensors that are no parameter's, those whose bytes or data types differ: must be none."""
+    retyped: tuple[str, ...] = ()
+    """Tensors whose stored data type is another than the start's, or than `converted_to`, and which: must be none."""
+    lost: tuple[str, ...] = ()
+    """Tensors of the start's files that the checkpoint's lack: must be none."""
+    moved_in_memory: tuple[str, ...] = ()
+    """Frozen parameters that the model did not hold any more as the start has them when training ended: must be none."""
+    unmoved: tuple[str, ...]
+    """Trained parameters whose bytes are the same: must be none."""
+    below_resolution: tuple[str, ...] = ()
+    """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
+    damaged: tuple[str, ...] = ()
+    """Files of the checkpoint that are not what the round wrote, and how: must be none."""
+    num_masters: int = 0
+    """Float32 masters that were rounded anew, to be compared with the checkpoint; 0 where there are none, or no more."""
+    unlike_masters: tuple[str, ...] = ()
+    """Parameters that are not the rounding of their masters, and what is wrong with the file of these: must be none."""
+    converted_to: Literal["float32", "bfloat16", "float16"] | None = None
+    """`model.dtype`, where the start stores other data types: the comparison is with the start after that conversion, computed
+    anew. Null where it is with the start's own bytes."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """All that must not be."""
+        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory)
+        return (*moved, *self.unmoved, *self.retyped, *self.lost, *self.damaged, *self.unlike_masters)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing that must be empty holds a name."""
+        return not self.faults
