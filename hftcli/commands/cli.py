@@ -6,7 +6,9 @@ alone, and torch is loaded only where a command opens a model or its data in thi
 
 import atexit
 import gc
+import re
 import sys
+from collections.abc import Collection
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -14,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from hftcli import __version__
-from hftcli.errors import HftError, explain_os_error
+from hftcli.errors import HftError, InputError, explain_os_error
 from hftcli.launching.signals import ignore_signals, stop_at_signals
 
 # What is typed after `hft`: the module that has it, and the first line of its docstring.
@@ -36,6 +38,9 @@ COMMANDS = {
 }
 
 
+KEY = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+")  # of a recipe, in a section
+
+
 class LazyCommand(TyperCommand):
     """A command as the table has it: its name and its help are known, its options once it is called."""
 
@@ -43,7 +48,43 @@ class LazyCommand(TyperCommand):
         """Import the command's module, and have the command in it read the options."""
         assert self.name is not None
         module = import_module(f"hftcli.commands.{COMMANDS[self.name][0]}")
-        return typer.main.get_group(module.app).commands[self.name].make_context(info_name, args, *parent, **settings)
+        command = typer.main.get_group(module.app).commands[self.name]
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        if "--set" in options:
+            args = spell_out(args, {*options, "--help"})
+        return command.make_context(info_name, args, *parent, **settings)
+
+
+def spell_out(arguments: list[str], options: Collection[str]) -> list[str]:
+    """`--train.learning_rate 1e-4`, and with `=`, as `--set train.learning_rate=1e-4`.
+
+    Args:
+        options: the command's own.
+
+    Raises:
+        InputError: an option is none of the command's, and the name of a key without its section; or it lacks its value.
+    """
+    found: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        key = name.removeprefix("--")
+        if not (name.startswith("--") and KEY.fullmatch(key)):
+            if name.startswith("--") and name not in options and (meant := find_keys(key)):
+                raise InputError(f"there is no option {name}", f"give {' or '.join(f'--{key} VALUE' for key in meant)}")
+            found.append(argument)
+            continue
+        if not equals and (value := next(given, "--")).startswith("--"):
+            raise InputError(f"{name} has no value", f"give {name} VALUE")
+        found += ["--set", f"{key}={value}"]
+    return found
+
+
+def find_keys(name: str) -> list[str]:
+    """The recipe's keys that an option without a section may mean: `learning-rate` is `train.learning_rate`."""
+    from hftcli.recipe.faults import list_keys
+
+    return [key for key in list_keys() if key.rpartition(".")[2] == name.replace("-", "_")]
 
 
 app = typer.Typer(

@@ -13,8 +13,10 @@ from hftcli.commands.options import (
     OutputOption,
     Place,
     ProcessesOption,
+    RecipeArgument,
     RecipeOption,
     SetOption,
+    join_given,
     read_recipe,
 )
 from hftcli.errors import InputError
@@ -28,6 +30,7 @@ app = typer.Typer()
 
 @app.command()
 def plan(
+    named: RecipeArgument = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     model: Annotated[str | None, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")] = None,
@@ -40,9 +43,8 @@ def plan(
     from hftcli.models.description import describe_model
     from hftcli.reporting.plans import print_plan
 
-    if model is not None:
-        overrides = [f"model.path={json.dumps(model)}", *(overrides or ())]
-    resolved = read_recipe(recipe, overrides, num_processes=num_processes, needs_rows=False)
+    recipe, given = join_given(named, recipe, {"model.path": model}, overrides)
+    resolved = read_recipe(recipe, given, num_processes=num_processes, needs_rows=False)
     start = runners.resolve_start(resolved.model.path)
     described = describe_model(start.path)
     budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)

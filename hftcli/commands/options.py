@@ -15,8 +15,16 @@ from hftcli.errors import InputError
 if TYPE_CHECKING:
     from hftcli.recipe.recipe import Objective, Recipe
 
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE]", help="A YAML file, or the name of a shipped recipe; also as --recipe.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="The model to start from: a folder, a run or a hub id.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="The rows to train on: a file, a folder or a hub id.")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file, or the name of a shipped recipe.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as --KEY VALUE does."),
+]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder of the run.")]
 ProcessesOption = Annotated[int | None, typer.Option("--num-processes", help="Processes on each machine.")]
 HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="The machines, in DeepSpeed's format, over ssh.")]
@@ -46,6 +54,19 @@ class Place:
 
 
 HERE = Place()
+Given = tuple[str | None, list[str]]  # a recipe's name, and what overrides its keys
+
+
+def join_given(named: str | None, recipe: str | None, given: dict[str, str | None], overrides: Sequence[str] | None) -> Given:
+    """The recipe, by its place or by --recipe, and all that overrides it, options first.
+
+    Raises:
+        InputError: two recipes are named.
+    """
+    if named is not None and recipe is not None:
+        raise InputError(f"two recipes: {named} and --recipe {recipe}", "name one")
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    return named or recipe, [*options, *(overrides or ())]
 
 
 def read_recipe(

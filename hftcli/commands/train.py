@@ -1,6 +1,5 @@
 """The commands that train: `hft sft`, `hft dpo`, `hft continual`."""
 
-import json
 import os
 import shlex
 from typing import TYPE_CHECKING, Annotated
@@ -8,16 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hftcli.commands.options import (
+    DataOption,
     DryRunOption,
     HostfileOption,
+    ModelOption,
     OutputOption,
     Place,
     ProcessesOption,
+    RecipeArgument,
     RecipeOption,
     SetOption,
     SlurmOption,
     SubmitOption,
     check_place,
+    join_given,
     read_recipe,
 )
 from hftcli.errors import InputError
@@ -31,7 +34,10 @@ app = typer.Typer()
 
 @app.command()
 def sft(
+    named: RecipeArgument = None,
     recipe: RecipeOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
@@ -42,12 +48,16 @@ def sft(
 ) -> None:
     """Supervised fine-tuning; with no recipe, the built-in quick start."""
     place = Place(hostfile, slurm, submit, dry_run)
-    _run_single(read_recipe(recipe, overrides, output, num_processes, place, "sft"), place)
+    recipe, given = join_given(named, recipe, {"model.path": model, "data.path": data}, overrides)
+    _run_single(read_recipe(recipe, given, output, num_processes, place, "sft"), place)
 
 
 @app.command()
 def dpo(
+    named: RecipeArgument = None,
     recipe: RecipeOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
     overrides: SetOption = None,
     output: OutputOption = None,
     num_processes: ProcessesOption = None,
@@ -58,12 +68,15 @@ def dpo(
 ) -> None:
     """Direct preference optimization; with no recipe, the built-in quick start."""
     place = Place(hostfile, slurm, submit, dry_run)
-    _run_single(read_recipe(recipe, overrides, output, num_processes, place, "dpo"), place)
+    recipe, given = join_given(named, recipe, {"model.path": model, "data.path": data}, overrides)
+    _run_single(read_recipe(recipe, given, output, num_processes, place, "dpo"), place)
 
 
 @app.command()
 def continual(
+    named: RecipeArgument = None,
     recipe: RecipeOption = None,
+    model: ModelOption = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", help="A benchmark (tinyworld, trace, standard), or tasks, with commas between.")
     ] = None,
@@ -85,9 +98,8 @@ def continual(
     from hftcli.tasks.check import format_report
 
     place = Place(hostfile, slurm, submit, dry_run)
-    given = [f"continual.tasks={json.dumps(tasks)}"] if tasks else []
-    given += [f"continual.order={json.dumps(order)}"] if order else []
-    given += overrides or ()
+    options = {"model.path": model, "continual.tasks": tasks or None, "continual.order": order or None}
+    recipe, given = join_given(named, recipe, options, overrides)
     if tasks and recipe is None and not any(override.startswith("data.root=") for override in given):
         find_sequence(ContinualSection(tasks=tasks))  # a name that is misspelt is no task of the user's own
     resolved = read_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, place, "continual")

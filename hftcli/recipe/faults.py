@@ -77,6 +77,20 @@ def _section_fields(keys: Keys) -> list[str]:
     return list(model.model_fields)
 
 
+def list_keys(keys: Keys = ()) -> Iterator[str]:
+    """Every key that a recipe may have, those that are passed on to the trainers too, with their sections."""
+    section: Any = Recipe
+    for key in keys:
+        section = open_section(section.model_fields[key].annotation)
+    for name, field in section.model_fields.items():
+        if open_section(field.annotation) is not None:
+            yield from list_keys((*keys, name))
+        else:
+            yield ".".join((*keys, name))
+    if len(keys) == 1 and keys[0] in OPEN_SECTIONS:
+        yield from (f"{keys[0]}.{name}" for name, fate in OPEN_SECTIONS[keys[0]][1].items() if isinstance(fate, Passed))
+
+
 def check_secrets(values: dict[str, Any], source: RecipeFile, keys: Keys = ()) -> Iterator[str]:
     """What nobody else may read: a recipe is written into its run."""
     for key, value in values.items():

@@ -7,7 +7,10 @@ from importlib import import_module
 
 import pytest
 
-from hftcli.commands.cli import COMMANDS
+from hftcli.commands.cli import COMMANDS, spell_out
+from hftcli.commands.options import join_given
+from hftcli.errors import InputError
+from hftcli.recipe.faults import list_keys
 
 HEAVY = {"torch", "transformers", "yaml", "numpy", "jinja2", "rich.progress", "hftcli.recipe.recipe", "hftcli.runners"}
 
@@ -40,3 +43,35 @@ def test_the_help_of_a_command_imports_nothing_heavy(name):
     imported = list_imports(name, "--help")
     assert f"hftcli.commands.{COMMANDS[name][0]}" in imported
     assert imported.isdisjoint(HEAVY)
+
+
+def test_every_key_of_a_recipe_is_an_option_too():
+    options = {"--set", "--output", "--dry-run"}
+    given = ["my.yaml", "--train.learning_rate", "1e-4", "--model.path=a=b", "--output", "x", "--data.max_length", "-1"]
+    expected = ["my.yaml", "--set", "train.learning_rate=1e-4", "--set", "model.path=a=b", "--output", "x"]
+    assert spell_out(given, options) == [*expected, "--set", "data.max_length=-1"]
+    for wrong in (["--train.learning_rate"], ["--train.learning_rate", "--dry-run"]):
+        with pytest.raises(InputError, match="--train.learning_rate has no value"):
+            spell_out(wrong, options)
+    with pytest.raises(InputError) as raised:
+        spell_out(["--learning-rate", "1e-4"], options)
+    assert raised.value.fix == "give --train.learning_rate VALUE"
+    with pytest.raises(InputError) as raised:
+        spell_out(["--weight_decay=1"], options)
+    assert raised.value.fix == "give --train.weight_decay VALUE", "one that is passed on to the trainer"
+    assert spell_out(["--no-such"], options) == ["--no-such"], "what is like no key is for the parser to refuse"
+
+
+def test_the_keys_are_those_of_the_schema():
+    keys = list(list_keys())
+    assert len(keys) == len(set(keys))
+    for key in ("model.path", "train.learning_rate", "eval.held_out.path", "method.lora.r", "dpo.beta", "output"):
+        assert key in keys
+    assert "train.hub_token" not in keys
+
+
+def test_a_recipe_is_named_once():
+    assert join_given("a", None, {"model.path": "m", "data.path": None}, ["x=1"]) == ("a", ['model.path="m"', "x=1"])
+    assert join_given(None, "b", {}, None) == ("b", [])
+    with pytest.raises(InputError, match="two recipes: a and --recipe b"):
+        join_given("a", "b", {}, None)
