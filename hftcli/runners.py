@@ -84,12 +84,12 @@ def run_recipe(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -
 
 def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     """Check what can be checked without a model, and write the run's and the round's files."""
-    start, run = resolve_start(recipe.model.path), Run(recipe.folder)
+    start, run = resolve_start(recipe.model.place), Run(recipe.folder)
     check_tasks(recipe.eval.tasks)
     spec = RoundSpec(
         objective=recipe.objective,
         index=start.num_rounds,
-        model=recipe.model.model_copy(update={"path": start.path}),
+        model=recipe.model.model_copy(update={"path": start.path, "revision": None}),
         data=recipe.data.relocate(_make_absolute),
         freeze=recipe.freeze,
         train=recipe.train,
@@ -127,7 +127,7 @@ def prepare_continual(recipe: Recipe) -> Run:
     Each round starts from the checkpoint of the one before, so that all of them can be written at once.
     """
     assert recipe.continual is not None
-    start = resolve_start(recipe.model.path)
+    start = resolve_start(recipe.model.place)
     root = recipe.data.root and _make_absolute(recipe.data.root)
     sequence = find_sequence(recipe.continual, root)
     check_tasks(recipe.eval.tasks, root)
@@ -141,7 +141,7 @@ def prepare_continual(recipe: Recipe) -> Run:
         spec = RoundSpec(
             objective="sft",
             index=start.num_rounds + place,
-            model=recipe.model.model_copy(update={"path": path}),
+            model=recipe.model.model_copy(update={"path": path, "revision": None}),
             data=recipe.data.model_copy(update={"root": root}),
             freeze=recipe.freeze,
             train=recipe.train.model_copy(update=epochs),
@@ -279,7 +279,7 @@ def resolve_start(path: str) -> Start:
         check_family(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"))
         history, place = read_history(folder), str(folder.resolve())
         return Start(place, history.num_rounds, place if history.rounds else None)
-    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", path):
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", path):
         raise ModelError(f"model.path {path}: no such folder", "give a folder, a finished run, or a hub id (owner/name)")
     return Start(path)
 

@@ -45,7 +45,7 @@ def plan(
 
     recipe, given = join_given(named, recipe, {"model.path": model}, overrides)
     resolved = read_recipe(recipe, given, num_processes=num_processes, needs_rows=False)
-    start = runners.resolve_start(resolved.model.path)
+    start = runners.resolve_start(resolved.model.place)
     described = describe_model(start.path)
     budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
     checked = None
@@ -85,7 +85,7 @@ def data(
     resolved = read_recipe(recipe, [*extra, *(overrides or ())])
     is_bare = recipe is None and rows is not None
     objective = detect_objective(resolved.data) if is_bare else resolved.objective
-    folder = fetch_checkpoint(runners.resolve_start(resolved.model.path).path)
+    folder = fetch_checkpoint(runners.resolve_start(resolved.model.place).path)
     num_embeddings = describe_model(str(folder)).num_embeddings
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, num_embeddings)
@@ -220,7 +220,7 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     if not is_model_given:
         return findings
     try:
-        start = runners.resolve_start(recipe.model.path)
+        start = runners.resolve_start(recipe.model.place)
         described = describe_model(start.path)
         budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
     except InputError as error:

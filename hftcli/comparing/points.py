@@ -122,7 +122,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
         lost=losses,
         alike={
             "objective": recipe.objective,
-            "model": recipe.model.path,
+            "model": recipe.model.place,
             "data": [_describe_data(result) for result in results.values()],
             "tasks": {name: f"{count} questions" for name, count in num_examples.items()},
         },

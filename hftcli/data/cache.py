@@ -62,7 +62,7 @@ def find_or_make(
         report = read_model(entry / REPORT_NAME, DataReport)
     # The same bytes may have been read at another place.
     places = zip(report.sources, sources, strict=True)
-    moved = tuple(source.model_copy(update={"path": place.path}) for source, place in places)
+    moved = tuple(source.model_copy(update={"path": place.path, "files": place.files}) for source, place in places)
     return open_shards(entry), report.model_copy(update={"sources": moved})
 
 

@@ -38,7 +38,8 @@ DIALOGUE = (*SYSTEM_COLUMNS, "history", *TOOL_COLUMNS)
 # Columns that carry meaning in other tools, and that would be lost here.
 UNSUPPORTED_COLUMNS = (
     *DIALOGUE, "image", "images", "video", "videos", "audio", "audios", "documents", "chat_template_kwargs", "function_call",
-    "tool_calls", "weight", "loss_mask", "mask", "train", "rejected_response", "rejected_messages", "rejected_images",
+    "tool_calls", "weight", "weights", "sample_weight", "loss_mask", "mask", "train", "rejected_response", "rejected_messages",
+    "rejected_images", "kto_tag",
 )  # fmt: skip
 # And beside a question, what it is about.
 UNSUPPORTED_CONTEXT = ("context", "passage", "choices", "options", "reasoning", "reasoning_content", "thinking")
@@ -305,8 +306,8 @@ def check_pair(pair: Row) -> Row:
 
 
 FORMATS = {
-    "messages": Format(("messages",), convert_messages, optional=DIALOGUE),
-    "sharegpt": Format(("conversations",), convert_sharegpt, optional=DIALOGUE),
+    "messages": Format(("messages",), convert_messages, optional=DIALOGUE, refused=("label",)),
+    "sharegpt": Format(("conversations",), convert_sharegpt, optional=DIALOGUE, refused=("label",)),
     "prompt-completion": Format(
         ("prompt", "completion"), convert_prompt_completion, optional=DIALOGUE, refused=(*UNSUPPORTED_CONTEXT, "label")
     ),

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -63,7 +64,9 @@ class Place:
             return Source(path=self.name, fingerprint=_identify_hub_dataset(self.source), num_bytes=None)
         digests = [_hash_file(file) for file in files]
         fingerprint = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-        return Source(path=self.name, fingerprint=fingerprint, num_bytes=sum(file.stat().st_size for file in files))
+        num_bytes = sum(file.stat().st_size for file in files)
+        names = tuple(os.path.relpath(file, self.name) for file in files) if len(files) > 1 else ()
+        return Source(path=self.name, files=names, fingerprint=fingerprint, num_bytes=num_bytes)
 
 
 def _hash_file(file: Path) -> str:
@@ -145,7 +148,7 @@ def _ask_datasets(source: SourceSection, folder: Path) -> list[Path]:
         DataError: there is no such configuration.
     """
     try:
-        files = datasets.load_dataset_builder(str(folder), source.name).config.data_files or {}
+        files = datasets.load_dataset_builder(str(folder.resolve()), source.name).config.data_files or {}
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if source.name is None:
             return []

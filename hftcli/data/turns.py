@@ -25,13 +25,18 @@ CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's turns whose text is a 
 
 # Whether the assistant's turn is trained, as true and false or as 1 and 0.
 MARKS = ("train", "weight", "loss_mask", "loss", "training", "trainable", "train_on", "train_on_turn")
+# Marks of other tools whose meaning is another: which value says that a turn is trained, or how much it counts.
+OTHER_MARKS = (
+    "mask", "masked", "ignore", "ignored", "skip", "no_train", "no_loss", "label", "labels", "weights", "loss_scale",
+    "loss_weight",
+)  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
 TOOL_KEYS = ("name", "tool_call_id")
 # Parts of a turn that would be lost.
 UNSUPPORTED_KEYS = (
     "image", "images", "video", "videos", "audio", "audios", "documents", "citations", "refusal", "channel", "recipient",
-    "train_detail", "training_detail", "tool_responses", "name", *CALLS, *REASONING,
+    "train_detail", "training_detail", "tool_responses", "name", *CALLS, *REASONING, *OTHER_MARKS,
 )  # fmt: skip
 
 

@@ -74,8 +74,9 @@ def build_empty_model(path: str) -> PreTrainedModel:
     Raises:
         ModelError: there is no such model, or its config does not load.
     """
+    name, revision = split_revision(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(name, revision=revision)
         # The class itself: `from_config` would have DeepSpeed share the weights out where it holds the model.
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with torch.device("meta"):
@@ -87,6 +88,14 @@ def build_empty_model(path: str) -> PreTrainedModel:
 def find_max_positions(config: Mapping[str, Any]) -> int | None:
     """How many positions a model has, by whichever name its family has for them; None where there is no limit."""
     return next((config[name] for name in POSITION_NAMES if config.get(name) is not None), None)
+
+
+def split_revision(path: str) -> tuple[str, str | None]:
+    """A folder or a hub id, and the revision of the latter where it is written behind it: `owner/name@revision`."""
+    if Path(path).exists():
+        return path, None
+    name, _, revision = path.partition("@")
+    return name, revision or None
 
 
 def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
@@ -106,7 +115,8 @@ def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
 
         try:
             patterns = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if needs_weights else [])]
-            folder = Path(snapshot_download(path, allow_patterns=patterns))
+            name, revision = split_revision(path)
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise ModelError(
                 f"model.path {path}: no such folder, and the hub does not give it: {get_first_line(error)}",

@@ -5,10 +5,11 @@ A setting that would have no effect is refused: its user would take the result f
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from hftcli.recipe.recipe import Objective, Recipe
-from hftcli.recipe.sections import LossType, Schedule
+from hftcli.recipe.sections import QUICK_START, LossType, Schedule
 from hftcli.recipe.source import RecipeFile
 from hftcli.recipe.trainer_keys import ADAMS, LIONS, OPTIMIZER_ARGUMENTS, OPTIMIZERS
 
@@ -87,6 +88,9 @@ def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{_place(key, source)}: {key} would have no effect without processes that make the batches: drop it, or set "
                 "train.dataloader_num_workers to 1 or more"
             )
+    if is_given(recipe, "data.seed") and len(recipe.data.sources) < 2:
+        yield f"{_place('data.seed', source)}: data.seed would have no effect without several data.sources: drop it"
+    yield from _check_places(recipe, source)
     yield from _check_optimizer_arguments(recipe, source)
     yield from _check_checkpointing(recipe, source)
     optimizer = find_value(recipe, "train.optim")
@@ -123,11 +127,29 @@ def find_value(recipe: Recipe, key: str) -> Any:
     return values[name] if name in values else DEFAULTS.get(key)
 
 
+def _check_places(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Revisions and splits of what has none."""
+    model = recipe.model
+    if model.revision is not None and (model.path == QUICK_START or Path(model.path).is_dir()):
+        yield f"{_place('model.revision', source)}: model.revision would have no effect: {model.path} is a folder, so drop it"
+    sections: dict[str, tuple[Any, ...]] = {
+        "data": (recipe.data,),
+        "data.sources": recipe.data.sources,
+        "eval.held_out": (recipe.eval.held_out,),
+    }
+    for key, parts in sections.items():
+        for part in parts:
+            is_named = part.split != type(part).model_fields["split"].default
+            if is_named and part.path and Path(part.path).expanduser().is_file():
+                yield f"{_place(f'{key}.split', source)}: {key}.split would have no effect: {part.path} is a file, so drop it"
+
+
 def _check_optimizer_arguments(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """Arguments that the optimizer does not take, which transformers passes over."""
     optimizer, key = find_value(recipe, "train.optim"), "train.optim_args"
     known = OPTIMIZER_ARGUMENTS[optimizer]
-    for given in (recipe.train.extra.get("optim_args") or "").replace(" ", "").split(",") if known else ():
+    text = (recipe.train.extra.get("optim_args") or "").replace(" ", "")
+    for given in text.split(",") if known and text else ():
         name, equals, _ = given.partition("=")
         if not equals or name not in known:
             yield f"{_place(key, source)}: {key}: {given!r} is none of {optimizer}'s: give NAME=VALUE of {', '.join(known)}"

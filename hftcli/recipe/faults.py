@@ -1,7 +1,8 @@
 """What is wrong with a recipe, a line for each fault: where it stands, what was got, and the key that was probably meant."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -50,10 +51,32 @@ FOREIGN_KEYS = {
 }
 
 
-def describe_fault(fault: ErrorDetails, source: RecipeFile) -> str:
-    """What pydantic refuses, on a line with the place where the key was given."""
-    keys = tuple(str(part) for part in fault["loc"])
-    place, name = source.place(keys), ".".join(keys)
+def describe_faults(faults: Sequence[ErrorDetails], source: RecipeFile) -> Iterator[str]:
+    """What pydantic refuses, a line for each with the place where the key was given.
+
+    Of a key that takes one value or several, a text that is none of the values is one fault.
+    """
+    found = [_find_key(fault["loc"]) for fault in faults]
+    for keys, fault in zip(found, faults, strict=True):
+        if fault["type"] != "tuple_type" or not isinstance(fault["input"], str) or found.count(keys) == 1:
+            yield _describe_fault(fault, keys, source)
+
+
+def _find_key(parts: Sequence[int | str]) -> Keys:
+    """The key of a fault, without the names by which pydantic tells apart the types that it may have."""
+    keys: list[str] = []
+    model: type[BaseModel] | None = Recipe
+    for part in parts:
+        if isinstance(part, int) or model is not None:
+            keys.append(str(part))
+        if isinstance(part, str) and model is not None:
+            field = model.model_fields.get(part)
+            model = open_section(field.annotation) if field else None
+    return tuple(keys)
+
+
+def _describe_fault(fault: ErrorDetails, keys: Keys, source: RecipeFile) -> str:
+    place, name = source.place(keys, is_given=fault["type"] != "missing"), ".".join(keys)
     if fault["type"] == "extra_forbidden":
         return _describe_unknown_key(place, keys, _section_fields(keys[:-1]))
     if fault["type"] == "missing":
@@ -145,6 +168,18 @@ def type_trainer_keys(values: dict[str, Any], source: RecipeFile) -> Iterator[st
             except ValidationError as error:
                 reasons = " or ".join(dict.fromkeys(fault["msg"][0].lower() + fault["msg"][1:] for fault in error.errors()))
                 yield f"{place}: {name}: {reasons}, got {value!r}"
+
+
+def check_finite(values: Any, source: RecipeFile, keys: Keys = ()) -> Iterator[str]:
+    """Numbers without end, and what is none: JSON, in which a round is written, has neither."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from check_finite(value, source, (*keys, str(key)))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from check_finite(value, source, keys)
+    elif isinstance(values, float) and not math.isfinite(values):
+        yield f"{source.place(keys)}: {'.'.join(keys)}: input should be a finite number, got {values}"
 
 
 def check_trainer_keys(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

@@ -16,13 +16,14 @@ from hftcli.errors import RecipeError
 from hftcli.recipe.effects import check_effects
 from hftcli.recipe.faults import (
     check_booleans,
+    check_finite,
     check_fit,
     check_foreign_keys,
     check_measuring,
     check_methods,
     check_secrets,
     check_trainer_keys,
-    describe_fault,
+    describe_faults,
     type_trainer_keys,
 )
 from hftcli.recipe.recipe import Objective, Recipe
@@ -62,13 +63,14 @@ def load_recipe(
     try:
         recipe = Recipe.model_validate({"model": {}, **values}, context=found)
     except ValidationError as error:
-        faults += [describe_fault(fault, source) for fault in error.errors()]
+        faults += describe_faults(error.errors(), source)
         raise RecipeError("\n".join(faults)) from None
     objective = objective or recipe.objective
     if objective != "continual" and recipe.data.path is None and not recipe.data.sources and needs_rows:
         faults.append(f"{source.place(('data',))}: data.path is missing")
     faults += [*check_foreign_keys(recipe, objective, source), *check_trainer_keys(recipe, objective, source)]
     faults += [*check_methods(recipe, objective, source), *check_fit(recipe, source)]
+    faults += check_finite(recipe.model_dump(), source)
     if not faults:  # what is not of its type has no effect to speak of
         faults += [*check_measuring(recipe, objective, source), *check_effects(recipe, objective, source)]
     if faults:

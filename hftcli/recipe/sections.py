@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from hftcli.freezing.activations import LossKernel
 from hftcli.recipe.section import Section
 from hftcli.recipe.slurm import SlurmSection
+from hftcli.recipe.trainer_keys import Seed
 
 QUICK_START = "tinyworld"  # the model and data that ship with the package
 
@@ -30,18 +31,24 @@ class ModelSection(Section):
     path: str
     """A folder with a Hugging Face checkpoint, the folder of a finished run, a hub id, or `tinyworld`."""
 
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null takes the newest."""
+
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type that the start's weights are converted to, once, and in which the checkpoint is written; null keeps that of
     each tensor. What trains has float32 masters in any case."""
 
     chat_template: str | None = None
-    """A Jinja file, or a template that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the
-    model."""
+    """A Jinja file, or one that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the model."""
 
     attn_implementation: str | None = None
     """Attention kernel, as transformers names it; null lets transformers choose, which is `sdpa`. Packed rows on a GPU are
-    faster with one that knows where a document ends: `flash_attention_2`, where the package is, or `flex_attention`, which
-    ships with torch and is compiled at the first step."""
+    faster with one that knows where a document ends: `flash_attention_2`, or `flex_attention`, which ships with torch."""
+
+    @property
+    def place(self) -> str:
+        """The path, with the revision behind it."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
 class SourceSection(Section):
@@ -109,7 +116,7 @@ class DataSection(Section):
     ignore_columns: tuple[str, ...] = ()
     """Columns, or keys of a message, that are left out though they carry meaning hft does not train on, such as `images`."""
 
-    seed: int = 42
+    seed: Seed = 42
     """Which rows of a source with a `weight` are drawn, and the order in which sources are mixed."""
 
     drop_identical: bool = False
@@ -239,7 +246,7 @@ class TrainSection(OpenSection):
     """Compute in bfloat16 where the GPU, or without one the processor, has it, with float32 masters for what trains; elsewhere
     in float32."""
 
-    seed: int = 42
+    seed: Seed = 42
     """Order of the data, dropout. The halves have a seed of their own, `freeze.seed`."""
 
     logging_steps: Annotated[int, Field(ge=1)] = 1
@@ -253,11 +260,11 @@ class DpoSection(OpenSection):
     """How strongly the model is held to the reference: the reward of an answer is beta times the logarithm of how much likelier
     the model finds it than the reference does."""
 
-    loss_type: LossType | tuple[LossType, ...] = "sigmoid"
+    loss_type: LossType | Annotated[tuple[LossType, ...], Field(min_length=1)] = "sigmoid"
     """The loss on a pair's rewards, or several that are added; `sigmoid` is that of the DPO paper (arXiv 2305.18290, equation
     7)."""
 
-    loss_weights: tuple[float, ...] | None = None
+    loss_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """The weight of each of several losses; null weighs each 1."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0

@@ -14,6 +14,7 @@ SECRET_NAME = re.compile(r"(?i)(hub|hf|api|auth|access|wandb)_?(token|key)|passw
 SECRET_VALUE = re.compile(r"(?i)\bhf_[a-z0-9]{16,}|(token|api_key|secret|password)=[^\s,]")
 # Keys that say more about what a path holds, and that go when `--set` gives another path.
 PATH_KEYS = {
+    ("model", "path"): ("revision",),
     ("data", "path"): ("name", "split", "revision", "sources"),
     ("data", "sources"): ("path", "name", "split", "revision"),
     ("eval", "held_out", "path"): ("name", "split", "revision"),
@@ -86,12 +87,17 @@ class RecipeFile:
             return values
         return RecipeLoader("").construct_object(node, deep=True)
 
-    def place(self, keys: Keys) -> str:
-        """Where a key was given: the longest part of its path that stands somewhere."""
+    def place(self, keys: Keys, is_given: bool = False) -> str:
+        """Where a key was given: the longest part of its path that stands somewhere.
+
+        Args:
+            is_given: it has a value, so that it stands where a part of that stands, if nowhere else.
+        """
         for length in range(len(keys), 0, -1):
             if keys[:length] in self.origins:
                 return self.origins[keys[:length]]
-        return str(self.path) if self.path else "no recipe, and no --set"
+        below = [place for found, place in self.origins.items() if is_given and found[: len(keys)] == keys]
+        return below[-1] if below else str(self.path) if self.path else "no recipe, and no --set"
 
 
 def apply_override(values: dict[str, Any], override: str, source: RecipeFile) -> None:

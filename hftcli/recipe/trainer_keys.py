@@ -54,6 +54,7 @@ Fate = Ours | Passed | Refused
 
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # as numpy takes it
 Share = Annotated[float, Field(ge=0, lt=1)]
 Options = dict[str, Any]
 LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
@@ -225,7 +226,7 @@ SHARED: dict[str, Fate] = {
     "restore_callback_states_from_checkpoint": Refused("a resumed round restores all that it remembers"),
     "full_determinism": Passed(bool),
     "seed": Ours("train.seed"),
-    "data_seed": Passed(int | None),
+    "data_seed": Passed(Seed | None),
     "use_cpu": Refused("hft takes the GPU where there is one", "CUDA_VISIBLE_DEVICES= in front of the command"),
     "accelerator_config": Refused(_DEALING),
     "parallelism_config": Refused("hft shards with DeepSpeed", "launch.zero_stage"),
@@ -314,4 +315,6 @@ GONE = {
     "max_prompt_length": "data.max_length",
     "warmup_ratio": "train.warmup_steps (below 1 it is a share of all steps)",
     "overwrite_output_dir": "another output",
+    "evaluation_strategy": "eval.tasks, or eval.held_out",
+    "group_by_length": "train.train_sampling_strategy: group_by_length",
 }

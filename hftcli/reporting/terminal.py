@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hftcli.doctor.doctor import Finding
-from hftcli.runs.records import DataReport, MergeManifest
+from hftcli.runs.records import DataReport, MergeManifest, Source
+
+NUM_FILES = 10  # of a folder that are named
 
 Samples = Mapping[str, list[tuple[str, bool]]]  # by name, text in pieces, each with whether it is trained
 
@@ -96,6 +98,7 @@ def describe_data(summary: DataReport) -> dict[str, str]:
         "special tokens": special and f"in the text of {summary.num_special:,} rows: {special} (data.special_tokens_in_text)",
     }
     return {
+        "read": "\n".join(map(describe_source, summary.sources)),
         "format": summary.format,
         "rows": rows,
         **{name: note for name, note in notes.items() if note},
@@ -104,6 +107,14 @@ def describe_data(summary: DataReport) -> dict[str, str]:
         "row lengths": ", ".join(f"{name} {value:,}" for name, value in summary.length_percentiles.items()),
         "cache key": summary.key[:12],
     }
+
+
+def describe_source(source: Source) -> str:
+    """Where rows came from; of a folder, which of its files."""
+    if not source.files:
+        return source.path
+    more = f" and {len(source.files) - NUM_FILES:,} more" if len(source.files) > NUM_FILES else ""
+    return f"{source.path}: {', '.join(source.files[:NUM_FILES])}{more}"
 
 
 def print_sources(summary: DataReport) -> None:

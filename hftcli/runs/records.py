@@ -38,6 +38,8 @@ class Source(Section):
 
     path: str
     """The file, the folder, the hub id, or the task."""
+    files: tuple[str, ...] = ()
+    """Of a folder with several files that are read: which ones, within it."""
     fingerprint: str
     """sha256 of the file's bytes, of those of several files, or of the task's examples; of a hub dataset, sha256 of its rows,
     or where `max_examples` streams it, of what the hub says that it is."""

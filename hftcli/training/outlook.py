@@ -26,6 +26,8 @@ from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.stages import Assignment, Rows
 from hftcli.training.trainers import build_arguments, make_deepspeed_config
 
+NUM_TRIED_STEPS = 10_000  # of a schedule
+
 
 @dataclass
 class Passes:
@@ -100,25 +102,30 @@ def check_points(scoring: Scoring, num_steps: int) -> None:
 
 
 def check_schedule(train: TrainSection, num_steps: int, num_warmup_steps: int) -> None:
-    """Raises: InputError: the schedule does not take its settings, or has a learning rate of 0 in every step."""
+    """Raises: InputError: the schedule does not take its settings, or has a learning rate of 0 in every step, or an odd one."""
     name, options = train.lr_scheduler_type, train.extra.get("lr_scheduler_kwargs")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], train.learning_rate)
+    steps = sorted({*range(0, num_steps, max(num_steps // NUM_TRIED_STEPS, 1)), num_warmup_steps, num_steps - 1})
     try:
-        schedule = get_scheduler(name, optimizer, num_warmup_steps, num_steps, options)
-        for _ in range(num_steps):
-            if schedule.get_last_lr()[0] > 0:
-                return
-            optimizer.step()
-            schedule.step()
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        [share_at] = get_scheduler(name, optimizer, num_warmup_steps, num_steps, options).lr_lambdas
+        shares = {step: share_at(step) for step in steps if step < num_steps}
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"train.lr_scheduler_type {name} does not take train.lr_scheduler_kwargs {options or {}}: {error}",
             f"see transformers' get_scheduler for what {name} takes",
         ) from None
-    raise InputError(
-        f"the learning rate is 0 in all {num_steps} steps: train.warmup_steps {train.warmup_steps:g} takes every one",
-        "set train.warmup_steps: 0, or train for longer with train.num_train_epochs, or lower train.global_batch_size",
-    )
+    for step, share in shares.items():
+        if isinstance(share, complex) or not -1e-9 <= share <= 1 + 1e-9:  # up to rounding
+            raise InputError(
+                f"the learning rate is {share * train.learning_rate:g} in step {step + 1} of {num_steps}, and "
+                f"train.learning_rate, its peak, is {train.learning_rate:g}: train.lr_scheduler_kwargs {options or {}}",
+                f"see transformers' get_scheduler for what {name} makes of them",
+            )
+    if not any(share > 0 for share in shares.values()):
+        raise InputError(
+            f"the learning rate is 0 in all {num_steps} steps: train.warmup_steps {train.warmup_steps:g} takes every one",
+            "set train.warmup_steps: 0, or train for longer with train.num_train_epochs, or lower train.global_batch_size",
+        )
 
 
 def foresee_run(

@@ -106,7 +106,7 @@ def test_plain_text_has_no_place_for_a_dialogue(name: str, column: str, minimind
 
 UNSUPPORTED = (
     "image images video videos audio audios documents chat_template_kwargs function_call tool_calls weight loss_mask mask "
-    "train rejected_response rejected_messages"
+    "train rejected_response rejected_messages weights sample_weight kto_tag"
 ).split()
 ROWS = [*CONVERSATIONS.items(), *((f"plain {name}", row) for name, row in PLAIN.items())]
 
@@ -118,7 +118,7 @@ def test_meaning_that_is_not_supported_is_refused_by_name(
     given = [*UNSUPPORTED]
     if name in ("alpaca", "question-answer", "prompt-completion", "plain prompt-completion", "plain prompt-answer"):
         given += ["context", "passage", "choices", "options", "reasoning", "thinking"]
-    if "completion" in row:
+    if "completion" in row or name in ("messages", "sharegpt"):
         given.append("label")
     for column in given:
         with pytest.raises(DataError, match=f"row 1: column '{column}' carries meaning") as caught:
@@ -168,6 +168,17 @@ def test_marked_turns_are_not_trained(
         assert prepare(mark(row, key, no, yes, None, None), speaker, tmp_path)[1] == both
     text, trained, report = prepare(row, speaker, tmp_path)
     assert (text.rstrip(), trained, report.unused_columns) == (render(TWICE, speaker), both, ())
+
+
+@pytest.mark.parametrize(
+    "key", "mask masked ignore ignored skip no_train no_loss label labels weights loss_scale loss_weight".split()
+)
+def test_marks_of_another_meaning_are_refused(key: str, minimind: PreTrainedTokenizerBase, tmp_path: Path):
+    """Some tools train on what has a mask of 1, and others leave it out."""
+    for row in MARKED.values():
+        for value in (True, 0, 0.5):
+            with pytest.raises(DataError, match=rf"row 1: \w+\[1\]\.{key} carries meaning"):
+                prepare(mark(row, key, None, value, None, None), minimind, tmp_path)
 
 
 @pytest.mark.parametrize(

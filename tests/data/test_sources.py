@@ -146,7 +146,7 @@ def test_folders_of_files(tmp_path: Path):
         write_file(tmp_path / "shards" / name, rows)
     sources = find_sources(DataSection(path=str(tmp_path / "shards")))
     assert read(read_rows(DataSection(path=str(tmp_path / "shards")))[0]) == EXPECTED[:9]
-    assert [source.path for source in sources] == [str(tmp_path / "shards")]
+    assert [(source.path, source.files) for source in sources] == [(str(tmp_path / "shards"), ("one.jsonl", "two.jsonl"))]
     write_file(tmp_path / "shards" / "two.jsonl", third)
     assert find_sources(DataSection(path=str(tmp_path / "shards")))[0].fingerprint != sources[0].fingerprint
 

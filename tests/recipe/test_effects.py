@@ -30,6 +30,8 @@ def fail(objective: str, *overrides: str) -> str:
         ("sft", ["train.report_to=tensorboard", "train.run_name=x"], "beside train.report_to tensorboard"),
         ("sft", ["train.dataloader_prefetch_factor=2"], "set train.dataloader_num_workers to 1 or more"),
         ("sft", ["train.dataloader_in_order=false"], "set train.dataloader_num_workers to 1 or more"),
+        ("sft", ["data.seed=1"], "data.seed would have no effect without several data.sources"),
+        ("sft", ["model.path=tinyworld", "model.revision=v1"], "model.revision would have no effect: tinyworld is a folder"),
         ("dpo", ["train.label_smoothing_factor=0.1"], "train.label_smoothing_factor would have no effect under `hft dpo`"),
         ("dpo", ["train.train_sampling_strategy=group_by_length"], "group_by_length looks for the rows' input_ids"),
         (
@@ -53,11 +55,25 @@ def test_a_setting_without_effect_is_refused(objective, overrides, expected):
     assert expected in fail(objective, *overrides)
 
 
+def test_a_file_has_no_split(tmp_path):
+    (file := tmp_path / "rows.jsonl").touch()
+    for key, given in (
+        ("data", [f"data.path={file}", "data.split=test"]),
+        ("data.sources", ["data.path=null", f"data.sources=[{{path: {file}, split: test}}]"]),
+        ("eval.held_out", [f"eval.held_out.path={file}", "eval.held_out.split=dev"]),
+    ):
+        assert f"{key}.split would have no effect: {file} is a file, so drop it" in fail("sft", *given)
+    load_recipe(None, [*BASE, f"data.path={file}", f"eval.held_out.path={file}"])
+    load_recipe(None, [*BASE, f"data.path={tmp_path}", "data.split=test"])
+
+
 def test_with_what_it_needs_it_is_taken():
     for overrides in (
         ["train.lr_scheduler_type=cosine_with_restarts", "train.lr_scheduler_kwargs={num_cycles: 2}"],
         ["train.lr_scheduler_type=constant", "train.warmup_steps=0"],
         ["train.optim=sgd", "train.optim_args=momentum=0.9, nesterov=true"],
+        *([f"train.optim={name}"] for name in ("sgd", "adagrad", "rmsprop", "adafactor")),
+        ["model.revision=v1"],
         ["train.activation_checkpointing=true", "train.activation_checkpointing_kwargs={every_n_layers: 2}"],
         ["train.dataloader_num_workers=1", "train.dataloader_prefetch_factor=2"],
     ):

@@ -81,6 +81,8 @@ def test_other_trainer_fields_pass(tmp_path):
         ("max_seq_length", "data.max_length"),
         ("gradient_accumulation_steps", "train.global_batch_size"),
         ("gradient_checkpointing", "train.activation_checkpointing"),
+        ("group_by_length", "train.train_sampling_strategy: group_by_length"),
+        ("evaluation_strategy", "eval.tasks, or eval.held_out"),
     ],
 )
 def test_gone_and_derived_keys_name_their_successor(tmp_path, key, use):
@@ -117,6 +119,43 @@ def test_override_without_form(tmp_path, override):
 
 def test_override_into_a_value(tmp_path):
     assert "output is a value, not a section" in fail(tmp_path, GOOD + "output: x\n", "output.a=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("train.learning_rate=.inf", "input should be a finite number, got inf"),
+        ("train.learning_rate=inf", "input should be a finite number, got inf"),
+        ("train.weight_decay=1e999", "input should be a finite number, got inf"),
+        ("train.max_grad_norm=.inf", "input should be a finite number, got inf"),
+        ("train.lr_scheduler_kwargs={power: .inf}", "input should be a finite number, got inf"),
+        ("launch.timeout_minutes=.inf", "input should be a finite number, got inf"),
+        ("train.seed=-1", "input should be greater than or equal to 0, got -1"),
+        ("train.seed=4294967296", "input should be less than 4294967296"),
+        ("train.data_seed=-1", "input should be greater than or equal to 0, got -1"),
+        ("data.seed=-1", "input should be greater than or equal to 0, got -1"),
+    ],
+)
+def test_numbers_that_nothing_could_take(tmp_path, override, reason):
+    message = fail(tmp_path, GOOD, override)
+    assert message.startswith(f"--set {override}: ")
+    assert reason in message
+
+
+def test_what_stands_in_no_section_is_placed_where_it_was_given(tmp_path):
+    assert fail(tmp_path, GOOD, "lora.r=4").startswith("--set lora.r=4: unknown key 'lora'")
+
+
+def test_a_value_of_a_choice_or_of_several_is_one_fault():
+    for value in ("kto_pair", "5"):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("tinyworld-dpo", [f"dpo.loss_type={value}"])
+        first, *others = caught.value.message.splitlines()
+        assert first.startswith(f"--set dpo.loss_type={value}: dpo.loss_type: input should be 'sigmoid', ")
+        assert not others or value == "5"
+    for override, reason in (("loss_type=[]", "at least 1 item"), ("loss_weights=[0]", "greater than 0")):
+        with pytest.raises(RecipeError, match=reason):
+            load_recipe("tinyworld-dpo", [f"dpo.{override}"])
 
 
 def test_missing_recipe_lists_the_shipped_ones():
