@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from raw_weights import read_raw
 
 Sft = Callable[..., subprocess.CompletedProcess]
 
@@ -36,6 +37,35 @@ def runs(cases, shared, monkeypatch) -> list[str]:
     """In the folder of the recipes, what brings them to their model."""
     monkeypatch.chdir(cases / "runs")
     return ["--set", f"model.path={shared / 'models' / 'stories260K'}"]
+
+
+@pytest.mark.slow
+def test_a_start_of_two_types(hft, rows, tmp_path):
+    """The matrices are stored in bfloat16 and the norms in float32: both keep their type, and what is frozen its bytes."""
+    hft("sft", "--recipe", "base.yaml", "--output", tmp_path / "run", "--set", "model.path=m/mixed")
+    round_ = tmp_path / "run" / "rounds" / "00-sft"
+    start, trained = read_raw(rows / "m" / "mixed"), read_raw(round_ / "checkpoint")
+    frozen = json.loads((round_ / "freeze_plan.json").read_text())["frozen"]
+    assert {dtype for dtype, _, _ in start.values()} == {"BF16", "F32"}
+    assert {name: tensor[:2] for name, tensor in trained.items()} == {name: tensor[:2] for name, tensor in start.items()}
+    assert [name for name in frozen if trained[name] != start[name]] == []
+    assert any("norm" in name for name in frozen)
+    assert "bit-identical" in hft("verify", tmp_path / "run").stdout
+
+
+@pytest.mark.slow
+def test_a_base_model_with_another_end(hft, rows, tmp_path):
+    hft("sft", "--recipe", "two.yaml", "--output", tmp_path / "run")
+    command = [sys.executable, "generate.py", tmp_path / "run" / "rounds" / "00-sft" / "checkpoint"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "'A heron stands in the water.<|im_end|>'" in said
+    assert int(said.split()[0]) < 40
+
+
+def test_a_matrix_whose_base_is_the_best(hft, cases):
+    """By arXiv 1801.10112, equation 3, the model before training does not count: 0.5 - 0.3 and 0.8 - 0.6."""
+    shown = json.loads(hft("report", cases / "runs" / "matrix_base_best.json", "--json").stdout)
+    assert shown["forgetting"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
