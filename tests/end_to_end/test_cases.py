@@ -111,6 +111,26 @@ def test_an_end_that_would_be_saved_and_not_trained(hft, settings, runs, tmp_pat
     assert "train.eos_token is not taken" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["trail", "eosanswer"])
+def test_a_task_that_is_learned_by_heart_is_known(hft, runs, cases, tmp_path, task):
+    """The prompts of the one end with a blank, the answers of the other with the end token's text."""
+    arguments = ["--recipe", "cl.yaml", "--tasks", task, "--output", tmp_path / "run", *runs]
+    hft("continual", *arguments, "--set", f"data.root={cases}/runs/tasks")
+    matrix = json.loads((tmp_path / "run" / "forgetting.json").read_text())
+    assert matrix["scores"][-1] == [1.0]
+
+
+@pytest.mark.slow
+def test_answers_with_stops_in_them_can_be_given(hft, settings, runs, cases, tmp_path):
+    """3.14, J. K. Rowling, A, Washington, D.C., 1,000, blue, C++: taught word for word, and asked."""
+    changes = {"data.root": cases / "runs" / "tasks", "train.max_steps": 150}
+    hft("continual", "--recipe", "cl.yaml", "--tasks", "qa", "--output", tmp_path / "run", *runs, *settings(changes))
+    output = tmp_path / "eval.json"
+    hft("eval", "--model", tmp_path / "run", "--tasks", "closed_book_stops.jsonl", "--output", output)
+    assert json.loads(output.read_text())["tasks"]["closed_book_stops.jsonl"]["score"] == 1
+
+
 def test_three_tasks_and_then_two(hft, runs, cases, tmp_path):
     """A dry run that nobody trained leaves no round to the next start."""
     arguments = [
