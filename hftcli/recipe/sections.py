@@ -105,7 +105,7 @@ class DataSection(Section):
     """Use the first so many rows, of each task or source, and read no further; null uses all."""
 
     bad_rows: Literal["refuse", "drop"] = "refuse"
-    """What becomes of rows that cannot be trained on: `refuse` counts them all and names the first ten; `drop` leaves them out."""
+    """What becomes of rows that cannot be trained on: `refuse` counts them and names the first ten; `drop` leaves them out."""
 
     special_tokens_in_text: Literal["keep", "escape", "refuse"] = "keep"
     """What becomes of a special token, such as the one that ends a turn, that is written out in a row's text: `keep` makes it
