@@ -76,4 +76,4 @@ def test_a_real_model_is_trained_asked_and_compared(blocks, place, run):
     assert sum(weights.numel() for weights in model.parameters()) == 25_829_888
     shown = run(blocks["compare"])
     assert len(list((place / "runs" / "compare-my").glob("*/recipe.yaml"))) == 18  # two shares, three rates, three seeds
-    assert "freeze.trainable_fraction" in shown
+    assert [shown.count(f"│ {method} ") for method in ("full", "half")] == [3, 3]
