@@ -30,6 +30,14 @@ def evaluate(
         str | None, typer.Option("--prompts", help='A task, or a file of {"prompt": "...", "answer": "..."}.')
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to compute in.")] = "float32",
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Ask files through the chat template; by default if there is one.")
+    ] = None,
+    shots: Annotated[int, typer.Option("--shots", min=0, help="Answered questions before each, of the task's own rows.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Where an answer is cut; a task knows its own.")
+    ] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run what the model writes for HumanEval.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse tasks with a right answer that no model can give.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="FILE.json; the items go to FILE.items.jsonl beside it.")
@@ -58,10 +66,12 @@ def evaluate(
         check_output(output)
 
     from hftcli.measuring.scoring import Examination, examine_model
+    from hftcli.recipe.asking import AskingSection
 
+    asking = AskingSection(chat=chat, shots=shots, max_new_tokens=max_new_tokens, strict=strict, allow_code=allow_code)
     examination = Examination(
         model=subject.path, tasks=names, base=base, root=root or subject.root, max_examples=max_examples,
-        max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, is_strict=strict,
+        max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, asking=asking,
     )  # fmt: skip
     with show_counts() as on_progress:
         evaluation, items = examine_model(examination, list_versions(), on_progress)

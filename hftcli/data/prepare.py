@@ -6,7 +6,6 @@ places (sources.py) -> rows of a file (readers.py) -> canonical rows (formats.py
     sources mixed (mixture.py) -> packed where asked, and kept on disk (cache.py)
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -84,7 +83,7 @@ def prepare_task(
     Args:
         task: with the examples to train on, all of which are taken.
     """
-    examples = json.dumps([dataclasses.astuple(example) for example in task.examples])
+    examples = json.dumps([(row.prompt, row.answer, row.body, row.options) for row in task.examples])
     source = Source(path=task.name, fingerprint=hashlib.sha256(examples.encode()).hexdigest(), num_bytes=None)
 
     def make(folder: Path) -> dict[str, Any]:

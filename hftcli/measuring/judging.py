@@ -51,9 +51,9 @@ def score_task(
     model.eval()
     if asked.questions:
         found = read_options(model, asked.questions + asked.bare_questions, device, rank, num_ranks, on_batch)
-    else:
+    elif asked.rows:
         readings_N3 = read_answers(model, asked.rows, device, rank, num_ranks, on_batch)
-    grades: list[Grade | None] = [None] * len(asked.rows or asked.questions)
+    grades: list[Grade | None] = [None] * len(asked.rows or asked.questions or asked.layouts)
     if asked.layouts and not is_read_only:
         answers = generate_answers(model, asked, device, rank, num_ranks, temperature, on_batch)
         written = zip(task.examples, asked.layouts, answers, strict=True)
@@ -63,8 +63,10 @@ def score_task(
         predictions = _judge_choices(asked, found, is_read_only)
     elif asked.questions:
         predictions = _judge_several(asked, found, grades)
-    else:
+    elif asked.rows:
         predictions = _judge_answers(readings_N3, grades, is_read_only)
+    else:
+        predictions = [Prediction(index=index, nll=None, num_tokens=None, **_keep(grade)) for index, grade in enumerate(grades)]
     described = (
         [
             prediction.model_copy(update=_describe_question(asked, example, prediction.index))
@@ -73,7 +75,8 @@ def score_task(
         if task.examples
         else predictions
     )
-    return summarize(described), described
+    score = summarize(described).model_copy(update={"way": task.way, "left_out": dict(task.left_out)})
+    return score, described
 
 
 def _describe_question(asked: TokenizedTask, example: Example, index: int) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def summarize(predictions: Sequence[Prediction]) -> Score:
     return Score(
         score=_average([prediction.score for prediction in predictions]),
         lenient=_average([prediction.lenient for prediction in predictions]),
-        nll=math.fsum(nll * num_tokens for nll, num_tokens in read) / sum(num_tokens for _, num_tokens in read),
+        nll=math.fsum(nll * num_tokens for nll, num_tokens in read) / sum(num for _, num in read) if read else None,
         num_examples=len(predictions),
         num_impossible=sum(prediction.fault is not None for prediction in predictions),
         others={name: _average([prediction.others[name] for prediction in predictions]) for name in predictions[0].others},
@@ -119,13 +122,15 @@ def _judge_several(asked: TokenizedTask, found: list[list[float]], grades: Seque
         predictions.append(
             Prediction(
                 index=index, nll=-likelihoods[best] / num_tokens, num_tokens=num_tokens, log_likelihoods=tuple(likelihoods),
-                **(_keep(grade) if grade else {"prediction": None, "score": None, "lenient": None}),
+                **_keep(grade),
             )
         )  # fmt: skip
     return predictions
 
 
-def _keep(grade: Grade) -> dict[str, Any]:
+def _keep(grade: Grade | None) -> dict[str, Any]:
+    if grade is None:
+        return {"prediction": None, "score": None, "lenient": None}
     return {"prediction": grade.text, "score": grade.score, "lenient": grade.lenient}
 
 

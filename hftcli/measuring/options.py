@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.data.chat import Rendering
 from hftcli.data.prepare import deal_rows
-from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, label_tokens
+from hftcli.data.templates import find_template
+from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, label_tokens, render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Question:
 
 
 def tokenize_questions(
-    rows: Sequence[tuple[str, Sequence[str]]], max_length: int, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[tuple[str | list[dict[str, str]], Sequence[str]]], max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
     """Tokenize each prompt together with each of its options, as one text with no end token.
 
@@ -47,12 +48,16 @@ def tokenize_questions(
         rows: prompts, each with its options.
         max_length: tokens of a prompt with an option; the prompt loses its beginning where there are more, down to its last.
     """
-    renderings = [
-        Rendering(prompt + option, [(len(prompt), len(prompt) + len(option))], is_plain=True)
-        for prompt, options in rows
-        for option in options
-    ]
-    encodings = get_backend(tokenizer).encode_batch([rendering.text for rendering in renderings])
+    if not rows:
+        return []
+    template = find_template(tokenizer)
+    renderings = []
+    for prompt, options in rows:
+        asked = render_prompt(prompt, template)
+        start = len(asked.text)
+        renderings += [Rendering(asked.text + option, [(start, start + len(option))], asked.is_plain) for option in options]
+    texts = [rendering.text for rendering in renderings]
+    encodings = get_backend(tokenizer).encode_batch(texts, add_special_tokens=renderings[0].is_plain)
     tokens = iter([label_tokens(*pair) for pair in zip(renderings, encodings, strict=True)])
     questions = [_make_question([next(tokens) for _ in options], max_length) for _, options in rows]
     num_cut = sum(cut for _, cut in questions)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hftcli.data.chat import strip_end
-from hftcli.data.tokens import IGNORED, Layout, Tokens, get_backend, lay_out_prompts, tokenize_examples
+from hftcli.data.tokens import IGNORED, Layout, Tokens, get_backend, lay_out_prompts, tokenize_examples, tokenize_prompts
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.grading import find_faults, find_longest
 from hftcli.measuring.options import Question, tokenize_questions
@@ -73,9 +73,13 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
     end_ids = _find_eos(tokenizer)
     if task.examples[0].options:
         bare_rows = [(task.bare_prompt, row.options) for row in task.examples] if task.bare_prompt else []
-        questions = tokenize_questions([(row.text, row.options) for row in task.examples], max_length, tokenizer)
+        questions = tokenize_questions([(row.prompt, row.options) for row in task.examples], max_length, tokenizer)
         bare_questions = tokenize_questions(bare_rows, max_length, tokenizer)
         end_ids = sorted(find_stops(task.stops, tokenizer).union(end_ids)) if task.max_new_tokens else []
+        if task.max_new_tokens and not isinstance(task.examples[0].prompt, str):
+            end_ids = sorted({*end_ids, *find_turn_ends(task, tokenizer)})
+    elif not task.has_answers:
+        end_ids = sorted({*end_ids, *find_turn_ends(task, tokenizer)})
     else:
         rows, end_ids = _tokenize_rows(task, max_length, tokenizer)
     asked = TokenizedTask(task, rows, [], 0, end_ids, questions, bare_questions)
@@ -117,15 +121,17 @@ def _lay_out(asked: TokenizedTask, max_length: int, tokenizer: PreTrainedTokeniz
     """With the questions alone, and as many tokens for an answer as the right ones need."""
     task, most = asked.task, max_length // 2
     num_new_tokens = min(task.max_new_tokens or 0, most)
-    layouts = lay_out_prompts(task.examples, task.cut, max_length - num_new_tokens, tokenizer)
-    longest = min(find_longest(task, layouts, asked.end_ids, num_new_tokens, tokenizer), most)
+    layouts = _lay_out_prompts(task, max_length - num_new_tokens, tokenizer)
+    longest = num_new_tokens
+    if task.has_answers and not task.is_cut_given:
+        longest = min(find_longest(task, layouts, asked.end_ids, num_new_tokens, tokenizer), most)
     if longest > num_new_tokens:
         logger.warning(
             "%s: answers are cut at %d tokens, as many as the right ones have, and not at %d",
             task.name, longest, num_new_tokens,
         )  # fmt: skip
         num_new_tokens = longest
-        layouts = lay_out_prompts(task.examples, task.cut, max_length - num_new_tokens, tokenizer)
+        layouts = _lay_out_prompts(task, max_length - num_new_tokens, tokenizer)
     elif num_new_tokens < (task.max_new_tokens or 0):
         logger.warning(
             "%s: answers are cut at %d tokens, half of data.max_length, and not at %d",
@@ -137,6 +143,12 @@ def _lay_out(asked: TokenizedTask, max_length: int, tokenizer: PreTrainedTokeniz
             fault = f"has {len(layout.prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
             raise _describe_overlong(task, number, fault)
     return replace(asked, layouts=layouts, num_new_tokens=num_new_tokens)
+
+
+def _lay_out_prompts(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[Layout]:
+    if task.has_answers:
+        return lay_out_prompts(task.examples, task.cut, max_length, tokenizer)
+    return [Layout(ids, "", []) for ids in tokenize_prompts(task.examples, task.cut, max_length, tokenizer)]
 
 
 def find_task_faults(asked: TokenizedTask, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -207,3 +219,11 @@ def find_ends(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> lis
 
 def _find_eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def find_turn_ends(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer of the assistant; nothing of its own where the questions are plain text."""
+    if isinstance(task.examples[0].prompt, str):
+        return []
+    probe = replace(task.examples[0], answer="Yes.", options=())
+    return find_ends(tokenize_examples([probe], task.cut, 1, tokenizer)[0], tokenizer)

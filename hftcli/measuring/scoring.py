@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,8 +20,9 @@ from hftcli.measuring.questions import Row, TokenizedTask, add_ends, report_faul
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
+from hftcli.recipe.asking import AskingSection
 from hftcli.runs.scores import Prediction, Score
-from hftcli.tasks import load_task
+from hftcli.tasks.asking import put_task
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, and batches done and in all
 Texts = tuple[list[Row], list[int]]
@@ -43,7 +44,7 @@ class Examination:
         text: file of base text; None lets the base write some.
         prompts: task or file of prompts; None measures nothing on prompts.
         dtype: data type to compute in, as torch names it.
-        is_strict: whether a right answer that no model can give is an error.
+        asking: how the questions are asked.
     """
 
     model: str
@@ -55,7 +56,7 @@ class Examination:
     text: Path | None = None
     prompts: str | None = None
     dtype: str = "float32"
-    is_strict: bool = False
+    asking: AskingSection = field(default_factory=AskingSection)
 
 
 def examine_model(asked: Examination, versions: dict[str, str], on_progress: OnProgress) -> tuple[Evaluation, list[Item]]:
@@ -124,9 +125,9 @@ def prepare_exam(asked: Examination) -> Exam:
     ends = read_ends(folder)
     own = {}
     for name in dict.fromkeys(name for name in asked.tasks if not name.startswith(PREFIX)):
-        task = load_task(name, asked.root, max_examples=asked.max_examples)
+        task = put_task(name, asked.root, asked.max_examples, asked.asking, tokenizer.chat_template is not None)
         own[name] = add_ends(tokenize_task(task, max_length, tokenizer), ends, tokenizer)
-        report_faults(own[name], asked.is_strict)
+        report_faults(own[name], asked.asking.strict)
     foreign = find_harness_tasks([name for name in asked.tasks if name.startswith(PREFIX)])
     texts = prompts = None
     if base_folder is not None:

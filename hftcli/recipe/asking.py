@@ -1,14 +1,33 @@
 """How the questions of tasks are asked, by a recipe under `eval` and by `hft eval`."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from hftcli.recipe.section import Section
 
 
 class AskingSection(Section):
     """How the questions of tasks are asked."""
 
+    chat: bool | None = None
+    """Ask the questions of files as a user does, through the chat template; null does so where the tokenizer has one.
+    Benchmarks and folders are asked as training lays their rows out."""
+
+    shots: Annotated[int, Field(ge=0)] = 0
+    """Answered questions before each: of a file the first of the others in it (of MMLU those on its subject), of a benchmark or
+    a folder the first training rows."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Where an answer that has not ended is cut, in place of what each task says; null leaves that."""
+
     strict: bool = False
     """Refuse tasks with a right answer that would not count as right if a model gave it. Otherwise such questions are named and
     counted."""
+
+    allow_code: bool = False
+    """Run the programs that the model writes for HumanEval: each in a process of its own, without network and files to write,
+    with limits of time and memory."""
 
     @property
     def asking(self) -> "AskingSection":

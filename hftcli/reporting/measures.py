@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +35,7 @@ def make_score_table(
         title += ";\nchange with its 95 % interval; lost of those known before, won of the others; p of McNemar's exact test"
     if has_choices:
         title += f";\n{ADJUSTED_NOTE}"
+    title += describe_ways(befores)
     if has_faults:
         title += ";\nno model's: questions with a right answer that would not count if a model gave it"
     table = Table(title=title, title_justify="left")
@@ -51,6 +53,21 @@ def make_score_table(
             *((str(before.num_impossible),) if has_faults else ()),
         )  # fmt: skip
     return table
+
+
+def describe_ways(scores: Mapping[str, Score]) -> str:
+    """How the questions of tasks were asked, and what was left out, a line each; nothing where they are plain text, and all."""
+    asked: dict[str, list[str]] = {}
+    for task, score in scores.items():
+        if score.way not in (None, "plain"):
+            asked.setdefault(score.way, []).append(Path(task).name)
+    lines = [f"asked as {way}: {', '.join(names)}" for way, names in asked.items()]
+    lines += [
+        f"{Path(task).name}: {number} rows left out: {reason}"
+        for task, score in scores.items()
+        for reason, number in score.left_out.items()
+    ]
+    return "".join(f";\n{line}" for line in lines)
 
 
 def describe_transitions(items: ItemChange | None) -> tuple[str, ...]:
@@ -234,7 +251,7 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         print_json(evaluation.model_dump(mode="json"))
         return
     if evaluation.tasks:
-        print("scores in points (0 to 100), nll in nats per token:")
+        print(f"scores in points (0 to 100), nll in nats per token{describe_ways(evaluation.tasks)}:")
         names = list(dict.fromkeys(name for score in evaluation.tasks.values() for name in score.others))
         faults = ("no model's",) if any(score.num_impossible for score in evaluation.tasks.values()) else ()
         table = make_number_table("task", "score", "lenient", *names, "nll", "questions", *faults, "seconds")

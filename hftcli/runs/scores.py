@@ -24,6 +24,11 @@ class Score(Section):
     """Questions asked."""
     num_impossible: int = 0
     """Questions with a right answer that would not count as right if a model gave it; 0 in a file of an earlier hft."""
+    way: str | None = None
+    """How the questions were asked: `plain`, or `chat` through the chat template, and after how many answered ones, such as
+    `chat, 5 shots`; null in a file of an earlier hft, and where another program asked."""
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """Rows of the task that could not be asked, by the reason."""
     others: dict[str, float] = Field(default_factory=dict)
     """By further metrics of the task, by name. Of multiple choice, the accuracy when the choices are compared by log-likelihood
     per character (`acc_norm`) and by how much the question raises it (`acc_content`)."""

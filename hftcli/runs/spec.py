@@ -38,8 +38,8 @@ class Scoring(Section):
     """The first so many questions of each task; null asks all."""
     temperature: float = 0.0
     """Temperature at which answers are drawn; 0 takes the likeliest token at every place."""
-    asking: AskingSection = AskingSection()
-    """How the questions are asked."""
+    asking: AskingSection = AskingSection(chat=False)
+    """How the questions are asked; a file of an earlier hft has none, which asked without template."""
     learned: tuple[str, ...] = ()
     """Of what is measured, the tasks and held-out rows that ask for what the round trains on."""
     known: tuple[str, ...] = ()

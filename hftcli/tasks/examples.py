@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "eval", "test"]
 Cut = Literal["start", "middle", "end"]
@@ -20,12 +20,18 @@ class Example:
             it may be cut anywhere. The instruction and the cue stand outside.
         options: what may follow the prompt, each of which gets its likelihood: the choices, or all right answers; none where
             that of the answer is enough.
+        rules: what the metric knows of a right answer besides.
+        intro: the beginning of a plain prompt that is said once, before the answered questions too.
+        subject: what a question is on, where only questions on it may be answered before it.
     """
 
     prompt: str | list[dict[str, str]]
     answer: str
     body: tuple[int, int] | None = None
     options: tuple[str, ...] = ()
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    intro: str = ""
+    subject: str = ""
 
     @property
     def text(self) -> str:
@@ -49,6 +55,11 @@ class Task:
         stops: characters that end an answer, besides its end token.
         bare_prompt: of multiple choice: the prompt that asks nothing, after which a choice is as likely as its words;
             None elsewhere.
+        takes_chat: whether the questions may be asked through a chat template; not where rows are trained on as plain text.
+        has_answers: False where many answers are right, and rules tell which.
+        left_out: why rows of the file are no questions, each with how many; none where all are.
+        is_cut_given: whether `max_new_tokens` stays although a right answer is longer.
+        way: how the questions are asked, for people.
     """
 
     name: str
@@ -57,7 +68,12 @@ class Task:
     max_new_tokens: int | None = None
     cut: Cut = "middle"
     stops: str = ""
-    bare_prompt: str | None = None
+    bare_prompt: str | list[dict[str, str]] | None = None
+    takes_chat: bool = False
+    has_answers: bool = True
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    is_cut_given: bool = False
+    way: str = "plain"
 
 
 @dataclass(frozen=True)

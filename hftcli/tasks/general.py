@@ -1,12 +1,12 @@
-r"""Tasks of a file: multiple choice and closed-book questions, one JSON object on each line.
+r"""Tasks of a file, one JSON object on each line: multiple choice, closed-book questions, and four benchmarks (official.py).
 
     {"question": "Which of these is a planet?", "choices": ["Mars", "Titan"], "answer": 0}
     {"question": "who wrote hamlet", "answers": ["William Shakespeare", "Shakespeare"]}
 
 A task whose name ends in `.jsonl` is such a file; the keys of its first row tell which of FORMS it holds. Further keys are left
-alone. The prompts are those of lm-evaluation-harness's ARC and TriviaQA, `Question: ...\nAnswer:`, with no examples before
-them and no chat template; but a question that has its question mark gets no second, and of a closed-book answer the first line
-is kept, of which a beginning up to a full stop or comma counts.
+alone. The prompts are those of lm-evaluation-harness's ARC and TriviaQA, `Question: ...\nAnswer:`, but a question that has its
+question mark gets no second, and of a closed-book answer the first line is kept, of which a beginning up to a full stop or
+comma counts. Chat templates and examples before a question are asking.py's.
 """
 
 import json
@@ -17,6 +17,15 @@ from typing import Any, TypeGuard
 
 from hftcli.errors import DataError
 from hftcli.tasks.examples import Benchmark, Example, Split, Task
+from hftcli.tasks.official import (
+    convert_gsm8k,
+    convert_humaneval,
+    convert_ifeval,
+    convert_mmlu,
+    is_subject,
+    is_text,
+    sift_ifeval,
+)
 
 SUFFIX = ".jsonl"
 CUE = "Answer:"
@@ -33,12 +42,18 @@ class Form:
         shape: a row, as messages show it.
         convert: a row and its place, for messages -> the question.
         asking: how its questions are asked and scored: fields of Task.
+        fits: whether the key's value in the first row is such a form's.
+        takes_chat: whether its questions are asked through a chat template where there is one.
+        sift: takes out the questions that cannot be asked here, and says how many for which reason.
     """
 
     key: str
     shape: str
     convert: Callable[[dict[str, Any], str], Example]
     asking: Mapping[str, Any]
+    fits: Callable[[object], bool] = lambda _: True
+    takes_chat: bool = True
+    sift: Callable[[tuple[Example, ...]], tuple[tuple[Example, ...], dict[str, int]]] | None = None
 
 
 def locate(task: str, root: Path, split: Split) -> Path | None:
@@ -50,9 +65,10 @@ def load(task: str, path: Path) -> Task:
     """Raises: DataError: naming the file, and the line from 1, that is not of the form."""
     rows = read_lines(path)
     first = next(iter(rows.values()))
-    form = next((form for form in FORMS.values() if form.key in first), FORMS["closed_book"])
+    form = next((form for form in FORMS.values() if form.key in first and form.fits(first[form.key])), FORMS["closed_book"])
     examples = tuple(form.convert(row, f"{path}: row {number}") for number, row in rows.items())
-    return Task(task, examples, **form.asking)
+    examples, left_out = form.sift(examples) if form.sift else (examples, {})
+    return Task(task, examples, left_out=left_out, takes_chat=form.takes_chat, **form.asking)
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
@@ -126,11 +142,39 @@ def _show_forms() -> str:
 
 
 FORMS = {
+    "ifeval": Form(
+        key="instruction_id_list",
+        shape='{"prompt": "...", "instruction_id_list": ["..."], "kwargs": [{}]}',
+        convert=convert_ifeval,
+        asking={"metric": "instructions", "max_new_tokens": 1280, "cut": "start", "has_answers": False},
+        sift=sift_ifeval,
+    ),
+    "humaneval": Form(
+        key="entry_point",
+        shape='{"prompt": "def ...", "entry_point": "...", "canonical_solution": "...", "test": "..."}',
+        convert=convert_humaneval,
+        asking={"metric": "code", "max_new_tokens": 512, "cut": "start"},
+        takes_chat=False,  # a function that is to be completed is no question
+    ),
+    "mmlu": Form(
+        key="subject",
+        fits=is_subject,
+        shape='{"subject": "...", "question": "...", "choices": ["...", "..."], "answer": index from 0}',
+        convert=convert_mmlu,
+        asking={"metric": "choice", "cut": "start", "bare_prompt": CUE},
+    ),
     "choice": Form(
         key="choices",
         shape='{"question": "...", "choices": ["...", "..."], "answer": index from 0}',
         convert=convert_choice,
         asking={"metric": "choice", "cut": "start", "bare_prompt": CUE},
+    ),
+    "gsm8k": Form(
+        key="answer",
+        fits=is_text,
+        shape='{"question": "...", "answer": "... #### 7"}',
+        convert=convert_gsm8k,
+        asking={"metric": "gsm8k", "max_new_tokens": 256, "cut": "start"},
     ),
     "closed_book": Form(
         key="answers",

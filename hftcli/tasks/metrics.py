@@ -18,6 +18,7 @@ from statistics import fmean
 from rapidfuzz.distance import Indel
 
 from hftcli.tasks.examples import Example
+from hftcli.tasks.official import follow_loosely, follow_strictly, match_gsm8k, match_last_number, run_tests
 
 Score = Callable[[str, Example], float]
 
@@ -168,7 +169,7 @@ def sari(prediction: str, example: Example) -> float:
     The mean of the F1 of what is kept and of what is added and of the precision of what is deleted, with 0/0 = 1. The text to
     simplify is the whole prompt with its instruction, as TRACE scores it.
     """
-    texts = (example.text, prediction, example.answer)
+    texts = (example.rules.get("source", example.prompt), prediction, example.answer)
     source, written, wanted = (tokenize_13a(text.lower()).split(" ") for text in texts)
     return fmean(
         fmean(scores) for scores in zip(*(_score_operations(source, written, wanted, n) for n in range(1, 5)), strict=True)
@@ -289,6 +290,9 @@ METRICS: Mapping[str, Metric] = {
     "closed_book": _make_metric(match_answers, contain_answers),
     "rouge_l": _make_metric(rouge_l, _score_cleaned(rouge_l, _clean_prose), least=1 - 1e-8),
     "edit_similarity": _make_metric(edit_similarity, _score_cleaned(edit_similarity, _take_code_line)),
+    "gsm8k": _make_metric(match_gsm8k, match_last_number),
+    "code": Metric(run_tests, run_tests),
+    "instructions": Metric(follow_strictly, follow_loosely),
     # An n-gram that the text has more often than the answer counts as deleted and, in part, as deleted wrongly.
     "sari": _make_metric(sari, _score_cleaned(sari, _take_paragraph), least=0.95),
 }

@@ -36,6 +36,7 @@ from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.scores import HELD_OUT
 from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import load_task
+from hftcli.tasks.asking import put_task
 from hftcli.training.stages import Assignment, Rows
 
 # What a DataError calls the held-out rows, which are read as the others are.
@@ -71,7 +72,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     scoring = spec.scoring
     asked = {}
     for name in dict.fromkeys(scoring.before + scoring.after + scoring.likelihood):
-        questions = load_task(name, spec.data.root, "test", scoring.max_examples)
+        questions = put_task(name, spec.data.root, scoring.max_examples, scoring.asking, tokenizer.chat_template is not None)
         asked[name] = tokenize_task(questions, spec.data.max_length, tokenizer)
     return Assignment(spec, start, plan, network, methods, fit, tokenizer, description.num_embeddings, asked)
 

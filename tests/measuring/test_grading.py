@@ -14,9 +14,12 @@ from hftcli.errors import DataError
 from hftcli.measuring.asking import read_answers
 from hftcli.measuring.grading import grade_answer
 from hftcli.measuring.judging import score_task
-from hftcli.measuring.questions import add_ends, report_faults, tokenize_task
+from hftcli.measuring.questions import TokenizedTask, add_ends, report_faults, tokenize_task
 from hftcli.measuring.scoring import Examination, prepare_exam
+from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.sections import DataSection
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Run
 from hftcli.runs.spec import Scoring
 from hftcli.tasks import Task, list_tasks, load_task
 from hftcli.tasks.examples import Example
@@ -136,7 +139,7 @@ def test_strict_refuses_before_anything_is_asked(tmp_path):
     examination = Examination(str(START), ("animals",), root=str(tmp_path), max_length=64)
     assert prepare_exam(examination).own["animals"].faults.keys() == {1}
     with pytest.raises(DataError, match="question 2: the end token"):
-        prepare_exam(replace(examination, is_strict=True))
+        prepare_exam(replace(examination, asking=AskingSection(strict=True)))
     spec = make_spec({})
     data, scoring = DataSection(root=str(tmp_path), max_length=64), Scoring(before=("animals",), asking={"strict": True})
     strict = spec.model_copy(update={"data": data, "task": "animals", "scoring": scoring})
@@ -144,3 +147,34 @@ def test_strict_refuses_before_anything_is_asked(tmp_path):
         tokenize_rows(read_assignment(strict), ignore_progress)
     lenient = strict.model_copy(update={"scoring": Scoring(before=("animals",))})
     assert tokenize_rows(read_assignment(lenient), ignore_progress).asked["animals"].faults.keys() == {1}
+
+
+def test_how_a_recipe_asks_reaches_the_questions(tmp_path):
+    path = tmp_path / "planets.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Which {n}?", "answers": [f"{n}"]}) + "\n" for n in ("Mars", "Venus")))
+    data = DataSection(root=None, max_length=64)
+
+    def ask(**asking: object) -> TokenizedTask:
+        scoring = Scoring(before=(str(path),), asking=AskingSection(**asking))
+        task = read_assignment(make_spec({}).model_copy(update={"data": data, "task": None, "scoring": scoring}))
+        return task.asked[str(path)]
+
+    plain, shot, chat = ask(chat=False), ask(chat=False, shots=1, max_new_tokens=3), ask()
+    assert (plain.task.way, shot.task.way, chat.task.way) == ("plain", "plain, 1 shots", "chat")
+    assert (plain.num_new_tokens, shot.num_new_tokens) == (32, 3)
+    assert len(shot.prompts[0]) > len(plain.prompts[0])
+    assert chat.task.examples[0].prompt == [{"role": "user", "content": "Question: Which Mars?\nAnswer:"}]
+    assert chat.task.examples[0].options == ("Mars",)
+    assert AutoTokenizer.from_pretrained(START).eos_token_id in chat.end_ids
+    assert Scoring().asking.chat is False  # what a round of an earlier hft meant
+
+
+def test_a_run_keeps_how_it_asks(tmp_path):
+    run, given = Run(tmp_path), AskingSection(shots=2)
+    assert run.settle_asking(given) == given
+    round_ = run.round("00-sft")
+    round_.folder.mkdir(parents=True)
+    write_model(round_.spec_path, make_spec({}))
+    assert run.settle_asking(given) == given  # nothing of it is measured
+    round_.metrics_path.touch()
+    assert run.settle_asking(given) == AskingSection(chat=False)

@@ -10,7 +10,7 @@ from hftcli.tasks import check_tasks, load_task
 from hftcli.tasks.examples import Example
 from hftcli.tasks.metrics import METRICS
 
-CHOICE = {"question": "Which is a planet?", "choices": ["Mars", "Titan"], "answer": 1, "subject": "astronomy"}
+CHOICE = {"question": "Which is a planet?", "choices": ["Mars", "Titan"], "answer": 1, "subject": "planets"}
 OPEN = {"question": "who wrote hamlet", "answers": ["William Shakespeare", "Shakespeare"]}
 
 
@@ -96,5 +96,6 @@ def test_real_files(shared):
         assert all(example.answer in example.options for example in task.examples)
     for name, num_rows in (("nq_open_val", 3610), ("triviaqa_val5k", 5000), ("hotpotqa_dev_closedbook", 7405)):
         assert len(load_task(str(folder / f"{name}.jsonl")).examples) == num_rows
+    assert len(load_task(str(folder / "gsm8k_test.jsonl")).examples) == 1319
     with pytest.raises(DataError, match="row 1: 'answers'"):
-        load_task(str(folder / "gsm8k_test.jsonl"))
+        load_task(str(folder / "boolq_val_1000.jsonl"))

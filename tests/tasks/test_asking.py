@@ -1,0 +1,76 @@
+"""How questions are put: shots of a task's own rows, and turns of a chat."""
+
+import json
+
+import pytest
+
+from hftcli.errors import InputError, ModelError
+from hftcli.recipe.asking import AskingSection
+from hftcli.tasks.asking import put_task
+
+
+def write(folder, *rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def planets(tmp_path) -> str:
+    names = ("Mars", "Venus", "Saturn")
+    return write(tmp_path, *({"question": f"Which is {name}?", "choices": [name, "Titan"], "answer": 0} for name in names))
+
+
+def test_shots_are_the_first_other_rows(planets):
+    task = put_task(planets, None, 2, AskingSection(shots=2), has_template=False)
+    first, second = task.examples
+    venus, saturn, mars = (f"Question: Which is {name}?\nAnswer:" for name in ("Venus", "Saturn", "Mars"))
+    assert first.prompt == f"{venus} Venus\n\n{saturn} Saturn\n\n{mars}"
+    assert second.text.startswith("Question: Which is Mars?\nAnswer: Mars\n\nQuestion: Which is Saturn?")
+    assert task.way == "plain, 2 shots"
+    with pytest.raises(InputError, match="has 2 other rows to answer before a question, not 3"):
+        put_task(planets, None, 2, AskingSection(shots=3), has_template=False)
+
+
+def test_files_are_asked_in_turns_where_there_is_a_template(planets):
+    task = put_task(planets, None, 1, AskingSection(shots=1), has_template=True)
+    (example,) = task.examples
+    assert example.prompt == [
+        {"role": "user", "content": "Question: Which is Venus?\nAnswer:"},
+        {"role": "assistant", "content": "Venus"},
+        {"role": "user", "content": "Question: Which is Mars?\nAnswer:"},
+    ]
+    assert (example.answer, example.options) == ("Mars", ("Mars", "Titan"))
+    assert (task.bare_prompt, task.way) == ([{"role": "user", "content": "Answer:"}], "chat, 1 shots")
+    assert put_task(planets, None, 1, AskingSection(chat=False), has_template=True).way == "plain"
+    with pytest.raises(ModelError, match="to be asked through the chat template, and the tokenizer has none"):
+        put_task(planets, None, 1, AskingSection(chat=True), has_template=False)
+
+
+def test_mmlu_s_shots_are_on_its_subject(tmp_path):
+    subjects = ("anatomy", "virology", "anatomy")
+    rows = [{"subject": name, "question": f"Q{i}", "choices": ["x", "y"], "answer": i % 2} for i, name in enumerate(subjects)]
+    last = put_task(write(tmp_path, *rows), None, None, AskingSection(shots=0), False).examples[-1]
+    path = write(tmp_path, rows[0], rows[2])
+    (_, shot) = put_task(path, None, None, AskingSection(shots=1), False).examples
+    intro = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    assert shot.prompt == f"{intro}Q0\nA. x\nB. y\nAnswer: A\n\n{last.text.removeprefix(intro)}"
+    with pytest.raises(InputError, match="0 other rows on virology"):
+        put_task(write(tmp_path, *rows), None, None, AskingSection(shots=1), False)
+
+
+def test_a_benchmark_s_shots_are_training_rows_asked_as_they_are_trained():
+    task = put_task("tinyworld/sum", None, 1, AskingSection(shots=1, max_new_tokens=3), has_template=True)
+    (example,) = task.examples
+    assert (task.way, task.max_new_tokens, task.is_cut_given) == ("plain, 1 shots", 3, True)
+    assert example.text.count("Answer:") == 2
+    first, last = example.body
+    assert example.text[:first].count("Answer:") == 1
+    assert example.text[last:] == "\nAnswer:"
+
+
+def test_programs_need_leave(shared):
+    path = str(shared / "data" / "eval" / "humaneval.jsonl")
+    with pytest.raises(InputError, match="runs the programs that the model writes"):
+        put_task(path, None, None, AskingSection(), has_template=True)
+    assert put_task(path, None, 1, AskingSection(allow_code=True), has_template=True).way == "plain"
