@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from hftcli.commands.options import Dtype, JsonOption, RecipeOption, SetOption, check_place
+from hftcli.commands.options import (
+    ChatOption,
+    CodeOption,
+    CutOption,
+    Dtype,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    ShotsOption,
+    StrictOption,
+    check_place,
+)
 from hftcli.errors import InputError
 
 app = typer.Typer()
@@ -30,15 +41,11 @@ def evaluate(
         str | None, typer.Option("--prompts", help='A task, or a file of {"prompt": "...", "answer": "..."}.')
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to compute in.")] = "float32",
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Ask files through the chat template; by default if there is one.")
-    ] = None,
-    shots: Annotated[int, typer.Option("--shots", min=0, help="Answered questions before each, of the task's own rows.")] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="Where an answer is cut; a task knows its own.")
-    ] = None,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Run what the model writes for HumanEval.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse tasks with a right answer that no model can give.")] = False,
+    chat: ChatOption = None,
+    shots: ShotsOption = 0,
+    max_new_tokens: CutOption = None,
+    allow_code: CodeOption = False,
+    strict: StrictOption = False,
     output: Annotated[
         Path | None, typer.Option("--output", help="FILE.json; the items go to FILE.items.jsonl beside it.")
     ] = None,
@@ -51,6 +58,7 @@ def evaluate(
     --text, or on samples of the base, and on --prompts.
     """
     from hftcli.measuring.evaluation import check_output, write_evaluation
+    from hftcli.recipe.asking import AskingSection
     from hftcli.reporting.measures import print_evaluation
     from hftcli.reporting.progress import show_counts
     from hftcli.runners import list_versions, resolve_subject
@@ -64,9 +72,7 @@ def evaluate(
         raise InputError("there is nothing to measure", "give --tasks, or --base")
     if output:
         check_output(output)
-
     from hftcli.measuring.scoring import Examination, examine_model
-    from hftcli.recipe.asking import AskingSection
 
     asking = AskingSection(chat=chat, shots=shots, max_new_tokens=max_new_tokens, strict=strict, allow_code=allow_code)
     examination = Examination(

@@ -32,6 +32,13 @@ SlurmOption = Annotated[bool, typer.Option("--slurm", help="Write the batch scri
 SubmitOption = Annotated[bool, typer.Option("--submit", help="With --slurm: queue it.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Prepare and check, print the launch command, stop.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ChatOption = Annotated[
+    bool | None, typer.Option("--chat/--no-chat", help="Ask files through the chat template; by default if there is one.")
+]
+ShotsOption = Annotated[int, typer.Option("--shots", min=0, help="Answered questions before each, of the task's own rows.")]
+CutOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Where an answer is cut; a task knows its own.")]
+CodeOption = Annotated[bool, typer.Option("--allow-code", help="Run what the model writes for HumanEval.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse tasks with a right answer that no model can give.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from hftcli.errors import DataError
 from hftcli.recipe.section import Section
 from hftcli.tasks.examples import Benchmark, Cut, Example, Split, Task
-from hftcli.tasks.metrics import METRICS
+from hftcli.tasks.metrics import METRICS, RULED
 
 SHEET = "task.yaml"
 
@@ -27,8 +27,8 @@ class TaskSheet(Section):
     """How a task is asked and scored."""
 
     metric: str = "exact_match"
-    """Name of a metric: exact_match, letter, number, first_character, normalized_match, closed_book, rouge_l, edit_similarity
-    or sari."""
+    """Name of a metric: exact_match, letter, number, first_character, normalized_match, closed_book, gsm8k, rouge_l,
+    edit_similarity or sari. Two more, code and instructions, are those of the rows of HumanEval and IFEval."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
     """Where an answer that has not ended is cut; where a right answer would be wrong for it, as many as that has."""
@@ -105,6 +105,8 @@ def read_sheet(path: Path) -> TaskSheet:
         raise DataError("\n".join(f"{path}: {_describe_fault(fault)}" for fault in error.errors())) from None
     if sheet.metric not in METRICS:
         raise DataError(f"{path}: metric: unknown metric '{sheet.metric}'", suggest(sheet.metric, METRICS))
+    if sheet.metric in RULED:
+        raise DataError(f"{path}: metric: {sheet.metric} needs rules that a prompt and an answer do not hold", "take another")
     return sheet
 
 

@@ -296,3 +296,4 @@ METRICS: Mapping[str, Metric] = {
     # An n-gram that the text has more often than the answer counts as deleted and, in part, as deleted wrongly.
     "sari": _make_metric(sari, _score_cleaned(sari, _take_paragraph), least=0.95),
 }
+RULED = ("code", "instructions")  # those that know a right answer by an example's rules
