@@ -24,6 +24,8 @@ COMMANDS = {
     "sft": ("train", "Supervised fine-tuning; with no recipe, the built-in quick start."),
     "dpo": ("train", "Direct preference optimization; with no recipe, the built-in quick start."),
     "continual": ("train", "Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."),
+    "recipes": ("begin", "The recipes that ship with hft, or the text of one."),
+    "init": ("begin", "Write a commented recipe for a model and rows, to be looked through and changed."),
     "plan": ("look", "What trains, what is frozen, and the memory and compute per device, beside full fine-tuning."),
     "data": ("look", "What the data are: format, counts, lengths, and a sample with its trained tokens in colour."),
     "verify": ("look", "Check that frozen parameters are bit-identical to the start and trained ones moved; exit 3 if not."),
