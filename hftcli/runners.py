@@ -91,7 +91,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path, "revision": None}),
         data=recipe.data.relocate(_make_absolute),
-        freeze=recipe.freeze,
+        freeze=recipe.freeze.relocate(_make_absolute),
         train=recipe.train,
         launch=resolve_launch(recipe.launch),
         checkpoint=recipe.checkpoint,
@@ -143,7 +143,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             index=start.num_rounds + place,
             model=recipe.model.model_copy(update={"path": path, "revision": None}),
             data=recipe.data.model_copy(update={"root": root}),
-            freeze=recipe.freeze,
+            freeze=recipe.freeze.relocate(_make_absolute),
             train=recipe.train.model_copy(update=epochs),
             launch=launch,
             checkpoint=recipe.checkpoint,
@@ -305,7 +305,7 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     memory is to decide, that which is given.
     """
     units = assign_roles(model_type, parameters)
-    plan = make_plan(units, recipe.freeze, start.num_rounds)
+    plan = make_plan(units, recipe.freeze, start.num_rounds, num_heads)
     if (lora := recipe.method.lora or recipe.method.olora) is not None:
         plan = narrow_plan(plan, units, lora.target_modules)
     num_processes = count_ranks(recipe.launch)

@@ -36,7 +36,7 @@ def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int
     dtype, num_bytes = find_dtype(recipe, start), count_file_bytes(start)
     if dtype is not None or not num_bytes:
         num_bytes = plan.num_parameters * (2 if dtype in ("bfloat16", "float16") else 4)
-    return math.ceil(num_bytes * plan.trainable_fraction) if recipe.checkpoint.format == "delta" else num_bytes
+    return math.ceil(num_bytes * plan.num_moving / plan.num_parameters) if recipe.checkpoint.format == "delta" else num_bytes
 
 
 def count_masters_bytes(recipe: Recipe, start: Path, plan: FreezePlan, num_rounds: int) -> tuple[int, int]:

@@ -8,9 +8,11 @@ devices. A frozen weight costs only itself: no gradient, no moments and no float
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload
+from hftcli.freezing.directions import Directions
 from hftcli.freezing.passes import count_activations
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
@@ -157,12 +159,32 @@ class Budget:
     def half(self) -> Memory:
         """What the plan costs."""
         units, trained, step = self.network.units, frozenset(self.plan.trained), self.half_step
+        if self.plan.directions:
+            return self._estimate_directed(self.plan.directions, step)
         if self.adapters is None:
             num_bytes = self._count_states(list_shapes(units, trained), self.plan.num_trainable)
             return self._estimate(self.plan.num_trainable, self.reference, step, num_bytes)
         shapes = [(shape, False) for shape in self.adapters.list_shapes(units, trained)]
         num_bytes = self._count_states(shapes, self.num_adapter_weights)
         return self._estimate(self.num_adapter_weights, self.reference, step, num_bytes, num_frozen=self.plan.num_parameters)
+
+    def _estimate_directed(self, directions: dict[str, Directions], step: tuple[Activations, Flops] | None) -> Memory:
+        """B trains; the start, the directions and, but for ZeRO 3, the merged matrices are held as what is frozen is."""
+        whole = list_shapes(self.network.units, frozenset(self.plan.trained) - directions.keys())
+        parts = directions.values()
+        shapes = [*whole, *(((item.num_outputs, item.num_blocks * item.num_open), False) for item in parts)]
+        num_whole = sum(prod(shape) for shape, _ in whole)
+        num_basis = sum({item.input: item.num_basis_weights for item in parts}.values())
+        is_split = self.num_processes > 1 and self.zero_stage == 3
+        num_merged = 0 if is_split else sum(item.num_outputs * item.num_blocks * item.width for item in parts)
+        memory = self._estimate(
+            self.plan.num_trainable, self.reference, step, self._count_states(shapes, self.plan.num_trainable),
+            num_frozen=self.plan.num_parameters - num_whole + num_basis + num_merged,
+        )  # fmt: skip
+        if self.reference != "shared":
+            return memory
+        # Where nothing is added to it, a matrix is its own reference.
+        return replace(memory, reference_bytes=memory.reference_bytes * num_whole // self.plan.num_trainable)
 
     @property
     def num_adapter_weights(self) -> int:
@@ -179,15 +201,17 @@ class Budget:
     @property
     def half_step(self) -> tuple[Activations, Flops] | None:
         """A step of the plan; None where it is not counted."""
-        return self._count(self.plan.trained, self.adapters)
+        return self._count(self.plan.trained, self.adapters, self.plan.directions)
 
     @property
     def full_step(self) -> tuple[Activations, Flops] | None:
         """A step of full fine-tuning; None where it is not counted."""
         return self._count((*self.plan.trained, *self.plan.frozen))
 
-    def _count(self, trained: tuple[str, ...], adapters: Adapters | None = None) -> tuple[Activations, Flops] | None:
-        return count_activations(self.network, frozenset(trained), self.work, adapters)
+    def _count(
+        self, trained: tuple[str, ...], adapters: Adapters | None = None, directions: dict[str, Directions] | None = None
+    ) -> tuple[Activations, Flops] | None:
+        return count_activations(self.network, frozenset(trained), self.work, adapters, directions)
 
     def _count_states(self, shapes: Iterable[tuple[tuple[int, ...], bool]], num_trainable: int) -> int:
         """Bytes of the optimizer's state before it is spread. DeepSpeed lays the tensors of what trains end to end."""
@@ -227,7 +251,7 @@ class Budget:
         """What the device keeps: no state, no master of its own, and no gradient that has left it."""
         weights = states.weights_bytes
         if self.precision == "mixed" and self.num_processes == 1:
-            weights = 2 * self.plan.num_parameters
+            weights -= 2 * self.plan.num_trainable  # whose masters are on the host
         # Those on their way come when most activations have gone.
         travelling = min(states.gradients_bytes, IN_FLIGHT_BYTES)
         return replace(states, weights_bytes=weights, gradients_bytes=0, optimizer_bytes=0, spare_bytes=travelling)

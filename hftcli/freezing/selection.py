@@ -14,10 +14,15 @@ from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from hftcli.errors import ModelError
+from hftcli.freezing.counts import RoleCount, count_roles, count_trained, count_trained_units
+from hftcli.freezing.directions import Directions, KeepRule, list_inputs, open_directions
 from hftcli.freezing.roles import Unit
+
+Grain = Literal["matrices", "directions"]
+QUIET: dict[str, Any] = {"grain": ("matrices", "directions"), "blocks": 32}  # what `freeze: quiet` is short for
 
 
 class FreezeRule(BaseModel):
@@ -55,23 +60,44 @@ class FreezeRule(BaseModel):
     ends above them. In the layers above so much more trains that `trainable_fraction` stays the share of all, where that is
     possible. A variant of the paper's rule; 0 is the paper's."""
 
+    grain: Annotated[Grain | tuple[Grain, ...], Field(exclude_if=lambda value: value == "matrices")] = "matrices"
+    """In what pieces the layers' matrices are halved: `matrices`, each trains or is frozen as a whole, as in the paper;
+    `directions`, each trains in that share of its input space which the inputs of earlier data use least, and stays what it is
+    in the rest; `[matrices, directions]`, so within the paper's half, which takes the share twice."""
 
-class RoleCount(BaseModel):
-    """What one role has in a model, and what of it trains."""
+    blocks: Annotated[int | None, Field(ge=2, exclude_if=lambda value: value is None)] = None
+    """With directions: they are taken within each head for the attention's output, and within each so many neighbouring inputs
+    for the mlp's, which costs nearly nothing per token; null takes them from the whole input everywhere."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    keep: Annotated[KeepRule | None, Field(exclude_if=lambda value: value is None)] = None
+    """With directions: rows that must not be forgotten. Besides, what the model writes of itself counts as earlier, and the
+    rows of every round that it has learned so."""
 
-    num_units: int
-    """Units of the role."""
+    @property
+    def directs(self) -> bool:
+        """Whether matrices train in a part of their directions."""
+        return "directions" in self.grain
 
-    num_trainable_units: int
-    """Those of them that train."""
+    def relocate(self, move: Callable[[str], str]) -> "FreezeRule":
+        """The same rule with its rows at the place that `move` gives for their path."""
+        keep = self.keep and self.keep.model_copy(update={"path": move(self.keep.path)})
+        return self.model_copy(update={"keep": keep})
 
-    num_parameters: int
-    """Weights of the role."""
+    @model_validator(mode="before")
+    @classmethod
+    def _take_name(cls, value: Any) -> Any:
+        return dict(QUIET) if value == "quiet" else value
 
-    num_trainable: int
-    """Those of them that train."""
+    @model_validator(mode="after")
+    def _check_grain(self) -> "FreezeRule":
+        if self.grain not in ("matrices", "directions", ("matrices", "directions")):
+            raise PydanticCustomError("grain", f"grain is {self.grain}: give matrices, directions, or [matrices, directions]")
+        for key in ("blocks", "keep"):
+            if not self.directs and getattr(self, key) is not None:
+                raise PydanticCustomError(
+                    "grain", f"{key} would have no effect beside grain matrices: drop it, or set grain: directions"
+                )
+        return self
 
 
 class FreezePlan(BaseModel):
@@ -110,6 +136,15 @@ class FreezePlan(BaseModel):
     roles: dict[str, RoleCount]
     """The same by role, inside the layers and outside."""
 
+    directions: Annotated[dict[str, Directions] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Of the trained matrices, those that train in a part of their directions; null where all train whole."""
+
+    moments: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """SHA-256 of the second moments of earlier inputs, from which the directions are drawn; null before they are taken."""
+
+    bases: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """SHA-256 of the file that says which directions these are."""
+
     fingerprint: str
     """SHA-256 of all of the above. An optimizer restores its state by position, so a resume under another plan would
     corrupt weights without a word; equal fingerprints rule that out."""
@@ -124,6 +159,13 @@ class FreezePlan(BaseModel):
         """The share of all weights that trains, as achieved; the rule's own share is for the layers only."""
         return self.num_trainable / self.num_parameters
 
+    @property
+    def num_moving(self) -> int:
+        """Weights that may have other bits afterwards: a matrix that trains in directions moves as a whole."""
+        return self.num_trainable + sum(
+            item.num_outputs * item.num_blocks * (item.width - item.num_open) for item in (self.directions or {}).values()
+        )
+
     @model_validator(mode="after")
     def _check_fingerprint(self) -> "FreezePlan":
         expected = _hash_content({name: value for name, value in self if name != "fingerprint"})
@@ -136,16 +178,17 @@ class FreezePlan(BaseModel):
         return self
 
 
-def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> FreezePlan:
+def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_heads: int = 1) -> FreezePlan:
     """Decide what trains in a round.
 
     Args:
         units: all units of the model, as `assign_roles` gives them.
         round_index: place of the round in the history of the model, from 0; every round draws another half.
+        num_heads: of the attention's queries, each of which has directions of its own with `blocks`.
 
     Raises:
-        ModelError: nothing would train, tied embeddings are to be frozen and trained at once, or `frozen_prefix` is less than a
-            layer or all of them.
+        ModelError: nothing would train, tied embeddings are to be frozen and trained at once, `frozen_prefix` is less than a
+            layer or all of them, or the model's matrices do not come apart into directions.
     """
     inside = [unit for unit in units if unit.layer is not None]
     outside = [unit for unit in units if unit.layer is None]
@@ -154,7 +197,23 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> Free
     if not chosen:
         raise ModelError(f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share")
 
-    return _write_plan(units, {parameter.name for unit in chosen for parameter in unit.parameters}, rule, round_index)
+    trained = {parameter.name for unit in chosen for parameter in unit.parameters}
+    if not rule.directs:
+        return _write_plan(units, trained, rule, round_index)
+    list_inputs(inside, rule.blocks, num_heads)  # of those that another round draws as well
+    above = [unit for unit in inside if unit.role != "norm" and (unit.layer or 0) >= num_frozen_layers]
+    # Biases and norms follow the draw in any case.
+    matrices = above if rule.grain == "directions" else [unit for unit in above if unit in chosen]
+    directions = open_directions(matrices, Fraction(str(rule.trainable_fraction)), rule.blocks, num_heads)
+    trained |= {unit.parameters[0].name for unit in matrices}
+    # What rows were named shows in the moments.
+    return _write_plan(units, trained, rule.model_copy(update={"keep": None}), round_index, directions)
+
+
+def complete_plan(plan: FreezePlan, moments: str, bases: str) -> FreezePlan:
+    """A plan with the hashes of what its directions were drawn from, and of what they are."""
+    content = {name: value for name, value in plan if name != "fingerprint"} | {"moments": moments, "bases": bases}
+    return FreezePlan(**content, fingerprint=_hash_content(content))
 
 
 def narrow_plan(plan: FreezePlan, units: Sequence[Unit], target_modules: Sequence[str] | None) -> FreezePlan:
@@ -283,7 +342,14 @@ def _weigh(item: Sequence[Unit], rule: FreezeRule) -> int:
     return 1 if rule.balance == "units" else sum(unit.num_parameters for unit in item)
 
 
-def _write_plan(units: Sequence[Unit], trained: set[str], rule: FreezeRule, round_index: int) -> FreezePlan:
+def _write_plan(
+    units: Sequence[Unit],
+    trained: set[str],
+    rule: FreezeRule,
+    round_index: int,
+    directions: dict[str, Directions] | None = None,
+) -> FreezePlan:
+    parts = directions or {}
     parameters = [parameter for unit in units for parameter in unit.parameters]
     inside = [unit for unit in units if unit.layer is not None]
     content = {
@@ -292,42 +358,19 @@ def _write_plan(units: Sequence[Unit], trained: set[str], rule: FreezeRule, roun
         "trained": tuple(parameter.name for parameter in parameters if parameter.name in trained),
         "frozen": tuple(parameter.name for parameter in parameters if parameter.name not in trained),
         "num_parameters": sum(parameter.num_elements for parameter in parameters),
-        "num_trainable": _count_trained(units, trained),
+        "num_trainable": count_trained(units, trained, parts),
         "num_units": len(inside),
-        "num_trainable_units": _count_trained_units(inside, trained),
-        "roles": _count_roles(units, trained),
+        "num_trainable_units": count_trained_units(inside, trained),
+        "roles": count_roles(units, trained, parts),
+        "directions": directions,
     }
     return FreezePlan(**content, fingerprint=_hash_content(content))
 
 
-def _count_trained(units: Iterable[Unit], trained: set[str]) -> int:
-    """Weights of these units that train."""
-    return sum(parameter.num_elements for unit in units for parameter in unit.parameters if parameter.name in trained)
-
-
-def _count_trained_units(units: Iterable[Unit], trained: set[str]) -> int:
-    return sum(any(parameter.name in trained for parameter in unit.parameters) for unit in units)
-
-
-def _count_roles(units: Iterable[Unit], trained: set[str]) -> dict[str, RoleCount]:
-    """Counts by role, in the order in which the model first has them."""
-    members: dict[str, list[Unit]] = {}
-    for unit in units:
-        members.setdefault(unit.role, []).append(unit)
-    return {
-        role: RoleCount(
-            num_units=len(group),
-            num_trainable_units=_count_trained_units(group, trained),
-            num_parameters=sum(unit.num_parameters for unit in group),
-            num_trainable=_count_trained(group, trained),
-        )
-        for role, group in members.items()
-    }
-
-
 def _hash_content(content: dict[str, Any]) -> str:
     """SHA-256 of a plan's content as canonical JSON."""
-    text = json.dumps(to_jsonable_python(content), sort_keys=True, separators=(",", ":"))
+    given = {name: value for name, value in content.items() if value is not None}
+    text = json.dumps(to_jsonable_python(given), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -76,7 +76,12 @@ def make_full(budget: Budget) -> Budget:
     """Full fine-tuning in a plan's place: every matrix trains, and DPO's reference is precomputed."""
     plan = budget.plan
     whole = plan.model_copy(
-        update={"trained": (*plan.trained, *plan.frozen), "frozen": (), "num_trainable": plan.num_parameters}
+        update={
+            "trained": (*plan.trained, *plan.frozen),
+            "frozen": (),
+            "num_trainable": plan.num_parameters,
+            "directions": None,
+        }
     )
     return replace(budget, plan=whole, adapters=None, reference=budget.reference and "precompute")
 

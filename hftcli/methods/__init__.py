@@ -8,13 +8,15 @@ from hftcli.methods.l2sp import L2sp
 from hftcli.methods.lora import Lora
 from hftcli.methods.method import Method
 from hftcli.methods.olora import Olora
+from hftcli.methods.quiet import Quiet
 from hftcli.methods.replay import Replay
 from hftcli.runs.spec import RoundSpec
 
 
 def make_methods(spec: RoundSpec) -> list[Method]:
-    """The methods of a round, in the order in which the recipe's section lists them."""
-    return [METHODS[name](spec, getattr(spec.method, name)) for name in spec.method.names]
+    """The methods of a round, in the order in which the recipe's section lists them, and what a grain of directions takes."""
+    methods = [METHODS[name](spec, getattr(spec.method, name)) for name in spec.method.names]
+    return [*methods, Quiet(spec)] if spec.freeze.directs else methods
 
 
 # By the name of the section under `method`.

@@ -2,14 +2,15 @@
 
 narrow_plan       what trains, before anything is loaded                       lora, olora, ia3
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
-prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3
+prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet
 set_arguments     the trainer's arguments                                      replay
-start             the model is where it trains                                 ewc, l2sp, olora
+start             the model is where it trains                                 ewc, l2sp, olora, quiet
 compute_penalty   a term of the loss                                           ewc, l2sp, olora
 change_gradient   after the last backward pass of a step, before the step      gem, agem
 recall, restore   what a step checkpoint keeps                                 gem, agem
-finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3
-list_merged       after `finish`: what was merged, where the model rounds it   lora, olora, ia3
+end_step          after a step of the optimizer                                quiet
+finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3, quiet
+list_merged       after `finish`: what was merged, where the model rounds it   lora, olora, ia3, quiet
 """
 
 import random
@@ -92,6 +93,9 @@ class Method:
 
     def restore(self, recalled: Any) -> None:
         """Take it up again, before `start`. The model is then that of the step, and no more that of the round's start."""
+
+    def end_step(self) -> None:
+        """Called after every step of the optimizer, before anything reads the model."""
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Called once by all ranks after the last step; rank 0 leaves in the round's folder what later rounds need."""

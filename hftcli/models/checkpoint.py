@@ -262,8 +262,10 @@ def gather_outcome(
         on_host: masters in host memory.
         merged: float32 values of what methods merged, by name, where the model holds them rounded.
     """
-    masters, moved, trained = {}, [], set(plan.trained)
+    masters, moved, trained, frozen = {}, [], set(plan.trained), set(plan.frozen)
     for name, parameter in model.named_parameters():
+        if name not in trained and name not in frozen:
+            continue  # what a method added, merged by now
         values = read_master(on_host.get(parameter, parameter), sharded).detach()
         if not is_first:
             continue

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
+from hftcli.models.closure import EPSILONS, Leak, measure_leak
 from hftcli.models.description import fetch_checkpoint
+from hftcli.models.directed import read_bases
 from hftcli.models.masters import RoundingLoss, open_masters
 from hftcli.models.reader import CheckpointReader, Start, convert
 from hftcli.models.tensors import CHUNK_BYTES, get_bytes, has_same_bytes
 from hftcli.runs.run import Round, find_checkpoint_damage
+from hftcli.runs.seals import seal_file
 from hftcli.runs.verification import Verification
 
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -83,6 +87,7 @@ def verify_checkpoint(
     updates: Mapping[str, float],
     dtype: str | None = None,
     moved_in_memory: tuple[str, ...] = (),
+    bases: Path | None = None,
 ) -> Verification:
     """Compare a round's checkpoint with its start, bit for bit: frozen parameters are the same, trained ones are not.
 
@@ -91,6 +96,7 @@ def verify_checkpoint(
             checkpoint can hold from one that did not move.
         dtype: `model.dtype`: the start counts as converted to it.
         moved_in_memory: what was found when training ended.
+        bases: the file with the plan's directions, where it has some.
     """
     names = (*plan.trained, *plan.frozen)
     before, after = CheckpointReader(start, names), CheckpointReader(checkpoint, names)
@@ -99,6 +105,7 @@ def verify_checkpoint(
     moved = set(compared.find_changed(plan.trained))
     still = [name for name in plan.trained if name not in moved]
     num_masters, unlike_masters = compare_masters(after, checkpoint)
+    leaks = find_leaks(compared, plan, bases) if plan.directions and bases is not None else {}
     return Verification(
         num_frozen=len(plan.frozen),
         num_trained=len(plan.trained),
@@ -110,6 +117,10 @@ def verify_checkpoint(
         moved_in_memory=moved_in_memory,
         unmoved=tuple(name for name in still if updates.get(name, 0.0) == 0.0),
         below_resolution=tuple(name for name in still if updates.get(name, 0.0) > 0.0),
+        closed_change={name: leak.fraction for name, leak in leaks.items()},
+        leaked=tuple(
+            f"{name} ({leak.num_rows} rows, {leak.num_weights} weights)" for name, leak in leaks.items() if not leak.is_rounding
+        ),
         converted_to=dtype if compared.expected != before.dtypes else None,
         num_masters=num_masters,
         unlike_masters=unlike_masters,
@@ -137,12 +148,40 @@ def verify_round(round_: Round) -> Verification:
     spec, result = round_.read_spec(), round_.read_result()
     verification = verify_checkpoint(
         fetch_checkpoint(spec.model.path), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
-        result.verification.moved_in_memory,
+        result.verification.moved_in_memory, round_.bases_path,
     )  # fmt: skip
     unlike = (*verification.unlike_masters, *open_masters(round_.checkpoint).find_damage())
     return verification.model_copy(
         update={"damaged": tuple(find_checkpoint_damage(round_.checkpoint)), "unlike_masters": unlike}
     )
+
+
+def find_leaks(compared: Comparison, plan: FreezePlan, bases: Path) -> dict[str, Leak]:
+    """What of the change of every matrix that trains in directions lies in the closed ones.
+
+    Raises:
+        ModelError: the file with the directions is missing, or is not that of the plan.
+    """
+    if not bases.exists() or seal_file(bases).sha256 != plan.bases:
+        raise ModelError(
+            f"{bases} does not hold the directions of plan {plan.short_fingerprint}: nothing can be said of what moved in the "
+            "others",
+            "restore the file",
+        )
+    found, tensors = {}, read_bases(bases)
+    for name, parts in (plan.directions or {}).items():
+        places = compared.before.layout.places[name]
+        held, expected = compared.before.dtypes[places[0]], compared.expected[places[0]]
+        before, after = (reader.read(name).double().numpy() for reader in (compared.before, compared.after))
+        found[name] = measure_leak(
+            before, after, tensors[parts.input].double().numpy(), _find_coarser(held, expected), expected
+        )
+    return found
+
+
+def _find_coarser(held: str, expected: str) -> str:
+    """Where a start counts as converted, by how much it may be another: as the data type with fewer places."""
+    return max(held, expected, key=EPSILONS.__getitem__)
 
 
 def pair_places(before: CheckpointReader, after: CheckpointReader) -> dict[str, str | None]:

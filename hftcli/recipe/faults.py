@@ -218,12 +218,17 @@ def check_foreign_keys(recipe: Recipe, objective: Objective, source: RecipeFile)
 
 
 def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
-    """Methods that would have no effect without earlier tasks."""
+    """Methods that would have no effect without earlier tasks, or that do not go with the grain."""
     for name in recipe.method.names:
         if name in SEQUENCE_METHODS and objective != "continual":
             yield (
                 f"{source.place(('method', name))}: method.{name} defends earlier tasks, and `hft {objective}` has none: "
                 "use `hft continual`, or drop it"
+            )
+        if name != "replay" and recipe.freeze.directs:
+            yield (
+                f"{source.place(('method', name))}: method.{name} works on whole matrices, and freeze.grain: directions leaves "
+                "them where they are and trains what is added to them: drop one of the two; replay goes with both"
             )
 
 

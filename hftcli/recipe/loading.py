@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from hftcli import PACKAGE
 from hftcli.errors import RecipeError
+from hftcli.freezing.selection import QUIET
 from hftcli.recipe.effects import check_effects
 from hftcli.recipe.faults import (
     check_booleans,
@@ -57,6 +58,8 @@ def load_recipe(
     if isinstance(values.get("data"), list):  # short for its sources alone
         values["data"] = {"sources": values["data"]}
     for override in overrides:
+        if values.get("freeze") == "quiet":
+            values["freeze"] = dict(QUIET)  # a short name, of which one key may be changed
         apply_override(values, override, source)
     values = open_nulls(values, Recipe)
     faults = [*check_secrets(values, source), *check_booleans(values, source), *type_trainer_keys(values, source)]

@@ -14,6 +14,7 @@ from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.rounding import describe_masters
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
+from hftcli.runs.earlier import EarlierInputs
 from hftcli.runs.records import DELTA_NAME, AnswerEnds, FitReport, RoundResult
 from hftcli.runs.run import Round, Run, find_rounds
 from hftcli.runs.scores import PairScore, PairScores
@@ -26,6 +27,7 @@ FAULTS = {
     "retyped": "stored in another data type: ",
     "lost": "in the start's files, and not in the checkpoint's: ",
     "moved_in_memory": "frozen, but moved in memory while training: ",
+    "leaked": "trained in directions, but moved in others: ",
     "unmoved": "trained, but did not move: ",
     "damaged": "damaged: checkpoint/",
     "unlike_masters": "not the rounding of the float32 masters: ",
@@ -103,6 +105,8 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
     ]
     if result.masters is not None:
         lines.extend(describe_masters(result.masters))
+    if result.earlier is not None:
+        lines.append(describe_earlier(result.earlier))
     if result.ends is not None:
         lines.append(_describe_ends(result.ends))
     if result.fit is not None:
@@ -173,10 +177,29 @@ def _describe_verification(verification: Verification) -> str:
         note += f", {carried} of {verification.num_extras} stored tensors that are no parameters carried along"
     if verification.num_masters:
         note += f", the rounding of {verification.num_masters} float32 masters"
+    if verification.closed_change:
+        note += f"; {len(verification.closed_change)} moved in their open directions alone, " + describe_leak(verification)
     return (
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
         f"bit-identical to {start}, {moved} of {verification.num_trained} trained ones moved{note}"
     )
+
+
+def describe_earlier(earlier: EarlierInputs) -> str:
+    """What counted as earlier, and how much of its energy lies in what was closed."""
+    shares = earlier.closed_energy
+    least = min(shares, key=shares.__getitem__)
+    return (
+        f"quiet: {sum(shares.values()) / len(shares):.1%} of the energy of {len(earlier.sources)} earlier sources lies in what "
+        f"was closed, least in {least} ({shares[least]:.1%})"
+    )
+
+
+def describe_leak(verification: Verification) -> str:
+    """What of the change of matrices that trained in directions lies in the closed ones."""
+    largest = max(verification.closed_change.values())
+    cause = "where rounding explains it" if not verification.leaked else "which rounding does not explain"
+    return f"but for at most {largest:.1e} of the change, {cause}"
 
 
 def _describe_ends(ends: AnswerEnds) -> str:

@@ -5,6 +5,9 @@ which one it is and draws another half.
 """
 
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.section import FileSection, Section, Version
@@ -29,6 +32,8 @@ class PastRound(Section):
     """The freeze plan's: which half trained."""
     parent: str
     """Where it started from: a folder or a hub id."""
+    moments: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """SHA-256 of the file with the second moments of all earlier inputs, its own rows' among them; null where it kept none."""
 
 
 class History(FileSection):
@@ -64,19 +69,23 @@ def read_history(folder: Path) -> History:
     return History(rounds=(describe_round(round_.read_spec(), round_.read_plan().fingerprint),))
 
 
-def describe_round(spec: RoundSpec, fingerprint: str) -> PastRound:
+def describe_round(spec: RoundSpec, fingerprint: str, moments: str | None = None) -> PastRound:
     """A round as the checkpoints after it remember it."""
     return PastRound(
-        index=spec.index, objective=spec.objective, task=spec.task, fingerprint=fingerprint, parent=spec.model.path
+        index=spec.index, objective=spec.objective, task=spec.task, fingerprint=fingerprint, parent=spec.model.path,
+        moments=moments,
     )  # fmt: skip
 
 
-def extend_history(start: Path, spec: RoundSpec, fingerprint: str, masters: FileSeal | None = None) -> History:
+def extend_history(
+    start: Path, spec: RoundSpec, fingerprint: str, masters: FileSeal | None = None, moments: str | None = None
+) -> History:
     """The history of what a round writes.
 
     Args:
         start: folder of the checkpoint that it began from.
         fingerprint: of its freeze plan.
         masters: what it leaves beside its checkpoint.
+        moments: hash of the moments of earlier inputs that it leaves.
     """
-    return History(rounds=(*read_history(start).rounds, describe_round(spec, fingerprint)), masters=masters)
+    return History(rounds=(*read_history(start).rounds, describe_round(spec, fingerprint, moments)), masters=masters)

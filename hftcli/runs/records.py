@@ -8,6 +8,7 @@ from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.section import FileSection, Section, Version
+from hftcli.runs.earlier import EarlierInputs
 from hftcli.runs.masters import MastersReport, MastersState
 from hftcli.runs.scores import PairScores
 from hftcli.runs.seals import FileSeal
@@ -247,6 +248,8 @@ class RoundResult(FileSection):
     """Held-out preference pairs before and after; null where there are none."""
     fit: FitReport | None = None
     """What `train.fit: auto` chose; null where it is off."""
+    earlier: EarlierInputs | None = None
+    """What was earlier, where the grain is `directions`; null elsewhere."""
     hardware: Hardware
     """What the worker ran on."""
 

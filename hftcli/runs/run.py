@@ -18,6 +18,9 @@
         masters.safetensors     float32 masters of all that ever trained, where the checkpoint rounds them; the latest round's
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
+        quiet/                  with `freeze.grain: directions`
+          bases.safetensors       the directions in which the round's matrices train
+          moments.safetensors     second moments of earlier inputs; when the round ends, with those of its own rows
         checksums.json          Checksums: size and sha256 of the checkpoint's files
         tensorboard/            where `train.report_to` asks for it
         steps/40/               a step checkpoint: what a stopped round goes on from; gone when the round is done
@@ -88,6 +91,8 @@ class Round:
     masters_path = Inside("masters.safetensors")
     adapter = Inside("adapter")
     fisher_path = Inside("method/ewc.safetensors")
+    bases_path = Inside("quiet/bases.safetensors")
+    moments_path = Inside("quiet/moments.safetensors")
     checksums_path = Inside("checksums.json")
     steps = Inside("steps")
     stop_path = Inside("stop")

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from hftcli.recipe.section import Section
 
 
@@ -30,6 +32,11 @@ class Verification(Section):
     """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
     damaged: tuple[str, ...] = ()
     """Files of the checkpoint that are not what the round wrote, and how: must be none."""
+    closed_change: dict[str, float] = Field(default_factory=dict)
+    """By matrix that trained in directions: what of its change lies in the closed ones, as a share of the change's length. The
+    files' rounding alone makes it more than 0, and most of a change that is no larger than that."""
+    leaked: tuple[str, ...] = ()
+    """Of these matrices, those where it is more than rounding makes of it, and by how much: must be none."""
     num_masters: int = 0
     """Float32 masters that were rounded anew, to be compared with the checkpoint; 0 where there are none, or no more."""
     unlike_masters: tuple[str, ...] = ()
@@ -41,7 +48,7 @@ class Verification(Section):
     @property
     def faults(self) -> tuple[str, ...]:
         """All that must not be."""
-        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory)
+        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory, *self.leaked)
         return (*moved, *self.unmoved, *self.retyped, *self.lost, *self.damaged, *self.unlike_masters)
 
     @property

@@ -19,6 +19,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.planning import find_arithmetic
 from hftcli.models.checkpoint import freeze_model, halve_frozen
 from hftcli.models.device import has_bfloat16
+from hftcli.models.directed import DirectedLinear, direct_model, draw_bases
 from hftcli.recipe.recipe import Recipe
 from hftcli.training.loss import set_loss_kernel
 from hftcli.training.reports import measure_optimizer_bytes
@@ -92,6 +93,10 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     freeze_model(model, plan)
+    layers: dict[str, DirectedLinear] = {}
+    if plan.directions:
+        dtype = torch.bfloat16 if work.arithmetic == "autocast" else torch.float32
+        layers = direct_model(model, plan.directions, draw_bases(plan.directions, dtype), True)
     if work.arithmetic == "autocast":
         halve_frozen(model)
     model.to(device).train()
@@ -106,6 +111,8 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         optimizer.zero_grad()
+        for layer in layers.values():
+            layer.refresh()
         saved = SavedTensors(model)
         started = time.perf_counter()
         with saved.watch(), torch.autocast(device.type, torch.bfloat16, enabled=work.arithmetic == "autocast"):
@@ -119,7 +126,8 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
             torch.cuda.synchronize()
         step_s = time.perf_counter() - started
     return MeasuredStep(
-        weights_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        weights_bytes=sum(parameter.nbytes for parameter in model.parameters())
+        + sum(layer.num_kept_bytes for layer in layers.values()),
         gradients_bytes=gradients_bytes,
         optimizer_bytes=measure_optimizer_bytes(optimizer),
         activations_bytes=activations_bytes,

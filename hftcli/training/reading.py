@@ -27,10 +27,11 @@ from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
 from hftcli.measuring.questions import add_ends, hold_out, report_faults, tokenize_task
 from hftcli.methods import make_methods
+from hftcli.methods.method import draw_rows
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
-from hftcli.recipe.sections import TrainSection
+from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.recipe.trainer_keys import OPTIMIZERS, TRACKERS
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.scores import HELD_OUT
@@ -39,7 +40,7 @@ from hftcli.tasks import load_task
 from hftcli.tasks.asking import put_task
 from hftcli.training.stages import Assignment, Rows
 
-# What a DataError calls the held-out rows, which are read as the others are.
+# What a DataError calls rows that are read as those of `data` are.
 DATA_KEY = re.compile(r"\bdata\.(?=path|name|split|revision|max_examples)")
 
 
@@ -60,7 +61,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     check_kernel(spec, start)
     check_router(spec, start)
     units = assign_roles(description.model_type, description.parameters)
-    plan = make_plan(units, spec.freeze, spec.index)
+    plan = make_plan(units, spec.freeze, spec.index, description.num_heads)
     methods = make_methods(spec)
     for method in methods:
         plan = method.narrow_plan(plan, units)
@@ -180,7 +181,8 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     for method in task.methods:
         dataset = method.prepare_rows(dataset, by_task)
     pairs, asked = None, dict(task.asked)
-    with naming_held_out():
+    kept, kept_digest = read_kept(spec, tokenizer)
+    with naming("eval.held_out"):
         if spec.held_out and spec.objective == "dpo":
             pairs, held_out = prepare_pairs(spec.held_out, tokenizer, cache)
             check_token_ids(held_out, tokenizer, task.num_embeddings)
@@ -193,7 +195,18 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     asked = {name: add_ends(questions, (*read_ends(task.start), *ends), tokenizer) for name, questions in asked.items()}
     for questions in asked.values():
         report_faults(questions, spec.scoring.asking.strict)
-    return Rows(dataset, report, "+".join(digests), asked, pairs, ends)
+    return Rows(dataset, report, "+".join(digests), asked, pairs, ends, kept, kept_digest)
+
+
+def read_kept(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset | None, str]:
+    """The rows that `freeze.keep` names, and a hash of those that are read; none where it is not given."""
+    keep = spec.freeze.keep
+    if keep is None:
+        return None, ""
+    with naming("freeze.keep"):
+        data = DataSection(path=keep.path, max_length=spec.data.max_length)
+        rows, report = prepare_dataset(data, TrainSection(), tokenizer, default_cache())
+    return draw_rows(rows, keep.samples, "keep", spec.freeze.seed), f"{report.tokens_digest}/{keep.samples}/{spec.freeze.seed}"
 
 
 def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:
@@ -207,10 +220,10 @@ def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progres
 
 
 @contextmanager
-def naming_held_out() -> Iterator[None]:
-    """Name what is wrong with held-out rows by the keys that say where they are."""
+def naming(section: str) -> Iterator[None]:
+    """Name what is wrong with other rows than those of `data` by the section that says where they are."""
     try:
         yield
     except DataError as error:
-        message, fix = (DATA_KEY.sub("eval.held_out.", text) for text in (error.message, error.fix))
+        message, fix = (DATA_KEY.sub(f"{section}.", text) for text in (error.message, error.fix))
         raise DataError(message, fix) from None

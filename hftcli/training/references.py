@@ -1,7 +1,8 @@
 """The reference of preference optimization: the model as it was before the round, without a second model in memory.
 
     precompute   the untouched model is asked once about every pair; its answers are kept on disk and looked up by row
-    shared       the frozen half is the reference's already; a copy of the trained half is laid in for the reference's pass
+    shared       the frozen half is the reference's already; a copy of the trained half is laid in for the reference's pass, but
+                 for what trains in directions, which is the reference where nothing is added to it
 
 The third way, a second model, is TRL's own (`reference: full`). All three compute the reference with TRL's
 `compute_ref_log_probs`, so they give the same losses.
@@ -26,6 +27,7 @@ from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
 from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.description import identify_start
+from hftcli.models.directed import DirectedLinear
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.records import ReferenceReport
 from hftcli.runs.spec import RoundSpec
@@ -123,6 +125,7 @@ class SharedReference:
 
     def __init__(self) -> None:
         self.copies: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self.directed: list[DirectedLinear] = []
 
     @property
     def num_bytes(self) -> int:
@@ -134,8 +137,11 @@ class SharedReference:
         self.remember(trainer.model)
 
     def remember(self, model: torch.nn.Module) -> None:
-        """Copy the trained half of a model as it is now."""
-        self.copies = [(value, value.detach().clone()) for value in model.parameters() if value.requires_grad]
+        """Copy the trained half of a model as it is now; what trains in directions has its start beside it."""
+        self.directed = [layer for layer in model.modules() if isinstance(layer, DirectedLinear)]
+        held = {layer.change for layer in self.directed}
+        trained = [value for value in model.parameters() if value.requires_grad and value not in held]
+        self.copies = [(value, value.detach().clone()) for value in trained]
 
     def recall(self) -> None:
         """Nothing: the start on disk has it."""
@@ -155,9 +161,13 @@ class SharedReference:
         trained = [parameter.data for parameter, _ in self.copies]
         for parameter, copy in self.copies:
             parameter.data = copy
+        for layer in self.directed:
+            layer.is_at_start = True
         try:
             yield
         finally:
+            for layer in self.directed:
+                layer.is_at_start = False
             for (parameter, _), values in zip(self.copies, trained, strict=True):
                 parameter.data = values
 

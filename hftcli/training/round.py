@@ -21,6 +21,7 @@ from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
 from hftcli.runs.verification import Verification
 from hftcli.training.curve import Curve
+from hftcli.training.earlier import describe_earlier, grow_moments, settle_directions
 from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
 from hftcli.training.outlook import look_ahead
@@ -69,7 +70,7 @@ def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
     outlook = look_ahead(task, rows)
     if attempt.reporter.is_first:
         write_model(attempt.round.outlook_path, outlook)
-    return task, rows
+    return settle_directions(attempt, task, rows), rows
 
 
 def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
@@ -176,10 +177,27 @@ def save(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained
         attempt.reporter.report("saving")
         if any(method.leaves_another_model for method in task.methods):
             trained.keeper.save_end(trainer)  # a stop comes too late for it afterwards
+        moments = learn_inputs(attempt, task, rows, trainer)
         for method in task.methods:
             method.finish(trainer, attempt.round)
         merged = {name: values for method in task.methods for name, values in method.list_merged().items()}
-        return save_round(attempt, task, rows, trainer.model, loaded.masters, merged)
+        return save_round(attempt, task, rows, trainer.model, loaded.masters, merged, moments)
+
+
+def learn_inputs(attempt: Attempt, task: Assignment, rows: Rows, trainer: TaskTrainer | PairTrainer) -> str | None:
+    """Count what the round has read as earlier, where its grain is `directions`; the hash of what is kept of it."""
+    args = trainer.args
+    for method in task.methods:
+        method.end_step()  # weights of an earlier step may have been laid in
+
+    def show(done: int, total: int) -> None:
+        attempt.reporter.report("saving", done, total)
+
+    casts = is_mixed(task.spec) and not is_sharded(task.spec)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=casts):
+        return grow_moments(
+            attempt, task, rows, trainer.model_wrapped, trainer.model, args.device, args.process_index, args.world_size, show
+        )
 
 
 def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained: Trained, saved: Saved) -> None:
@@ -193,8 +211,9 @@ def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, traine
     with attempt.clock.measure("verifying"):
         attempt.reporter.report("verifying")
         verification = verify_checkpoint(
-            task.start, round_.checkpoint, task.plan, saved.updates, task.spec.model.dtype, saved.moved_in_memory
-        )
+            task.start, round_.checkpoint, task.plan, saved.updates, task.spec.model.dtype, saved.moved_in_memory,
+            round_.bases_path,
+        )  # fmt: skip
     write_model(round_.scores_path, Scores(before=scorer.before, after=after, points=tuple(trained.curve.points)))
     write_model(round_.result_path, make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores))
 
@@ -233,5 +252,6 @@ def make_result(
         reference=describe_reference(spec, loaded.reference, loaded.second),
         pairs=pair_scores,
         fit=task.fit,
+        earlier=describe_earlier(attempt.round, task.plan),
         hardware=describe_hardware(loaded.args.world_size),
     )

@@ -21,14 +21,16 @@ from hftcli.training.stages import Assignment, Attempt, Rows, Saved
 
 
 def save_round(
-    attempt: Attempt, task: Assignment, rows: Rows, model: PreTrainedModel, masters: Masters, merged: dict[str, torch.Tensor]
-) -> Saved:
+    attempt: Attempt, task: Assignment, rows: Rows, model: PreTrainedModel, masters: Masters, merged: dict[str, torch.Tensor],
+    moments: str | None,
+) -> Saved:  # fmt: skip
     """Gather what trained and write the checkpoint; all ranks together, rank 0 writes.
 
     Args:
         model: as it is after the last step, what methods add to it merged.
         masters: what trains, in host memory, with `launch.offload`.
         merged: float32 values of what methods merged, where the model holds them rounded.
+        moments: hash of the moments of earlier inputs that the round leaves.
     """
     spec, plan, checkpoint, is_first = task.spec, task.plan, attempt.round.checkpoint, attempt.reporter.is_first
     start = Start(spec.model, task.start, (*plan.trained, *plan.frozen))
@@ -45,7 +47,7 @@ def save_round(
         save_delta(configs, outcome.masters, checkpoint, start, plan)
     else:
         save_checkpoint(configs, outcome.masters, checkpoint, start)
-    write_model(checkpoint / HISTORY_NAME, extend_history(task.start, spec, plan.fingerprint, seal))
+    write_model(checkpoint / HISTORY_NAME, extend_history(task.start, spec, plan.fingerprint, seal, moments))
     write_model(attempt.round.checksums_path, Checksums(files=seal_files(checkpoint, list_files(checkpoint))))
     loss = measure_updates(outcome.masters, start)
     update_norm, dropped_norm = loss.norms

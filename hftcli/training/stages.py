@@ -65,6 +65,8 @@ class Rows:
         asked: the tasks to score, and held-out rows.
         pairs: held-out preference pairs; None where there are none.
         ends: tokens with which the trained answers end, the most frequent first.
+        kept: rows that `freeze.keep` names, those of them that are read; None where there are none.
+        kept_digest: hash of their tokens, and which of them are read.
     """
 
     train: Dataset
@@ -73,6 +75,8 @@ class Rows:
     asked: dict[str, TokenizedTask]
     pairs: Dataset | None
     ends: tuple[int, ...]
+    kept: Dataset | None = None
+    kept_digest: str = ""
 
 
 @dataclass(frozen=True)

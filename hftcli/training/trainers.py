@@ -198,7 +198,7 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
 
 
 class MethodCallback(TrainerCallback):
-    """Calls the methods of a trainer before the first step, and between the last backward pass of a step and the step."""
+    """Calls the methods of a trainer before the first step, and before and after every step."""
 
     def __init__(self, trainer: MethodTrainer):
         self.trainer = trainer
@@ -216,6 +216,13 @@ class MethodCallback(TrainerCallback):
         """Let the methods change the gradient."""
         for method in self.trainer.methods:
             method.change_gradient(self.trainer)
+
+    def on_optimizer_step(
+        self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the methods of the step."""
+        for method in self.trainer.methods:
+            method.end_step()
 
 
 @dataclass

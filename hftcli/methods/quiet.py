@@ -1,0 +1,69 @@
+"""The quiet half: matrices that train only in the directions of their inputs that earlier inputs use least.
+
+It is no method of the recipe's section `method`, but what `freeze.grain: directions` means: the layers of the plan train B of
+W = W0 + B V^T (models/directed.py). The checkpoint is a plain model with B merged in, rounded once to the start's data type.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from hftcli.freezing.selection import FreezePlan
+from hftcli.methods.method import Method
+from hftcli.models.checkpoint import is_partitioned, lay_in, read_master
+from hftcli.models.directed import DirectedLinear, direct_model, merge
+from hftcli.models.reader import Start
+from hftcli.recipe.section import Section
+from hftcli.runs.run import Round
+from hftcli.runs.spec import RoundSpec
+
+
+class Quiet(Method):
+    """Directions: what trains in the plan's matrices is B."""
+
+    leaves_another_model = True
+
+    def __init__(self, spec: RoundSpec):
+        super().__init__(spec, Section())
+        self.bases: dict[str, torch.Tensor] = {}
+        self.layers: dict[str, DirectedLinear] = {}
+        self.merged: dict[str, torch.Tensor] = {}
+
+    def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
+        """Put the layers that train in directions in place of the plan's, their weights held as what is frozen is."""
+        if not plan.directions:  # all of them are open
+            return
+        self.directions = plan.directions
+        self.stored = Start(self.spec.model, start, (*plan.trained, *plan.frozen))
+        first = model.get_parameter(next(iter(plan.directions)))
+        self.layers = direct_model(model, plan.directions, self.bases, not is_partitioned(first))
+        if mixed and not sharded:
+            for name, layer in self.layers.items():
+                if self.stored.get_dtype(name) == torch.bfloat16 and name not in self.stored.masters:
+                    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+
+    def start(self, trainer: Trainer) -> None:
+        """What a step checkpoint laid in counts."""
+        self.end_step()
+
+    def end_step(self) -> None:
+        """Have the merged weights made anew."""
+        for layer in self.layers.values():
+            layer.refresh()
+
+    def finish(self, trainer: Trainer, round_: Round) -> None:
+        """Merge the exact start and B into the layers' weights, which then count alone."""
+        is_sharded, is_first = trainer.is_deepspeed_enabled, trainer.args.process_index == 0
+        for name, layer in self.layers.items():
+            change = read_master(trainer.masters.get(layer.change, layer.change), is_sharded).detach()
+            basis = self.bases[self.directions[name].input]
+            merged = merge(self.stored.read_master(name).to(change.device), change, basis)
+            if is_first:
+                self.merged[name] = merged.cpu()
+            lay_in(layer.get_parameter("weight"), merged)
+            layer.is_at_start = True
+
+    def list_merged(self) -> dict[str, torch.Tensor]:
+        """The matrices with what they learned, in float32."""
+        return self.merged

@@ -1,0 +1,192 @@
+"""What is earlier, where a round's grain is `directions`: the moments of earlier inputs, and the directions they leave open.
+
+The inputs are those of what the model writes of itself, of rows that `freeze.keep` names, and of the rows of every round done
+so. They are taken once, by the first process that comes, before the ranks join: it loads the start by itself.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from filelock import FileLock
+
+from hftcli.data.cache import default_cache
+from hftcli.errors import InputError
+from hftcli.freezing.directions import list_inputs
+from hftcli.freezing.selection import FreezePlan, complete_plan
+from hftcli.measuring.drift import NUM_SAMPLES, SAMPLE_TOKENS, draw_texts
+from hftcli.measuring.moments import Inputs, Moments, add_source, measure_moments, read_moments, write_moments
+from hftcli.methods.method import draw_rows
+from hftcli.methods.quiet import Quiet
+from hftcli.models.checkpoint import load_finished
+from hftcli.models.deltas import hash_checkpoint
+from hftcli.models.device import is_mixed
+from hftcli.models.directed import find_basis, read_bases, read_origin, write_bases
+from hftcli.runs.earlier import EarlierInputs
+from hftcli.runs.history import read_history
+from hftcli.runs.run import Round
+from hftcli.runs.seals import seal_file
+from hftcli.training.stages import Assignment, Attempt, Rows
+
+ROUND_ROWS = 256  # of a round's own rows, whose moments are added when it ends
+SAMPLES = f"{NUM_SAMPLES} samples of up to {SAMPLE_TOKENS} tokens"
+
+
+def settle_directions(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
+    """The assignment with a plan that names its directions, which lie in the round's folder; by the first process that comes.
+
+    Raises:
+        InputError: the moments of earlier rounds are missing, or are not those of the start's history.
+    """
+    if not task.plan.directions:
+        return task
+    round_ = attempt.round
+    attempt.reporter.report("referencing")
+    last = find_last_moments(task.start)
+    inputs = list_all_inputs(task)
+    key = make_key(task, rows, last)
+    round_.bases_path.parent.mkdir(exist_ok=True)
+    with FileLock(round_.bases_path.with_suffix(".lock")):
+        if read_origin(round_.bases_path).get("key") != key:
+            moments = gather_moments(task, rows, inputs, last)
+            write_moments(round_.moments_path, moments)
+            bases = choose_bases(task.plan, moments, torch.bfloat16 if is_mixed(task.spec) else torch.float32)
+            energy = json.dumps(measure_closed_energy(moments, bases))
+            origin = {"key": key, "moments": seal_file(round_.moments_path).sha256, "closed_energy": energy}
+            write_bases(round_.bases_path, bases, {**origin, "sources": json.dumps(moments.sources)})
+    bases, origin = read_bases(round_.bases_path), read_origin(round_.bases_path)
+    for method in task.methods:
+        if isinstance(method, Quiet):
+            method.bases = bases
+    return replace(task, plan=complete_plan(task.plan, origin["moments"], seal_file(round_.bases_path).sha256))
+
+
+def list_all_inputs(task: Assignment) -> Inputs:
+    """What all matrices in the layers read, those that another round draws among them."""
+    return list_inputs(task.network.units, task.spec.freeze.blocks, task.network.num_heads)
+
+
+def find_last_moments(start: Path) -> Path | None:
+    """The moments that the rounds behind a start have left; None where it has no such round.
+
+    Raises:
+        InputError: they are missing, or have other bytes than the start's history says.
+    """
+    rounds = read_history(start).rounds
+    if not rounds or rounds[-1].moments is None:
+        return None
+    path = Round(start.parent).moments_path
+    fix = f"start from {start} where its round's folder is whole, or from a model without such a history"
+    if not path.exists():
+        raise InputError(f"{start} was trained in directions, and {path}, with the moments of what it learned, is missing", fix)
+    if seal_file(path).sha256 != rounds[-1].moments:
+        raise InputError(f"{path} holds moments that do not belong to the rounds behind {start}", fix)
+    return path
+
+
+def make_key(task: Assignment, rows: Rows, last: Path | None) -> str:
+    """A hash of all that the moments and the directions come from."""
+    freeze = task.spec.freeze
+    shaping = {
+        "start": hash_checkpoint(task.start),
+        "last": last and seal_file(last).sha256,
+        "keep": rows.kept_digest,
+        "samples": SAMPLES,
+        "model": task.spec.model.model_dump(include={"dtype"}),
+        "plan": task.plan.fingerprint,
+        "seed": freeze.seed,
+        "mixed": is_mixed(task.spec),
+    }
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def gather_moments(task: Assignment, rows: Rows, inputs: Inputs, last: Path | None) -> Moments:
+    """The moments of all that is earlier than a round."""
+    moments = Moments({}, ()) if last is None else read_moments(last, inputs)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if is_mixed(task.spec) else torch.float32
+    own, kept = "the model's own samples", f"freeze.keep {rows.kept_digest}"
+    if own not in moments.sources:
+        identity = {"start": hash_checkpoint(task.start), "samples": SAMPLES, "inputs": inputs, "dtype": str(dtype)}
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        path = default_cache("moments") / f"{name}.safetensors"
+        if not path.exists():
+            model = load_finished(task.start, dtype, device)
+            texts = [ids for ids, _ in draw_texts(model, task.tokenizer, device)]
+            write_moments(path, Moments(measure_moments(model, model, inputs, texts, device), (own,)))
+        moments = add_source(moments, read_moments(path, inputs).tensors, own)
+    if rows.kept is not None and kept not in moments.sources:
+        model = load_finished(task.start, dtype, device)
+        found = measure_moments(model, model, inputs, list_token_ids(rows.kept), device)
+        moments = add_source(moments, found, kept)
+    return moments
+
+
+def choose_bases(plan: FreezePlan, moments: Moments, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The directions that earlier inputs use least, by input of the plan's matrices."""
+    assert plan.directions is not None
+    num_open = {parts.input: parts.num_open for parts in plan.directions.values()}
+    return {name: find_basis(moments.tensors[name], number)[0].to(dtype) for name, number in num_open.items()}
+
+
+def measure_closed_energy(moments: Moments, bases: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By input of the plan's matrices, the share of its energy that lies in what is closed."""
+    found = {}
+    for name, basis_NWR in bases.items():
+        moments_NWW, exact_NWR = moments.tensors[name].double(), torch.linalg.qr(basis_NWR.double())[0]
+        total = moments_NWW.diagonal(dim1=1, dim2=2).sum().item()
+        is_open = torch.einsum("nwr,nwv,nvr->", exact_NWR, moments_NWW, exact_NWR).item()
+        found[name] = 1.0 - is_open / total if total else 1.0
+    return found
+
+
+def describe_earlier(round_: Round, plan: FreezePlan) -> EarlierInputs | None:
+    """What was earlier than a round; None where its matrices train whole or not at all."""
+    if not plan.directions:
+        return None
+    origin = read_origin(round_.bases_path)
+    return EarlierInputs(sources=json.loads(origin["sources"]), closed_energy=json.loads(origin["closed_energy"]))
+
+
+def list_token_ids(rows: Dataset) -> list[list[int]]:
+    """What the model reads of rows: documents, packed ones apart; of pairs, the prompt with each answer."""
+    if "chosen_ids" in rows.column_names:
+        columns = (rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
+        return [prompt + answer for prompt, *answers in zip(*columns, strict=True) for answer in answers]
+    if "seq_lengths" not in rows.column_names:
+        return list(rows["input_ids"])
+    texts = []
+    for ids, lengths in zip(rows["input_ids"], rows["seq_lengths"], strict=True):
+        for length in lengths:
+            texts.append(ids[:length])
+            ids = ids[length:]
+    return texts
+
+
+def grow_moments(
+    attempt: Attempt, task: Assignment, rows: Rows, model: torch.nn.Module, watched: torch.nn.Module,
+    device: torch.device, rank: int, num_ranks: int, on_batch: Callable[[int, int], None],
+) -> str | None:  # fmt: skip
+    """Add what a round has read to the moments of what is earlier; all ranks together.
+
+    Returns:
+        The hash of the file, for the checkpoint's history.
+    """
+    if not task.plan.directions:
+        return None
+    path, source = attempt.round.moments_path, f"round {task.plan.fingerprint}"
+    inputs = list_all_inputs(task)
+    moments = read_moments(path, inputs)
+    if source not in moments.sources:  # else a start that was stopped after this has added it
+        texts = list_token_ids(draw_rows(rows.train, ROUND_ROWS, source, task.spec.freeze.seed))
+        found = measure_moments(model, watched, inputs, texts, device, rank, num_ranks, on_batch)
+        if rank == 0:
+            write_moments(path, add_source(moments, found, source))
+        if num_ranks > 1:
+            torch.distributed.barrier()
+    return seal_file(path).sha256

@@ -1,0 +1,148 @@
+"""Directions in plans: what is counted of them, what they cost beside what autograd keeps, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from freezing.families import CONFIGS, build_units
+from pydantic import ValidationError
+
+from hftcli import PACKAGE
+from hftcli.errors import ModelError
+from hftcli.freezing.activations import Network, Workload
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.roles import Unit, assign_roles
+from hftcli.freezing.selection import QUIET, FreezePlan, FreezeRule, complete_plan, make_plan
+from hftcli.models.description import describe_model
+from hftcli.training.probe import make_random_model, measure_steps
+
+EMBEDDED = PACKAGE / "tinyworld" / "model"
+EVERYWHERE = FreezeRule(grain="directions")
+LLAMA_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+}  # fmt: skip
+
+
+def make_budget(network: Network, rule: FreezeRule, work: Workload, precision: str = "float32") -> Budget:
+    plan = make_plan(network.units, rule, 0, network.num_heads)
+    return Budget(plan, precision, 1, 0, network, work, on_gpu=False)
+
+
+def read_network(folder: Path) -> Network:
+    described = describe_model(str(folder))
+    return Network(described.model_type, assign_roles(described.model_type, described.parameters), described.num_heads)
+
+
+@pytest.mark.parametrize("rule", [EVERYWHERE, FreezeRule.model_validate("quiet")], ids=["everywhere", "quiet"])
+@pytest.mark.parametrize("arithmetic", ["float32", "autocast"])
+def test_what_directions_hold_is_what_was_planned(rule: FreezeRule, arithmetic: str):
+    work = Workload(2, 96, arithmetic=arithmetic)
+    budget = make_budget(read_network(EMBEDDED), rule, work, "mixed" if arithmetic == "autocast" else "float32")
+    measured = measure_steps(make_random_model(str(EMBEDDED), None), budget.plan, work)
+    half, full = budget.half, budget.full
+    assert measured.weights_bytes == half.weights_bytes
+    assert measured.gradients_bytes == half.gradients_bytes
+    assert measured.optimizer_bytes == half.optimizer_bytes
+    activations, _ = budget.half_step
+    assert activations.saved_bytes + activations.cast_bytes == pytest.approx(measured.activations_bytes, rel=0.02)
+    assert activations.saved_bytes < 0.95 * budget.full_step[0].saved_bytes
+    assert half.gradients_bytes < 0.6 * full.gradients_bytes
+
+
+def test_flops_of_a_layer_beside_full_fine_tuning():
+    """By hand: 3 units a matrix for full; 2, the gradient's share, and x V once for each input."""
+    units = build_units("llama", **LLAMA_7B)
+    network, work = Network("llama", units, 32), Workload(1, 1, attention="flash")
+    hidden, inner = 4096, 11008
+    square, wide = hidden * hidden, hidden * inner
+    whole = 3 * (4 * square + 3 * wide)
+    half_basis = 0.5 * (hidden * hidden) * 3 + 0.5 * inner * inner
+    in_blocks = 0.5 * hidden * hidden * 2 + 0.5 * hidden * 128 + 0.5 * inner * 32
+    found = {
+        "everywhere": (EVERYWHERE, 2.5 * (4 * square + 3 * wide) + half_basis),
+        "blocks": (FreezeRule(grain="directions", blocks=32), 2.5 * (4 * square + 3 * wide) + in_blocks),
+    }
+    frozen = FreezeRule(embeddings="freeze", head="freeze")
+    base = make_budget(network, FreezeRule(trainable_fraction=1.0, embeddings="freeze", head="freeze"), work).half_step[1]
+    for name, (rule, expected) in found.items():
+        rule = rule.model_copy(update={"embeddings": "freeze", "head": "freeze"})
+        flops = make_budget(network, rule, work).half_step[1]
+        saved = (base.weight_gradient + base.forward - flops.weight_gradient - flops.forward) / (2 * 32)
+        assert saved == pytest.approx(whole - expected, rel=1e-6), name
+    shares = [expected / whole for _, expected in found.values()]
+    assert shares == pytest.approx([0.975, 0.86], abs=0.005)
+    half, quiet = (make_budget(network, rule, work).half_step[1] for rule in (frozen, frozen.model_copy(update=dict(QUIET))))
+    assert quiet.weight_gradient + quiet.forward < half.weight_gradient + half.forward
+
+
+def test_shares_of_the_input_space(llama: tuple[Unit, ...]):
+    plan = make_plan(llama, FreezeRule(grain="directions", trainable_fraction=0.25), 0, 2)
+    half = make_plan(llama, FreezeRule(trainable_fraction=0.25), 0)
+    for name, parts in plan.directions.items():
+        assert parts.num_blocks == 1
+        assert parts.num_open == round(0.25 * parts.width), name
+    matrices = {unit.parameters[0].name for unit in llama if unit.role in ("attention", "mlp")}
+    assert plan.directions.keys() == matrices
+    assert set(plan.trained) == matrices | set(half.trained)  # norms as the paper's draw has them
+    inside = make_plan(llama, FreezeRule(grain=("matrices", "directions")), 0, 2)
+    paper = make_plan(llama, FreezeRule(), 0)
+    assert inside.trained == paper.trained
+    assert inside.directions.keys() == matrices & set(paper.trained)
+
+
+def test_blocks_are_heads_and_neighbours(llama: tuple[Unit, ...]):
+    plan = make_plan(llama, FreezeRule(grain="directions", blocks=4), 0, 2)
+    width = {name.split(".")[-2]: (parts.num_blocks, parts.width) for name, parts in plan.directions.items()}
+    shapes = {unit.name.rpartition(".")[2]: unit.parameters[0].shape for unit in llama if unit.layer == 0}
+    assert width["q_proj"] == (1, shapes["q_proj"][1])
+    assert width["o_proj"] == (2, shapes["o_proj"][1] // 2)
+    assert width["down_proj"] == (shapes["down_proj"][1] // 4, 4)
+
+
+def test_a_grain_of_matrices_leaves_no_trace(llama: tuple[Unit, ...]):
+    """Plans keep the fingerprints that they had before there was another grain."""
+    text = make_plan(llama, FreezeRule(), 0).model_dump_json()
+    assert not any(name in text for name in ("grain", "directions", "blocks", "keep", "moments", "bases"))
+    assert make_plan(llama, FreezeRule(grain="matrices"), 0) == make_plan(llama, FreezeRule(), 0)
+
+
+def test_the_fingerprint_covers_moments_and_directions(llama: tuple[Unit, ...]):
+    plan = make_plan(llama, FreezeRule.model_validate({"grain": "directions", "keep": {"path": "rows.jsonl"}}), 0, 2)
+    assert "rows.jsonl" not in plan.model_dump_json()  # what it holds is in the moments, wherever it lies
+    plans = [plan, complete_plan(plan, "a", "b"), complete_plan(plan, "c", "b"), complete_plan(plan, "a", "c")]
+    assert len({found.fingerprint for found in plans}) == 4
+    for found in plans:
+        assert FreezePlan.model_validate_json(found.model_dump_json()) == found
+    with pytest.raises(ModelError, match="not as it was written"):
+        FreezePlan(**dict(plans[1]) | {"moments": "d"})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe"])
+def test_what_cannot_be_read_is_refused(family: str):
+    units = build_units(family, **CONFIGS[family])
+    with pytest.raises(ModelError, match="does not know what .* reads") as caught:
+        make_plan(units, FreezeRule.model_validate("quiet"), 0, 2)
+    assert caught.value.fix == "set freeze.grain: matrices"
+
+
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name not in ("gpt2", "mixtral", "qwen3_moe")])
+def test_every_other_family_has_directions(family: str):
+    units = build_units(family, **CONFIGS[family])
+    plan = make_plan(units, EVERYWHERE, 0, 2)
+    assert plan.directions.keys() == {unit.parameters[0].name for unit in units if unit.role in ("attention", "mlp")}
+
+
+def test_blocks_that_do_not_divide_name_those_that_do(llama: tuple[Unit, ...]):
+    with pytest.raises(ModelError, match=r"freeze\.blocks 7 does not divide"):
+        make_plan(llama, FreezeRule(grain="directions", blocks=7), 0, 2)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"grain": ["directions", "matrices"]}, {"grain": []}, {"blocks": 32}, {"keep": {"path": "x"}}, {"grain": "rows"}]
+)
+def test_bad_grains(rule: dict):
+    with pytest.raises(ValidationError):
+        FreezeRule.model_validate(rule)
+
+
+def test_quiet_is_short_for_a_rule():
+    assert FreezeRule.model_validate("quiet") == FreezeRule(grain=("matrices", "directions"), blocks=32)
