@@ -1,8 +1,12 @@
 """The files that finished runs leave, written by hand: for tests of what reads runs."""
 
 import json
+import shutil
 from pathlib import Path
 
+from hftcli import PACKAGE
+from hftcli.freezing.roles import Parameter, assign_roles
+from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.recipe.loading import QUICK_START_RECIPES, load_recipe
 from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model
@@ -87,3 +91,17 @@ def make_answers(*scores: float, num_choices: int = 4) -> list[Prediction]:
     """Of multiple choice."""
     bare = (-1.0,) * num_choices
     return [prediction.model_copy(update={"bare_log_likelihoods": bare}) for prediction in make_predictions(*scores)]
+
+
+def complete_round(run: Run, index: int) -> None:
+    """A plan, a loss curve, a config and predictions for a round."""
+    round_ = run.rounds[index]
+    names = [f"model.layers.{layer}.self_attn.{unit}_proj.weight" for layer in range(4) for unit in "qkvo"]
+    parameters = [Parameter(name, (8, 8)) for name in ("model.embed_tokens.weight", *names)]
+    write_model(round_.plan_path, make_plan(assign_roles("llama", parameters), FreezeRule(), index))
+    rows = [f'{{"step": {step}, "loss": {8.0 / step}}}' for step in range(1, 21)]
+    round_.metrics_path.write_text("\n".join([*rows, '{"train_runtime": 3.0}']))
+    round_.checkpoint.mkdir()
+    shutil.copy(PACKAGE / "tinyworld" / "model" / "config.json", round_.checkpoint)
+    round_.write_predictions("before", FACTS, make_predictions(1, 1, 1, 1))
+    round_.write_predictions("after", FACTS, make_predictions(1, 0, 0, 1))

@@ -125,12 +125,14 @@ def report(
     as_json: JsonOption = False,
     figure: Annotated[Path | None, typer.Option("--figure", help="Draw the matrix into this .svg or .png file.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write the run's page into this file.")] = None,
+    lost: Annotated[bool, typer.Option("--lost", help="Show the questions lost and won, with the answers.")] = False,
 ) -> None:
     """What a run learned and lost; of a continual run, the forgetting matrix and its metrics.
 
     A matrix file is {"tasks": [...], "scores": [[...], ...]}: row 0 the base model, values in [0, 1] or null.
     """
     from hftcli.comparing.forgetting import read_matrix
+    from hftcli.reporting.answers import print_lost
     from hftcli.reporting.figures import check_figure_path, draw_matrix
     from hftcli.reporting.measures import print_matrix
     from hftcli.reporting.page import write_page
@@ -143,7 +145,10 @@ def report(
         check_figure_path(figure)
         if is_single:
             raise InputError(f"{path} has no forgetting matrix to draw", "give --html: its figures are on its page")
-    if is_single:
+    if lost:
+        find_rounds(path)
+        print_lost(run, as_json)
+    elif is_single:
         find_rounds(path)
         print_run_json(run) if as_json else print_run(run)
     else:

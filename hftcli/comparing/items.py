@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hftcli.comparing.answers import read_answers
 from hftcli.comparing.intervals import estimate_change
 from hftcli.comparing.statistics import (
     Adjusted,
@@ -71,13 +72,5 @@ def read_item_changes(run: Run) -> dict[str, ItemChange]:
 
     Only tasks of which both kept every question's score are there.
     """
-    last = run.last_finished
-    if last is None:
-        return {}
-    first, found = run.rounds[0], {}
-    for task in first.read_scores().before:
-        if first.predictions_path("before", task).exists() and last.predictions_path("after", task).exists():
-            change = compare_items(first.read_predictions("before", task), last.read_predictions("after", task))
-            if change is not None:
-                found[task] = change
-    return found
+    changes = {task: compare_items(*pairs) for task, pairs in read_answers(run).items()}
+    return {task: change for task, change in changes.items() if change is not None}

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hftcli.comparing.answers import read_answers
 from hftcli.comparing.forgetting import ForgettingMatrix, ForgettingMetrics, Row, compute_metrics, read_matrix
 from hftcli.comparing.items import ItemChange, read_item_changes
 from hftcli.comparing.statistics import NATS, POINTS
@@ -22,7 +23,8 @@ from hftcli.freezing.roles import FAMILIES, Parameter, Unit, assign_roles
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
-from hftcli.reporting.measures import describe_adjusted, describe_transitions
+from hftcli.reporting.answers import describe_traits, list_shown
+from hftcli.reporting.measures import describe_adjusted, describe_transitions, describe_ways
 from hftcli.reporting.rounding import list_roundings
 from hftcli.reporting.rounds import describe_pairs
 from hftcli.reporting.terminal import format_bytes
@@ -65,6 +67,7 @@ def make_page(run: Run) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     matrix = read_matrix(run.folder) if run.matrix_path.exists() else None
+    answers = read_answers(run)
     plans = [round_.read_plan() for round_, _ in rounds]
     return environment.get_template(TEMPLATE).render(
         name=run.folder.resolve().name,
@@ -73,6 +76,9 @@ def make_page(run: Run) -> str:
         num_finished=len(rounds),
         facts=list(_list_facts(recipe, rounds, plans)),
         knowledge=list(_describe_knowledge(run, rounds)),
+        ways=describe_ways(rounds[0][0].read_scores().before).split("\n")[1:],
+        traits=describe_traits(answers),
+        changed=list_shown(answers),
         matrices=list(_describe_matrices(matrix)) if matrix else [],
         metrics=_describe_metrics(matrix) if matrix else [],
         pairs=[(round_.name, describe_pairs(result.pairs)) for round_, result in rounds if result.pairs is not None],

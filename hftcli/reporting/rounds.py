@@ -7,9 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hftcli.comparing.answers import read_answers
 from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.comparing.items import read_item_changes
 from hftcli.recipe.methods import ADAPTERS
+from hftcli.reporting.answers import describe_traits, print_behaviour
 from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.rounding import describe_masters
@@ -73,6 +75,7 @@ def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
 
 
 def _print_end(run: Run, console: Console) -> None:
+    print_behaviour(describe_traits(read_answers(run)))
     checkpoint = find_rounds(run.folder)[-1].checkpoint
     console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
     if (checkpoint / DELTA_NAME).exists():

@@ -1,20 +1,17 @@
 """A run's page holds what the run holds, escapes what others wrote, asks nothing of the network, and can be read by all."""
 
 import re
-import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 from reporting.contrast import compute_luminance
-from written_runs import FACTS, SKILL, make_answers, make_predictions, write_run
+from written_runs import FACTS, SKILL, complete_round, make_answers, write_run
 
 from hftcli import PACKAGE
 from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.comparing.items import read_item_changes
 from hftcli.errors import InputError
-from hftcli.freezing.roles import Parameter, assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
 from hftcli.reporting.page import TEMPLATE, make_page, write_page
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
@@ -28,19 +25,6 @@ def run(tmp_path) -> Run:
     run = Run(write_run(tmp_path / "<b>my & run"))
     complete_round(run, 0)
     return run
-
-
-def complete_round(run: Run, index: int) -> None:
-    round_ = run.rounds[index]
-    names = [f"model.layers.{layer}.self_attn.{unit}_proj.weight" for layer in range(4) for unit in "qkvo"]
-    parameters = [Parameter(name, (8, 8)) for name in ("model.embed_tokens.weight", *names)]
-    write_model(round_.plan_path, make_plan(assign_roles("llama", parameters), FreezeRule(), index))
-    rows = [f'{{"step": {step}, "loss": {8.0 / step}}}' for step in range(1, 21)]
-    round_.metrics_path.write_text("\n".join([*rows, '{"train_runtime": 3.0}']))
-    round_.checkpoint.mkdir()
-    shutil.copy(PACKAGE / "tinyworld" / "model" / "config.json", round_.checkpoint)
-    round_.write_predictions("before", FACTS, make_predictions(1, 1, 1, 1))
-    round_.write_predictions("after", FACTS, make_predictions(1, 0, 0, 1))
 
 
 class Page(HTMLParser):
