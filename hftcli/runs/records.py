@@ -213,6 +213,9 @@ class RoundResult(FileSection):
     """The key of `stop` that ended the round before its last step; null where it came to its end."""
     kept_step: int | None = None
     """The step whose weights were kept, by `checkpoint.best`; null keeps the last."""
+    reused_before: tuple[str, ...] = ()
+    """Of what was measured before the round, what an earlier round of the same start had measured already: it was taken from
+    the cache."""
     train_loss: float
     """Mean training loss over the round."""
     num_tokens: int

@@ -33,6 +33,7 @@ class RoundMemory:
         return {
             "sums": self.scorer.trainer.recall_sums(),
             "before": {name: value.model_dump() for name, value in self.scorer.before.items()},
+            "reused": self.scorer.reused,
             "read_before": [vars(reading) for reading in self.scorer.read_before],
             "reference": self.reference.recall() if self.reference is not None else None,
             "methods": [method.recall() for method in self.methods],
@@ -44,6 +45,7 @@ class RoundMemory:
         """Take up what `recall` gave, in place of measuring it again."""
         self.scorer.trainer.restore_sums(memory["sums"])
         self.scorer.before.update({name: Score(**values) for name, values in memory["before"].items()})
+        self.scorer.reused = memory.get("reused", [])
         self.scorer.read_before.extend(Reading(**tensors) for tensors in memory["read_before"])
         if self.reference is not None:
             self.reference.restore(self.scorer.trainer, memory["reference"])

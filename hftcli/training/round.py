@@ -233,6 +233,7 @@ def make_result(
         num_steps=trainer.state.global_step,
         stopped_by=trained.curve.stopped_by,
         kept_step=trained.curve.kept_step,
+        reused_before=tuple(trained.scorer.reused),
         train_loss=trained.outcome.training_loss,
         num_tokens=trainer.num_tokens,
         seconds=attempt.clock.seconds,

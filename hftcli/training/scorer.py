@@ -16,6 +16,7 @@ from hftcli.models.device import is_mixed, is_sharded
 from hftcli.models.masters import open_masters
 from hftcli.models.reader import Start
 from hftcli.runs.scores import HELD_OUT, Moment, PairScore, PairScores, Score
+from hftcli.training.basis import Basis
 from hftcli.training.stages import Assignment, Attempt, Rows
 from hftcli.training.steps import StepKeeper
 from hftcli.training.trainers import PairTrainer, TaskTrainer
@@ -26,10 +27,12 @@ class Scorer:
 
     def __init__(self, attempt: Attempt, task: Assignment, rows: Rows):
         self.attempt = attempt
+        self.task = task
         self.spec = task.spec
         self.rows = rows
         self.held_out = (HELD_OUT,) if HELD_OUT in rows.asked else ()
         self.before: dict[str, Score] = {}
+        self.reused: list[str] = []  # of what was asked before, what an earlier run had asked already
         self.read_before: list[Reading] = []
 
     def attach(self, trainer: TaskTrainer | PairTrainer, keeper: StepKeeper, stored: Start) -> None:
@@ -43,9 +46,32 @@ class Scorer:
         if not (self.spec.scoring.before or self.held_out or self.rows.pairs is not None):
             return
         with holding_file(self.trainer.model, self.stored.folder, self.stored.masters):
-            self.before.update(self._score("before", self.spec.scoring.before, self.held_out).scores)
+            self.before.update(self._recall_before())
             if self.rows.pairs is not None:
                 self.read_before.extend(self._read(None))
+
+    def _recall_before(self) -> dict[str, Score]:
+        """Scores of the untouched model: those that an earlier run kept, and of the others anew."""
+        asked, args, is_first = self.rows.asked, self.trainer.args, self.attempt.reporter.is_first
+        names = {name: name in self.held_out for name in (*self.spec.scoring.before, *self.held_out)}
+        basis = Basis(self.task, args.world_size, args.device) if is_first and names else None
+        kept = {name: basis.read(asked[name], is_read_only) for name, is_read_only in names.items()} if basis else {}
+        known = [[name for name, score in kept.items() if score is not None]]
+        if args.world_size > 1:
+            torch.distributed.broadcast_object_list(known)  # the ranks may be on machines with other caches
+        (self.reused,) = known
+        missing = [name for name in names if name not in self.reused]
+        found = self._score(
+            "before", tuple(name for name in missing if not names[name]), tuple(name for name in missing if names[name])
+        )
+        if basis is None:
+            return dict(found.scores)
+        for name in missing:
+            basis.write(asked[name], names[name], found.scores[name], found.answers[name])
+        for name, score in kept.items():
+            if score is not None:
+                self.attempt.round.write_predictions("before", name, score.answers)
+        return {name: score.score if (score := kept[name]) is not None else found.scores[name] for name in names}
 
     def measure_after(self) -> tuple[dict[str, Score], PairScores | None]:
         """Ask the model that was saved, as its files hold it; all ranks together."""

@@ -50,6 +50,24 @@ def test_a_measured_round_has_the_weights_of_one_that_is_not(hft, settings, shor
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_start_is_asked_once_for_all_runs(hft, settings, short, tmp_path, num_processes):
+    ranks = {"launch.num_processes": num_processes, "train.per_device_train_batch_size": 4, "train.max_steps": 3}
+    values = short | ranks | {"eval.tasks": f"[{FACTS}, {SKILL}]", "eval.max_examples": 30}
+    rounds = []
+    for name, tasks in (("one", FACTS), ("two", f"{FACTS}, {SKILL}"), ("three", f"{FACTS}, {SKILL}")):
+        more = {"eval.tasks": f"[{tasks}]", "train.learning_rate": f"{len(rounds) + 1}e-4"}
+        hft("sft", "--output", tmp_path / name, *settings(values | more))
+        rounds.append(Round(tmp_path / name / "rounds" / "00-sft"))
+    assert [round_.read_result().reused_before for round_ in rounds] == [(), (FACTS,), (FACTS, SKILL)]
+    befores = [round_.read_scores().before for round_ in rounds]
+    assert befores[0][FACTS] == befores[1][FACTS]
+    assert befores[1] == befores[2]
+    for task in (FACTS, SKILL):
+        assert rounds[1].read_predictions("before", task) == rounds[2].read_predictions("before", task)
+
+
+@pytest.mark.slow
 def test_a_killed_round_measures_no_point_twice_and_loses_none(start, short, tmp_path):
     values = short | CURVE | {"checkpoint.best": "learning", "stop.by": "nll"}
     plain = start(tmp_path / "plain", values)

@@ -13,7 +13,8 @@ TASKS = "[tinyworld/newcomers, tinyworld/topic]"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["tokenizing", "loading", "scoring"])
-def test_a_signal_before_the_first_step_is_honoured_at_once(start, short, undisturbed, tmp_path, phase):
+def test_a_signal_before_the_first_step_is_honoured_at_once(start, short, undisturbed, tmp_path, monkeypatch, phase):
+    monkeypatch.setenv("HFT_CACHE", str(tmp_path / "cache"))  # where no earlier run has kept what the start scores
     run = tmp_path / "run"
     running = start(run, short)
     running.wait_for(phase)
