@@ -12,7 +12,7 @@ from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model
 from hftcli.runs.records import CheckpointIdentity, DataReport, Hardware, MergeManifest, RoundResult, Source
 from hftcli.runs.run import Run
-from hftcli.runs.scores import PairScores, Prediction, Score, Scores
+from hftcli.runs.scores import CurvePoint, PairScores, Prediction, Score, Scores
 from hftcli.runs.spec import RoundSpec
 from hftcli.runs.verification import Verification
 
@@ -28,8 +28,9 @@ def write_run(
     fingerprint: str = "0f",
     pairs: PairScores | None = None,
     is_finished: bool = True,
+    points: tuple[dict[str, float], ...] = (),
 ) -> Path:
-    """The files that a finished run leaves, with these scores: of the start, then after each round."""
+    """The files that a finished run leaves, with these scores: of the start, then after each round; and within it."""
     recipe = load_recipe(QUICK_START_RECIPES[objective], [*overrides, f"output={folder}"], objective)
     run = Run(folder)
     run.claim(recipe, recipe.launch, make_manifest(None))
@@ -45,7 +46,11 @@ def write_run(
             {name: value if isinstance(value, Score) else make_score(value) for name, value in row.items()}
             for row in (rows[0] if index == 0 else {}, rows[index + 1])
         )
-        write_model(round_.scores_path, Scores(before=before, after=after))
+        measured = tuple(
+            CurvePoint(step=step, scores={name: make_score(value) for name, value in row.items()})
+            for step, row in enumerate(points, start=1)
+        )
+        write_model(round_.scores_path, Scores(before=before, after=after, points=measured))
         if is_finished:
             write_model(round_.result_path, make_result(fingerprint, pairs))
     return folder

@@ -1,8 +1,9 @@
 """The commands that measure: `hft eval`, `hft compare`."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +20,9 @@ from hftcli.commands.options import (
     check_place,
 )
 from hftcli.errors import InputError
+
+if TYPE_CHECKING:
+    from hftcli.comparing.grid import Planned
 
 app = typer.Typer()
 
@@ -95,6 +99,12 @@ def compare(
         list[str] | None, typer.Option("--vary", metavar="KEY=V1,V2,...", help="Run the recipe with each of these values.")
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Run each setting with so many seeds.")] = 3,
+    tune_seeds: Annotated[
+        int, typer.Option("--tune-seeds", min=0, help="Choose each method's settings on so many seeds, and report others.")
+    ] = 0,
+    tune_tasks: Annotated[
+        str, typer.Option("--tune-tasks", metavar="TASK,...", help="Choose them on other tasks, which are learned instead.")
+    ] = "",
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder of the runs of --recipe, and of their figure.")
     ] = None,
@@ -109,31 +119,85 @@ def compare(
 ) -> None:
     """Learning against forgetting: methods at equal learning, over learning rates and seeds.
 
-    Takes finished runs, or a recipe with what to vary: then runs what is missing, and goes on where it stopped.
+    Takes finished runs, or a recipe with what to vary: then runs what is missing, and goes on where it stopped. With
+    --tune-seeds, the settings under `train` and `method` are chosen for each method on the first seeds, and only what was
+    chosen runs and is reported on the others (the protocol of arXiv 2403.09066).
     """
-    from hftcli import runners
     from hftcli.comparing.comparison import compare_runs
-    from hftcli.comparing.grid import make_grid
     from hftcli.reporting.figures import check_figure_path, draw_frontier
     from hftcli.reporting.measures import print_comparison
-    from hftcli.reporting.progress import show_progress
 
-    if recipe is None and (vary or overrides or output):
-        raise InputError("hft compare takes --vary, --set and --output with --recipe only", "name a recipe, or only runs")
+    if recipe is None and (vary or overrides or output or tune_seeds):
+        raise InputError(
+            "hft compare takes --vary, --set, --tune-seeds and --output with --recipe only", "name a recipe, or only runs"
+        )
+    others = [name.strip() for name in tune_tasks.split(",") if name.strip()]
+    if others and not tune_seeds:
+        raise InputError("--tune-tasks says where settings are chosen, and none are", "give --tune-seeds")
     if figure:
         check_figure_path(figure)
-    folders = list(runs or ())
+    folders, tuning = list(runs or ()), ""
     if recipe is not None:
         output = output or Path("runs") / f"compare-{Path(recipe).stem}"
-        grid = make_grid(recipe, overrides or (), vary or (), seeds, output)
-        with show_progress() as on_progress:
-            for index, resolved in enumerate(grid, start=1):
-                print(f"run {index} of {len(grid)}: {resolved.output}", file=sys.stderr)
-                folders.append(runners.run_recipe(check_place(resolved), on_progress).folder)
+        plan = Plan(recipe, overrides or [], vary or [], seeds, tune_seeds, others, output)
+        found, tuning = run_plan(plan, learned or [], by)
+        folders += found
         figure = figure or output / "frontier.svg"
-    comparison = compare_runs(folders, learned or (), by)
+    comparison = compare_runs(folders, learned or (), by, merges_settings=tune_seeds > 0)
     if figure:
         draw_frontier(comparison, figure)
-    print_comparison(comparison, as_json)
+    print_comparison(comparison, as_json, tuning)
     if figure:
         print(f"figure  {figure}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `hft compare` runs.
+
+    Attributes:
+        tune_seeds: how many seeds choose the settings; with 0 none are chosen.
+        tune_tasks: what is learned where they are chosen; with none, the recipe's own.
+    """
+
+    recipe: Path | str
+    overrides: list[str]
+    vary: list[str]
+    seeds: int
+    tune_seeds: int
+    tune_tasks: list[str]
+    output: Path
+
+
+def run_plan(plan: Plan, learned: list[str], by: Literal["score", "nll"]) -> tuple[list[Path], str]:
+    """Run what is missing, the grid on which settings are chosen first.
+
+    Returns:
+        The folders of the runs to report, and how their settings were chosen.
+    """
+    from hftcli.comparing.comparison import compare_runs
+    from hftcli.comparing.grid import aim_at, choose_settings, make_grid
+    from hftcli.reporting.measures import describe_choice
+
+    first = plan.tune_seeds + 1
+    grid = make_grid(plan.recipe, plan.overrides, plan.vary, range(first, first + plan.seeds), plan.output)
+    if not plan.tune_seeds:
+        return run_grid(grid), ""
+    overrides = aim_at(plan.recipe, plan.overrides, plan.tune_tasks) if plan.tune_tasks else plan.overrides
+    tried = make_grid(plan.recipe, overrides, plan.vary, range(1, first), plan.output / "tune")
+    comparison = compare_runs(run_grid(tried), learned, by, merges_settings=True)
+    chosen = choose_settings(tried, comparison)
+    return run_grid([planned for planned in grid if planned.settings in chosen]), describe_choice(comparison, plan.tune_seeds)
+
+
+def run_grid(grid: "list[Planned]") -> list[Path]:
+    """Run what is missing of a grid, and give the folders of all of it."""
+    from hftcli import runners
+    from hftcli.reporting.progress import show_progress
+
+    folders = []
+    with show_progress() as on_progress:
+        for index, planned in enumerate(grid, start=1):
+            print(f"run {index} of {len(grid)}: {planned.recipe.output}", file=sys.stderr)
+            folders.append(runners.run_recipe(check_place(planned.recipe), on_progress).folder)
+    return folders

@@ -2,26 +2,40 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import yaml
 
+from hftcli.comparing.comparison import Comparison
 from hftcli.comparing.points import SEED_KEYS
 from hftcli.errors import RecipeError
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run of a grid.
+
+    Attributes:
+        settings: `key=value` of what is varied.
+    """
+
+    settings: tuple[str, ...]
+    recipe: Recipe
+
+
 def make_grid(
-    recipe: Path | str | None, overrides: Sequence[str], vary: Iterable[str], num_seeds: int, output: Path
-) -> list[Recipe]:
+    recipe: Path | str | None, overrides: Sequence[str], vary: Iterable[str], seeds: Iterable[int], output: Path
+) -> list[Planned]:
     """The recipes of all settings with all seeds, each with a folder of its own under `output`.
 
     Args:
         overrides: `key=value` of every run.
         vary: `key=value,value,...`; the product of several is taken.
-        num_seeds: seeds 1 to so many, for the halves and the order of the data alike.
+        seeds: for the halves and the order of the data alike.
 
     Raises:
         RecipeError: a fault in one of them; nothing has run yet.
@@ -30,14 +44,42 @@ def make_grid(
     keys = [key for key, _ in axes]
     if taken := [key for key in keys if key in (*SEED_KEYS, "output")]:
         raise RecipeError(f"--vary {taken[0]}: hft compare sets it itself", "give --seeds and --output")
-    recipes = []
+    grid = []
     for values in product(*(values for _, values in axes)):
         settings = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-        for seed in range(1, num_seeds + 1):
+        for seed in seeds:
             folder = output / _name_folder(settings, seed)
             given = [*overrides, *settings, *(f"{key}={seed}" for key in SEED_KEYS), f"output={yaml.safe_dump(str(folder))}"]
-            recipes.append(_load(recipe, given))
-    return recipes
+            grid.append(Planned(tuple(settings), _load(recipe, given)))
+    return grid
+
+
+def choose_settings(grid: Iterable[Planned], comparison: Comparison) -> list[tuple[str, ...]]:
+    """Of a grid that has run, the settings of each method that none of its others beats, by their means over the seeds."""
+    settings = {str(planned.recipe.output): planned.settings for planned in grid}
+    chosen = [
+        settings[method.settings[place].points[0].name] for method in comparison.methods for place in sorted(method.frontier)
+    ]
+    return list(dict.fromkeys(chosen))
+
+
+def aim_at(recipe: Path | str | None, overrides: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """The overrides, and those by which a recipe learns other tasks, and is asked for them in place of its own.
+
+    Raises:
+        RecipeError: a recipe of one task, and several are given.
+    """
+    found = _load(recipe, overrides)
+    if found.continual is not None:
+        return [*overrides, f"continual.tasks={_dump(list(tasks))}", "continual.order=null", "continual.protocol=null"]
+    if len(tasks) > 1:
+        raise RecipeError(f"--tune-tasks: the recipe learns one task, and {len(tasks)} are given", "give one")
+    asked = list(dict.fromkeys(tasks[0] if name == found.data.path else name for name in found.eval.tasks))
+    return [*overrides, f"data.path={_dump(tasks[0])}", f"eval.tasks={_dump(asked)}"]
+
+
+def _dump(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
 def _load(recipe: Path | str | None, overrides: Sequence[str]) -> Recipe:
@@ -54,7 +96,7 @@ def _read_axis(text: str) -> tuple[str, list[str]]:
         found = []
     if not equals or not key or not found:
         raise RecipeError(f"--vary {text}: expected key=value,value, such as train.learning_rate=3e-4,7e-4")
-    return key, [yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip() for value in found]
+    return key, [_dump(value) for value in found]
 
 
 def _name_folder(settings: Sequence[str], seed: int) -> str:

@@ -128,12 +128,28 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
         )
 
 
-def print_comparison(comparison: Comparison, as_json: bool) -> None:
-    """A row per setting with its means and 95 % intervals over the seeds, and every two methods at equal learning."""
+def describe_choice(comparison: Comparison, num_seeds: int) -> str:
+    """How the settings were chosen that another comparison reports."""
+    chosen = [
+        f"{method.name} {' or '.join(method.settings[place].label for place in sorted(method.frontier))}"
+        for method in comparison.methods
+    ]
+    seeds = f"{num_seeds} other seed{'s' if num_seeds > 1 else ''}"
+    return f"settings chosen on {seeds}, by learning {', '.join(comparison.learned)}: {'; '.join(chosen)}"
+
+
+def print_comparison(comparison: Comparison, as_json: bool, tuning: str = "") -> None:
+    """A row per setting with its means and 95 % intervals over the seeds, and every two methods at equal learning.
+
+    Args:
+        tuning: how the settings were chosen; empty where all that ran are reported.
+    """
     if as_json:
-        print_json(describe_comparison(comparison))
+        print_json({**describe_comparison(comparison), "tuning": tuning or None})
         return
     console = Console()
+    if tuning:
+        console.print(tuning, highlight=False, soft_wrap=True)
     console.print(f"learning   mean gain on {', '.join(comparison.learned)}", highlight=False, soft_wrap=True)
     console.print(f"forgetting mean loss on {', '.join(comparison.known)}", highlight=False, soft_wrap=True)
     table = make_number_table("method", "setting", "seeds", "learning", "forgetting", "")

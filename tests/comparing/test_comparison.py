@@ -161,3 +161,52 @@ def test_command_prints_the_table_and_json(hft, tmp_path, capsys):
     assert (tmp_path / "frontier.png").stat().st_size > 1000
     assert found["differences"][0]["found"]["difference"]["high"] < 0
     assert "with --recipe only" in hft("compare", *runs, "--seeds", "2", "--vary", "train.seed=1", code=2).stderr
+
+
+def write_measured(folder: Path, num_seeds: int = 3) -> list[Path]:
+    """One learning rate each, measured within: full forgets twice what half does wherever both learned equally much."""
+    folders = []
+    for share, factor in (("0.5", 0.2), ("1.0", 0.4)):
+        for seed in range(1, num_seeds + 1):
+            way = [{SKILL: (x := 0.2 * step + 0.01 * seed), FACTS: 1 - (factor + 0.01 * seed) * x} for step in (1, 2, 3, 4)]
+            settings = (f"freeze.trainable_fraction={share}", f"freeze.seed={seed}", f"train.seed={seed}", "eval.num_points=4")
+            rows = ({FACTS: 1.0, SKILL: 0.0}, way[-1])
+            folders.append(write_run(folder / f"{share}-{seed}", *settings, rows=rows, points=tuple(way)))
+    return folders
+
+
+def test_runs_that_were_measured_within_need_one_learning_rate(tmp_path):
+    """To 0.81 of learning, lines through the start: half forgets (0.4 - 0.2) times half of that less."""
+    (difference,) = compare_runs(write_measured(tmp_path)).differences
+    assert difference.found.is_within
+    assert (difference.found.low, difference.found.high) == (0.0, pytest.approx(0.81))
+    assert difference.found.difference.mean == pytest.approx(-0.2 * 0.81 / 2, abs=1e-3)
+    assert difference.is_shown
+    assert difference.sentence.startswith(
+        "at equal learning, half forgets 8.1 points less than full (95 % interval 8.1 to 8.1;"
+    )
+
+
+def test_runs_measured_at_other_steps_are_refused(tmp_path):
+    runs = write_measured(tmp_path, 1)
+    more = {FACTS: 0.9, SKILL: 0.4}
+    runs.append(
+        write_run(
+            tmp_path / "more", "eval.num_points=5", "freeze.seed=9", rows=({FACTS: 1.0, SKILL: 0.0}, more), points=(more,)
+        )
+    )
+    with pytest.raises(InputError, match="they were not measured alike within the runs: .*eval.num_points 4; .*num_points 5"):
+        compare_runs(runs)
+
+
+def test_pairs_are_corrected_for_their_number(tmp_path):
+    folders = write_grid(tmp_path / "grid", gap=0.05)
+    for folder in write_grid(tmp_path / "other", gap=0.05)[:9]:  # a third method, which is half with another rule
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("balance: units", "balance: weights"))
+        folders.append(folder)
+    differences = compare_runs(folders).differences
+    assert [difference.num_pairs for difference in differences] == [3, 3, 3]
+    for difference in differences:
+        assert difference.p_value >= difference.found.p_value
+    assert "Holm's of 3 pairs" in differences[0].sentence
