@@ -13,6 +13,7 @@ from hftcli.commands.options import (
     CutOption,
     Dtype,
     JsonOption,
+    ProcessesOption,
     RecipeOption,
     SetOption,
     ShotsOption,
@@ -45,6 +46,7 @@ def evaluate(
         str | None, typer.Option("--prompts", help='A task, or a file of {"prompt": "...", "answer": "..."}.')
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to compute in.")] = "float32",
+    num_processes: ProcessesOption = None,
     chat: ChatOption = None,
     shots: ShotsOption = 0,
     max_new_tokens: CutOption = None,
@@ -61,8 +63,10 @@ def evaluate(
     questions, which shows what was lost and won; beside it the change of cross-entropy and KL(base || model) are measured on
     --text, or on samples of the base, and on --prompts.
     """
+    from hftcli.launching.command import resolve_launch
     from hftcli.measuring.evaluation import check_output, write_evaluation
     from hftcli.recipe.asking import AskingSection
+    from hftcli.recipe.sections import LaunchSection
     from hftcli.reporting.measures import print_evaluation
     from hftcli.reporting.progress import show_counts
     from hftcli.runners import list_versions, resolve_subject
@@ -70,12 +74,10 @@ def evaluate(
     subject = resolve_subject(model)
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     base = resolve_subject(base).path if base else subject.base
-    if base is None and (text or prompts):
-        raise InputError("--text and --prompts compare a model with its base", "give --base")
-    if base is None and not names:
-        raise InputError("there is nothing to measure", "give --tasks, or --base")
+    check_asked(base, names, bool(text or prompts))
     if output:
         check_output(output)
+    num_ranks = resolve_launch(LaunchSection(num_processes=num_processes)).num_ranks
     from hftcli.measuring.scoring import Examination, examine_model
 
     asking = AskingSection(chat=chat, shots=shots, max_new_tokens=max_new_tokens, strict=strict, allow_code=allow_code)
@@ -84,10 +86,18 @@ def evaluate(
         max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, asking=asking,
     )  # fmt: skip
     with show_counts() as on_progress:
-        evaluation, items = examine_model(examination, list_versions(), on_progress)
+        evaluation, items = examine_model(examination, list_versions(), on_progress, num_ranks)
     print_evaluation(evaluation, as_json)
     if output:
         print(f"items  {write_evaluation(output, evaluation, items)}", file=sys.stderr)
+
+
+def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool) -> None:
+    """Raises: InputError: there is nothing to measure, or nothing to measure it against."""
+    if base is None and has_texts:
+        raise InputError("--text and --prompts compare a model with its base", "give --base")
+    if base is None and not tasks:
+        raise InputError("there is nothing to measure", "give --tasks, or --base")
 
 
 @app.command()

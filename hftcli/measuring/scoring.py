@@ -17,6 +17,7 @@ from hftcli.measuring.evaluation import Drift, Evaluation, Item
 from hftcli.measuring.harness import PREFIX, HarnessTask, find_harness_tasks, score_harness
 from hftcli.measuring.judging import score_task
 from hftcli.measuring.questions import Row, TokenizedTask, add_ends, report_faults, tokenize_task
+from hftcli.measuring.ranks import Ranks, leading
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
@@ -59,8 +60,13 @@ class Examination:
     asking: AskingSection = field(default_factory=AskingSection)
 
 
-def examine_model(asked: Examination, versions: dict[str, str], on_progress: OnProgress) -> tuple[Evaluation, list[Item]]:
+def examine_model(
+    asked: Examination, versions: dict[str, str], on_progress: OnProgress, num_ranks: int = 1
+) -> tuple[Evaluation, list[Item]]:
     """Score a model; all that can be wrong with tasks and rows is found before the first question is asked.
+
+    Args:
+        num_ranks: processes that share the questions of hft's own tasks, each with a device of its own where there are GPUs.
 
     Returns:
         The evaluation, and an item for each question.
@@ -69,18 +75,18 @@ def examine_model(asked: Examination, versions: dict[str, str], on_progress: OnP
         InputError: a task, a file or a model is not what it should be.
     """
     transformers.utils.logging.disable_progress_bar()  # hft shows its own
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     exam = prepare_exam(asked)
-    model = load_finished(exam.folder, getattr(torch, asked.dtype), device)
-    scores, answers, seconds = ask_all(exam, model, "", on_progress)
     base_scores: dict[str, Score] = {}
     base_answers: dict[str, list[Prediction]] = {}
     on_text = on_prompts = None
-    if exam.base_folder is not None:
-        base = load_finished(exam.base_folder, getattr(torch, asked.dtype), device)
-        _check_width(model, base)
-        base_scores, base_answers, _ = ask_all(exam, base, ", the base", on_progress)
-        on_text, on_prompts = measure_drifts(exam, base, model, on_progress)
+    with leading(asked, num_ranks) as ranks:
+        model = load_finished(exam.folder, getattr(torch, asked.dtype), ranks.device)
+        scores, answers, seconds = ask_all(exam, model, "", on_progress, ranks)
+        if exam.base_folder is not None:
+            base = load_finished(exam.base_folder, getattr(torch, asked.dtype), ranks.device)
+            _check_width(model, base)
+            base_scores, base_answers, _ = ask_all(exam, base, ", the base", on_progress, ranks)
+            on_text, on_prompts = measure_drifts(exam, base, model, on_progress)
     changes = {name: compare_items(base_answers[name], answers[name]) for name in base_answers}
     evaluation = Evaluation(
         model=asked.model, base=asked.base, dtype=asked.dtype, max_length=exam.max_length, max_examples=asked.max_examples,
@@ -139,8 +145,16 @@ def prepare_exam(asked: Examination) -> Exam:
     return Exam(asked, folder, base_folder, max_length, tokenizer, own, foreign, texts, prompts)
 
 
+def ask_along(asked: Examination, ranks: Ranks) -> None:
+    """What the other ranks of an examination do: their share of the questions, of the model and of its base."""
+    exam = prepare_exam(asked)
+    for folder in (exam.folder, exam.base_folder):
+        if folder is not None:
+            ask_all(exam, load_finished(folder, getattr(torch, asked.dtype), ranks.device), "", lambda *_: None, ranks)
+
+
 def ask_all(
-    exam: Exam, model: PreTrainedModel, note: str, on_progress: OnProgress
+    exam: Exam, model: PreTrainedModel, note: str, on_progress: OnProgress, ranks: Ranks
 ) -> tuple[dict[str, Score], dict[str, list[Prediction]], dict[str, float]]:
     """Ask a model every task.
 
@@ -155,7 +169,12 @@ def ask_all(
         start, shown = time.perf_counter(), f"{name}{note}"
         on_progress(shown, 0, 0)
         if name in exam.own:
-            found = score_task(model, exam.own[name], exam.tokenizer, model.device, on_batch=_name(shown, on_progress))
+            found = score_task(
+                model, exam.own[name], exam.tokenizer, model.device, ranks.rank, ranks.num_ranks,
+                on_batch=_name(shown, on_progress),
+            )  # fmt: skip
+        elif ranks.rank:
+            continue  # lm-evaluation-harness asks on the first rank alone
         else:
             found = score_harness(model, exam.tokenizer, exam.foreign[name], exam.asked.max_examples)
         scores[name], answers[name] = found

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,3 +153,41 @@ def test_a_base_with_other_tokens_is_refused(shared):
 def test_questions_longer_than_the_model_are_refused():
     with pytest.raises(ModelError, match="--max-length is 100000, but .* positions"):
         examine(max_length=100_000)
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_does(hft, tmp_path):
+    """Answers by likelihood, written ones and choices; and of a base."""
+    rows = [{"question": f"Is {n} even?", "choices": ["yes", "no"], "answer": n % 2} for n in range(7)]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for num_processes in (1, 3):
+        tasks = f"{FACTS},tinyworld/skill,{tmp_path / 'choices.jsonl'}"
+        shown = hft(
+            "eval", "--model", EMBEDDED, "--base", EMBEDDED, "--tasks", tasks, "--max-examples", 20, "--num-processes",
+            num_processes, "--output", tmp_path / f"{num_processes}.json", "--json",
+        )  # fmt: skip
+        items = [json.loads(line) for line in (tmp_path / f"{num_processes}.items.jsonl").read_text().splitlines()]
+        found.append((json.loads(shown.stdout), items))
+    (alone, items), (together, others) = found
+    for name, score in alone["tasks"].items():
+        assert together["tasks"][name]["score"] == score["score"]
+        assert together["tasks"][name]["nll"] == pytest.approx(score["nll"], rel=1e-5)
+    assert alone["base_tasks"].keys() == together["base_tasks"].keys()
+    assert [(item["task"], item["index"], item["score"], item["prediction"]) for item in items] == [
+        (item["task"], item["index"], item["score"], item["prediction"]) for item in others
+    ]
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    """A model that only the first rank can read to its end: the second finds its file gone."""
+    program = (
+        "import os, sys, time\n"
+        "from hftcli.measuring.ranks import leading\n"
+        "with leading('no examination', 2):\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "rank 1 of 2 ended with code 1" in done.stderr
