@@ -64,7 +64,7 @@ def evaluate(
     --text, or on samples of the base, and on --prompts.
     """
     from hftcli.launching.command import resolve_launch
-    from hftcli.measuring.evaluation import check_output, write_evaluation
+    from hftcli.measuring.evaluation import write_evaluation
     from hftcli.recipe.asking import AskingSection
     from hftcli.recipe.sections import LaunchSection
     from hftcli.reporting.measures import print_evaluation
@@ -74,9 +74,7 @@ def evaluate(
     subject = resolve_subject(model)
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     base = resolve_subject(base).path if base else subject.base
-    check_asked(base, names, bool(text or prompts))
-    if output:
-        check_output(output)
+    check_asked(base, names, bool(text or prompts), output)
     num_ranks = resolve_launch(LaunchSection(num_processes=num_processes)).num_ranks
     from hftcli.measuring.scoring import Examination, examine_model
 
@@ -92,8 +90,12 @@ def evaluate(
         print(f"items  {write_evaluation(output, evaluation, items)}", file=sys.stderr)
 
 
-def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool) -> None:
-    """Raises: InputError: there is nothing to measure, or nothing to measure it against."""
+def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool, output: Path | None) -> None:
+    """Raises: InputError: there is nothing to measure, nothing to measure it against, or no place to write it to."""
+    from hftcli.measuring.evaluation import check_output
+
+    if output:
+        check_output(output)
     if base is None and has_texts:
         raise InputError("--text and --prompts compare a model with its base", "give --base")
     if base is None and not tasks:
