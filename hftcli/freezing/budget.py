@@ -1,8 +1,8 @@
 """What a freeze plan costs: the bytes that each device holds, and the FLOPs of a token.
 
 Weights, gradients, AdamW's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
-5): with mixed precision, a weight that trains costs 16 bytes, and each stage of ZeRO spreads one more part of them over the
-devices. A frozen weight costs only itself: no gradient, no moments and no float32 master. Activations are those of
+5), but that gradients are summed in float32: with mixed precision, a weight that trains costs 18 bytes, and each stage of ZeRO
+spreads one more part of them over the devices. A frozen weight costs only itself: no gradient, no moments and no float32 master. Activations are those of
 `passes.py`, for the micro-batch that the budget names.
 """
 
@@ -264,6 +264,8 @@ class Budget:
         if self.zero_stage == 0:
             return item_bytes * min(num_trainable, BUCKET_ELEMENTS)
         bucket = (4 if self.zero_stage == 1 else item_bytes) * BUCKET_ELEMENTS
+        if self.zero_stage > 1 and self.precision == "mixed":  # its copy in float32, in which the ranks' are added up
+            bucket += 4 * min(num_trainable, BUCKET_ELEMENTS)
         gathered = item_bytes * min(self.plan.num_parameters, LIVE_ELEMENTS) if self.zero_stage == 3 else 0
         return bucket + gathered
 
@@ -311,7 +313,9 @@ def estimate_memory(
     elif num_processes == 1:
         weights, gradients, optimizer = 2 * num_frozen + 4 * num_trainable, 4 * num_trainable, state
     else:
-        weights, gradients, optimizer = 2 * num_parameters, 2 * num_trainable, 4 * num_trainable + state
+        # Stage 0, which hft refuses here, would sum gradients in bfloat16; from 1 on they are summed in float32.
+        weights, gradients = 2 * num_parameters, (4 if zero_stage else 2) * num_trainable
+        optimizer = 4 * num_trainable + state
 
     def share(num_bytes: int, first_stage: int) -> int:
         """One device's part, rounded up, where the stage spreads it."""

@@ -133,6 +133,9 @@ def make_deepspeed_config(spec: RoundSpec) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": is_mixed(spec)},
+        # As one process does: gradients are summed over micro-batches and ranks in float32, whatever they are computed in.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": {"stage": spec.launch.zero_stage, **make_offloading(spec)},
         "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first
         "zero_allow_untested_optimizer": True,
