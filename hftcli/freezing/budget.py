@@ -2,8 +2,8 @@
 
 Weights, gradients, AdamW's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
 5), but that gradients are summed in float32: with mixed precision, a weight that trains costs 18 bytes, and each stage of ZeRO
-spreads one more part of them over the devices. A frozen weight costs only itself: no gradient, no moments and no float32 master. Activations are those of
-`passes.py`, for the micro-batch that the budget names.
+spreads one more part of them over the devices. A frozen weight costs only itself: no gradient, no moments and no float32
+master. Activations are those of `passes.py`, for the micro-batch that the budget names.
 """
 
 from collections.abc import Collection, Iterable

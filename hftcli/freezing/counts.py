@@ -1,11 +1,13 @@
 """What of a model trains under a plan, counted by role."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pydantic import BaseModel, ConfigDict
 
 from hftcli.freezing.directions import Directions
 from hftcli.freezing.roles import Unit
+
+OUTSIDE_ROLES = ("embedding", "final_norm", "head")
 
 
 class RoleCount(BaseModel):
@@ -24,6 +26,12 @@ class RoleCount(BaseModel):
 
     num_trainable: int
     """Those of them that train."""
+
+
+def measure_layer_share(roles: Mapping[str, RoleCount]) -> float:
+    """The share of the weights in the layers that trains, of counts by role."""
+    inside = [count for role, count in roles.items() if role not in OUTSIDE_ROLES]
+    return sum(count.num_trainable for count in inside) / sum(count.num_parameters for count in inside)
 
 
 def count_trained(units: Iterable[Unit], trained: set[str], parts: dict[str, Directions]) -> int:

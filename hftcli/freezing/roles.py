@@ -47,6 +47,14 @@ class Unit:
         """Weights in it, biases counted."""
         return sum(parameter.num_elements for parameter in self.parameters)
 
+    @property
+    def category(self) -> str:
+        """What it is drawn among in its layer: its role; but norms of queries and keys are not drawn among the block's own.
+
+        The paper's layers have two norms, of which one trains; with four of unlike size, both might be frozen.
+        """
+        return "qk_norm" if self.role == "norm" and self.name.endswith(("q_norm", "k_norm")) else self.role
+
 
 def assign_roles(model_type: str, parameters: Sequence[Parameter]) -> tuple[Unit, ...]:
     """Gather parameters into units, in the order of the parameters.

@@ -377,7 +377,7 @@ def _hash_content(content: dict[str, Any]) -> str:
 # What a unit belongs to, from the outside in: the pool over which the share is kept, the group that is halved, and
 # the item that trains or is frozen as a whole.
 GROUPS: dict[str, Callable[[Unit], tuple[str, str, str]]] = {
-    "category": lambda unit: (unit.role, f"{unit.role}/{unit.layer}", unit.name),
+    "category": lambda unit: (unit.category, f"{unit.category}/{unit.layer}", unit.name),
     "layer": lambda unit: ("layers", "layers", f"layer/{unit.layer}"),
     "model": lambda unit: ("model", "model", unit.name),
 }

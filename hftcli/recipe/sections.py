@@ -290,7 +290,7 @@ class LaunchSection(Section):
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed's ZeRO stage with two processes or more: 1 shards the optimizer, 2 also gradients, 3 also weights. 0
-    shards nothing, and is for float32 only."""
+    shards nothing, and is for float32 only. At every stage, gradients are summed over micro-batches and ranks in float32."""
 
     offload: Literal["optimizer", "none"] = "none"
     """`optimizer` keeps float32 masters, moments and summed gradients of what trains in host memory, and updates them there, so

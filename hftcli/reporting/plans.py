@@ -8,9 +8,12 @@ from rich.table import Table
 
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, HostWork, MeasuredStep, Memory
-from hftcli.freezing.selection import FreezePlan
+from hftcli.freezing.counts import measure_layer_share
+from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.cards import judge_cards
 from hftcli.reporting.terminal import format_bytes, print_json
+
+MOST_IMBALANCE = 0.02  # of the share that trains in the layers: more is warned of
 
 
 def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_json: bool) -> None:
@@ -35,6 +38,8 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
             f"LoRA of rank {budget.adapters.rank} in their place: {budget.num_adapter_weights:,} weights train", highlight=False
         )
     console.print(_make_role_table(plan))
+    if (warning := describe_imbalance(budget)) is not None:
+        console.print(warning, highlight=False, soft_wrap=True)
     console.print(
         f"{work.num_sequences} sequences of {work.length} tokens at once{', packed' if work.packed else ''}, "
         f"{work.attention} attention, {name_checkpointed(work.checkpoint_every)} checkpointed, {work.loss} loss",
@@ -70,6 +75,8 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
         "trainable_fraction": plan.trainable_fraction,
         "num_units": plan.num_units,
         "num_trainable_units": plan.num_trainable_units,
+        "layers_fraction": measure_layer_share(plan.roles),
+        "warning": describe_imbalance(budget),
         "roles": {name: count.model_dump() for name, count in plan.roles.items()},
         "fingerprint": plan.fingerprint,
         "memory": {
@@ -89,6 +96,22 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
         "cards": [asdict(verdict) for verdict in judge_cards(budget)],
         "measured": checked and asdict(checked[1]),
     }
+
+
+def describe_imbalance(budget: Budget) -> str | None:
+    """What to say where much more or less of the layers' weights trains than was asked for; None where it is as asked."""
+    plan, rule = budget.plan, budget.plan.rule
+    share = measure_layer_share(plan.roles)
+    if budget.adapters is not None or abs(share - rule.trainable_fraction) <= MOST_IMBALANCE:
+        return None
+    said = (
+        f"warning: {share:.1%} of the weights in the layers train, and freeze.trainable_fraction asks for "
+        f"{rule.trainable_fraction:.1%}: the units of a group are not of one size"
+    )
+    balanced = make_plan(budget.network.units, rule.model_copy(update={"balance": "weights"}), plan.round_index)
+    offered = measure_layer_share(balanced.roles)
+    is_closer = abs(offered - rule.trainable_fraction) < abs(share - rule.trainable_fraction)
+    return f"{said}; freeze.balance: weights would train {offered:.1%}" if is_closer else said
 
 
 def _make_role_table(plan: FreezePlan) -> Table:

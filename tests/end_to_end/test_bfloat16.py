@@ -1,5 +1,7 @@
 """Where the device has bfloat16: compute in it, float32 masters for what trains, and the memory that was planned."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -50,6 +52,31 @@ def test_deepspeed_may_hold_a_float32_start_in_bfloat16_and_rounds_none_of_it_in
         assert after[name].dtype == torch.float32
         assert torch.equal(before[name].float(), after[name])
     assert round_.read_result().verification.passed
+
+
+@pytest.mark.slow
+def test_ranks_sum_their_gradients_in_float32_as_one_process_does(hft, settings, small, tmp_path):
+    """A step of AdamW with an epsilon that drowns its second moment is the gradient itself, summed over 64 micro-batches.
+
+    With its optimizer on the host, one process computes in bfloat16 as DeepSpeed's ranks do, and sums in float32.
+    """
+    change = {
+        "train.bf16": True, "model.dtype": "bfloat16", "train.max_steps": 1, "train.warmup_steps": 0,
+        "train.learning_rate": 1000, "train.adam_epsilon": 1000, "train.max_grad_norm": 1e6, "train.global_batch_size": 64,
+        "train.per_device_train_batch_size": 1, "eval.tasks": "[]",
+    }  # fmt: skip
+    ways = {"one": {"launch.offload": "optimizer"}}
+    ways |= {f"stage {stage}": {"launch.num_processes": 2, "launch.zero_stage": stage} for stage in (1, 2, 3)}
+    masters = {}
+    for name, way in ways.items():
+        hft("sft", "--output", tmp_path / name, *settings(small | change | way))
+        masters[name] = load_file(Round(tmp_path / name / "rounds" / "00-sft").masters_path)
+    start = load_file(Path(small["model.path"]) / "model.safetensors")
+    one = {name: values - start[name].bfloat16().float() for name, values in masters.pop("one").items()}
+    for found in masters.values():
+        distance = sum((found[name] - start[name].bfloat16().float() - one[name]).square().sum() for name in one)
+        # Summed in bfloat16, it is half a per cent and more.
+        assert (distance / sum(update.square().sum() for update in one.values())).sqrt() < 1e-5
 
 
 def test_deepspeed_may_not_round_what_an_adapter_is_merged_into(hft, settings, tmp_path):

@@ -39,7 +39,7 @@ def test_bytes_by_hand(precision: str, num_processes: int, zero_stage: int, expe
 
 @pytest.mark.parametrize(("zero_stage", "expected_gb"), [(0, 120), (1, 31.4 + 15), (2, 16.6 + 15 / 64), (3, 1.88 + 15 / 64)])
 def test_figure_1_of_the_zero_paper(zero_stage: int, expected_gb: float):
-    """7.5 billion weights on 64 devices (arXiv 1910.02054, figure 1), but that gradients have 4 bytes and not 2 from stage 1 on."""
+    """7.5 billion weights on 64 devices (arXiv 1910.02054, figure 1), but from stage 1 on with gradients of 4 bytes."""
     memory = estimate_memory(7_500_000_000, 7_500_000_000, precision="mixed", num_processes=64, zero_stage=zero_stage)
     assert memory.total_bytes / 1e9 == pytest.approx(expected_gb, rel=0.005)
 

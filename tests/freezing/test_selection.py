@@ -39,6 +39,21 @@ def llama_3_8b() -> tuple[Unit, ...]:
     return build_units("llama", **LLAMA_3_8B)
 
 
+WITH_QK_NORMS = ("qwen3", "gemma3_text", "olmo2", "qwen3_moe")
+
+
+@pytest.mark.parametrize("model_type", WITH_QK_NORMS)
+def test_norms_of_queries_and_keys_do_not_take_the_place_of_the_blocks_own(model_type: str):
+    """Of a block's two norms one trains in every layer, as in the paper, and one of the other two."""
+    units = build_units(model_type, **CONFIGS[model_type])
+    for round_index in range(8):
+        trained = find_trained(units, make_plan(units, FreezeRule(), round_index))
+        for layer in range(NUM_LAYERS):
+            names = [unit.name for unit in trained if unit.role == "norm" and unit.layer == layer]
+            assert sum("self_attn" in name for name in names) == 1
+            assert sum("layernorm" in name for name in names) == (UNITS_IN_A_LAYER[model_type]["norm"] - 2) / 2
+
+
 def round_half_up(value: Fraction) -> int:
     return floor(value + Fraction(1, 2))
 
@@ -54,12 +69,16 @@ def test_every_group_of_every_family_has_its_share(model_type: str, is_tied: boo
     share = Fraction(fraction)
     plan = make_plan(units, FreezeRule(trainable_fraction=float(fraction)), 0)
 
-    trained = count_groups(find_trained(units, plan))
-    for role, num_units in UNITS_IN_A_LAYER[model_type].items():
+    trained = Counter((unit.category, unit.layer) for unit in find_trained(units, plan))
+    sizes = Counter(UNITS_IN_A_LAYER[model_type])
+    if model_type in WITH_QK_NORMS:
+        sizes += Counter(qk_norm=2)
+        sizes["norm"] -= 2
+    for category, num_units in sizes.items():
         for layer in range(NUM_LAYERS):
-            assert floor(share * num_units) <= trained[role, layer] <= ceil(share * num_units)
-        assert plan.roles[role].num_units == NUM_LAYERS * num_units
-        assert plan.roles[role].num_trainable_units == round_half_up(share * NUM_LAYERS * num_units)
+            assert floor(share * num_units) <= trained[category, layer] <= ceil(share * num_units)
+        num_trained = sum(trained[category, layer] for layer in range(NUM_LAYERS))
+        assert num_trained == round_half_up(share * NUM_LAYERS * num_units)
     for role in {unit.role for unit in units if unit.layer is None}:
         assert plan.roles[role].num_trainable == plan.roles[role].num_parameters
 

@@ -1,0 +1,38 @@
+"""What is said of a plan that trains more or less than was asked for."""
+
+from hftcli.freezing.activations import Network, Workload
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.roles import Parameter, Unit
+from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.reporting.plans import describe_imbalance
+
+
+def make_budget(sizes: tuple[int, int], rule: FreezeRule, num_layers: int = 4) -> Budget:
+    """A model of layers with two attention matrices of these sizes, and nothing else in them."""
+    units = [
+        Unit(f"{layer}.{name}", "attention", layer, (Parameter(f"{layer}.{name}.weight", (size,)),))
+        for layer in range(num_layers)
+        for name, size in zip(("qkv", "o"), sizes, strict=True)
+    ]
+    network = Network("not counted", tuple(units), 1)
+    return Budget(make_plan(units, rule, 0), "float32", 1, 0, network=network, work=Workload(1, 8))
+
+
+def test_units_of_one_size_have_nothing_said():
+    assert describe_imbalance(make_budget((100, 100), FreezeRule())) is None
+
+
+def test_a_share_that_is_off_by_more_than_two_points_is_warned_of():
+    budget = make_budget((300, 100), FreezeRule(), num_layers=16)
+    share = sum(300 if "qkv" in name else 100 for name in budget.plan.trained) / 6400
+    assert abs(share - 0.5) > 0.02  # or another seed is needed
+    said, _, offered = describe_imbalance(budget).partition("; freeze.balance: weights would train ")
+    assert said.startswith(f"warning: {share:.1%} of the weights in the layers train, and freeze.trainable_fraction asks for")
+    assert abs(float(offered.removesuffix("%")) - 50) < 2
+    assert describe_imbalance(make_budget((300, 100), FreezeRule(balance="weights"), num_layers=16)) is None
+
+
+def test_where_no_choice_comes_closer_none_is_offered():
+    """One layer of one matrix that is nine tenths of it."""
+    said = describe_imbalance(make_budget((900, 100), FreezeRule(balance="weights"), num_layers=1))
+    assert said.endswith("the units of a group are not of one size")
