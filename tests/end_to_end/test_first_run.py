@@ -23,11 +23,12 @@ UNSEEN = {"messages": [{"role": "user", "content": "When do you close?"}, {"role
 
 @pytest.fixture(scope="module")
 def blocks() -> dict[str, str]:
-    """What stands between the fences: rows, a try, a recipe, questions, the commands on a real model, a comparison."""
+    """What stands between the fences: rows, a try, a recipe, questions, the commands on a real model, a talk, a comparison."""
     section = re.search(r"^## Your own rows\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL).group(1)
     found = BLOCK.findall(section)
-    assert [language for language, _ in found] == ["json", "", "yaml", "json", "", ""]
-    return dict(zip(("my.jsonl", "try", "my.yaml", "known.jsonl", "run", "compare"), (text for _, text in found), strict=True))
+    assert [language for language, _ in found] == ["json", "", "yaml", "json", "", "", ""]
+    names = ("my.jsonl", "try", "my.yaml", "known.jsonl", "run", "talk", "compare")
+    return {name: text for name, (_, text) in zip(names, found, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,14 @@ def place(blocks: dict[str, str], shared: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def run(place: Path) -> Callable[[str], str]:
+def run(place: Path) -> Callable[..., str]:
     """Type a block of commands into a shell that has `hft` on its path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", "PATH": path}
 
-    def run_block(commands: str) -> str:
+    def run_block(commands: str, typed: str = "") -> str:
         command = ["bash", "-e", "-c", commands]
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, cwd=place, input=typed, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -65,6 +66,7 @@ def test_the_rows_are_tried_on_the_embedded_model(blocks, place, run):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # eighteen runs
 def test_a_real_model_is_trained_asked_and_compared(blocks, place, run):
     shown = run(blocks["run"])
     round_ = Run(place / "runs" / "my").last_finished
@@ -74,6 +76,7 @@ def test_a_real_model_is_trained_asked_and_compared(blocks, place, run):
     assert (place / "runs" / "my" / "report.html").is_file()
     model = AutoModelForCausalLM.from_pretrained(round_.checkpoint)
     assert sum(weights.numel() for weights in model.parameters()) == 25_829_888
+    assert run(blocks["talk"], typed="When are you open?\n").strip()
     shown = run(blocks["compare"])
     assert len(list((place / "runs" / "compare-my").glob("*/recipe.yaml"))) == 18  # two shares, three rates, three seeds
     assert [shown.count(f"│ {method} ") for method in ("full", "half")] == [3, 3]
