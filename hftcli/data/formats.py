@@ -88,6 +88,9 @@ def convert_row(row: Row, format_name: str, lost: Lost) -> Row:
     """
     check_type(row, dict, "a row")
     known = FORMATS[format_name]
+    ignored = {column for column in row if column in lost.ignored and column not in known.columns}
+    lost.unused |= ignored
+    row = {column: value for column, value in row.items() if column not in ignored}
     converted = known.convert(row, lost)
     used = {*known.columns, *known.optional} if is_conversation(converted) else set(known.columns)
     for column in row:

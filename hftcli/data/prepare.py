@@ -9,6 +9,7 @@ places (sources.py) -> rows of a file (readers.py) -> canonical rows (formats.py
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,6 +150,9 @@ def _prepare_rows(
 def _say_notes(data: DataSection, report: DataReport) -> None:
     """What is worth a second look."""
     place = describe_place(data)
+    found = {re.split(r": |\[\]\.", name)[-1] for name in report.unused_columns}
+    if missing := [column for column in data.ignore_columns if column not in found]:
+        logger.warning("%s: no row has what data.ignore_columns names: %s", place, ", ".join(missing))
     if report.num_bad:
         logger.warning("%s: %d bad rows are left out; the first: %s", place, report.num_bad, report.bad_rows[0])
     if report.num_special and data.special_tokens_in_text == "keep":

@@ -73,9 +73,9 @@ class Lost:
             place: of one that carries meaning, where it stands; None for any other.
 
         Raises:
-            DataError: it carries meaning, says something, and is not left out on purpose.
+            DataError: it carries meaning, and says something.
         """
-        if place is not None and key not in self.ignored and not is_empty(value):
+        if place is not None and not is_empty(value):
             raise DataError(
                 f"{place} carries meaning that hft does not train on",
                 f"write it into the text, or set data.ignore_columns: [{key}] to leave it out",
@@ -114,6 +114,9 @@ def read_turns(value: Any, name: str, lost: Lost, keys: Keys = MESSAGE_KEYS) -> 
     for index, turn in enumerate(value):
         place = f"{name}[{index}]"
         check_type(turn, dict, place)
+        ignored = {key for key in turn if key in lost.ignored and key not in (keys.role, keys.content)}
+        lost.unused |= {f"{name}[].{key}" for key in ignored}
+        turn = {key: value for key, value in turn.items() if key not in ignored}
         messages.append(_read_message(turn, place, keys))
         marks.append(_read_mark(turn, place))
         if messages[-1]["role"] != "assistant" and marks[-1]:

@@ -113,7 +113,7 @@ class DataSection(Section):
     makes it a bad row."""
 
     ignore_columns: tuple[str, ...] = ()
-    """Columns, or keys of a message, that are left out though they carry meaning hft does not train on, such as `images`."""
+    """Columns, or keys of a message, that are left out whatever they mean, such as `images`."""
 
     seed: Seed = 42
     """Which rows of a source with a `weight` are drawn, and the order in which sources are mixed."""

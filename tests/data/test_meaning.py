@@ -279,6 +279,18 @@ def test_what_a_turn_holds_besides(minimind: PreTrainedTokenizerBase, tmp_path: 
         prepare({"messages": [ASK, twice]}, minimind, tmp_path)
 
 
+def test_what_is_ignored_is_not_used_either(minimind: PreTrainedTokenizerBase, tmp_path: Path, caplog):
+    """Columns and keys that hft would train on, too; a name that stands nowhere is said."""
+    plain = prepare({"messages": TWICE}, minimind, tmp_path)[:2]
+    row = {"messages": [{**turn, "weight": 0} for turn in TWICE], "system": "Be curt.", "tools": [TOOL]}
+    *found, report = prepare(row, minimind, tmp_path, ignore_columns=("weight", "system", "tools"))
+    assert tuple(found) == plain
+    assert report.unused_columns == ("messages[].weight", "system", "tools")
+    assert not caplog.records
+    prepare(row, minimind, tmp_path, ignore_columns=("weight", "wieght"))
+    assert "no row has what data.ignore_columns names: wieght" in caplog.text
+
+
 def test_inputs_that_are_not_text(tmp_path: Path):
     row = {"instruction": "Add one.", "input": 0, "output": "1"}
     with pytest.raises(DataError, match="row 1: field 'input' is of type int, expected str"):
