@@ -133,6 +133,7 @@ def report(
     """
     from hftcli.comparing.forgetting import read_matrix
     from hftcli.reporting.answers import print_lost
+    from hftcli.reporting.energy import print_energies
     from hftcli.reporting.figures import check_figure_path, draw_matrix
     from hftcli.reporting.measures import print_matrix
     from hftcli.reporting.page import write_page
@@ -154,6 +155,8 @@ def report(
     else:
         matrix = read_matrix(path)
         print_matrix(matrix, as_json)
+        if run.recipe_path.exists() and not as_json:
+            print_energies(run)
         if figure:
             draw_matrix(matrix, figure)
             print(f"figure  {figure}", file=sys.stderr)

@@ -24,6 +24,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.reporting.answers import describe_traits, list_shown
+from hftcli.reporting.energy import list_energies
 from hftcli.reporting.measures import describe_adjusted, describe_transitions, describe_ways
 from hftcli.reporting.rounding import list_roundings
 from hftcli.reporting.rounds import describe_pairs
@@ -85,6 +86,7 @@ def make_page(run: Run) -> str:
         trails=[trail for round_, result in rounds for trail in draw_trails(round_, result)],
         curves=_draw_curves([round_ for round_, _ in rounds]),
         pictures=[_draw_plan(round_, plan) for (round_, _), plan in zip(rounds, plans, strict=True)],
+        energies=list_energies((round_.name, result) for round_, result in rounds),
         roundings=list_roundings((round_.name, result) for round_, result in rounds),
         speeds=[_describe_speed(round_, result) for round_, result in rounds],
         manifest=list(_list_manifest(manifest.model_dump(mode="json"), rounds)),

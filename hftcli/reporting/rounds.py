@@ -12,11 +12,11 @@ from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.comparing.items import read_item_changes
 from hftcli.recipe.methods import ADAPTERS
 from hftcli.reporting.answers import describe_traits, print_behaviour
+from hftcli.reporting.energy import describe_earlier
 from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.rounding import describe_masters
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
-from hftcli.runs.earlier import EarlierInputs
 from hftcli.runs.records import DELTA_NAME, AnswerEnds, FitReport, RoundResult
 from hftcli.runs.run import Round, Run, find_rounds
 from hftcli.runs.scores import PairScore, PairScores
@@ -185,16 +185,6 @@ def _describe_verification(verification: Verification) -> str:
     return (
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
         f"bit-identical to {start}, {moved} of {verification.num_trained} trained ones moved{note}"
-    )
-
-
-def describe_earlier(earlier: EarlierInputs) -> str:
-    """What counted as earlier, and how much of its energy lies in what was closed."""
-    shares = earlier.closed_energy
-    least = min(shares, key=shares.__getitem__)
-    return (
-        f"quiet: {sum(shares.values()) / len(shares):.1%} of the energy of {len(earlier.sources)} earlier sources lies in what "
-        f"was closed, least in {least} ({shares[least]:.1%})"
     )
 
 

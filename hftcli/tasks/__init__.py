@@ -158,6 +158,11 @@ def _list_names() -> list[str]:
     return [f"{name}/{task}" for name, benchmark in BENCHMARKS.items() for task in (*benchmark.tasks, *benchmark.extra)]
 
 
+def is_task(name: str) -> bool:
+    """Whether a name is that of a benchmark's task, as `trace/FOMC`."""
+    return name in _list_names()
+
+
 def find_benchmark(name: str, key: str = "task") -> tuple[Benchmark, str]:
     """A task's benchmark, and its short name there.
 

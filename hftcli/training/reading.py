@@ -36,7 +36,7 @@ from hftcli.recipe.trainer_keys import OPTIMIZERS, TRACKERS
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.scores import HELD_OUT
 from hftcli.runs.spec import RoundSpec
-from hftcli.tasks import load_task
+from hftcli.tasks import is_task, load_task
 from hftcli.tasks.asking import put_task
 from hftcli.training.stages import Assignment, Rows
 
@@ -60,6 +60,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     check_positions(spec.data.max_length, description.max_positions)
     check_kernel(spec, start)
     check_router(spec, start)
+    check_directions(spec, start)
     units = assign_roles(description.model_type, description.parameters)
     plan = make_plan(units, spec.freeze, spec.index, description.num_heads)
     methods = make_methods(spec)
@@ -126,6 +127,15 @@ def check_kernel(spec: RoundSpec, start: Path) -> None:
         raise ModelError(
             f"model.attn_implementation {kernel} computes in bfloat16 alone, and this round computes in float32",
             "take sdpa, or set train.bf16: true on a machine that has it",
+        )
+
+
+def check_directions(spec: RoundSpec, start: Path) -> None:
+    """Raises: ModelError: the matrices are quantized, so that nothing can be added to them."""
+    if spec.freeze.directs and "quantization_config" in AutoConfig.from_pretrained(start).to_dict():
+        raise ModelError(
+            f"freeze.grain: directions adds to the matrices of {start}, and its config.json says that they are quantized",
+            "give the checkpoint that it was quantized from",
         )
 
 
@@ -203,9 +213,12 @@ def read_kept(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     keep = spec.freeze.keep
     if keep is None:
         return None, ""
-    with naming("freeze.keep"):
-        data = DataSection(path=keep.path, max_length=spec.data.max_length)
-        rows, report = prepare_dataset(data, TrainSection(), tokenizer, default_cache())
+    data = DataSection(path=keep.path, max_length=spec.data.max_length)
+    if is_task(keep.path):
+        rows, report = prepare_task(load_task(keep.path, spec.data.root, "test"), data, tokenizer, default_cache())
+    else:
+        with naming("freeze.keep"):
+            rows, report = prepare_dataset(data, TrainSection(), tokenizer, default_cache())
     return draw_rows(rows, keep.samples, "keep", spec.freeze.seed), f"{report.tokens_digest}/{keep.samples}/{spec.freeze.seed}"
 
 

@@ -1,0 +1,78 @@
+"""The quiet half as commands have it: its short name, its plan, its run and what is told of it, its proof, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hftcli.errors import RecipeError
+from hftcli.recipe.loading import load_recipe
+
+SHORT = {
+    "data.max_examples": 16, "data.max_length": 64, "train.max_steps": 2, "train.global_batch_size": 4,
+    "train.per_device_train_batch_size": 4, "eval.tasks": "[]", "freeze.keep.samples": 8,
+}  # fmt: skip
+
+
+def test_the_recipe_is_the_short_name_with_rows_to_keep():
+    quiet = load_recipe("quiet").freeze
+    assert quiet.keep.samples == 200
+    assert quiet.model_copy(update={"keep": None}) == load_recipe(None, ["freeze=quiet"]).freeze
+    changed = load_recipe(None, ["freeze=quiet", "freeze.trainable_fraction=0.25"]).freeze
+    assert (changed.trainable_fraction, changed.blocks) == (0.25, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.lora={}", "method.lora works on whole matrices"),
+        ("method.l2sp={strength: 0.1}", "method.l2sp works on whole matrices"),
+        ("freeze={blocks: 32}", "blocks would have no effect beside grain matrices"),
+        ("freeze={grain: [directions, matrices]}", "give matrices, directions, or"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(override: str, said: str):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(None, ["freeze=quiet", override])
+
+
+def test_a_run_and_its_proof(hft, settings, tmp_path: Path):
+    folder = tmp_path / "run"
+    shown = hft("sft", "--recipe", "quiet", *settings(SHORT), "--output", folder).stdout
+    assert "21 moved in their open directions alone" in shown
+    assert "of the energy of 2 earlier sources lies in what was closed" in shown
+    assert "How the input space fills" in (folder / "report.html").read_text(encoding="utf-8")
+    found = json.loads(hft("verify", folder, "--json").stdout)
+    assert found["leaked"] == []
+    path = folder / "rounds" / "00-sft" / "checkpoint" / "model.safetensors"
+    weights, name = load_file(path), next(iter(found["rounds"]["00-sft"]["closed_change"]))
+    weights[name][7] *= 1.001
+    save_file(weights, path, {"format": "pt"})
+    assert f"trained in directions, but moved in others: {name} (1 rows" in hft("verify", folder, code=3).stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"freeze.keep.path": "missing.jsonl"}, "freeze.keep.path missing.jsonl: no such file"),
+        ({"freeze.keep.path": "empty.jsonl"}, "empty.jsonl"),
+        ({"freeze.keep.path": "odd.jsonl"}, "odd.jsonl"),
+        ({"freeze.blocks": 9}, "freeze.blocks 9 does not divide the 224 inputs"),
+        ({"model.path": "quantized"}, "quantized"),
+    ],
+)
+def test_bad_input_is_found_by_a_dry_run(hft, settings, tmp_path: Path, monkeypatch, given: dict, said: str):
+    from hftcli import PACKAGE
+
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    Path("odd.jsonl").write_text('{"picture": "x"}\n', encoding="utf-8")
+    Path("quantized").mkdir()
+    for file in (PACKAGE / "tinyworld" / "model").iterdir():
+        (Path("quantized") / file.name).write_bytes(file.read_bytes())
+    config = json.loads(Path("quantized/config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    Path("quantized/config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = hft("sft", "--recipe", "quiet", *settings(SHORT | given), "--output", tmp_path / "run", "--dry-run", code=2)
+    assert said in done.stderr, done.stderr

@@ -1,0 +1,45 @@
+"""Directions on two ranks under DeepSpeed: the weights of one process, at every stage of ZeRO; resumed, and in bfloat16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training.quiet_rounds import make_spec, make_start, run
+
+from hftcli.launching.watch import launch_round
+from hftcli.recipe.sections import LaunchSection
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Round
+
+QUIET = {"grain": ["matrices", "directions"], "blocks": 16}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("quiet") / "start")
+
+
+@pytest.fixture(scope="module")
+def alone(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
+    return run(tmp_path_factory.mktemp("quiet") / "alone", make_spec(start, QUIET))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_end_where_one_process_does(alone: Round, start: Path, tmp_path: Path, stage: int):
+    spec = make_spec(
+        start, QUIET, launch=LaunchSection(num_processes=2, zero_stage=stage), train={"per_device_train_batch_size": 4}
+    )
+    round_ = Round(tmp_path / "00")
+    round_.folder.mkdir()
+    write_model(round_.spec_path, spec)
+    launch_round(round_, spec.launch, lambda progress: None)
+    assert round_.read_result().verification.passed
+    assert round_.read_plan() == alone.read_plan()
+    one, two = (load_file(done.checkpoint / "model.safetensors") for done in (alone, round_))
+    for name, values in one.items():
+        assert torch.allclose(values, two[name], rtol=0, atol=1e-5), (name, (values - two[name]).abs().max())
+    moments = [load_file(done.moments_path) for done in (alone, round_)]
+    for name, values in moments[0].items():
+        assert torch.allclose(values, moments[1][name], rtol=1e-4, atol=1e-5 * values.abs().max().item()), name
