@@ -1,4 +1,4 @@
-"""The quiet half as commands have it: its short name, its plan, its run and what is told of it, its proof, and what is refused."""
+"""The quiet half as commands have it: its short name, its run and what is told of it, its proof, and what is refused."""
 
 import json
 from pathlib import Path
