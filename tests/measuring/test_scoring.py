@@ -85,7 +85,7 @@ def test_a_file_of_mmlu_is_asked_as_it_is(hft, shared, tmp_path):
     for row, item in zip(rows, items, strict=True):
         assert item.num_choices == 4
         likeliest = max(range(4), key=item.log_likelihoods.__getitem__)
-        assert item.prediction == row["choices"][likeliest]
+        assert item.prediction == "ABCD"[likeliest]
         assert item.score == (likeliest == row["answer"])
     assert score.score == sum(item.score for item in items) / 20
 
