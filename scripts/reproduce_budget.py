@@ -3,7 +3,7 @@
     python scripts/reproduce_budget.py [--output FOLDER] [--model FOLDER --stories FILE --rows FILE] [--seeds 5] [NAME...]
 
 tinyworld: half of the embedded model takes a new skill, and at most 10 points of the facts that it knew may be lost. stories:
-a model of children's stories (stories15M) takes Dolly's answers, and at most 0.2 nats per token may be lost of how stories go
+a model of children's stories (stories260K) takes Dolly's answers, and at most 0.1 nats per token may be lost of how stories go
 on. Five seeds, each with `stop.max_forgetting` and without. Finished runs are not run again. Prints Markdown, and
 writes what it found into FOLDER/budget.json.
 """
@@ -21,8 +21,8 @@ SETTINGS: dict[str, tuple[str, float, dict[str, object]]] = {
         "eval.tasks": "[tinyworld/facts, tinyworld/skill]", "eval.max_examples": 150, "train.max_steps": 110,
         "train.learning_rate": 7e-4,
     }),
-    "stories": ("nll", 0.2, {
-        "freeze.trainable_fraction": 1.0, "data.max_length": 192, "train.max_steps": 40, "train.learning_rate": 2e-5,
+    "stories": ("nll", 0.1, {
+        "freeze.trainable_fraction": 1.0, "data.max_length": 192, "train.max_steps": 40, "train.learning_rate": 5e-4,
         "train.global_batch_size": 8, "train.per_device_train_batch_size": 8,
     }),
 }  # fmt: skip
@@ -34,9 +34,9 @@ def write_rows(folder: Path, stories: Path, rows: Path) -> dict[str, object]:
     dolly = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     turns = [[turn["content"] for turn in row["messages"]] for row in dolly]
     short = [texts for texts in turns if len(texts) == 2 and sum(map(len, texts)) < 300]
-    pairs = [{"prompt": f"{question}\n", "completion": answer} for question, answer in short][:540]
+    pairs = [{"prompt": f"{question}\n", "completion": answer} for question, answer in short][:340]
     told = [json.loads(line)["text"] for line in stories.read_text(encoding="utf-8").splitlines()]
-    halves = [(text[:250], text[250:400]) for text in told if len(text) >= 400][:80]
+    halves = [(text[:250], text[250:400]) for text in told if len(text) >= 400][:40]
     known = [
         {"question": first, "choices": [last, halves[index - 1][1]], "answer": 0} for index, (first, last) in enumerate(halves)
     ]

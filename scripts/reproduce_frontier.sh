@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The frontier on tinyworld (scripts/README.md): learning a skill against forgetting the facts of the world.
 #
-#   scripts/reproduce_frontier.sh [FOLDER]      within half an hour on two cores; goes on where it stopped
+#   scripts/reproduce_frontier.sh [FOLDER]      within an hour on two cores; goes on where it stopped
 #
 # Full and half fine-tuning and LoRA at five learning rates with three seeds each; of every fully tuned model, its Half-Reset and
 # its average with the base; full fine-tuning with L2-SP at two learning rates. The table, the sentences and the figure stand in
@@ -21,7 +21,7 @@ grid() { # name, learning rates, and what else the recipe says
     local name=$1 rates=$2
     shift 2
     hft compare --recipe tinyworld-continual --set continual.tasks=tinyworld/skill --set "eval.tasks=[$known]" \
-        --set train.max_steps=150 --vary "train.learning_rate=$rates" --seeds 3 --output "$folder/$name" "$@" \
+        --set train.max_steps=150 --set eval.num_points=10 --vary "train.learning_rate=$rates" --seeds 3 --output "$folder/$name" "$@" \
         >"$folder/$name.txt"
 }
 
