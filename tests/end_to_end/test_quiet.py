@@ -56,8 +56,8 @@ def test_a_run_and_its_proof(hft, settings, tmp_path: Path):
     ("given", "said"),
     [
         ({"freeze.keep.path": "missing.jsonl"}, "freeze.keep.path missing.jsonl: no such file"),
-        ({"freeze.keep.path": "empty.jsonl"}, "empty.jsonl"),
-        ({"freeze.keep.path": "odd.jsonl"}, "odd.jsonl"),
+        pytest.param({"freeze.keep.path": "empty.jsonl"}, "empty.jsonl", marks=pytest.mark.slow),
+        pytest.param({"freeze.keep.path": "odd.jsonl"}, "odd.jsonl", marks=pytest.mark.slow),
         ({"freeze.blocks": 9}, "freeze.blocks 9 does not divide the 224 inputs"),
         ({"model.path": "quantized"}, "quantized"),
     ],
