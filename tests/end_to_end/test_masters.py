@@ -212,18 +212,18 @@ def test_three_rounds_of_small_steps_are_a_float32_history_rounded_once(hft, set
 def test_two_ranks_begin_from_the_masters_and_leave_theirs(hft, settings, trained, change, tmp_path, stage, mixed):
     if mixed and stage == 0:
         pytest.skip("refused: DeepSpeed would keep no float32 masters")
-    tiny = {"train.learning_rate": 1e-9, "train.max_steps": 2, "train.bf16": mixed, "train.per_device_train_batch_size": 4}
+    tiny = {"train.learning_rate": 1e-6, "train.max_steps": 2, "train.bf16": mixed, "train.per_device_train_batch_size": 4}
     split = {"launch.num_processes": 2, "launch.zero_stage": stage, "model.path": trained}
     hft("sft", "--output", tmp_path / "run", *settings(change | tiny | split))
     before, after = get_round(trained), get_round(tmp_path / "run")
     masters, began = load_file(after.masters_path), load_file(before.masters_path)
     assert set(masters) == {*before.read_plan().trained, *after.read_plan().trained}
-    for name in began:  # each step moves a weight by 1e-9 at most, which the file's rounding would hide
-        assert (masters[name] - began[name]).abs().max() < 1e-8 + began[name].abs().max() * 2**-23
+    for name in began:  # two steps of 1e-6 at most, which the file's rounding would hide
+        assert (masters[name] - began[name]).abs().max() < 2.1e-6 + began[name].abs().max() * 2**-23
     assert after.read_result().verification.num_masters == len(masters)
     scores = after.read_scores()
     for name, score in scores.after.items():
-        assert score.nll == pytest.approx(scores.before[name].nll, abs=1e-5 if not mixed else 1e-3)
+        assert score.nll == pytest.approx(scores.before[name].nll, abs=1e-2)
     if not mixed:
         assert_scored(after.checkpoint, mixed, scores.after, after)
     hft("verify", tmp_path / "run")
