@@ -25,7 +25,7 @@ def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, nu
     folder = find_existing(recipe.folder)
     if not os.access(folder, os.W_OK):
         return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
-    kept = num_rounds * count_checkpoint_bytes(recipe, start, plan)
+    kept = num_rounds * (count_checkpoint_bytes(recipe, start, plan) + count_earlier_bytes(plan))
     masters, earlier_masters = count_masters_bytes(recipe, start, plan, num_rounds)
     passing = count_step_bytes(recipe.checkpoint, plan, num_ranks) + earlier_masters
     return judge_disk(folder, shutil.disk_usage(folder).free, kept + masters, passing, masters)
@@ -39,6 +39,16 @@ def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int
     return math.ceil(num_bytes * plan.num_moving / plan.num_parameters) if recipe.checkpoint.format == "delta" else num_bytes
 
 
+def count_earlier_bytes(plan: FreezePlan) -> int:
+    """Bytes of the open directions that a round leaves, and of the moments of what its matrices read, in float32.
+
+    The moments of what other matrices alone read come on top: of the heads' output and the mlp's inner activations, in layers
+    where the matrix that reads them is not drawn.
+    """
+    spaces = {parts.input: parts for parts in (plan.directions or {}).values()}.values()
+    return 4 * sum(parts.num_blocks * parts.width * (parts.width + parts.num_open) for parts in spaces)
+
+
 def count_masters_bytes(recipe: Recipe, start: Path, plan: FreezePlan, num_rounds: int) -> tuple[int, int]:
     """Most bytes of the float32 masters beside the last round's checkpoint, and beside the one before while it is written.
 
@@ -49,7 +59,7 @@ def count_masters_bytes(recipe: Recipe, start: Path, plan: FreezePlan, num_round
         return 0, 0
     beside = Round(start.parent).masters_path
     carried = beside.stat().st_size if beside.exists() else 0
-    last, before = (min(carried + number * 4 * plan.num_trainable, whole) for number in (num_rounds, num_rounds - 1))
+    last, before = (min(carried + number * 4 * plan.num_moving, whole) for number in (num_rounds, num_rounds - 1))
     return last, before if num_rounds > 1 else 0
 
 

@@ -78,6 +78,11 @@ class FreezeRule(BaseModel):
         """Whether matrices train in a part of their directions."""
         return "directions" in self.grain
 
+    @property
+    def layer_fraction(self) -> float:
+        """Share of the layers' weights that the rule asks for: halves of halves are quarters."""
+        return self.trainable_fraction ** (2 if self.grain == ("matrices", "directions") else 1)
+
     def relocate(self, move: Callable[[str], str]) -> "FreezeRule":
         """The same rule with its rows at the place that `move` gives for their path."""
         keep = self.keep and self.keep.model_copy(update={"path": move(self.keep.path)})

@@ -102,15 +102,18 @@ def describe_imbalance(budget: Budget) -> str | None:
     """What to say where much more or less of the layers' weights trains than was asked for; None where it is as asked."""
     plan, rule = budget.plan, budget.plan.rule
     share = measure_layer_share(plan.roles)
-    if budget.adapters is not None or abs(share - rule.trainable_fraction) <= MOST_IMBALANCE:
+    asked = rule.layer_fraction
+    if budget.adapters is not None or abs(share - asked) <= MOST_IMBALANCE:
         return None
     said = (
         f"warning: {share:.1%} of the weights in the layers train, and freeze.trainable_fraction asks for "
-        f"{rule.trainable_fraction:.1%}: the units of a group are not of one size"
+        f"{asked:.1%}: the units of a group are not of one size"
     )
-    balanced = make_plan(budget.network.units, rule.model_copy(update={"balance": "weights"}), plan.round_index)
+    balanced = make_plan(
+        budget.network.units, rule.model_copy(update={"balance": "weights"}), plan.round_index, budget.network.num_heads
+    )
     offered = measure_layer_share(balanced.roles)
-    is_closer = abs(offered - rule.trainable_fraction) < abs(share - rule.trainable_fraction)
+    is_closer = abs(offered - asked) < abs(share - asked)
     return f"{said}; freeze.balance: weights would train {offered:.1%}" if is_closer else said
 
 

@@ -7,12 +7,14 @@ from freezing.families import CONFIGS, build_units
 from pydantic import ValidationError
 
 from hftcli import PACKAGE
+from hftcli.doctor.disk import count_earlier_bytes
 from hftcli.errors import ModelError
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Unit, assign_roles
 from hftcli.freezing.selection import QUIET, FreezePlan, FreezeRule, complete_plan, make_plan
 from hftcli.models.description import describe_model
+from hftcli.reporting.plans import describe_imbalance
 from hftcli.training.probe import make_random_model, measure_steps
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
@@ -72,6 +74,19 @@ def test_flops_of_a_layer_beside_full_fine_tuning():
     assert shares == pytest.approx([0.975, 0.86], abs=0.005)
     half, quiet = (make_budget(network, rule, work).half_step[1] for rule in (frozen, frozen.model_copy(update=dict(QUIET))))
     assert quiet.weight_gradient + quiet.forward < half.weight_gradient + half.forward
+
+
+def test_the_plan_says_what_was_asked_for_and_the_disk_what_is_left():
+    network = read_network(EMBEDDED)
+    budget = make_budget(network, FreezeRule.model_validate("quiet"), Workload(1, 8))
+    assert describe_imbalance(budget) is None  # a quarter was asked for
+    # 6 layers, all of whose attention and mlp inputs have a reader that trains: whole, 128 wide; blocks of 32 in the others.
+    spaces = {parts.input.rpartition(".")[2]: 0 for parts in budget.plan.directions.values()}
+    for name in {parts.input for parts in budget.plan.directions.values()}:
+        spaces[name.rpartition(".")[2]] += 1
+    width = {"attention": 128 * (128 + 64), "mlp": 128 * (128 + 64), "heads": 4 * 32 * (32 + 16), "inner": 7 * 32 * (32 + 16)}
+    assert count_earlier_bytes(budget.plan) == 4 * sum(number * width[kind] for kind, number in spaces.items())
+    assert count_earlier_bytes(make_plan(network.units, FreezeRule(), 0)) == 0
 
 
 def test_shares_of_the_input_space(llama: tuple[Unit, ...]):
