@@ -37,7 +37,9 @@ class Quiet(Method):
         self.directions = plan.directions
         self.stored = Start(self.spec.model, start, (*plan.trained, *plan.frozen))
         first = model.get_parameter(next(iter(plan.directions)))
-        self.layers = direct_model(model, plan.directions, self.bases, not is_partitioned(first))
+        # DeepSpeed makes the masters by itself, out of what it is given.
+        dtype = first.dtype if sharded else torch.float32
+        self.layers = direct_model(model, plan.directions, self.bases, not is_partitioned(first), dtype)
         if mixed and not sharded:
             for name, layer in self.layers.items():
                 if self.stored.get_dtype(name) == torch.bfloat16 and name not in self.stored.masters:

@@ -172,13 +172,18 @@ def merge(weight_OI: torch.Tensor, change: torch.Tensor, basis_NWR: torch.Tensor
 
 
 def direct_model(
-    model: nn.Module, directions: Mapping[str, Directions], bases: Mapping[str, torch.Tensor], is_whole: bool
+    model: nn.Module,
+    directions: Mapping[str, Directions],
+    bases: Mapping[str, torch.Tensor],
+    is_whole: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, DirectedLinear]:
     """Have a model's matrices train in these directions alone, from where they are.
 
     Args:
         bases: V by input; see `Directions`.
         is_whole: False where ZeRO 3 holds parameters in pieces.
+        dtype: of B.
 
     Returns:
         The layers, by the name of their weight.
@@ -201,7 +206,7 @@ def direct_model(
             shared[parts.input] = (basis, Projection())
         basis, projection = shared[parts.input]
         projection.num_readers += 1
-        change = torch.zeros(parts.num_outputs, parts.num_blocks * parts.num_open, device=layer.weight.device)
+        change = torch.zeros(parts.num_outputs, parts.num_blocks * parts.num_open, dtype=dtype, device=layer.weight.device)
         layers[name] = DirectedLinear(layer, basis, projection, change, is_whole)
         model.set_submodule(place, layers[name])
     return layers

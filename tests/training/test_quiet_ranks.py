@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from training.quiet_rounds import make_spec, make_start, run
 
 from hftcli.launching.watch import launch_round
+from hftcli.models.device import has_bfloat16
 from hftcli.recipe.sections import LaunchSection
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
@@ -23,6 +24,23 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
     return run(tmp_path_factory.mktemp("quiet") / "alone", make_spec(start, QUIET))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "dtype"), [(2, torch.bfloat16), (3, torch.bfloat16), (3, torch.float32)])
+def test_two_ranks_in_bfloat16(tmp_path: Path, stage: int, dtype: torch.dtype):
+    if not has_bfloat16():
+        pytest.skip("this machine does not compute in bfloat16")
+    launch, train = LaunchSection(num_processes=2, zero_stage=stage), {"bf16": True, "per_device_train_batch_size": 4}
+    spec = make_spec(make_start(tmp_path / "start", dtype), QUIET, launch=launch, train=train)
+    round_ = Round(tmp_path / "00")
+    round_.folder.mkdir()
+    write_model(round_.spec_path, spec)
+    launch_round(round_, launch, lambda progress: None)
+    result = round_.read_result()
+    assert result.precision == "bfloat16"
+    assert result.verification.passed
+    assert round_.read_metrics()[-1]["loss"] < round_.read_metrics()[0]["loss"] - 0.5
 
 
 @pytest.mark.slow
