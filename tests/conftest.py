@@ -3,15 +3,12 @@
 import os
 import subprocess
 import sys
-import tempfile
-import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import hypothesis
 import pytest
+from fork_server import ForkServer
 
 Hft = Callable[..., subprocess.CompletedProcess]
 
@@ -46,57 +43,24 @@ def shared() -> Path:
     return SHARED
 
 
-def run_forked(command: list[str]) -> subprocess.CompletedProcess:
-    """A command in a copy of this process, which has imported what the command needs: seconds less each."""
-    import hftcli.models.arithmetic
-    import hftcli.training.outlook  # noqa: F401
-
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as error:
-        child = os.fork()
-        if child == 0:
-            become_command(command, output.fileno(), error.fileno())
-        _, status = os.waitpid(child, 0)
-        texts = []
-        for file in (output, error):
-            file.seek(0)
-            texts.append(file.read())
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *texts)
-
-
-def become_command(command: list[str], output: int, error: int) -> NoReturn:
-    """What a new process would have: its own streams and arguments, no filters of warnings; it ends here."""
-    os.dup2(output, 1)
-    os.dup2(error, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    code = 1
-    try:
-        os.environ.update(TERMINAL)
-        warnings.resetwarnings()
-        sys.argv = ["hft", *command[3:]]
-        from hftcli.commands.cli import main
-
-        main()
-        code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
-def hft() -> Hft:
+def hft(fork_server: ForkServer) -> Hft:
     """`hft("sft", "--output", folder, code=2)`: run the command and insist on its exit code."""
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "hftcli", *map(str, arguments)]
+        environment = {**os.environ, **TERMINAL}
         if arguments[0] in READERS or "--dry-run" in arguments:
-            done = run_forked(command)
+            done = fork_server.run(command[3:], environment)
         else:
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TERMINAL}, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == code, f"{command}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
