@@ -63,7 +63,7 @@ def whole(finish) -> Callable[[str, int], list[dict]]:
 
 @pytest.mark.parametrize(
     ("objective", "num_rows", "batch_size"),
-    [("sft", 7, 2), pytest.param("dpo", 7, 2, marks=pytest.mark.slow), ("dpo", 5, 1)],
+    [("sft", 7, 2), pytest.param("dpo", 7, 2, marks=pytest.mark.slow), pytest.param("dpo", 5, 1, marks=pytest.mark.slow)],
 )
 def test_a_part_full_step_is_the_mean_over_what_is_in_it(finish, whole, objective, num_rows, batch_size):
     expected = whole(objective, num_rows)

