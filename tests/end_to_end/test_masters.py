@@ -223,7 +223,7 @@ def test_two_ranks_begin_from_the_masters_and_leave_theirs(hft, settings, traine
     assert after.read_result().verification.num_masters == len(masters)
     scores = after.read_scores()
     for name, score in scores.after.items():
-        assert score.nll == pytest.approx(scores.before[name].nll, abs=1e-2)
+        assert score.nll == pytest.approx(scores.before[name].nll, rel=5e-3)  # some entries are rounded the other way now
     if not mixed:
         assert_scored(after.checkpoint, mixed, scores.after, after)
     hft("verify", tmp_path / "run")
