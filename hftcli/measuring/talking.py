@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,14 +17,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from hftcli.data.templates import find_template
 from hftcli.data.tokens import Progress, ignore_progress
 from hftcli.errors import DataError, ModelError
+from hftcli.measuring.questions import find_turn_ends
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
+from hftcli.tasks.examples import Example, Task
 
 Message = dict[str, str]
 OnText = Callable[[str], None]
 
 BATCH_PROMPTS = 16  # prompts that are answered at once
+TURN = Example([{"role": "user", "content": "Is it so?"}], "Yes.")  # shows what ends an answer under a template
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 
 
@@ -102,11 +106,15 @@ class Speaker:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: PreTrainedModel = load_finished(folder, getattr(torch, dtype), device)
         eos = self.tokenizer.eos_token_id
-        self.end_ids = sorted({*read_ends(folder), *([eos] if eos is not None else [])})
+        turn_ends = find_turn_ends(Task("chat", (TURN,)), self.tokenizer) if self.has_template else []
+        self.end_ids = sorted({*read_ends(folder), *turn_ends, *([eos] if eos is not None else [])})
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as tokens, up to where the assistant begins."""
-        found: list[int] = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        try:
+            found: list[int] = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except (TypeError, ValueError, jinja2.TemplateError) as error:
+            raise DataError(f"the chat template refuses {str(messages)[:80]}: {error}", "see the model's template") from None
         return found
 
     def answer(self, messages: list[Message], manner: Manner, on_text: OnText) -> tuple[str, int]:
@@ -139,17 +147,23 @@ class Speaker:
             DataError: a prompt leaves no room for an answer.
         """
         for number, prompt in enumerate(prompts, start=1):
+            if not prompt:
+                raise DataError(f"prompt {number} has no token", "write something, or leave it out")
             if self._find_room(prompt) < 1:
                 raise DataError(f"prompt {number} has {len(prompt):,} tokens, the model {self.num_places:,} places", "cut it")
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        answers = [""] * len(prompts)
-        for start in range(0, len(order), BATCH_PROMPTS):
-            batch = order[start : start + BATCH_PROMPTS]
+        # A prompt that leaves less room is answered alone, so that no other answer is cut for it.
+        roomy = [index for index in order if self._find_room(prompts[index]) >= manner.max_new_tokens]
+        batches = [roomy[start : start + BATCH_PROMPTS] for start in range(0, len(roomy), BATCH_PROMPTS)]
+        batches += [[index] for index in order[len(roomy) :]]
+        answers, num_done = [""] * len(prompts), 0
+        for batch in batches:
             room = min(self._find_room(prompts[index]) for index in batch)
             found = self._generate([prompts[index] for index in batch], manner, min(room, manner.max_new_tokens))
             for index, ids in zip(batch, found, strict=True):
                 answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
-            on_batch(min(start + BATCH_PROMPTS, len(order)), len(order))
+            num_done += len(batch)
+            on_batch(num_done, len(order))
         return answers
 
     def _find_room(self, prompt: list[int]) -> int:

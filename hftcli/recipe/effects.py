@@ -3,6 +3,7 @@
 A setting that would have no effect is refused: its user would take the result for what it is not.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from hftcli.recipe.sections import QUICK_START, LossType, Schedule
 from hftcli.recipe.source import RecipeFile
 from hftcli.recipe.trainer_keys import ADAMS, LIONS, OPTIMIZER_ARGUMENTS, OPTIMIZERS
 
+SWITCHES = ("nesterov", "centered", "bf16_stochastic_round")  # of `train.optim_args`; the others are numbers
 # What a trainer's field is where it is not given; of the others no condition asks.
 DEFAULTS = {
     "train.optim": "adamw_torch_fused", "train.loss_type": "nll", "train.report_to": "none",
@@ -150,9 +152,19 @@ def _check_optimizer_arguments(recipe: Recipe, source: RecipeFile) -> Iterator[s
     known = OPTIMIZER_ARGUMENTS[optimizer]
     text = (recipe.train.extra.get("optim_args") or "").replace(" ", "")
     for given in text.split(",") if known and text else ():
-        name, equals, _ = given.partition("=")
+        name, equals, value = given.partition("=")
         if not equals or name not in known:
             yield f"{_place(key, source)}: {key}: {given!r} is none of {optimizer}'s: give NAME=VALUE of {', '.join(known)}"
+        elif not (value.lower() in ("true", "false") if name in SWITCHES else _is_finite(value)):
+            kind = "true or false" if name in SWITCHES else "a finite number"
+            yield f"{_place(key, source)}: {key}: {given!r}: give {kind}"
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _check_checkpointing(recipe: Recipe, source: RecipeFile) -> Iterator[str]:

@@ -29,7 +29,7 @@ def write_starter(model: str, data: str, name: str, tasks: list[str]) -> str:
         tasks: what to ask before and after.
     """
     given: dict[str, Any] = {"model.path": model, "data.path": data, "eval.tasks": tasks}
-    lines = [f"# hft sft {name}", f"# Every key: hft sft --help, and recipes/README.md. Output: runs/{Path(name).stem}"]
+    lines = [f"# hft sft {name}", f"# The other keys are in hft's recipes/README.md. Output: runs/{Path(name).stem}"]
     for section, keys in KEYS.items():
         schema = open_section(Recipe.model_fields[section].annotation)
         assert schema is not None

@@ -61,6 +61,16 @@ def test_the_oldest_turns_go_where_there_is_no_room(speaker):
         speaker.answer([{"role": "user", "content": "Hello " * speaker.num_places}], SHORT, str)
 
 
+def test_a_long_prompt_cuts_no_answer_but_its_own(speaker):
+    short, long = speaker.render([{"role": "user", "content": QUESTIONS[0]}]), [3] * (speaker.num_places - 2)
+    assert speaker.complete([long, short], SHORT)[1] == speaker.complete([short], SHORT)[0]
+    for odd in ([], [3] * speaker.num_places):
+        with pytest.raises(DataError, match="prompt 2 has"):
+            speaker.complete([short, odd], SHORT)
+    with pytest.raises(DataError, match="the chat template refuses"):
+        encode_prompts(speaker, [{"messages": ["Hello"]}], None, None)
+
+
 def test_a_temperature_draws_and_a_seed_draws_the_same_again(speaker):
     prompts = encode_prompts(speaker, [{"prompt": "Hello"}] * 8, None, None)
     drawn = [speaker.complete(prompts, Manner(12, temperature=3.0, seed=seed)) for seed in (1, 1, 2)]
