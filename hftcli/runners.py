@@ -22,6 +22,7 @@ from hftcli.freezing.selection import make_plan, narrow_plan
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
+from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import apply_fit, check_offload, choose_fit, make_budget
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
@@ -110,8 +111,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         held_out=make_held_out_section(recipe),
     )
     check_reference(spec)
-    check_offload(spec)
-    check_method(spec)
+    check_round(spec)
     spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
     run.claim(recipe, spec.launch, make_manifest(start.parent))
     round_ = run.round(f"00-{recipe.objective}")
@@ -164,8 +164,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             ),
             stop=recipe.stop,
         )
-        check_offload(spec)
-        check_method(spec)
+        check_round(spec)
         spec.num_accumulation_steps  # noqa: B018  a batch that does not divide is refused before anything is written
         specs.append(spec)
     manifest = make_manifest(start.parent).model_copy(update={"sequence": check_sequence(sequence.tasks, root)})
@@ -209,6 +208,13 @@ def check_reference(spec: RoundSpec) -> None:
             "process holds only pieces of them",
             "set reference: precompute, which needs no second model at any stage, or launch.zero_stage: 2",
         )
+
+
+def check_round(spec: RoundSpec) -> None:
+    """Raises: InputError: something of the round cannot be carried here."""
+    check_packages(spec.train, spec.launch)
+    check_offload(spec)
+    check_method(spec)
 
 
 def check_method(spec: RoundSpec) -> None:

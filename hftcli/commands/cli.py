@@ -84,8 +84,10 @@ def spell_out(arguments: list[str], options: Collection[str]) -> list[str]:
 
 def find_keys(name: str) -> list[str]:
     """The recipe's keys that an option without a section may mean: `learning-rate` is `train.learning_rate`."""
-    from hftcli.recipe.faults import list_keys
+    from hftcli.recipe.faults import OTHER_NAMES, list_keys
 
+    if name in OTHER_NAMES:
+        return [OTHER_NAMES[name]]
     return [key for key in list_keys() if key.rpartition(".")[2] == name.replace("-", "_")]
 
 

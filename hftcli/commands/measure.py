@@ -206,10 +206,13 @@ def run_grid(grid: "list[Planned]") -> list[Path]:
     """Run what is missing of a grid, and give the folders of all of it."""
     from hftcli import runners
     from hftcli.reporting.progress import show_progress
+    from hftcli.reporting.trackers import report_to_trackers
 
     folders = []
     with show_progress() as on_progress:
         for index, planned in enumerate(grid, start=1):
             print(f"run {index} of {len(grid)}: {planned.recipe.output}", file=sys.stderr)
-            folders.append(runners.run_recipe(check_place(planned.recipe), on_progress).folder)
+            run = runners.run_recipe(check_place(planned.recipe), on_progress)
+            report_to_trackers(run)
+            folders.append(run.folder)
     return folders

@@ -94,6 +94,7 @@ def continual(
     from hftcli.recipe.sections import ContinualSection
     from hftcli.reporting.progress import show_progress
     from hftcli.reporting.rounds import print_continual
+    from hftcli.reporting.trackers import report_to_trackers
     from hftcli.tasks import find_sequence
     from hftcli.tasks.check import format_report
 
@@ -112,6 +113,7 @@ def continual(
     with show_progress() as on_progress:
         matrix = runners.finish_continual(run, on_progress)
     print_continual(run, matrix)
+    report_to_trackers(run)
 
 
 def _find_task_recipe(tasks: str | None) -> str | None:
@@ -126,6 +128,7 @@ def _run_single(recipe: "Recipe", place: Place) -> None:
     from hftcli import runners
     from hftcli.reporting.progress import show_progress
     from hftcli.reporting.rounds import print_run
+    from hftcli.reporting.trackers import report_to_trackers
 
     recipe = check_place(recipe, place)
     if place.dry_run or place.slurm:
@@ -134,6 +137,7 @@ def _run_single(recipe: "Recipe", place: Place) -> None:
     with show_progress() as on_progress:
         run = runners.run_single(recipe, on_progress)
     print_run(run)
+    report_to_trackers(run)
 
 
 def _print_launch(run: "Run", recipe: "Recipe", place: Place) -> None:

@@ -20,6 +20,8 @@ OPEN_SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Fate]]] = {
     "train": (TrainSection, {**SHARED, **SFT_ONLY}),
     "dpo": (DpoSection, DPO_ONLY),
 }
+# Names of other tools for what a recipe has by another.
+OTHER_NAMES = {"track": "train.report_to", "trackers": "train.report_to"}
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
     "sft": ("dpo", "reference", "data.drop_identical", "data.root", "continual"),
@@ -87,6 +89,8 @@ def _describe_fault(fault: ErrorDetails, keys: Keys, source: RecipeFile) -> str:
 def _describe_unknown_key(place: str, keys: Keys, known: Iterable[str]) -> str:
     guess = difflib.get_close_matches(keys[-1], list(known), n=1)
     section = f" under {'.'.join(keys[:-1])}" if len(keys) > 1 else ""
+    if keys[-1] in OTHER_NAMES:
+        return f"{place}: unknown key '{keys[-1]}'{section}: use {OTHER_NAMES[keys[-1]]}"
     hint = f" (did you mean '{guess[0]}'?)" if guess else f" (known: {', '.join(known) or 'none'})"
     return f"{place}: unknown key '{keys[-1]}'{section}{hint}"
 

@@ -4,6 +4,8 @@
       recipe.yaml             the recipe, resolved
       manifest.json           Manifest: what a stranger needs to repeat the run
       forgetting.json         ForgettingMatrix: scores after every round of a continual run
+      tracked.json            what trackers were told of the run, by how many rows of scores, where `train.report_to` names any
+      tensorboard/            the matrix and the metrics, where `train.report_to` names it
       job.sh                  the batch script of `--slurm`
       report.html             the run on one page
       rounds/00-sft/          Round
@@ -22,7 +24,7 @@
           bases.safetensors       the directions in which the round's matrices train
           moments.safetensors     second moments of earlier inputs; when the round ends, with those of its own rows
         checksums.json          Checksums: size and sha256 of the checkpoint's files
-        tensorboard/            where `train.report_to` asks for it
+        tensorboard/            where `train.report_to` names it
         steps/40/               a step checkpoint: what a stopped round goes on from; gone when the round is done
           step.json               StepManifest: written last
         stop                    there while the front asks its ranks to stop
@@ -177,6 +179,7 @@ class Run:
     page_path = Inside("report.html")
     figures = Inside("figures")
     script_path = Inside("job.sh")
+    tracked_path = Inside("tracked.json")
     holder_path = Inside(".holder")
 
     @cached_property

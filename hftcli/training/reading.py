@@ -3,7 +3,6 @@
 `hft --dry-run` reads a round so, and a worker does the same before it joins the others.
 """
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from hftcli.errors import DataError, InputError, ModelError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
 from hftcli.measuring.questions import add_ends, hold_out, report_faults, tokenize_task
 from hftcli.methods import make_methods
@@ -31,8 +31,7 @@ from hftcli.methods.method import draw_rows
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
-from hftcli.recipe.sections import DataSection, TrainSection
-from hftcli.recipe.trainer_keys import OPTIMIZERS, TRACKERS
+from hftcli.recipe.sections import DataSection
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.scores import HELD_OUT
 from hftcli.runs.spec import RoundSpec
@@ -53,7 +52,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     Raises:
         InputError: something of it would fail later.
     """
-    check_packages(spec.train)
+    check_packages(spec.train, spec.launch)
     check_offloading(spec)
     start = fetch_checkpoint(spec.model.path, needs_weights)
     description = describe_model(str(start))
@@ -82,23 +81,6 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
 def list_settings(spec: RoundSpec) -> tuple[str, dict[str, Any]]:
     """The section that holds the fields of the objective's own trainer, and what is given of them."""
     return ("train", spec.train.extra) if spec.dpo is None else ("dpo", spec.dpo.extra)
-
-
-def check_packages(train: TrainSection) -> None:
-    """Raises: InputError: an optimizer or a tracker needs a package that is not here."""
-    optimizer, trackers = train.extra.get("optim"), train.extra.get("report_to", "none")
-    needed = {f"train.optim {optimizer}": OPTIMIZERS.get(optimizer or "")}
-    for tracker in [trackers] if isinstance(trackers, str) else trackers:
-        needed[f"train.report_to {tracker}"] = TRACKERS.get(tracker)
-    for setting, package in needed.items():
-        if package and not is_installed(package):
-            raise InputError(f"{setting} needs {package}, which is not installed", f"pip install {package}, or take another")
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported; one of TensorBoard's two writers will do."""
-    names = (package, "tensorboardX") if package == "tensorboard" else (package,)
-    return any(importlib.util.find_spec(name) for name in names)
 
 
 def check_offloading(spec: RoundSpec) -> None:

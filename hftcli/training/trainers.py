@@ -16,7 +16,9 @@ from hftcli.errors import InputError
 from hftcli.freezing.activations import LossKernel
 from hftcli.methods.method import Method
 from hftcli.models.device import is_mixed, is_sharded
+from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
+from hftcli.runs.tracked import PROJECT, find_run, list_variables
 from hftcli.training.dealing import DealingTrainer
 from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
 from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits
@@ -95,12 +97,20 @@ def build_arguments(spec: RoundSpec, folder: Path, **launch: Any) -> SFTConfig |
         values |= spec.dpo.model_dump(mode="json")
         # TRL then loads no second model; the log-probabilities come from hft's reference.
         values["precompute_ref_log_probs"] = spec.reference != "full"
-    if "tensorboard" in values["report_to"]:  # it would write into the folder of step checkpoints, which goes in the end
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.with_name("tensorboard")))
+    if spec.train.extra.get("report_to", "none") != "none":
+        name_in_trackers(values, Round(folder.parent))
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"train: TRL refuses these settings: {error}") from None
+
+
+def name_in_trackers(values: dict[str, Any], round_: Round) -> None:
+    """Call the round by its run's name and its own, whatever tracker is told of it, where the user gives no other name."""
+    values.setdefault("project", PROJECT)
+    values.setdefault("run_name", f"{find_run(round_).folder.name}/{round_.name}")
+    for name, value in list_variables(round_, values["project"]).items():
+        os.environ.setdefault(name, value)
 
 
 def _choose_checkpointing(spec: RoundSpec) -> dict[str, Any]:

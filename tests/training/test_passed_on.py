@@ -258,7 +258,7 @@ def test_dropout_is_off_in_pairs_unless_it_is_asked_for(tmp_path):
 
 
 def test_tensorboard_keeps_what_it_is_told(train, tmp_path):
-    pytest.importorskip("tensorboardX", reason="no writer of TensorBoard's is installed")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     trainer = train(report_to="tensorboard")
     (folder,) = {path.parent for path in tmp_path.parent.rglob("events.out.*")}
     assert folder == Path(trainer.args.output_dir).parent / "tensorboard"
