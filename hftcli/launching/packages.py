@@ -20,7 +20,7 @@ def check_packages(train: TrainSection, launch: LaunchSection) -> None:
     if launch.num_ranks > 1 and not is_installed("deepspeed"):
         raise InputError(
             f"{launch.num_ranks} processes share their work through DeepSpeed, which is not installed",
-            "pip install 'deepspeed>=0.19.3,<0.20' (on Linux), or run one process with launch.num_processes: 1, which needs none",
+            "pip install 'deepspeed>=0.19.3,<0.20' on Linux, or run one process, which needs none: launch.num_processes: 1",
         )
 
 

@@ -37,7 +37,8 @@ def report_to_trackers(run: Run) -> None:
         except Exception as error:
             line = str(error).strip().partition("\n")[0]
             raise HftError(
-                f"{name} did not take the report of {run.folder}: {type(error).__name__}: {line}; the run is finished and untouched",
+                f"{name} did not take the report of {run.folder}: {type(error).__name__}: {line}; the run is finished and "
+                "untouched",
                 "mend that and run the same command again: it tells the tracker alone",
             ) from error
         told[name] = num_rows

@@ -1,7 +1,6 @@
 """How a run and its rounds are called in trackers: by the same name and key when they are started again."""
 
 import hashlib
-from pathlib import Path
 
 from hftcli.runs.run import Round, Run
 

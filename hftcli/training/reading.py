@@ -31,7 +31,7 @@ from hftcli.methods.method import draw_rows
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
-from hftcli.recipe.sections import DataSection
+from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.scores import HELD_OUT
 from hftcli.runs.spec import RoundSpec
