@@ -30,6 +30,7 @@ from hftcli.measuring.evaluation import Subject
 from hftcli.recipe.methods import ADAPTERS
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import QUICK_START, DataSection, LaunchSection
+from hftcli.reporting.card import write_card
 from hftcli.reporting.figures import draw_matrix
 from hftcli.reporting.page import write_page
 from hftcli.runs.files import write_model
@@ -261,6 +262,7 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
             f"ones did not, {len(verification.faults)} faults in all",
             f"hft verify {round_.folder} names them",
         )
+    write_card(run, round_)
     return result
 
 

@@ -35,6 +35,10 @@ COMMANDS = {
     "report": ("look", "What a run learned and lost; of a continual run, the forgetting matrix and its metrics."),
     "merge": ("make", "A full model out of a delta checkpoint, or the weighted mean of a model and its base."),
     "reset": ("make", "Half-Reset: a tuned model with a random half of its weight matrices back at the base, bit for bit."),
+    "push": (
+        "share",
+        "Share a run's model on the Hugging Face hub, with its card and its page; --dry-run shows what would go.",
+    ),
     "doctor": ("look", "Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."),
     "compare": ("measure", "Learning against forgetting: methods at equal learning, over learning rates and seeds."),
 }

@@ -114,7 +114,7 @@ def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            patterns = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if needs_weights else [])]
+            patterns = ["*.json", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if needs_weights else [])]
             name, revision = split_revision(path)
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -25,7 +25,9 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.reporting.answers import describe_traits, list_shown
 from hftcli.reporting.energy import list_energies
+from hftcli.reporting.headline import OBJECTIVES
 from hftcli.reporting.measures import describe_adjusted, describe_transitions, describe_ways
+from hftcli.reporting.places import hide_folders
 from hftcli.reporting.rounding import list_roundings
 from hftcli.reporting.rounds import describe_pairs
 from hftcli.reporting.terminal import format_bytes
@@ -37,7 +39,6 @@ from hftcli.runs.scores import Score
 from hftcli.tasks.general import SUFFIX
 
 TEMPLATE = "page.html.jinja"
-OBJECTIVES = {"sft": "supervised fine-tuning", "dpo": "preference optimization", "continual": "continual learning"}
 LAYER_ROLES = ("attention", "mlp", "router", "experts", "norm")  # from left to right
 CELL, GAP, MARGIN = 14, 8, 34  # of the plan's picture, in pixels
 MAX_CURVE_POINTS = 400
@@ -89,8 +90,8 @@ def make_page(run: Run) -> str:
         energies=list_energies((round_.name, result) for round_, result in rounds),
         roundings=list_roundings((round_.name, result) for round_, result in rounds),
         speeds=[_describe_speed(round_, result) for round_, result in rounds],
-        manifest=list(_list_manifest(manifest.model_dump(mode="json"), rounds)),
-        recipe=run.recipe_path.read_text(encoding="utf-8"),
+        manifest=[(name, hide_folders(value)) for name, value in _list_manifest(manifest.model_dump(mode="json"), rounds)],
+        recipe=hide_folders(run.recipe_path.read_text(encoding="utf-8")),
     )
 
 
@@ -100,7 +101,7 @@ def _list_facts(
     """The head of the page in a few numbers."""
     shares = [plan.trainable_fraction for plan in plans]
     trained = f"{min(shares):.1%}" if max(shares) - min(shares) < 5e-4 else f"{min(shares):.1%} to {max(shares):.1%}"
-    yield "model", recipe.model.path
+    yield "model", hide_folders(recipe.model.path)
     yield "parameters", f"{plans[0].num_parameters:,}"
     yield "trained in a round", trained
     yield "method", ", ".join(recipe.method.names) or "none besides freezing"
@@ -376,7 +377,7 @@ def _format_seconds(seconds: float) -> str:
 def _list_manifest(manifest: Mapping[str, Any], rounds: Sequence[tuple[Round, RoundResult]]) -> Iterator[tuple[str, str]]:
     yield "command", " ".join(manifest["command"])
     yield "created", manifest["created"]
-    yield "started from", manifest["parent"] or "a model"
+    yield "started from", manifest["parent"] or "a model that no round of hft made"
     yield "Python", manifest["python"]
     yield "platform", manifest["platform"]
     yield "versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())

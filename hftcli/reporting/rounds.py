@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +11,7 @@ from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.comparing.items import read_item_changes
 from hftcli.recipe.methods import ADAPTERS
 from hftcli.reporting.answers import describe_traits, print_behaviour
+from hftcli.reporting.card import takes_turns
 from hftcli.reporting.energy import describe_earlier
 from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.plans import name_checkpointed
@@ -80,18 +80,11 @@ def _print_end(run: Run, console: Console) -> None:
     console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
     if (checkpoint / DELTA_NAME).exists():
         console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
-    takes_turns = (checkpoint / "chat_template.jinja").exists() or "chat_template" in _read_tokenizer_config(checkpoint)
-    talk = f"hft chat {run.folder} --beside start" if takes_turns else f"hft generate {run.folder} --prompts -"
+    talk = f"hft chat {run.folder} --beside start" if takes_turns(checkpoint) else f"hft generate {run.folder} --prompts -"
     console.print(f"talk    {talk}", highlight=False, soft_wrap=True)
     if run.page_path.exists():
         console.print(f"page    {run.page_path}", highlight=False, soft_wrap=True)
     console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
-
-
-def _read_tokenizer_config(checkpoint: Path) -> str:
-    """Its text; empty where there is none, as beside a delta."""
-    path = checkpoint / "tokenizer_config.json"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _describe_round(round_: Round, result: RoundResult) -> str:

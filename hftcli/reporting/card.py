@@ -1,0 +1,183 @@
+"""The model card of a checkpoint: what it was made of, what it learned and forgot, how to use it. card.md.jinja has its text.
+
+It is the README.md beside the weights, as the Hugging Face hub shows it, with metadata that the hub reads. It names no path of
+the machine that it was written on.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hftcli import PACKAGE, __version__
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.sections import QUICK_START
+from hftcli.reporting.headline import OBJECTIVES, list_changes, make_headline
+from hftcli.reporting.places import hide_folders
+from hftcli.runs.files import write_text
+from hftcli.runs.records import DELTA_NAME, RoundResult
+from hftcli.runs.run import Round, Run
+
+TEMPLATE = "card.md.jinja"
+CARD_NAME = "README.md"
+EMBEDDED = "the model of tinyworld that is embedded in hft"
+SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run's model was before any training with hft.
+
+    Attributes:
+        name: a hub id, or a folder's name.
+        hub_id: None where it came from no hub.
+        revision: of the hub id, as it was taken.
+        licence: by the hub's short names; None where the base does not say.
+    """
+
+    name: str
+    hub_id: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+
+def write_card(run: Run, round_: Round) -> None:
+    """Write the card beside the weights of a round that has just been finished, unless there is one."""
+    path = round_.checkpoint / CARD_NAME
+    if round_ == run.last_finished and round_.checkpoint.is_dir() and not path.exists():
+        write_text(path, make_card(run, round_))
+
+
+def make_card(run: Run, round_: Round, place: str | None = None) -> str:
+    """The card as text.
+
+    Args:
+        round_: the last of the run's that is finished.
+        place: where the model can be loaded from; null names the folder of the checkpoint by the run's name.
+    """
+    recipe, result, base = load_recipe(run.recipe_path), round_.read_result(), find_base(run)
+    changes, plan = list_changes(run), round_.read_plan()
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    name = run.folder.resolve().name
+    return environment.get_template(TEMPLATE).render(
+        metadata=yaml.safe_dump(_list_metadata(recipe.objective, base, _list_datasets(result)), sort_keys=False),
+        name=name if len(run.rounds) == 1 else f"{name}, {round_.name}",
+        base_name=base.name,
+        objective=OBJECTIVES[recipe.objective],
+        share=f"{plan.trainable_fraction:.1%}" if plan.frozen else "",
+        rounds=f" in each of {len(run.rounds)} rounds, another half each time" if len(run.rounds) > 1 else "",
+        version=__version__,
+        headline=make_headline(run),
+        changes=changes,
+        is_delta=(round_.checkpoint / DELTA_NAME).exists(),
+        place=place or f"{name}/rounds/{round_.name}/checkpoint",
+        takes_turns=takes_turns(round_.checkpoint),
+        facts=list(_list_facts(run, round_, result, base)),
+        licence=base.licence,
+    )
+
+
+def _list_metadata(objective: str, base: Base, datasets: list[str]) -> dict[str, Any]:
+    """What the hub reads; what is not known is left out."""
+    found: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base.licence is not None:
+        found["license"] = base.licence
+    if base.hub_id is not None:
+        found |= {"base_model": base.hub_id, "base_model_relation": "finetune"}
+    if datasets:
+        found["datasets"] = datasets
+    return found | {"tags": ["half-fine-tuning", "hft", objective]}
+
+
+def _list_datasets(result: RoundResult) -> list[str]:
+    """The hub datasets among the sources: they have no files of this machine's."""
+    return [source.path for source in result.data.sources if source.num_bytes is None and HUB_ID.fullmatch(source.path)]
+
+
+def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Iterator[tuple[str, str]]:
+    spec, plan = round_.read_spec(), round_.read_plan()
+    yield "base", base.name + (f", revision `{base.revision}`" if base.revision else "")
+    for earlier in run.rounds[: run.rounds.index(round_) + 1]:
+        data = earlier.read_result().data
+        for source in data.sources:
+            yield f"data: {hide_folders(source.path)}", f"{data.num_used:,} rows used, sha256 `{source.fingerprint}`"
+    yield (
+        "freeze plan",
+        (
+            f"`{plan.fingerprint}`: {plan.num_trainable:,} of {plan.num_parameters:,} weights, by {spec.freeze.group}, seed "
+            f"{spec.freeze.seed}, round {spec.index}"
+        ),
+    )
+    methods = ", ".join(spec.method.names)
+    yield "method besides freezing", methods or "none"
+    train = spec.train
+    yield (
+        "training",
+        (
+            f"{result.num_steps:,} steps of {train.global_batch_size}, learning rate {train.learning_rate:g} "
+            f"({train.lr_scheduler_type}), {result.precision}"
+        ),
+    )
+    frozen, moved = result.verification.num_frozen, len(result.verification.violations)
+    yield "verified", f"{frozen - moved} of {frozen} frozen parameters bit-identical to the start"
+    versions = run.read_manifest().versions
+    yield (
+        "versions",
+        ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers", "trl") if package in versions),
+    )
+
+
+def takes_turns(checkpoint: Path) -> bool:
+    """Whether a checkpoint comes with a chat template."""
+    config = checkpoint / "tokenizer_config.json"
+    has_inline = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
+    return has_inline or (checkpoint / "chat_template.jinja").exists()
+
+
+def find_base(run: Run) -> Base:
+    """What the run's first round began from; where that was a model of hft's, what its card says of its own base."""
+    path = run.rounds[0].read_spec().model.path
+    folder = Path(path)
+    if path == QUICK_START or folder == PACKAGE / QUICK_START / "model":
+        return Base(EMBEDDED, licence="apache-2.0")
+    if not folder.is_dir():
+        name, _, revision = path.partition("@")
+        snapshot = _find_snapshot(name, revision or None)
+        if snapshot is None:
+            return Base(name, name, revision or None)
+        folder = snapshot
+    known = _read_metadata(folder)
+    licence = known.get("license") if isinstance(known.get("license"), str) else None
+    if match := SNAPSHOT.search(folder.as_posix()):
+        hub_id = f"{match['owner']}/{match['name']}"
+        return Base(hub_id, hub_id, match["revision"], licence)
+    parent = known.get("base_model")
+    if "half-fine-tuning" in (known.get("tags") or ()):
+        return Base(parent or folder.name, parent, None, licence)
+    return Base(folder.name, None, None, licence)
+
+
+def _find_snapshot(name: str, revision: str | None) -> Path | None:
+    """Where the hub's cache has a model; None where it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """The head of a folder's card; empty where it has none."""
+    path = folder / CARD_NAME
+    if not path.exists():
+        return {}
+    from huggingface_hub import metadata_load
+
+    return metadata_load(path) or {}

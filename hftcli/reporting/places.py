@@ -1,0 +1,28 @@
+"""How places on the disk are shown: to their owner from where they stand, to others by their names alone."""
+
+import os
+import re
+from pathlib import Path
+
+# A path from the root of the disk, up to its last part; not that of an address, or of a name with a stroke in it.
+FOLDERS = re.compile(r"(?<![\w:/.~-])(?:~|[A-Z]:)?/(?:[^\s/'\"`,;:()]+/)+(?=[^\s/'\"`,;:()])")
+
+
+def show_place(path: Path | str) -> str:
+    """A path as one types it here: relative where it lies below the working folder."""
+    place = Path(path)
+    if not place.is_absolute():
+        return str(path)
+    here = Path.cwd()
+    return str(place.relative_to(here)) if place.is_relative_to(here) and place != here else str(path)
+
+
+def show_places(text: str) -> str:
+    """A line with the paths below the working folder as one types them here."""
+    here = f"{Path.cwd()}{os.sep}"
+    return text.replace(here, "") if len(here) > 1 else text
+
+
+def hide_folders(text: str) -> str:
+    """A text for others: of each path from the root of the disk its last part, since the folders say whose it is."""
+    return FOLDERS.sub("", text)
