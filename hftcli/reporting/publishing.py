@@ -1,6 +1,6 @@
 """A finished run on the Hugging Face hub: its checkpoint with the model card, and its page, in one commit.
 
-What is uploaded names no path of the machine that it was made on, and no secret: the token is that of `hf auth login` or HF_TOKEN,
+What is uploaded names no path of the machine that made it, and no secret: the token is that of `hf auth login` or HF_TOKEN,
 and a file that holds it, or what looks like another, is not uploaded.
 """
 
