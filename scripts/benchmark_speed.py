@@ -27,7 +27,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from hftcli.freezing.activations import Flops, Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.launching.planning import find_arithmetic, list_kernels, list_works
 from hftcli.models.checkpoint import freeze_model
 from hftcli.models.description import describe_model

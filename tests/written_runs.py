@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hftcli import PACKAGE
 from hftcli.freezing.roles import Parameter, assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.recipe.loading import QUICK_START_RECIPES, load_recipe
 from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model

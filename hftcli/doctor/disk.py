@@ -40,13 +40,19 @@ def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int
 
 
 def count_earlier_bytes(plan: FreezePlan) -> int:
-    """Bytes of the open directions that a round leaves, and of the moments of what its matrices read, in float32.
+    """Bytes of the open directions or columns that a round leaves, and of the moments of what its matrices read, in float32.
 
     The moments of what other matrices alone read come on top: of the heads' output and the mlp's inner activations, in layers
     where the matrix that reads them is not drawn.
     """
-    spaces = {parts.input: parts for parts in (plan.directions or {}).values()}.values()
-    return 4 * sum(parts.num_blocks * parts.width * (parts.width + parts.num_open) for parts in spaces)
+    spaces = {part.input: part for part in (plan.directions or {}).values()}.values()
+    inputs = {part.input: part for part in (plan.columns or {}).values()}.values()
+    choices = {part.choice: part for part in (plan.columns or {}).values()}.values()
+    return (
+        4 * sum(part.num_blocks * part.width * (part.width + part.num_open) for part in spaces)
+        + 4 * sum(part.num_inputs for part in inputs)
+        + 8 * sum(part.num_columns for part in choices)
+    )
 
 
 def count_masters_bytes(recipe: Recipe, start: Path, plan: FreezePlan, num_rounds: int) -> tuple[int, int]:

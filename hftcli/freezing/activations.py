@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hftcli.freezing.directions import Directions
+from hftcli.freezing.directions import Part
 from hftcli.freezing.roles import Unit
 
 Attention = Literal["eager", "sdpa", "flash"]
@@ -169,8 +169,8 @@ class Ledger:
     work: Workload
     trained: Collection[str]
     adapters: Adapters | None = None
-    directions: Mapping[str, Directions] = field(default_factory=dict)
-    projected: dict[tuple[str, Value], Value] = field(default_factory=dict)  # x V, by what is read
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    taken: dict[tuple[str, Value], Value] = field(default_factory=dict)  # what parts keep, by whose it is and what is read
     kept: set[Value] = field(default_factory=set)
     fallback_bytes: int = 0
     cast_bytes: int = 0  # that the graph keeps
@@ -222,9 +222,9 @@ class Ledger:
     def multiply(self, unit: Unit, value: Value) -> Value:
         """A linear layer."""
         width, num_inputs = unit.parameters[0].shape
-        parts = self.directions.get(unit.parameters[0].name)
-        if parts is not None and self.trains(unit):
-            return self.multiply_directed(parts, value)
+        part = self.parts.get(unit.parameters[0].name)
+        if part is not None and self.trains(unit):
+            return self.multiply_part(part, value)
         trains, value = self.trains(unit), self.cast(value)
         self.keep_if(trains, value)
         if trains:
@@ -238,21 +238,23 @@ class Ledger:
             return self.make(width, value.item_bytes, True)
         return self.make(width, value.item_bytes, value.has_gradient or trains)
 
-    def multiply_directed(self, parts: Directions, given: Value) -> Value:
-        """A linear layer that trains in directions: of its input x V alone is kept, once for all that read it."""
-        num_open, value = parts.num_blocks * parts.num_open, self.cast(given)
-        if (parts.input, given) not in self.projected:
-            self.projected[parts.input, given] = self.make(num_open, value.item_bytes, False)
-            self.forward += 2.0 * parts.num_basis_weights
-        self.keep(self.projected[parts.input, given])
+    def multiply_part(self, part: Part, given: Value) -> Value:
+        """A linear layer of which a part trains: what is kept of its input is kept once for all that read it so."""
+        value = self.cast(given)
+        whole = part.num_kept == part.num_inputs
+        place = (part.input if whole else part.choice, given)
+        if place not in self.taken:
+            self.taken[place] = value if whole else self.make(part.num_kept, value.item_bytes, False)
+            self.forward += 2.0 * part.num_basis_weights
+        self.keep(self.taken[place])
         # The merged weight lasts, and is cast once for a step.
         item_bytes = {"float32": 4, "bfloat16": 2, "autocast": 2 + 4}[self.work.arithmetic]
-        self.gradient_bytes = max(self.gradient_bytes, item_bytes * parts.num_trainable)
-        self.last_forward = 2.0 * parts.num_outputs * parts.num_blocks * parts.width
+        self.gradient_bytes = max(self.gradient_bytes, item_bytes * part.num_trainable)
+        self.last_forward = 2.0 * part.num_outputs * part.num_inputs
         self.forward += self.last_forward
         self.activation_gradient += self.last_forward * value.has_gradient
-        self.weight_gradient += 2.0 * parts.num_trainable
-        return self.make(parts.num_outputs, value.item_bytes, True)
+        self.weight_gradient += 2.0 * part.num_trainable
+        return self.make(part.num_outputs, value.item_bytes, True)
 
     def hold_weight(self, num_weights: int, value: Value) -> None:
         """Autocast's copy of a weight that trains, which multiplies a value, and its gradient's, before it is added."""

@@ -12,7 +12,7 @@ from math import prod
 from typing import Literal
 
 from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload
-from hftcli.freezing.directions import Directions
+from hftcli.freezing.directions import Directions, Part
 from hftcli.freezing.passes import count_activations
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
@@ -159,8 +159,8 @@ class Budget:
     def half(self) -> Memory:
         """What the plan costs."""
         units, trained, step = self.network.units, frozenset(self.plan.trained), self.half_step
-        if self.plan.directions:
-            return self._estimate_directed(self.plan.directions, step)
+        if self.plan.parts:
+            return self._estimate_parts(self.plan.parts, step)
         if self.adapters is None:
             num_bytes = self._count_states(list_shapes(units, trained), self.plan.num_trainable)
             return self._estimate(self.plan.num_trainable, self.reference, step, num_bytes)
@@ -168,15 +168,18 @@ class Budget:
         num_bytes = self._count_states(shapes, self.num_adapter_weights)
         return self._estimate(self.num_adapter_weights, self.reference, step, num_bytes, num_frozen=self.plan.num_parameters)
 
-    def _estimate_directed(self, directions: dict[str, Directions], step: tuple[Activations, Flops] | None) -> Memory:
-        """B trains; the start, the directions and, but for ZeRO 3, the merged matrices are held as what is frozen is."""
-        whole = list_shapes(self.network.units, frozenset(self.plan.trained) - directions.keys())
-        parts = directions.values()
-        shapes = [*whole, *(((item.num_outputs, item.num_blocks * item.num_open), False) for item in parts)]
+    def _estimate_parts(self, parts: dict[str, Part], step: tuple[Activations, Flops] | None) -> Memory:
+        """What trains of matrices lies beside them, and they are held as what is frozen is.
+
+        So are the directions and, but for ZeRO 3, the matrices into which B was merged; columns are merged in their place.
+        """
+        whole = list_shapes(self.network.units, frozenset(self.plan.trained) - parts.keys())
+        shapes = [*whole, *(((part.num_outputs, part.num_columns), False) for part in parts.values())]
         num_whole = sum(prod(shape) for shape, _ in whole)
-        num_basis = sum({item.input: item.num_basis_weights for item in parts}.values())
+        num_basis = sum({part.choice: part.num_basis_weights for part in parts.values()}.values())
+        directed = [part for part in parts.values() if isinstance(part, Directions)]
         is_split = self.num_processes > 1 and self.zero_stage == 3
-        num_merged = 0 if is_split else sum(item.num_outputs * item.num_blocks * item.width for item in parts)
+        num_merged = 0 if is_split else sum(part.num_outputs * part.num_inputs for part in directed)
         memory = self._estimate(
             self.plan.num_trainable, self.reference, step, self._count_states(shapes, self.plan.num_trainable),
             num_frozen=self.plan.num_parameters - num_whole + num_basis + num_merged,
@@ -184,7 +187,8 @@ class Budget:
         if self.reference != "shared":
             return memory
         # Where nothing is added to it, a matrix is its own reference.
-        return replace(memory, reference_bytes=memory.reference_bytes * num_whole // self.plan.num_trainable)
+        num_copied = self.plan.num_trainable - sum(part.num_trainable for part in directed)
+        return replace(memory, reference_bytes=memory.reference_bytes * num_copied // self.plan.num_trainable)
 
     @property
     def num_adapter_weights(self) -> int:
@@ -201,7 +205,7 @@ class Budget:
     @property
     def half_step(self) -> tuple[Activations, Flops] | None:
         """A step of the plan; None where it is not counted."""
-        return self._count(self.plan.trained, self.adapters, self.plan.directions)
+        return self._count(self.plan.trained, self.adapters, self.plan.parts)
 
     @property
     def full_step(self) -> tuple[Activations, Flops] | None:
@@ -209,9 +213,9 @@ class Budget:
         return self._count((*self.plan.trained, *self.plan.frozen))
 
     def _count(
-        self, trained: tuple[str, ...], adapters: Adapters | None = None, directions: dict[str, Directions] | None = None
+        self, trained: tuple[str, ...], adapters: Adapters | None = None, parts: dict[str, Part] | None = None
     ) -> tuple[Activations, Flops] | None:
-        return count_activations(self.network, frozenset(trained), self.work, adapters, directions)
+        return count_activations(self.network, frozenset(trained), self.work, adapters, parts)
 
     def _count_states(self, shapes: Iterable[tuple[tuple[int, ...], bool]], num_trainable: int) -> int:
         """Bytes of the optimizer's state before it is spread. DeepSpeed lays the tensors of what trains end to end."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from hftcli.freezing.directions import Directions
+from hftcli.freezing.directions import Part
 from hftcli.freezing.roles import Unit
 
 OUTSIDE_ROLES = ("embedding", "final_norm", "head")
@@ -34,7 +34,7 @@ def measure_layer_share(roles: Mapping[str, RoleCount]) -> float:
     return sum(count.num_trainable for count in inside) / sum(count.num_parameters for count in inside)
 
 
-def count_trained(units: Iterable[Unit], trained: set[str], parts: dict[str, Directions]) -> int:
+def count_trained(units: Iterable[Unit], trained: set[str], parts: dict[str, Part]) -> int:
     """Weights of these units that train."""
     parameters = [parameter for unit in units for parameter in unit.parameters if parameter.name in trained]
     return sum(parts[item.name].num_trainable if item.name in parts else item.num_elements for item in parameters)
@@ -45,7 +45,7 @@ def count_trained_units(units: Iterable[Unit], trained: set[str]) -> int:
     return sum(any(parameter.name in trained for parameter in unit.parameters) for unit in units)
 
 
-def count_roles(units: Iterable[Unit], trained: set[str], parts: dict[str, Directions]) -> dict[str, RoleCount]:
+def count_roles(units: Iterable[Unit], trained: set[str], parts: dict[str, Part]) -> dict[str, RoleCount]:
     """Counts by role, in the order in which the model first has them."""
     members: dict[str, list[Unit]] = {}
     for unit in units:

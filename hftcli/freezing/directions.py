@@ -1,8 +1,10 @@
-"""Which part of a matrix's input space trains, where a plan's grain is `directions`: how many of them, in which blocks.
+"""Which part of a matrix's input space trains, where the grain is `directions` or `columns`: how much of it, in which blocks.
 
-A matrix moves only by B V^T: V are the directions that are open, a share of all, and in all others the matrix stays what it
-is. Which directions those are is found from the inputs of earlier data (measuring/moments.py); here it is counted. Matrices
-that read the same tensor, as queries, keys and values do, share their directions.
+In directions, a matrix moves only by B V^T: V are the directions that are open, a share of all, and in all others the matrix
+stays what it is. In columns, a share of its input columns is open, and the others stay what they are, bit for bit. Which ones
+those are is found from the inputs of earlier data (measuring/moments.py); here it is counted. Matrices that read the same
+tensor, as queries, keys and values do, share their directions, and those of their columns that were not chosen for each by
+itself.
 """
 
 from collections.abc import Iterable
@@ -50,14 +52,77 @@ class Directions(BaseModel):
     """Directions of a block in which the matrix trains."""
 
     @property
+    def choice(self) -> str:
+        """Under which name the file of a round has V."""
+        return self.input
+
+    @property
+    def num_inputs(self) -> int:
+        """Columns of the matrix."""
+        return self.num_blocks * self.width
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of what trains: those of B."""
+        return self.num_blocks * self.num_open
+
+    @property
     def num_trainable(self) -> int:
         """Weights that train: those of B."""
-        return self.num_outputs * self.num_blocks * self.num_open
+        return self.num_outputs * self.num_columns
+
+    @property
+    def num_kept(self) -> int:
+        """Numbers that are kept of each input for the backward pass: x V."""
+        return self.num_columns
 
     @property
     def num_basis_weights(self) -> int:
         """Numbers that say which directions are open: those of V."""
         return self.num_blocks * self.width * self.num_open
+
+
+class Columns(BaseModel):
+    """Which of a matrix's columns train: how many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    input: str
+    """What the matrix reads; see `Directions`."""
+
+    choice: str
+    """What they were chosen for, and under which name the file of a round has them: the input, where all matrices that read it
+    train in the same ones; else the matrix itself."""
+
+    num_outputs: int
+    """Rows of the matrix."""
+
+    num_inputs: int
+    """Columns of the matrix."""
+
+    num_columns: int
+    """Columns that train."""
+
+    is_kept_whole: bool
+    """Whether the whole input is kept for the backward pass, once: several matrices read it, each in columns of its own."""
+
+    @property
+    def num_trainable(self) -> int:
+        """Weights that train."""
+        return self.num_outputs * self.num_columns
+
+    @property
+    def num_kept(self) -> int:
+        """Numbers that are kept of each input for the backward pass."""
+        return self.num_inputs if self.is_kept_whole else self.num_columns
+
+    @property
+    def num_basis_weights(self) -> int:
+        """None: an index costs nothing."""
+        return 0
+
+
+Part = Directions | Columns  # what of a matrix trains
 
 
 def list_inputs(units: Iterable[Unit], blocks: int | None, num_heads: int) -> dict[str, tuple[str, int, int]]:
@@ -92,6 +157,42 @@ def open_directions(units: Iterable[Unit], share: Fraction, blocks: int | None, 
     return found
 
 
+def list_coordinates(units: Iterable[Unit]) -> dict[str, tuple[str, int, int]]:
+    """`list_inputs` with every input a block of its own, for which columns are chosen.
+
+    Raises:
+        ModelError: what a matrix reads is not known.
+    """
+    whole = list_inputs(units, None, 1)
+    return {name: (unit, num_blocks * width, 1) for name, (unit, num_blocks, width) in whole.items()}
+
+
+def open_columns(units: Iterable[Unit], share: Fraction, is_shared: bool) -> dict[str, Columns]:
+    """By the name of a matrix's weight, its open columns; none for a matrix whose columns are all open.
+
+    Args:
+        is_shared: whether matrices that read the same input train in the same columns.
+
+    Raises:
+        ModelError: what a matrix reads is not known.
+    """
+    readers: dict[str, list[Unit]] = {}
+    for unit in units:
+        readers.setdefault(name_input(unit), []).append(unit)
+    found = {}
+    for name, own in readers.items():
+        for unit in own:
+            weight = unit.parameters[0]
+            num_inputs = prod(weight.shape[1:])
+            num_columns = max(int(share * num_inputs + Fraction(1, 2)), 1)
+            if num_columns < num_inputs:
+                found[weight.name] = Columns(
+                    input=name, choice=name if is_shared else weight.name, num_outputs=weight.shape[0], num_inputs=num_inputs,
+                    num_columns=num_columns, is_kept_whole=not is_shared and len(own) > 1,
+                )  # fmt: skip
+    return found
+
+
 def name_input(unit: Unit) -> str:
     """What a matrix reads.
 
@@ -101,7 +202,7 @@ def name_input(unit: Unit) -> str:
     kind = READS.get(unit.role, {}).get(unit.name.rpartition(".")[2])
     if kind is None:
         raise ModelError(
-            f"freeze.grain: directions does not know what {unit.name} reads: it is known for the linear layers of "
+            f"freeze.grain: directions or columns does not know what {unit.name} reads: it is known for the linear layers of "
             f"attention and mlp called {', '.join(name for names in READS.values() for name in names)}",
             "set freeze.grain: matrices",
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hftcli.freezing.activations import Activations, Adapters, Flops, Ledger, Network, Value, Workload
-from hftcli.freezing.directions import Directions
+from hftcli.freezing.directions import Part
 from hftcli.freezing.roles import Unit
 
 CHUNK_TOKENS, CHUNK_VOCABULARY = 4096, 32768  # tile of TRL's chunked loss
@@ -65,21 +65,21 @@ def count_activations(
     trained: Collection[str],
     work: Workload,
     adapters: Adapters | None = None,
-    directions: Mapping[str, Directions] | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> tuple[Activations, Flops] | None:
     """What a forward and a backward pass hold and compute; None for a family whose layers are not written down in `LAYERS`.
 
     Args:
         trained: names of the parameters that train, or that have adapters.
         adapters: what trains in their place.
-        directions: of the matrices that train, those that do so in directions.
+        parts: of the matrices that train, those of which a part does.
     """
     if network.model_type not in LAYERS:
         return None
     outside = {unit.role: unit for unit in network.units if unit.layer is None}
     embedding = outside["embedding"]
-    walk = walk_layers(network, trained, work, adapters, directions, embedding)
-    top = Ledger(network, work, trained, adapters, directions or {})
+    walk = walk_layers(network, trained, work, adapters, parts, embedding)
+    top = Ledger(network, work, trained, adapters, parts or {})
     value = top.normalize(outside["final_norm"], walk.value)
     loss = bill_loss(top, outside.get("head", embedding), value)
 
@@ -118,14 +118,14 @@ def count_activations(
 
 def walk_layers(
     network: Network, trained: Collection[str], work: Workload, adapters: Adapters | None,
-    directions: Mapping[str, Directions] | None, embedding: Unit,
+    parts: Mapping[str, Part] | None, embedding: Unit,
 ) -> Walk:  # fmt: skip
     """From the embeddings to the last layer."""
     layers: dict[int, dict[str, Unit]] = {}
     for unit in network.units:
         if unit.layer is not None:
             layers.setdefault(unit.layer, {})[unit.name.rpartition(".")[2]] = unit
-    bottom = Ledger(network, work, trained, adapters, directions or {})
+    bottom = Ledger(network, work, trained, adapters, parts or {})
     value = bottom.embed(embedding)
     head_width = layers[0]["q_proj"].parameters[0].shape[0] // network.num_heads
     angles = Value(2 * head_width * work.num_keys, value.item_bytes, False)
@@ -134,7 +134,7 @@ def walk_layers(
     kept = set(bottom.kept)
     peak = working = 0
     for index, units in layers.items():
-        bill = Ledger(network, work, trained, adapters, directions or {})
+        bill = Ledger(network, work, trained, adapters, parts or {})
         start, value = value, LAYERS[network.model_type](bill, units, value, angles)
         bills.append(bill)
         working = max(working, count_gradients(bill, units, start))

@@ -11,98 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError, to_jsonable_python
+from pydantic_core import to_jsonable_python
 
 from hftcli.errors import ModelError
 from hftcli.freezing.counts import RoleCount, count_roles, count_trained, count_trained_units
-from hftcli.freezing.directions import Directions, KeepRule, list_inputs, open_directions
+from hftcli.freezing.directions import Columns, Directions, Part, list_inputs, open_columns, open_directions
 from hftcli.freezing.roles import Unit
-
-Grain = Literal["matrices", "directions"]
-QUIET: dict[str, Any] = {"grain": ("matrices", "directions"), "blocks": 32}  # what `freeze: quiet` is short for
-
-
-class FreezeRule(BaseModel):
-    """How a round chooses what trains."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    group: Literal["category", "layer", "model"] = "category"
-    """What is halved: `category`, the units of one role in one layer; `layer`, the model's layers, each of which
-    trains or is frozen as a whole; `model`, all units in the layers at once."""
-
-    rank: Literal["random"] = "random"
-    """Who comes first in a group: `random` draws anew in every round."""
-
-    trainable_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share that trains in the layers; 1.0 is full fine-tuning."""
-
-    seed: int = 42
-    """Another seed draws other halves. `train.seed` is another matter: the order of the data."""
-
-    embeddings: Literal["train", "freeze"] = "train"
-    """The token embeddings, and position embeddings where they are learned. Where the head is tied to the embeddings,
-    both keys must be set alike."""
-
-    head: Literal["train", "freeze"] = "train"
-    """The output layer, from hidden states to logits."""
-
-    balance: Literal["units", "weights"] = "units"
-    """What the share is a share of: `units` counts matrices, as the paper does; `weights` counts their weights, which
-    differs where the units of a group differ in size, as in grouped-query attention."""
-
-    # What is off leaves no trace in a plan, so that plans keep the fingerprints that they had without it.
-    frozen_prefix: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda value: value == 0)] = 0.0
-    """Share of the layers, counted from the input, that is frozen whole together with the embeddings, so that the backward pass
-    ends above them. In the layers above so much more trains that `trainable_fraction` stays the share of all, where that is
-    possible. A variant of the paper's rule; 0 is the paper's."""
-
-    grain: Annotated[Grain | tuple[Grain, ...], Field(exclude_if=lambda value: value == "matrices")] = "matrices"
-    """In what pieces the layers' matrices are halved: `matrices`, each trains or is frozen as a whole, as in the paper;
-    `directions`, each trains in that share of its input space which the inputs of earlier data use least, and stays what it is
-    in the rest; `[matrices, directions]`, so within the paper's half, which takes the share twice."""
-
-    blocks: Annotated[int | None, Field(ge=2, exclude_if=lambda value: value is None)] = None
-    """With directions: they are taken within each head for the attention's output, and within each so many neighbouring inputs
-    for the mlp's, which costs nearly nothing per token; null takes them from the whole input everywhere."""
-
-    keep: Annotated[KeepRule | None, Field(exclude_if=lambda value: value is None)] = None
-    """With directions: rows that must not be forgotten. Besides, what the model writes of itself counts as earlier, and the
-    rows of every round that it has learned so."""
-
-    @property
-    def directs(self) -> bool:
-        """Whether matrices train in a part of their directions."""
-        return "directions" in self.grain
-
-    @property
-    def layer_fraction(self) -> float:
-        """Share of the layers' weights that the rule asks for: halves of halves are quarters."""
-        return self.trainable_fraction ** (2 if self.grain == ("matrices", "directions") else 1)
-
-    def relocate(self, move: Callable[[str], str]) -> "FreezeRule":
-        """The same rule with its rows at the place that `move` gives for their path."""
-        keep = self.keep and self.keep.model_copy(update={"path": move(self.keep.path)})
-        return self.model_copy(update={"keep": keep})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_name(cls, value: Any) -> Any:
-        return dict(QUIET) if value == "quiet" else value
-
-    @model_validator(mode="after")
-    def _check_grain(self) -> "FreezeRule":
-        if self.grain not in ("matrices", "directions", ("matrices", "directions")):
-            raise PydanticCustomError("grain", f"grain is {self.grain}: give matrices, directions, or [matrices, directions]")
-        for key in ("blocks", "keep"):
-            if not self.directs and getattr(self, key) is not None:
-                raise PydanticCustomError(
-                    "grain", f"{key} would have no effect beside grain matrices: drop it, or set grain: directions"
-                )
-        return self
+from hftcli.freezing.rule import FreezeRule
 
 
 class FreezePlan(BaseModel):
@@ -144,11 +62,14 @@ class FreezePlan(BaseModel):
     directions: Annotated[dict[str, Directions] | None, Field(exclude_if=lambda value: value is None)] = None
     """Of the trained matrices, those that train in a part of their directions; null where all train whole."""
 
+    columns: Annotated[dict[str, Columns] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Of the trained matrices, those that train in a part of their columns; null where all train whole."""
+
     moments: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
-    """SHA-256 of the second moments of earlier inputs, from which the directions are drawn; null before they are taken."""
+    """SHA-256 of the second moments of earlier inputs, by which these are chosen; null before they are taken."""
 
     bases: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
-    """SHA-256 of the file that says which directions these are."""
+    """SHA-256 of the file that says which directions or columns these are."""
 
     fingerprint: str
     """SHA-256 of all of the above. An optimizer restores its state by position, so a resume under another plan would
@@ -165,11 +86,14 @@ class FreezePlan(BaseModel):
         return self.num_trainable / self.num_parameters
 
     @property
+    def parts(self) -> dict[str, Part]:
+        """Of the trained matrices, those of which a part trains."""
+        return {**(self.directions or {}), **(self.columns or {})}
+
+    @property
     def num_moving(self) -> int:
-        """Weights that may have other bits afterwards: a matrix that trains in directions moves as a whole."""
-        return self.num_trainable + sum(
-            item.num_outputs * item.num_blocks * (item.width - item.num_open) for item in (self.directions or {}).values()
-        )
+        """Weights of what a checkpoint has anew: a matrix of which a part trains is written as a whole."""
+        return self.num_trainable + sum(part.num_outputs * part.num_inputs - part.num_trainable for part in self.parts.values())
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> "FreezePlan":
@@ -203,20 +127,25 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_hea
         raise ModelError(f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share")
 
     trained = {parameter.name for unit in chosen for parameter in unit.parameters}
-    if not rule.directs:
+    if not rule.divides:
         return _write_plan(units, trained, rule, round_index)
     list_inputs(inside, rule.blocks, num_heads)  # of those that another round draws as well
     above = [unit for unit in inside if unit.role != "norm" and (unit.layer or 0) >= num_frozen_layers]
     # Biases and norms follow the draw in any case.
-    matrices = above if rule.grain == "directions" else [unit for unit in above if unit in chosen]
-    directions = open_directions(matrices, Fraction(str(rule.trainable_fraction)), rule.blocks, num_heads)
+    matrices = [unit for unit in above if unit in chosen] if "matrices" in rule.grain else above
+    share = Fraction(str(rule.trainable_fraction))
+    parts: dict[str, Any]
+    if rule.grain == "columns":
+        parts = {"columns": open_columns(matrices, share, is_shared=rule.choice == "quiet")}
+    else:
+        parts = {"directions": open_directions(matrices, share, rule.blocks, num_heads)}
     trained |= {unit.parameters[0].name for unit in matrices}
     # What rows were named shows in the moments.
-    return _write_plan(units, trained, rule.model_copy(update={"keep": None}), round_index, directions)
+    return _write_plan(units, trained, rule.model_copy(update={"keep": None}), round_index, **parts)
 
 
 def complete_plan(plan: FreezePlan, moments: str, bases: str) -> FreezePlan:
-    """A plan with the hashes of what its directions were drawn from, and of what they are."""
+    """A plan with the hashes of what its directions or columns were chosen by, and of what they are."""
     content = {name: value for name, value in plan if name != "fingerprint"} | {"moments": moments, "bases": bases}
     return FreezePlan(**content, fingerprint=_hash_content(content))
 
@@ -353,8 +282,9 @@ def _write_plan(
     rule: FreezeRule,
     round_index: int,
     directions: dict[str, Directions] | None = None,
+    columns: dict[str, Columns] | None = None,
 ) -> FreezePlan:
-    parts = directions or {}
+    parts: dict[str, Part] = {**(directions or {}), **(columns or {})}
     parameters = [parameter for unit in units for parameter in unit.parameters]
     inside = [unit for unit in units if unit.layer is not None]
     content = {
@@ -368,6 +298,7 @@ def _write_plan(
         "num_trainable_units": count_trained_units(inside, trained),
         "roles": count_roles(units, trained, parts),
         "directions": directions,
+        "columns": columns,
     }
     return FreezePlan(**content, fingerprint=_hash_content(content))
 

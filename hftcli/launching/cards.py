@@ -81,6 +81,7 @@ def make_full(budget: Budget) -> Budget:
             "frozen": (),
             "num_trainable": plan.num_parameters,
             "directions": None,
+            "columns": None,
         }
     )
     return replace(budget, plan=whole, adapters=None, reference=budget.reference and "precompute")

@@ -156,6 +156,7 @@ def read_moments(path: Path, inputs: Inputs) -> Moments:
     expected = {name: (num_blocks, width, width) for name, (_, num_blocks, width) in inputs.items()}
     if {name: tuple(moments.shape) for name, moments in tensors.items()} != expected:
         raise ModelError(
-            f"{path} holds moments of inputs in other blocks than this round's", "set freeze.blocks as the rounds before had it"
+            f"{path} holds moments of inputs in other blocks than this round's",
+            "set freeze.grain and freeze.blocks as the rounds before had them",
         )
     return Moments(tensors, sources)

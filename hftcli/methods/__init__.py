@@ -14,9 +14,9 @@ from hftcli.runs.spec import RoundSpec
 
 
 def make_methods(spec: RoundSpec) -> list[Method]:
-    """The methods of a round, in the order in which the recipe's section lists them, and what a grain of directions takes."""
+    """The methods of a round, in the order in which the recipe's section lists them, and what a finer grain takes."""
     methods = [METHODS[name](spec, getattr(spec.method, name)) for name in spec.method.names]
-    return [*methods, Quiet(spec)] if spec.freeze.directs else methods
+    return [*methods, Quiet(spec)] if spec.freeze.divides else methods
 
 
 # By the name of the section under `method`.

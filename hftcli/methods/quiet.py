@@ -1,7 +1,8 @@
-"""The quiet half: matrices that train only in the directions of their inputs that earlier inputs use least.
+"""The quiet half: matrices that train only in directions, or in columns, of their inputs that earlier inputs use least.
 
-It is no method of the recipe's section `method`, but what `freeze.grain: directions` means: the layers of the plan train B of
-W = W0 + B V^T (models/directed.py). The checkpoint is a plain model with B merged in, rounded once to the start's data type.
+It is no method of the recipe's section `method`, but what `freeze.grain: directions` and `columns` mean: the layers of the plan
+train B of W = W0 + B V^T (models/directed.py), or some columns of W (models/columned.py). The checkpoint is a plain model with
+these merged in, rounded once to the start's data type.
 """
 
 from pathlib import Path
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel, Trainer
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
 from hftcli.models.checkpoint import is_partitioned, lay_in, read_master
-from hftcli.models.directed import DirectedLinear, direct_model, merge
+from hftcli.models.columned import ColumnedLinear
+from hftcli.models.division import divide_model
+from hftcli.models.part import PartLinear
 from hftcli.models.reader import Start
 from hftcli.recipe.section import Section
 from hftcli.runs.run import Round
@@ -20,29 +23,31 @@ from hftcli.runs.spec import RoundSpec
 
 
 class Quiet(Method):
-    """Directions: what trains in the plan's matrices is B."""
+    """Directions and columns: what trains in the plan's matrices is B, or the columns."""
 
     leaves_another_model = True
 
     def __init__(self, spec: RoundSpec):
         super().__init__(spec, Section())
         self.bases: dict[str, torch.Tensor] = {}
-        self.layers: dict[str, DirectedLinear] = {}
+        self.layers: dict[str, PartLinear] = {}
         self.merged: dict[str, torch.Tensor] = {}
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
-        """Put the layers that train in directions in place of the plan's, their weights held as what is frozen is."""
-        if not plan.directions:  # all of them are open
+        """Put the layers of which a part trains in place of the plan's, their weights held as what is frozen is."""
+        parts = plan.parts
+        if not parts:  # all directions or columns are open
             return
-        self.directions = plan.directions
         self.stored = Start(self.spec.model, start, (*plan.trained, *plan.frozen))
-        first = model.get_parameter(next(iter(plan.directions)))
+        first = model.get_parameter(next(iter(parts)))
         # DeepSpeed makes the masters by itself, out of what it is given.
         dtype = first.dtype if sharded else torch.float32
-        self.layers = direct_model(model, plan.directions, self.bases, not is_partitioned(first), dtype)
+        self.layers = divide_model(model, parts, self.bases, not is_partitioned(first), dtype, self.stored.read_master)
         if mixed and not sharded:
             for name, layer in self.layers.items():
-                if self.stored.get_dtype(name) == torch.bfloat16 and name not in self.stored.masters:
+                is_held = self.stored.get_dtype(name) == torch.bfloat16 and name not in self.stored.masters
+                # Columns are rounded where they are laid in, and the checkpoint has the others from the start.
+                if is_held or isinstance(layer, ColumnedLinear):
                     layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
     def start(self, trainer: Trainer) -> None:
@@ -55,12 +60,11 @@ class Quiet(Method):
             layer.refresh()
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
-        """Merge the exact start and B into the layers' weights, which then count alone."""
+        """Merge the exact start and what trained into the layers' weights, which then count alone."""
         is_sharded, is_first = trainer.is_deepspeed_enabled, trainer.args.process_index == 0
         for name, layer in self.layers.items():
-            change = read_master(trainer.masters.get(layer.change, layer.change), is_sharded).detach()
-            basis = self.bases[self.directions[name].input]
-            merged = merge(self.stored.read_master(name).to(change.device), change, basis)
+            part = read_master(trainer.masters.get(layer.part, layer.part), is_sharded).detach()
+            merged = layer.merge(self.stored.read_master(name).to(part.device), part)
             if is_first:
                 self.merged[name] = merged.cpu()
             lay_in(layer.get_parameter("weight"), merged)

@@ -19,7 +19,8 @@ import torch
 from hftcli import __version__
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.models.deltas import hash_checkpoint, identify_checkpoint
 from hftcli.models.description import describe_model
 from hftcli.models.reader import CheckpointReader, cast_tensors, list_forms
@@ -91,8 +92,10 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
 
     Raises:
         ModelError: the two have other parameters, or the family is not in the table.
-        InputError: there is something at `output`.
+        InputError: there is something at `output`, or the rule does not go by whole matrices.
     """
+    if rule.divides:
+        raise InputError(f"a reset takes whole matrices back, and freeze.grain is {rule.grain_name}", "drop it")
     description = describe_model(str(tuned))
     plan = make_plan(assign_roles(description.model_type, description.parameters), rule, 0)
     reset = set(plan.frozen)

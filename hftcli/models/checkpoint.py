@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
+from hftcli.models.columned import ColumnedLinear
 from hftcli.models.configs import Configs
 from hftcli.models.deltas import open_stack, write_delta
 from hftcli.models.description import describe_model, get_first_line
@@ -80,6 +81,10 @@ def restore_masters(model: PreTrainedModel, section: ModelSection, folder: Path,
     from deepspeed.utils import safe_set_full_fp32_param
 
     start = Start(section, folder, plan.trained)
+    for name, layer in model.named_modules():
+        if isinstance(layer, ColumnedLinear):
+            weight_OI = start.read_master(f"{name}.weight").float().to(layer.columns.device)
+            safe_set_full_fp32_param(layer.columns, weight_OI.index_select(1, layer.index_C))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or name not in start.layout.places:
             continue

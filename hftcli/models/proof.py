@@ -15,7 +15,7 @@ from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
 from hftcli.models.closure import EPSILONS, Leak, measure_leak
 from hftcli.models.description import fetch_checkpoint
-from hftcli.models.directed import read_bases
+from hftcli.models.division import read_bases
 from hftcli.models.masters import RoundingLoss, open_masters
 from hftcli.models.reader import CheckpointReader, Start, convert
 from hftcli.models.tensors import CHUNK_BYTES, get_bytes, has_same_bytes
@@ -105,7 +105,9 @@ def verify_checkpoint(
     moved = set(compared.find_changed(plan.trained))
     still = [name for name in plan.trained if name not in moved]
     num_masters, unlike_masters = compare_masters(after, checkpoint)
-    leaks = find_leaks(compared, plan, bases) if plan.directions and bases is not None else {}
+    chosen = read_choices(plan, bases) if plan.parts and bases is not None else {}
+    leaks = find_leaks(compared, plan, chosen)
+    num_frozen_columns, moved_columns = compare_columns(compared, plan, chosen)
     return Verification(
         num_frozen=len(plan.frozen),
         num_trained=len(plan.trained),
@@ -121,6 +123,8 @@ def verify_checkpoint(
         leaked=tuple(
             f"{name} ({leak.num_rows} rows, {leak.num_weights} weights)" for name, leak in leaks.items() if not leak.is_rounding
         ),
+        num_frozen_columns=num_frozen_columns,
+        moved_columns=moved_columns,
         converted_to=dtype if compared.expected != before.dtypes else None,
         num_masters=num_masters,
         unlike_masters=unlike_masters,
@@ -156,27 +160,52 @@ def verify_round(round_: Round) -> Verification:
     )
 
 
-def find_leaks(compared: Comparison, plan: FreezePlan, bases: Path) -> dict[str, Leak]:
-    """What of the change of every matrix that trains in directions lies in the closed ones.
+def read_choices(plan: FreezePlan, bases: Path) -> dict[str, torch.Tensor]:
+    """The directions or columns of a plan.
 
     Raises:
-        ModelError: the file with the directions is missing, or is not that of the plan.
+        ModelError: the file is missing, or is not that of the plan.
     """
     if not bases.exists() or seal_file(bases).sha256 != plan.bases:
         raise ModelError(
-            f"{bases} does not hold the directions of plan {plan.short_fingerprint}: nothing can be said of what moved in the "
-            "others",
+            f"{bases} does not hold the directions or columns of plan {plan.short_fingerprint}: nothing can be said of what "
+            "moved in the others",
             "restore the file",
         )
-    found, tensors = {}, read_bases(bases)
-    for name, parts in (plan.directions or {}).items():
+    return read_bases(bases)
+
+
+def find_leaks(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> dict[str, Leak]:
+    """What of the change of every matrix that trains in directions lies in the closed ones."""
+    found = {}
+    for name, part in (plan.directions or {}).items():
         places = compared.before.layout.places[name]
         held, expected = compared.before.dtypes[places[0]], compared.expected[places[0]]
         before, after = (reader.read(name).double().numpy() for reader in (compared.before, compared.after))
-        found[name] = measure_leak(
-            before, after, tensors[parts.input].double().numpy(), _find_coarser(held, expected), expected
-        )
+        found[name] = measure_leak(before, after, chosen[part.choice].double().numpy(), _find_coarser(held, expected), expected)
     return found
+
+
+def compare_columns(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> tuple[int, tuple[str, ...]]:
+    """How many frozen columns there are in matrices that train in the others, and of which matrices some have other bits."""
+    num_compared, moved = 0, []
+    for name, part in (plan.columns or {}).items():
+        closed = np.setdiff1d(np.arange(part.num_inputs), chosen[part.choice].numpy())
+        num_compared += len(closed)
+        place = compared.before.layout.places[name][0]
+        held, expected = compared.before.dtypes[place], compared.expected[place]
+        if compared.after.dtypes[compared.after.layout.places[name][0]] != expected:
+            continue  # which is said elsewhere
+        before, after = (reader.read(name) for reader in (compared.before, compared.after))
+
+        def has_moved(columns: np.ndarray) -> bool:
+            old, new = (get_bytes(values[:, columns]) for values in (before, after))  # noqa: B023  called here
+            return not is_same(old, held, new, expected)  # noqa: B023
+
+        if has_moved(closed):
+            number = sum(has_moved(closed[place : place + 1]) for place in range(len(closed)))
+            moved.append(f"{name} ({number} of {len(closed)} frozen columns)")
+    return num_compared, tuple(moved)
 
 
 def _find_coarser(held: str, expected: str) -> str:

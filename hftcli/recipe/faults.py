@@ -229,10 +229,10 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{source.place(('method', name))}: method.{name} defends earlier tasks, and `hft {objective}` has none: "
                 "use `hft continual`, or drop it"
             )
-        if name != "replay" and recipe.freeze.directs:
+        if name != "replay" and recipe.freeze.divides:
             yield (
-                f"{source.place(('method', name))}: method.{name} works on whole matrices, and freeze.grain: directions leaves "
-                "them where they are and trains what is added to them: drop one of the two; replay goes with both"
+                f"{source.place(('method', name))}: method.{name} works on whole matrices, and of these freeze.grain: "
+                f"{recipe.freeze.grain_name} trains a part: drop one of the two; replay goes with both"
             )
 
 

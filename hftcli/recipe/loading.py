@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from hftcli import PACKAGE
 from hftcli.errors import RecipeError
-from hftcli.freezing.selection import QUIET
+from hftcli.freezing.rule import QUIET
 from hftcli.recipe.effects import check_effects
 from hftcli.recipe.faults import (
     check_booleans,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from hftcli.freezing.budget import ReferenceMode
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.evaluation import EvalSection, StopSection
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.section import FileSection

@@ -1,4 +1,4 @@
-"""Rounds that trained in directions, in words: what counted as earlier, and how much of its energy lies in what was closed."""
+"""Rounds that trained in parts of matrices, in words: what was earlier, and how much of its energy lies in what was closed."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ def describe_earlier(earlier: EarlierInputs) -> str:
     """A line for the terminal."""
     least, share = find_least(earlier)
     return (
-        f"quiet: {average_closed(earlier):.1%} of the energy of {len(earlier.sources)} earlier "
+        f"earlier inputs: {average_closed(earlier):.1%} of the energy of {len(earlier.sources)} earlier "
         f"{'source lies' if len(earlier.sources) == 1 else 'sources lies'} in what was closed, least in {least} ({share:.1%})"
     )
 
@@ -32,7 +32,7 @@ def find_least(earlier: EarlierInputs) -> tuple[str, float]:
 
 
 def list_energies(results: Iterable[tuple[str, RoundResult]]) -> list[tuple[str, ...]]:
-    """Rows of a table, by `COLUMNS`: of each round that trained in directions."""
+    """Rows of a table, by `COLUMNS`: of each round that trained in directions or columns."""
     rows: list[tuple[str, ...]] = []
     for name, result in results:
         if result.earlier is None:
@@ -52,7 +52,7 @@ def list_energies(results: Iterable[tuple[str, RoundResult]]) -> list[tuple[str,
 
 
 def print_energies(run: Run) -> None:
-    """The table, where a round of the run trained in directions."""
+    """The table, where a round of the run trained so."""
     rows = list_energies((round_.name, round_.read_result()) for round_ in run.rounds if round_.is_done)
     if not rows:
         return

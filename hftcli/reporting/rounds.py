@@ -30,6 +30,7 @@ FAULTS = {
     "lost": "in the start's files, and not in the checkpoint's: ",
     "moved_in_memory": "frozen, but moved in memory while training: ",
     "leaked": "trained in directions, but moved in others: ",
+    "moved_columns": "trained in columns, but moved in frozen ones: ",
     "unmoved": "trained, but did not move: ",
     "damaged": "damaged: checkpoint/",
     "unlike_masters": "not the rounding of the float32 masters: ",
@@ -175,6 +176,8 @@ def _describe_verification(verification: Verification) -> str:
         note += f", the rounding of {verification.num_masters} float32 masters"
     if verification.closed_change:
         note += f"; {len(verification.closed_change)} moved in their open directions alone, " + describe_leak(verification)
+    if verification.num_frozen_columns:
+        note += f"; {verification.num_frozen_columns:,} frozen columns compared bit for bit"
     return (
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
         f"bit-identical to {start}, {moved} of {verification.num_trained} trained ones moved{note}"

@@ -252,7 +252,7 @@ class RoundResult(FileSection):
     fit: FitReport | None = None
     """What `train.fit: auto` chose; null where it is off."""
     earlier: EarlierInputs | None = None
-    """What was earlier, where the grain is `directions`; null elsewhere."""
+    """What was earlier, where the grain is `directions` or `columns`; null elsewhere."""
     hardware: Hardware
     """What the worker ran on."""
 

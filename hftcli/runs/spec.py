@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from hftcli.errors import InputError
 from hftcli.freezing.budget import ReferenceMode
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.evaluation import StopSection
 from hftcli.recipe.methods import MethodSection

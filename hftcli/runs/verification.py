@@ -37,6 +37,10 @@ class Verification(Section):
     files' rounding alone makes it more than 0, and most of a change that is no larger than that."""
     leaked: tuple[str, ...] = ()
     """Of these matrices, those where it is more than rounding makes of it, and by how much: must be none."""
+    num_frozen_columns: int = 0
+    """Frozen columns of matrices that trained in their other columns, compared."""
+    moved_columns: tuple[str, ...] = ()
+    """Of these matrices, those of which frozen columns have other bits, and how many: must be none."""
     num_masters: int = 0
     """Float32 masters that were rounded anew, to be compared with the checkpoint; 0 where there are none, or no more."""
     unlike_masters: tuple[str, ...] = ()
@@ -48,7 +52,7 @@ class Verification(Section):
     @property
     def faults(self) -> tuple[str, ...]:
         """All that must not be."""
-        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory, *self.leaked)
+        moved = (*self.violations, *self.changed_extras, *self.moved_in_memory, *self.leaked, *self.moved_columns)
         return (*moved, *self.unmoved, *self.retyped, *self.lost, *self.damaged, *self.unlike_masters)
 
     @property

@@ -1,4 +1,4 @@
-"""What is earlier, where a round's grain is `directions`: the moments of earlier inputs, and the directions they leave open.
+"""What is earlier, where matrices train in parts: the moments of earlier inputs, and the directions or columns they leave open.
 
 The inputs are those of what the model writes of itself, of rows that `freeze.keep` names, and of the rows of every round done
 so. They are taken once, by the first process that comes, before the ranks join: it loads the start by itself.
@@ -17,16 +17,19 @@ from filelock import FileLock
 
 from hftcli.data.cache import default_cache
 from hftcli.errors import InputError
-from hftcli.freezing.directions import list_inputs
+from hftcli.freezing.directions import Columns, list_coordinates, list_inputs
 from hftcli.freezing.selection import FreezePlan, complete_plan
 from hftcli.measuring.drift import NUM_SAMPLES, SAMPLE_TOKENS, draw_texts
 from hftcli.measuring.moments import Inputs, Moments, add_source, measure_moments, read_moments, write_moments
 from hftcli.methods.method import draw_rows
 from hftcli.methods.quiet import Quiet
 from hftcli.models.checkpoint import load_finished
+from hftcli.models.columned import find_columns, score_columns
 from hftcli.models.deltas import hash_checkpoint
 from hftcli.models.device import is_mixed
-from hftcli.models.directed import find_basis, read_bases, read_origin, write_bases
+from hftcli.models.directed import find_basis
+from hftcli.models.division import draw_choices, read_bases, read_origin, write_bases
+from hftcli.models.reader import Start
 from hftcli.runs.earlier import EarlierInputs
 from hftcli.runs.history import read_history
 from hftcli.runs.run import Round
@@ -37,13 +40,15 @@ ROUND_ROWS = 256  # of a round's own rows, whose moments are added when it ends
 SAMPLES = f"{NUM_SAMPLES} samples of up to {SAMPLE_TOKENS} tokens"
 
 
-def settle_directions(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
-    """The assignment with a plan that names its directions, which lie in the round's folder; by the first process that comes.
+def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
+    """The assignment with a plan that names its directions or columns, which lie in the round's folder.
+
+    The first process that comes chooses them.
 
     Raises:
         InputError: the moments of earlier rounds are missing, or are not those of the start's history.
     """
-    if not task.plan.directions:
+    if not task.plan.parts:
         return task
     round_ = attempt.round
     attempt.reporter.report("referencing")
@@ -55,8 +60,8 @@ def settle_directions(attempt: Attempt, task: Assignment, rows: Rows) -> Assignm
         if read_origin(round_.bases_path).get("key") != key:
             moments = gather_moments(task, rows, inputs, last)
             write_moments(round_.moments_path, moments)
-            bases = choose_bases(task.plan, moments, torch.bfloat16 if is_mixed(task.spec) else torch.float32)
-            energy = json.dumps(measure_closed_energy(moments, bases))
+            bases = choose_bases(task, moments)
+            energy = json.dumps(measure_closed_energy(task.plan, moments, bases))
             origin = {"key": key, "moments": seal_file(round_.moments_path).sha256, "closed_energy": energy}
             write_bases(round_.bases_path, bases, {**origin, "sources": json.dumps(moments.sources)})
     bases, origin = read_bases(round_.bases_path), read_origin(round_.bases_path)
@@ -68,6 +73,8 @@ def settle_directions(attempt: Attempt, task: Assignment, rows: Rows) -> Assignm
 
 def list_all_inputs(task: Assignment) -> Inputs:
     """What all matrices in the layers read, those that another round draws among them."""
+    if task.spec.freeze.grain == "columns":
+        return list_coordinates(task.network.units)
     return list_inputs(task.network.units, task.spec.freeze.blocks, task.network.num_heads)
 
 
@@ -83,14 +90,16 @@ def find_last_moments(start: Path) -> Path | None:
     path = Round(start.parent).moments_path
     fix = f"start from {start} where its round's folder is whole, or from a model without such a history"
     if not path.exists():
-        raise InputError(f"{start} was trained in directions, and {path}, with the moments of what it learned, is missing", fix)
+        raise InputError(
+            f"{start} was trained in directions or columns, and {path}, with the moments of what it learned, is missing", fix
+        )
     if seal_file(path).sha256 != rounds[-1].moments:
         raise InputError(f"{path} holds moments that do not belong to the rounds behind {start}", fix)
     return path
 
 
 def make_key(task: Assignment, rows: Rows, last: Path | None) -> str:
-    """A hash of all that the moments and the directions come from."""
+    """A hash of all that the moments, and the directions or columns, come from."""
     freeze = task.spec.freeze
     shaping = {
         "start": hash_checkpoint(task.start),
@@ -127,27 +136,42 @@ def gather_moments(task: Assignment, rows: Rows, inputs: Inputs, last: Path | No
     return moments
 
 
-def choose_bases(plan: FreezePlan, moments: Moments, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The directions that earlier inputs use least, by input of the plan's matrices."""
-    assert plan.directions is not None
-    num_open = {parts.input: parts.num_open for parts in plan.directions.values()}
-    return {name: find_basis(moments.tensors[name], number)[0].to(dtype) for name, number in num_open.items()}
+def choose_bases(task: Assignment, moments: Moments) -> dict[str, torch.Tensor]:
+    """The directions or columns in which the plan's matrices train, by the name of the choice."""
+    plan, dtype = task.plan, torch.bfloat16 if is_mixed(task.spec) else torch.float32
+    if plan.rule.choice == "random":
+        return draw_choices(plan.parts, dtype, plan.rule.seed, plan.round_index)
+    stored, found = Start(task.spec.model, task.start, (*plan.trained, *plan.frozen)), {}
+    for name, part in plan.parts.items():
+        if part.choice in found:
+            continue
+        own = moments.tensors[part.input]
+        if isinstance(part, Columns):
+            scores_I = score_columns(stored.read_master(name), own[:, 0, 0], plan.rule.choice)
+            found[part.choice] = find_columns(scores_I, part.num_columns)
+        else:
+            found[part.choice] = find_basis(own, part.num_open)[0].to(dtype)
+    return found
 
 
-def measure_closed_energy(moments: Moments, bases: dict[str, torch.Tensor]) -> dict[str, float]:
-    """By input of the plan's matrices, the share of its energy that lies in what is closed."""
+def measure_closed_energy(plan: FreezePlan, moments: Moments, bases: dict[str, torch.Tensor]) -> dict[str, float]:
+    """By choice of the plan's matrices, the share of their input's energy that lies in what is closed."""
     found = {}
-    for name, basis_NWR in bases.items():
-        moments_NWW, exact_NWR = moments.tensors[name].double(), torch.linalg.qr(basis_NWR.double())[0]
+    for name, part in {part.choice: part for part in plan.parts.values()}.items():
+        moments_NWW = moments.tensors[part.input].double()
         total = moments_NWW.diagonal(dim1=1, dim2=2).sum().item()
-        is_open = torch.einsum("nwr,nwv,nvr->", exact_NWR, moments_NWW, exact_NWR).item()
+        if isinstance(part, Columns):
+            is_open = moments_NWW[bases[name], 0, 0].sum().item()
+        else:
+            exact_NWR = torch.linalg.qr(bases[name].double())[0]
+            is_open = torch.einsum("nwr,nwv,nvr->", exact_NWR, moments_NWW, exact_NWR).item()
         found[name] = 1.0 - is_open / total if total else 1.0
     return found
 
 
 def describe_earlier(round_: Round, plan: FreezePlan) -> EarlierInputs | None:
     """What was earlier than a round; None where its matrices train whole or not at all."""
-    if not plan.directions:
+    if not plan.parts:
         return None
     origin = read_origin(round_.bases_path)
     return EarlierInputs(sources=json.loads(origin["sources"]), closed_energy=json.loads(origin["closed_energy"]))
@@ -177,7 +201,7 @@ def grow_moments(
     Returns:
         The hash of the file, for the checkpoint's history.
     """
-    if not task.plan.directions:
+    if not task.plan.parts:
         return None
     path, source = attempt.round.moments_path, f"round {task.plan.fingerprint}"
     inputs = list_all_inputs(task)

@@ -19,7 +19,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.planning import find_arithmetic
 from hftcli.models.checkpoint import freeze_model, halve_frozen
 from hftcli.models.device import has_bfloat16
-from hftcli.models.directed import DirectedLinear, direct_model, draw_bases
+from hftcli.models.division import divide_model, draw_choices
 from hftcli.recipe.recipe import Recipe
 from hftcli.training.loss import set_loss_kernel
 from hftcli.training.reports import measure_optimizer_bytes
@@ -93,10 +93,8 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     freeze_model(model, plan)
-    layers: dict[str, DirectedLinear] = {}
-    if plan.directions:
-        dtype = torch.bfloat16 if work.arithmetic == "autocast" else torch.float32
-        layers = direct_model(model, plan.directions, draw_bases(plan.directions, dtype), True)
+    dtype = torch.bfloat16 if work.arithmetic == "autocast" else torch.float32
+    layers = divide_model(model, plan.parts, draw_choices(plan.parts, dtype), True)
     if work.arithmetic == "autocast":
         halve_frozen(model)
     model.to(device).train()
@@ -127,7 +125,7 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
         step_s = time.perf_counter() - started
     return MeasuredStep(
         weights_bytes=sum(parameter.nbytes for parameter in model.parameters())
-        + sum(layer.num_kept_bytes for layer in layers.values()),
+        + sum(layer.num_merged_bytes for layer in layers.values()),
         gradients_bytes=gradients_bytes,
         optimizer_bytes=measure_optimizer_bytes(optimizer),
         activations_bytes=activations_bytes,

@@ -59,7 +59,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     check_positions(spec.data.max_length, description.max_positions)
     check_kernel(spec, start)
     check_router(spec, start)
-    check_directions(spec, start)
+    check_grain(spec, start)
     units = assign_roles(description.model_type, description.parameters)
     plan = make_plan(units, spec.freeze, spec.index, description.num_heads)
     methods = make_methods(spec)
@@ -112,11 +112,12 @@ def check_kernel(spec: RoundSpec, start: Path) -> None:
         )
 
 
-def check_directions(spec: RoundSpec, start: Path) -> None:
+def check_grain(spec: RoundSpec, start: Path) -> None:
     """Raises: ModelError: the matrices are quantized, so that nothing can be added to them."""
-    if spec.freeze.directs and "quantization_config" in AutoConfig.from_pretrained(start).to_dict():
+    if spec.freeze.divides and "quantization_config" in AutoConfig.from_pretrained(start).to_dict():
         raise ModelError(
-            f"freeze.grain: directions adds to the matrices of {start}, and its config.json says that they are quantized",
+            f"freeze.grain: {spec.freeze.grain_name} trains parts of the matrices of {start}, and its config.json says that "
+            "they are quantized",
             "give the checkpoint that it was quantized from",
         )
 

@@ -21,7 +21,7 @@ from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
 from hftcli.runs.verification import Verification
 from hftcli.training.curve import Curve
-from hftcli.training.earlier import describe_earlier, grow_moments, settle_directions
+from hftcli.training.earlier import describe_earlier, grow_moments, settle_parts
 from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
 from hftcli.training.outlook import look_ahead
@@ -70,7 +70,7 @@ def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
     outlook = look_ahead(task, rows)
     if attempt.reporter.is_first:
         write_model(attempt.round.outlook_path, outlook)
-    return settle_directions(attempt, task, rows), rows
+    return settle_parts(attempt, task, rows), rows
 
 
 def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
@@ -185,7 +185,7 @@ def save(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained
 
 
 def learn_inputs(attempt: Attempt, task: Assignment, rows: Rows, trainer: TaskTrainer | PairTrainer) -> str | None:
-    """Count what the round has read as earlier, where its grain is `directions`; the hash of what is kept of it."""
+    """Count what the round has read as earlier, where its matrices train in parts; the hash of what is kept of it."""
     args = trainer.args
     for method in task.methods:
         method.end_step()  # weights of an earlier step may have been laid in

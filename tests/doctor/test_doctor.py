@@ -27,7 +27,8 @@ from hftcli.doctor.doctor import (
     judge_host,
 )
 from hftcli.freezing.roles import Parameter, Unit
-from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.hosts import Host
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import LaunchSection

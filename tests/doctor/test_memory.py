@@ -11,7 +11,8 @@ from hftcli.doctor.memory import check_host, check_memory, share_memory, suggest
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, Unit, assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.recipe.sections import LaunchSection
 from hftcli.recipe.slurm import SlurmSection
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hftcli import PACKAGE
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.launching.watch import launch_round
 from hftcli.recipe.sections import DataSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.files import write_model

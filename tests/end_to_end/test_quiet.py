@@ -1,4 +1,4 @@
-"""The quiet half as commands have it: its short name, its run and what is told of it, its proof, and what is refused."""
+"""The quiet half and columns as commands have them: the short name, runs and what is told of them, proofs, what is refused."""
 
 import json
 from pathlib import Path
@@ -26,10 +26,14 @@ def test_the_recipe_is_the_short_name_with_rows_to_keep():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("method.lora={}", "method.lora works on whole matrices"),
+        (
+            "method.lora={}",
+            "method.lora works on whole matrices, and of these freeze.grain: .*directions. trains a part",
+        ),
         ("method.l2sp={strength: 0.1}", "method.l2sp works on whole matrices"),
         ("freeze={blocks: 32}", "blocks would have no effect beside grain matrices"),
-        ("freeze={grain: [directions, matrices]}", "give matrices, directions, or"),
+        ("freeze={grain: directions, part: ssu}", "part ssu scores columns: set grain: columns"),
+        ("freeze={grain: [directions, matrices]}", "give matrices, directions, columns, or"),
     ],
 )
 def test_what_does_not_go_together_is_refused(override: str, said: str):
@@ -50,6 +54,20 @@ def test_a_run_and_its_proof(hft, settings, tmp_path: Path):
     weights[name][7] *= 1.001
     save_file(weights, path, {"format": "pt"})
     assert f"trained in directions, but moved in others: {name} (1 rows" in hft("verify", folder, code=3).stdout
+
+
+def test_frozen_columns_are_proved(hft, settings, tmp_path: Path):
+    folder, given = tmp_path / "run", {key: value for key, value in SHORT.items() if not key.startswith("freeze")}
+    shown = hft("sft", *settings(given | {"freeze.grain": "columns"}), "--output", folder).stdout
+    assert "2,976 frozen columns compared bit for bit" in shown  # 6 layers, 6 matrices of 128 inputs and one of 224
+    path = folder / "rounds" / "00-sft" / "checkpoint" / "model.safetensors"
+    weights, name = load_file(path), "model.layers.0.mlp.down_proj.weight"
+    open_columns = load_file(folder / "rounds" / "00-sft" / "quiet" / "bases.safetensors")[name].tolist()
+    frozen = next(number for number in range(224) if number not in open_columns)
+    weights[name][7, frozen] *= 1.001
+    save_file(weights, path, {"format": "pt"})
+    found = hft("verify", folder, code=3).stdout
+    assert f"trained in columns, but moved in frozen ones: {name} (1 of 112 frozen columns)" in found
 
 
 @pytest.mark.parametrize(

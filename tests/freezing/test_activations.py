@@ -15,7 +15,8 @@ from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import estimate_memory
 from hftcli.freezing.passes import count_activations
 from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.models.checkpoint import freeze_model, halve_frozen
 from hftcli.models.description import describe_model
 from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits, set_loss_kernel

@@ -5,7 +5,8 @@ import pytest
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget, Memory, estimate_memory
 from hftcli.freezing.roles import Parameter, Unit
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 
 NUM_PARAMETERS, NUM_TRAINABLE = 1000, 400
 

@@ -1,4 +1,4 @@
-"""Directions in plans: what is counted of them, what they cost beside what autograd keeps, and what is refused."""
+"""Directions and columns in plans: what is counted of them, what they cost beside what autograd keeps, and what is refused."""
 
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from hftcli.errors import ModelError
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Unit, assign_roles
-from hftcli.freezing.selection import QUIET, FreezePlan, FreezeRule, complete_plan, make_plan
+from hftcli.freezing.rule import QUIET, FreezeRule
+from hftcli.freezing.selection import FreezePlan, complete_plan, make_plan
 from hftcli.models.description import describe_model
 from hftcli.reporting.plans import describe_imbalance
 from hftcli.training.probe import make_random_model, measure_steps
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
-EVERYWHERE = FreezeRule(grain="directions")
+EVERYWHERE, COLUMNS = FreezeRule(grain="directions"), FreezeRule(grain="columns")
 LLAMA_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
@@ -34,9 +35,17 @@ def read_network(folder: Path) -> Network:
     return Network(described.model_type, assign_roles(described.model_type, described.parameters), described.num_heads)
 
 
-@pytest.mark.parametrize("rule", [EVERYWHERE, FreezeRule.model_validate("quiet")], ids=["everywhere", "quiet"])
+RULES = {
+    "everywhere": EVERYWHERE,
+    "quiet": FreezeRule.model_validate("quiet"),
+    "columns": COLUMNS,
+    "quiet columns": COLUMNS.model_copy(update={"part": "quiet"}),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("arithmetic", ["float32", "autocast"])
-def test_what_directions_hold_is_what_was_planned(rule: FreezeRule, arithmetic: str):
+def test_what_parts_hold_is_what_was_planned(rule: FreezeRule, arithmetic: str):
     work = Workload(2, 96, arithmetic=arithmetic)
     budget = make_budget(read_network(EMBEDDED), rule, work, "mixed" if arithmetic == "autocast" else "float32")
     measured = measure_steps(make_random_model(str(EMBEDDED), None), budget.plan, work)
@@ -48,6 +57,11 @@ def test_what_directions_hold_is_what_was_planned(rule: FreezeRule, arithmetic: 
     assert activations.saved_bytes + activations.cast_bytes == pytest.approx(measured.activations_bytes, rel=0.02)
     assert activations.saved_bytes < 0.95 * budget.full_step[0].saved_bytes
     assert half.gradients_bytes < 0.6 * full.gradients_bytes
+    frozen = rule.model_copy(update={"embeddings": "freeze", "head": "freeze"})
+    whole = FreezeRule(trainable_fraction=1.0, embeddings="freeze", head="freeze")
+    inside, all_inside = (make_budget(budget.network, own, work, budget.precision).half for own in (frozen, whole))
+    assert inside.gradients_bytes <= 0.53 * all_inside.gradients_bytes
+    assert inside.optimizer_bytes <= 0.53 * all_inside.optimizer_bytes
 
 
 def test_flops_of_a_layer_beside_full_fine_tuning():
@@ -62,6 +76,7 @@ def test_flops_of_a_layer_beside_full_fine_tuning():
     found = {
         "everywhere": (EVERYWHERE, 2.5 * (4 * square + 3 * wide) + half_basis),
         "blocks": (FreezeRule(grain="directions", blocks=32), 2.5 * (4 * square + 3 * wide) + in_blocks),
+        "columns": (COLUMNS, 2.5 * (4 * square + 3 * wide)),
     }
     frozen = FreezeRule(embeddings="freeze", head="freeze")
     base = make_budget(network, FreezeRule(trainable_fraction=1.0, embeddings="freeze", head="freeze"), work).half_step[1]
@@ -71,7 +86,7 @@ def test_flops_of_a_layer_beside_full_fine_tuning():
         saved = (base.weight_gradient + base.forward - flops.weight_gradient - flops.forward) / (2 * 32)
         assert saved == pytest.approx(whole - expected, rel=1e-6), name
     shares = [expected / whole for _, expected in found.values()]
-    assert shares == pytest.approx([0.975, 0.86], abs=0.005)
+    assert shares == pytest.approx([0.975, 0.86, 0.833], abs=0.005)
     half, quiet = (make_budget(network, rule, work).half_step[1] for rule in (frozen, frozen.model_copy(update=dict(QUIET))))
     assert quiet.weight_gradient + quiet.forward < half.weight_gradient + half.forward
 
@@ -87,6 +102,9 @@ def test_the_plan_says_what_was_asked_for_and_the_disk_what_is_left():
     width = {"attention": 128 * (128 + 64), "mlp": 128 * (128 + 64), "heads": 4 * 32 * (32 + 16), "inner": 7 * 32 * (32 + 16)}
     assert count_earlier_bytes(budget.plan) == 4 * sum(number * width[kind] for kind, number in spaces.items())
     assert count_earlier_bytes(make_plan(network.units, FreezeRule(), 0)) == 0
+    # For each of the 6 layers: the moments of four inputs, and the half of seven matrices' columns.
+    columns = 4 * (128 + 128 + 128 + 224) + 8 * (6 * 128 + 224) // 2
+    assert count_earlier_bytes(make_plan(network.units, COLUMNS, 0)) == 6 * columns
 
 
 def test_shares_of_the_input_space(llama: tuple[Unit, ...]):
@@ -104,6 +122,24 @@ def test_shares_of_the_input_space(llama: tuple[Unit, ...]):
     assert inside.directions.keys() == matrices & set(paper.trained)
 
 
+def test_columns_of_a_matrix_are_its_own_unless_its_input_chooses(llama: tuple[Unit, ...]):
+    own, shared = (
+        make_plan(llama, FreezeRule(grain="columns", part=part, trainable_fraction=0.25), 0, 2) for part in ("ssu", "quiet")
+    )
+    matrices = {unit.parameters[0].name: unit.parameters[0].shape for unit in llama if unit.role in ("attention", "mlp")}
+    assert own.columns.keys() == shared.columns.keys() == matrices.keys()
+    for name, part in own.columns.items():
+        assert (part.num_outputs, part.num_inputs) == matrices[name]
+        assert part.num_columns == round(0.25 * part.num_inputs)
+        assert part.choice == name
+        assert part.is_kept_whole == (name.split(".")[-2] not in ("o_proj", "down_proj"))
+        assert shared.columns[name].choice == part.input
+        assert shared.columns[name].num_kept == part.num_columns
+    assert own.directions is None
+    assert own.fingerprint != shared.fingerprint
+    assert FreezePlan.model_validate_json(own.model_dump_json()) == own
+
+
 def test_blocks_are_heads_and_neighbours(llama: tuple[Unit, ...]):
     plan = make_plan(llama, FreezeRule(grain="directions", blocks=4), 0, 2)
     width = {name.split(".")[-2]: (parts.num_blocks, parts.width) for name, parts in plan.directions.items()}
@@ -116,7 +152,7 @@ def test_blocks_are_heads_and_neighbours(llama: tuple[Unit, ...]):
 def test_a_grain_of_matrices_leaves_no_trace(llama: tuple[Unit, ...]):
     """Plans keep the fingerprints that they had before there was another grain."""
     text = make_plan(llama, FreezeRule(), 0).model_dump_json()
-    assert not any(name in text for name in ("grain", "directions", "blocks", "keep", "moments", "bases"))
+    assert not any(name in text for name in ("grain", "directions", "columns", "part", "blocks", "keep", "moments", "bases"))
     assert make_plan(llama, FreezeRule(grain="matrices"), 0) == make_plan(llama, FreezeRule(), 0)
 
 
@@ -152,7 +188,18 @@ def test_blocks_that_do_not_divide_name_those_that_do(llama: tuple[Unit, ...]):
 
 
 @pytest.mark.parametrize(
-    "rule", [{"grain": ["directions", "matrices"]}, {"grain": []}, {"blocks": 32}, {"keep": {"path": "x"}}, {"grain": "rows"}]
+    "rule",
+    [
+        {"grain": ["directions", "matrices"]},
+        {"grain": []},
+        {"blocks": 32},
+        {"keep": {"path": "x"}},
+        {"grain": "rows"},
+        {"part": "random"},
+        {"grain": "columns", "blocks": 8},
+        {"grain": "directions", "part": "ssu"},
+        {"grain": ["matrices", "columns"]},
+    ],
 )
 def test_bad_grains(rule: dict):
     with pytest.raises(ValidationError):

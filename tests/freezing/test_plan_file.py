@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Unit
-from hftcli.freezing.selection import GROUPS, RANKINGS, FreezePlan, FreezeRule, RoleCount, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import GROUPS, RANKINGS, FreezePlan, RoleCount, make_plan
 
 
 def test_a_plan_survives_its_file(llama: tuple[Unit, ...]):

@@ -15,7 +15,8 @@ from freezing.plans import count_groups, find_trained
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter, Unit
-from hftcli.freezing.selection import GROUPS, FreezeRule, RoleCount, find_closest, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import GROUPS, RoleCount, find_closest, make_plan
 
 LLAMA_2_7B = {
     "hidden_size": 4096,
@@ -217,7 +218,8 @@ def test_the_same_plan_in_every_process(llama: tuple[Unit, ...]):
     code = (
         "import sys\n"
         "from hftcli.freezing.roles import Parameter, assign_roles\n"
-        "from hftcli.freezing.selection import FreezeRule, make_plan\n"
+        "from hftcli.freezing.rule import FreezeRule\n"
+        "from hftcli.freezing.selection import make_plan\n"
         f"units = assign_roles('llama', {[parameter for unit in llama for parameter in unit.parameters]})\n"
         "print(make_plan(units, FreezeRule(), 2).model_dump_json())"
     )

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hftcli.freezing.roles import Parameter, Unit
-from hftcli.freezing.selection import GROUPS, FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import GROUPS, make_plan
 
 POOLS = {
     "category": lambda unit: (unit.role, (unit.role, unit.layer), unit.name),

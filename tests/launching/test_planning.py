@@ -9,7 +9,8 @@ from hftcli.errors import InputError
 from hftcli.freezing.activations import LossKernel, Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.launching.planning import (
     PLAIN_BYTES,
     apply_fit,

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hftcli import PACKAGE
 from hftcli.data.tokens import TOKEN_FEATURES
 from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
 from hftcli.methods import make_methods

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwe
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter, assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.methods import make_methods
 from hftcli.methods.ia3 import Ia3
 from hftcli.methods.lora import ADAPTER

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 
 from hftcli import PACKAGE
 from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezePlan, FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.models.checkpoint import load_model, save_checkpoint, save_delta
 from hftcli.models.configs import settle_configs
 from hftcli.models.description import describe_model

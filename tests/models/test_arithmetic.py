@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hftcli.errors import InputError, ModelError
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.models.arithmetic import interpolate_models, merge_delta, reset_half, write_weights
 from hftcli.models.reader import CheckpointReader
 

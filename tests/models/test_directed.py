@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hftcli.freezing.directions import Directions
 from hftcli.models.closure import measure_leak
-from hftcli.models.directed import DirectedLinear, direct_model, draw_bases
+from hftcli.models.directed import DirectedLinear
+from hftcli.models.division import divide_model, draw_choices
 
 
 def make_pair(num_blocks: int) -> tuple[nn.Module, dict[str, DirectedLinear], torch.Tensor]:
@@ -20,7 +21,7 @@ def make_pair(num_blocks: int) -> tuple[nn.Module, dict[str, DirectedLinear], to
     plain = copy.deepcopy(model)
     parts = {"input": "x", "num_blocks": num_blocks, "width": 16 // num_blocks, "num_open": 8 // num_blocks}
     directions = {"q.weight": Directions(num_outputs=8, **parts), "k.weight": Directions(num_outputs=12, **parts)}
-    layers = direct_model(model, directions, draw_bases(directions, torch.float32), True)
+    layers = divide_model(model, directions, draw_choices(directions, torch.float32), True)
     for name, layer in layers.items():
         nn.init.normal_(layer.change)
         basis = torch.block_diag(*layer.basis)
@@ -65,7 +66,7 @@ def test_what_is_kept_is_the_projection_alone_and_once():
         outputs = [plain["model"][name](given) for name in ("q", "k")]
     assert [tuple(tensor.shape) for tensor in kept] == [(5, 8), (5, 8)]
     assert kept[0].data_ptr() == kept[1].data_ptr()
-    assert layers["q.weight"].projection.input is None  # nothing outlives the graph
+    assert layers["q.weight"].reading.input is None  # nothing outlives the graph
     assert outputs[0].requires_grad
 
 

@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import FAMILIES
-from hftcli.freezing.selection import FreezePlan, FreezeRule
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import FreezePlan
 from hftcli.models.arithmetic import interpolate_models, merge_delta, reset_half
 from hftcli.models.checkpoint import gather_outcome, load_finished, load_model, load_weights
 from hftcli.models.layout import Layout

@@ -6,7 +6,7 @@ from typing import get_origin
 import pytest
 
 from hftcli.errors import RecipeError
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.evaluation import EvalSection, HeldOutSection
 from hftcli.recipe.loading import describe_defaults, dump_recipe, find_recipe, load_recipe
 from hftcli.recipe.methods import MethodSection

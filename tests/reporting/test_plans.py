@@ -3,7 +3,8 @@
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, Unit
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.reporting.plans import describe_imbalance
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from hftcli import PACKAGE
 from hftcli.errors import InputError
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import DataSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runners import prepare_continual, prepare_single, resolve_start

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 from hftcli import PACKAGE
 from hftcli.freezing.activations import LossKernel
 from hftcli.freezing.roles import assign_roles
-from hftcli.freezing.selection import FreezeRule, make_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.models.checkpoint import load_model
 from hftcli.models.description import describe_model
 from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection

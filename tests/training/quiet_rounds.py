@@ -1,18 +1,20 @@
-"""What the tests of directions share: a model of two layers, and short rounds from it, in this process."""
+"""What the tests of directions and columns share: a model of two layers, and short rounds from it, in this process."""
 
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hftcli import PACKAGE
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.launching.processes import StopRequest
 from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
 from hftcli.runs.spec import EarlierRound, RoundSpec
+from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.round import run_round
 
 TINYWORLD = PACKAGE / "tinyworld" / "model"
@@ -73,3 +75,30 @@ def go_back(done: Round, step: int, folder: Path) -> Round:
         if later > step:
             shutil.rmtree(round_.steps / str(later))
     return round_
+
+
+def read_inputs(model: torch.nn.Module, modules: dict[str, str], texts: list[list[int]]) -> dict[str, np.ndarray]:
+    """What modules read of texts, one text at a time, (tokens, inputs) in float64."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in modules}
+    handles = [
+        model.get_submodule(module).register_forward_pre_hook(
+            lambda layer, given, name=name: found[name].append(given[0][0].double().numpy())
+        )
+        for name, module in modules.items()
+    ]
+    with torch.no_grad():
+        for ids in texts:
+            model(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def read_batch(round_: Round) -> dict[str, torch.Tensor]:
+    """All rows of a round, padded."""
+    rows = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).train
+    longest = max(map(len, rows["input_ids"]))
+    fill = {"input_ids": 0, "labels": -100}
+    padded = {key: [[*row, *[value] * (longest - len(row))] for row in rows[key]] for key, value in fill.items()}
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows["input_ids"]]
+    return {key: torch.tensor(value) for key, value in (padded | {"attention_mask": mask}).items()}

@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.quiet_rounds import LEARNING_RATE, go_back, make_pairs_spec, make_spec, make_start, read_model, run
+from training.quiet_rounds import (
+    LEARNING_RATE,
+    go_back,
+    make_pairs_spec,
+    make_spec,
+    make_start,
+    read_batch,
+    read_inputs,
+    read_model,
+    run,
+)  # fmt: skip
 
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.directions import Directions
 from hftcli.launching.processes import StopRequest
 from hftcli.measuring.drift import draw_texts
 from hftcli.models.description import load_tokenizer
-from hftcli.models.directed import draw_bases, write_bases
+from hftcli.models.division import draw_choices, write_bases
 from hftcli.models.proof import verify_round
 from hftcli.models.reader import CheckpointReader
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
@@ -38,23 +48,6 @@ def done(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
     """A round in blocks, within the matrix half, with all its step checkpoints."""
     policy = CheckpointSection(save_steps=1, keep=9)
     return run(tmp_path_factory.mktemp("quiet") / "00", make_spec(start, IN_BLOCKS, checkpoint=policy))
-
-
-def read_inputs(model: torch.nn.Module, modules: dict[str, str], texts: list[list[int]]) -> dict[str, np.ndarray]:
-    """What modules read of texts, one text at a time, (tokens, inputs) in float64."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in modules}
-    handles = [
-        model.get_submodule(module).register_forward_pre_hook(
-            lambda layer, given, name=name: found[name].append(given[0][0].double().numpy())
-        )
-        for name, module in modules.items()
-    ]
-    with torch.no_grad():
-        for ids in texts:
-            model(input_ids=torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def test_what_is_open_is_what_earlier_inputs_use_least(done: Round, start: Path):
@@ -117,18 +110,6 @@ def block_diagonal(basis_NWR: np.ndarray) -> np.ndarray:
     for block, part in enumerate(basis_NWR):
         whole[block * width : (block + 1) * width, block * num_open : (block + 1) * num_open] = part
     return whole
-
-
-def read_batch(round_: Round) -> dict[str, torch.Tensor]:
-    """All rows of a round, padded."""
-    from hftcli.training.reading import read_assignment, tokenize_rows
-
-    rows = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).train
-    longest = max(map(len, rows["input_ids"]))
-    fill = {"input_ids": 0, "labels": -100}
-    padded = {key: [[*row, *[value] * (longest - len(row))] for row in rows[key]] for key, value in fill.items()}
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows["input_ids"]]
-    return {key: torch.tensor(value) for key, value in (padded | {"attention_mask": mask}).items()}
 
 
 @pytest.mark.parametrize(
@@ -242,8 +223,8 @@ def test_a_bases_file_of_another_plan_is_refused(done: Round, tmp_path: Path):
     other = go_back(done, 4, tmp_path / "00")
     run_round(other, StopRequest(other))
     parts = {"x.weight": Directions(input="x", num_outputs=2, num_blocks=1, width=4, num_open=2)}
-    write_bases(other.bases_path, draw_bases(parts, torch.float32), {})
-    with pytest.raises(ModelError, match="does not hold the directions of plan"):
+    write_bases(other.bases_path, draw_choices(parts, torch.float32), {})
+    with pytest.raises(ModelError, match="does not hold the directions or columns of plan"):
         verify_round(other)
 
 

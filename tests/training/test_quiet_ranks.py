@@ -1,4 +1,4 @@
-"""Directions on two ranks under DeepSpeed: the weights of one process, at every stage of ZeRO; resumed, and in bfloat16."""
+"""Directions and columns on two ranks under DeepSpeed: the weights of one process, at every stage of ZeRO, and in bfloat16."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
 
 QUIET = {"grain": ["matrices", "directions"], "blocks": 16}
+RULES = {"quiet": QUIET, "columns": {"grain": "columns"}}
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +22,23 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_start(tmp_path_factory.mktemp("quiet") / "start")
 
 
+@pytest.fixture(scope="module", params=RULES)
+def rule(request: pytest.FixtureRequest) -> dict:
+    return RULES[request.param]
+
+
 @pytest.fixture(scope="module")
-def alone(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
-    return run(tmp_path_factory.mktemp("quiet") / "alone", make_spec(start, QUIET))
+def alone(start: Path, rule: dict, tmp_path_factory: pytest.TempPathFactory) -> Round:
+    return run(tmp_path_factory.mktemp("quiet") / "alone", make_spec(start, rule))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "dtype"), [(2, torch.bfloat16), (3, torch.bfloat16), (3, torch.float32)])
-def test_two_ranks_in_bfloat16(tmp_path: Path, stage: int, dtype: torch.dtype):
+def test_two_ranks_in_bfloat16(tmp_path: Path, rule: dict, stage: int, dtype: torch.dtype):
     if not has_bfloat16():
         pytest.skip("this machine does not compute in bfloat16")
     launch, train = LaunchSection(num_processes=2, zero_stage=stage), {"bf16": True, "per_device_train_batch_size": 4}
-    spec = make_spec(make_start(tmp_path / "start", dtype), QUIET, launch=launch, train=train)
+    spec = make_spec(make_start(tmp_path / "start", dtype), rule, launch=launch, train=train)
     round_ = Round(tmp_path / "00")
     round_.folder.mkdir()
     write_model(round_.spec_path, spec)
@@ -45,9 +51,9 @@ def test_two_ranks_in_bfloat16(tmp_path: Path, stage: int, dtype: torch.dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_end_where_one_process_does(alone: Round, start: Path, tmp_path: Path, stage: int):
+def test_two_ranks_end_where_one_process_does(alone: Round, start: Path, rule: dict, tmp_path: Path, stage: int):
     spec = make_spec(
-        start, QUIET, launch=LaunchSection(num_processes=2, zero_stage=stage), train={"per_device_train_batch_size": 4}
+        start, rule, launch=LaunchSection(num_processes=2, zero_stage=stage), train={"per_device_train_batch_size": 4}
     )
     round_ = Round(tmp_path / "00")
     round_.folder.mkdir()

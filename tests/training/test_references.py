@@ -5,7 +5,7 @@ import torch
 from training.preferences import compute_loss, make_trainer
 
 from hftcli.errors import InputError
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.spec import RoundSpec
 from hftcli.training.references import make_reference_key, read_log_probs

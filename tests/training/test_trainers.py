@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from hftcli import PACKAGE
 from hftcli.data.prepare import prepare_dataset
 from hftcli.errors import InputError
-from hftcli.freezing.selection import FreezeRule
+from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.sections import DataSection, LaunchSection, ModelSection, TrainSection
 from hftcli.recipe.trainer_keys import SFT_ONLY, SHARED, Passed
 from hftcli.runs.spec import RoundSpec

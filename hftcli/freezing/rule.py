@@ -1,0 +1,119 @@
+"""The rule by which a round chooses what trains: the recipe's section `freeze`."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from hftcli.freezing.directions import KeepRule
+
+Grain = Literal["matrices", "directions", "columns"]
+Choice = Literal["quiet", "random", "ssu", "ssu-code"]
+GRAINS: tuple[Grain | tuple[Grain, ...], ...] = ("matrices", "directions", "columns", ("matrices", "directions"))
+QUIET: dict[str, Any] = {"grain": ("matrices", "directions"), "blocks": 32}  # what `freeze: quiet` is short for
+
+
+class FreezeRule(BaseModel):
+    """How a round chooses what trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    group: Literal["category", "layer", "model"] = "category"
+    """What is halved: `category`, the units of one role in one layer; `layer`, the model's layers, each of which
+    trains or is frozen as a whole; `model`, all units in the layers at once."""
+
+    rank: Literal["random"] = "random"
+    """Who comes first in a group: `random` draws anew in every round."""
+
+    trainable_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share that trains in the layers; 1.0 is full fine-tuning."""
+
+    seed: int = 42
+    """Another seed draws other halves. `train.seed` is another matter: the order of the data."""
+
+    embeddings: Literal["train", "freeze"] = "train"
+    """The token embeddings, and position embeddings where they are learned. Where the head is tied to the embeddings,
+    both keys must be set alike."""
+
+    head: Literal["train", "freeze"] = "train"
+    """The output layer, from hidden states to logits."""
+
+    balance: Literal["units", "weights"] = "units"
+    """What the share is a share of: `units` counts matrices, as the paper does; `weights` counts their weights, which
+    differs where the units of a group differ in size, as in grouped-query attention."""
+
+    # What is off leaves no trace in a plan, so that plans keep the fingerprints that they had without it.
+    frozen_prefix: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda value: value == 0)] = 0.0
+    """Share of the layers, counted from the input, that is frozen whole together with the embeddings, so that the backward pass
+    ends above them. In the layers above so much more trains that `trainable_fraction` stays the share of all, where that is
+    possible. A variant of the paper's rule; 0 is the paper's."""
+
+    grain: Annotated[Grain | tuple[Grain, ...], Field(exclude_if=lambda value: value == "matrices")] = "matrices"
+    """In what pieces the layers' matrices are halved: `matrices`, each trains or is frozen as a whole, as in the paper;
+    `directions`, each trains in that share of its input space which the inputs of earlier data use least, and stays what it is
+    in the rest; `columns`, each trains in that share of its input columns, and the others are frozen bit for bit; `[matrices,
+    directions]`, directions within the paper's half, which takes the share twice."""
+
+    part: Annotated[Choice | None, Field(exclude_if=lambda value: value is None)] = None
+    """With directions or columns: which of them train. `quiet`, those in which the inputs of earlier data have least energy;
+    `random`, any, as a control; and of columns `ssu`, those with the least sum of absolute weights times the norm of the
+    column's input over earlier data (arXiv 2512.04844), or `ssu-code`, with the least norm of the column times the mean square
+    of its input, which is what that paper's published code computes. Null is `quiet` for directions and `ssu` for columns."""
+
+    blocks: Annotated[int | None, Field(ge=2, exclude_if=lambda value: value is None)] = None
+    """With directions: they are taken within each head for the attention's output, and within each so many neighbouring inputs
+    for the mlp's, which costs nearly nothing per token; null takes them from the whole input everywhere."""
+
+    keep: Annotated[KeepRule | None, Field(exclude_if=lambda value: value is None)] = None
+    """With directions or columns: rows that must not be forgotten. Besides, what the model writes of itself counts as earlier,
+    and the rows of every round that it has learned so."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether matrices train in a part of their directions or columns."""
+        return self.grain != "matrices"
+
+    @property
+    def grain_name(self) -> str:
+        """The grain as a recipe has it."""
+        return self.grain if isinstance(self.grain, str) else f"[{', '.join(self.grain)}]"
+
+    @property
+    def choice(self) -> Choice:
+        """Which directions or columns train."""
+        return self.part or ("ssu" if self.grain == "columns" else "quiet")
+
+    @property
+    def layer_fraction(self) -> float:
+        """Share of the layers' weights that the rule asks for: halves of halves are quarters."""
+        return self.trainable_fraction ** (2 if self.grain == ("matrices", "directions") else 1)
+
+    def relocate(self, move: Callable[[str], str]) -> "FreezeRule":
+        """The same rule with its rows at the place that `move` gives for their path."""
+        keep = self.keep and self.keep.model_copy(update={"path": move(self.keep.path)})
+        return self.model_copy(update={"keep": keep})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_name(cls, value: Any) -> Any:
+        return dict(QUIET) if value == "quiet" else value
+
+    @model_validator(mode="after")
+    def _check_grain(self) -> "FreezeRule":
+        if self.grain not in GRAINS:
+            raise PydanticCustomError(
+                "grain", f"grain is {self.grain_name}: give matrices, directions, columns, or [matrices, directions]"
+            )
+        if self.blocks is not None and "directions" not in self.grain:
+            raise PydanticCustomError(
+                "grain", f"blocks would have no effect beside grain {self.grain_name}: drop it, or set grain: directions"
+            )
+        for key in ("keep", "part"):
+            if not self.divides and getattr(self, key) is not None:
+                raise PydanticCustomError(
+                    "grain", f"{key} would have no effect beside grain matrices: drop it, or set grain: directions or columns"
+                )
+        if self.grain != "columns" and self.choice in ("ssu", "ssu-code"):
+            raise PydanticCustomError("grain", f"part {self.part} scores columns: set grain: columns, or part: quiet or random")
+        return self
