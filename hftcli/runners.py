@@ -17,8 +17,9 @@ from hftcli.comparing.forgetting import ForgettingMatrix, assemble_matrix, short
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
+from hftcli.freezing.narrowing import narrow_plan
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
-from hftcli.freezing.selection import make_plan, narrow_plan
+from hftcli.freezing.selection import make_plan
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
@@ -27,7 +28,6 @@ from hftcli.launching.planning import apply_fit, check_offload, choose_fit, make
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
 from hftcli.measuring.evaluation import Subject
-from hftcli.recipe.methods import ADAPTERS
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import QUICK_START, DataSection, LaunchSection
 from hftcli.reporting.card import write_card
@@ -45,7 +45,7 @@ from hftcli.tasks.check import check_sequence
 NEEDS_WHOLE_WEIGHTS = {
     "ewc": "measures every weight on its own",
     "l2sp": "compares every weight with its start",
-    **dict.fromkeys(ADAPTERS, "is merged into whole weights"),
+    "olora": "compares its adapters with those before",
 }
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -315,7 +315,7 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     units = assign_roles(model_type, parameters)
     plan = make_plan(units, recipe.freeze, start.num_rounds, num_heads)
     if (lora := recipe.method.lora or recipe.method.olora) is not None:
-        plan = narrow_plan(plan, units, lora.target_modules)
+        plan = narrow_plan(plan, units, lora.target_modules, recipe.method.open_fraction, num_heads)
     num_processes = count_ranks(recipe.launch)
     network = Network(model_type, units, num_heads)
     budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)

@@ -137,14 +137,20 @@ class Adapters:
     rank: int
     has_dropout: bool = False
 
-    def list_shapes(self, units: Iterable[Unit], trained: Collection[str]) -> list[tuple[int, int]]:
-        """The factors' shapes."""
-        shapes = [parameter.shape for unit in units for parameter in unit.parameters if parameter.name in trained]
-        return [one for shape in shapes if len(shape) == 2 for one in ((self.rank, shape[1]), (shape[0], self.rank))]
+    def list_shapes(self, units: Iterable[Unit], trained: Collection[str], parts: Mapping[str, Part]) -> list[tuple[int, int]]:
+        """The factors' shapes.
 
-    def count_weights(self, units: Iterable[Unit], trained: Collection[str]) -> int:
-        """The factors' weights."""
-        return sum(rows * columns for rows, columns in self.list_shapes(units, trained))
+        Args:
+            parts: of the matrices whose adapter reads in some directions alone.
+        """
+        found = []
+        for parameter in (parameter for unit in units for parameter in unit.parameters if parameter.name in trained):
+            if len(parameter.shape) == 2:
+                num_outputs, num_inputs = parameter.shape
+                part = parts.get(parameter.name)
+                num_read = num_inputs if part is None else part.num_columns
+                found += [(self.rank, num_read), (num_outputs, self.rank)]
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ spreads one more part of them over the devices. A frozen weight costs only itsel
 master. Activations are those of `passes.py`, for the micro-batch that the budget names.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -158,15 +158,16 @@ class Budget:
     @property
     def half(self) -> Memory:
         """What the plan costs."""
-        units, trained, step = self.network.units, frozenset(self.plan.trained), self.half_step
-        if self.plan.parts:
-            return self._estimate_parts(self.plan.parts, step)
-        if self.adapters is None:
-            num_bytes = self._count_states(list_shapes(units, trained), self.plan.num_trainable)
-            return self._estimate(self.plan.num_trainable, self.reference, step, num_bytes)
-        shapes = [(shape, False) for shape in self.adapters.list_shapes(units, trained)]
-        num_bytes = self._count_states(shapes, self.num_adapter_weights)
-        return self._estimate(self.num_adapter_weights, self.reference, step, num_bytes, num_frozen=self.plan.num_parameters)
+        step, parts = self.half_step, self.plan.parts
+        if self.adapters is not None:
+            shapes = [(shape, False) for shape in self._adapter_shapes]
+            num_bytes = self._count_states(shapes, self.num_adapter_weights)
+            num_frozen = self.plan.num_parameters + count_basis(parts)
+            return self._estimate(self.num_adapter_weights, self.reference, step, num_bytes, num_frozen)
+        if parts:
+            return self._estimate_parts(parts, step)
+        num_bytes = self._count_states(list_shapes(self.network.units, frozenset(self.plan.trained)), self.plan.num_trainable)
+        return self._estimate(self.plan.num_trainable, self.reference, step, num_bytes)
 
     def _estimate_parts(self, parts: dict[str, Part], step: tuple[Activations, Flops] | None) -> Memory:
         """What trains of matrices lies beside them, and they are held as what is frozen is.
@@ -176,13 +177,12 @@ class Budget:
         whole = list_shapes(self.network.units, frozenset(self.plan.trained) - parts.keys())
         shapes = [*whole, *(((part.num_outputs, part.num_columns), False) for part in parts.values())]
         num_whole = sum(prod(shape) for shape, _ in whole)
-        num_basis = sum({part.choice: part.num_basis_weights for part in parts.values()}.values())
         directed = [part for part in parts.values() if isinstance(part, Directions)]
         is_split = self.num_processes > 1 and self.zero_stage == 3
         num_merged = 0 if is_split else sum(part.num_outputs * part.num_inputs for part in directed)
         memory = self._estimate(
             self.plan.num_trainable, self.reference, step, self._count_states(shapes, self.plan.num_trainable),
-            num_frozen=self.plan.num_parameters - num_whole + num_basis + num_merged,
+            num_frozen=self.plan.num_parameters - num_whole + count_basis(parts) + num_merged,
         )  # fmt: skip
         if self.reference != "shared":
             return memory
@@ -193,7 +193,13 @@ class Budget:
     @property
     def num_adapter_weights(self) -> int:
         """Weights that train beside the model's own, all of which are frozen then."""
-        return self.adapters.count_weights(self.network.units, frozenset(self.plan.trained)) if self.adapters else 0
+        return sum(rows * columns for rows, columns in self._adapter_shapes)
+
+    @property
+    def _adapter_shapes(self) -> list[tuple[int, int]]:
+        if self.adapters is None:
+            return []
+        return self.adapters.list_shapes(self.network.units, frozenset(self.plan.trained), self.plan.parts)
 
     @property
     def full(self) -> Memory:
@@ -272,6 +278,11 @@ class Budget:
             bucket += 4 * min(num_trainable, BUCKET_ELEMENTS)
         gathered = item_bytes * min(self.plan.num_parameters, LIVE_ELEMENTS) if self.zero_stage == 3 else 0
         return bucket + gathered
+
+
+def count_basis(parts: Mapping[str, Part]) -> int:
+    """Numbers that say which directions are open; matrices that read the same share them."""
+    return sum({part.choice: part.num_basis_weights for part in parts.values()}.values())
 
 
 def list_shapes(units: Iterable[Unit], trained: Collection[str]) -> list[tuple[tuple[int, ...], bool]]:

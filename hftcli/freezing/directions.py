@@ -202,9 +202,9 @@ def name_input(unit: Unit) -> str:
     kind = READS.get(unit.role, {}).get(unit.name.rpartition(".")[2])
     if kind is None:
         raise ModelError(
-            f"freeze.grain: directions or columns does not know what {unit.name} reads: it is known for the linear layers of "
+            f"training in directions or columns does not know what {unit.name} reads: it is known for the linear layers of "
             f"attention and mlp called {', '.join(name for names in READS.values() for name in names)}",
-            "set freeze.grain: matrices",
+            "set freeze.grain: matrices, and no method.lora.quiet",
         )
     return f"layers.{unit.layer}.{kind}"
 

@@ -62,8 +62,9 @@ class FreezeRule(BaseModel):
     of its input, which is what that paper's published code computes. Null is `quiet` for directions and `ssu` for columns."""
 
     blocks: Annotated[int | None, Field(ge=2, exclude_if=lambda value: value is None)] = None
-    """With directions: they are taken within each head for the attention's output, and within each so many neighbouring inputs
-    for the mlp's, which costs nearly nothing per token; null takes them from the whole input everywhere."""
+    """With directions, of `grain` or of `method.lora.quiet`: they are taken within each head for the attention's output, and
+    within each so many neighbouring inputs for the mlp's, which costs nearly nothing per token; null takes them from the whole
+    input everywhere."""
 
     keep: Annotated[KeepRule | None, Field(exclude_if=lambda value: value is None)] = None
     """With directions or columns: rows that must not be forgotten. Besides, what the model writes of itself counts as earlier,
@@ -105,15 +106,10 @@ class FreezeRule(BaseModel):
             raise PydanticCustomError(
                 "grain", f"grain is {self.grain_name}: give matrices, directions, columns, or [matrices, directions]"
             )
-        if self.blocks is not None and "directions" not in self.grain:
+        if self.blocks is not None and self.grain == "columns":
             raise PydanticCustomError(
-                "grain", f"blocks would have no effect beside grain {self.grain_name}: drop it, or set grain: directions"
+                "grain", "blocks would have no effect beside grain columns: drop it, or set grain: directions"
             )
-        for key in ("keep", "part"):
-            if not self.divides and getattr(self, key) is not None:
-                raise PydanticCustomError(
-                    "grain", f"{key} would have no effect beside grain matrices: drop it, or set grain: directions or columns"
-                )
         if self.grain != "columns" and self.choice in ("ssu", "ssu-code"):
             raise PydanticCustomError("grain", f"part {self.part} scores columns: set grain: columns, or part: quiet or random")
         return self

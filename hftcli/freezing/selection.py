@@ -128,7 +128,7 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_hea
 
     trained = {parameter.name for unit in chosen for parameter in unit.parameters}
     if not rule.divides:
-        return _write_plan(units, trained, rule, round_index)
+        return write_plan(units, trained, rule, round_index)
     list_inputs(inside, rule.blocks, num_heads)  # of those that another round draws as well
     above = [unit for unit in inside if unit.role != "norm" and (unit.layer or 0) >= num_frozen_layers]
     # Biases and norms follow the draw in any case.
@@ -141,46 +141,13 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_hea
         parts = {"directions": open_directions(matrices, share, rule.blocks, num_heads)}
     trained |= {unit.parameters[0].name for unit in matrices}
     # What rows were named shows in the moments.
-    return _write_plan(units, trained, rule.model_copy(update={"keep": None}), round_index, **parts)
+    return write_plan(units, trained, rule.model_copy(update={"keep": None}), round_index, **parts)
 
 
 def complete_plan(plan: FreezePlan, moments: str, bases: str) -> FreezePlan:
     """A plan with the hashes of what its directions or columns were chosen by, and of what they are."""
     content = {name: value for name, value in plan if name != "fingerprint"} | {"moments": moments, "bases": bases}
     return FreezePlan(**content, fingerprint=_hash_content(content))
-
-
-def narrow_plan(plan: FreezePlan, units: Sequence[Unit], target_modules: Sequence[str] | None) -> FreezePlan:
-    """What of a plan low-rank adapters can train: the matrices of the linear layers in attention and mlp, without biases.
-
-    Args:
-        units: those that the plan was made of.
-        target_modules: last parts of the names of the layers that take adapters, such as `q_proj`; None takes all.
-
-    Raises:
-        ModelError: there are none.
-    """
-    trained = set(plan.trained)
-    linear = {
-        parameter.name: unit.name.rpartition(".")[2]
-        for unit in units
-        if unit.role in ("attention", "mlp")
-        for parameter in unit.parameters
-        if parameter.name in trained and len(parameter.shape) == 2
-    }
-    narrowed = {name for name, module in linear.items() if target_modules is None or module in target_modules}
-    if not narrowed:
-        raise ModelError(
-            f"no adapter would train: target_modules is {', '.join(target_modules or ()) or 'null'}, and the linear layers "
-            f"that the freeze plan trains are {', '.join(dict.fromkeys(linear.values())) or 'none'}",
-            "name some of these",
-        )
-    return restrict_plan(plan, units, narrowed)
-
-
-def restrict_plan(plan: FreezePlan, units: Sequence[Unit], names: set[str]) -> FreezePlan:
-    """A plan with these parameters alone training, of those that it trains already."""
-    return _write_plan(units, names, plan.rule, plan.round_index)
 
 
 def count_frozen_layers(units: Iterable[Unit], rule: FreezeRule) -> int:
@@ -276,7 +243,7 @@ def _weigh(item: Sequence[Unit], rule: FreezeRule) -> int:
     return 1 if rule.balance == "units" else sum(unit.num_parameters for unit in item)
 
 
-def _write_plan(
+def write_plan(
     units: Sequence[Unit],
     trained: set[str],
     rule: FreezeRule,
@@ -284,6 +251,7 @@ def _write_plan(
     directions: dict[str, Directions] | None = None,
     columns: dict[str, Columns] | None = None,
 ) -> FreezePlan:
+    """The plan by which these parameters train, those of `directions` and `columns` in a part of theirs."""
     parts: dict[str, Part] = {**(directions or {}), **(columns or {})}
     parameters = [parameter for unit in units for parameter in unit.parameters]
     inside = [unit for unit in units if unit.layer is not None]

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from hftcli.errors import ModelError
+from hftcli.freezing.narrowing import restrict_plan
 from hftcli.freezing.roles import Unit
-from hftcli.freezing.selection import FreezePlan, restrict_plan
+from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.lora import ADAPTER, check_merging, write_peft_folder
 from hftcli.methods.method import Method
-from hftcli.models.checkpoint import read_master
+from hftcli.models.checkpoint import lay_in, read_master
 from hftcli.models.reader import Start
 from hftcli.runs.run import Round
 
@@ -41,7 +42,7 @@ class Ia3(Method):
 
     leaves_another_model = True
 
-    def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:
+    def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...], num_heads: int = 1) -> FreezePlan:
         """Raises: ModelError: the plan trains none of the layers that are scaled."""
         trained = set(plan.trained)
         scaled = [unit for unit in units if _last_part(unit.name) in SCALED.get(unit.role, ())]
@@ -108,7 +109,10 @@ class Ia3(Method):
         merged = self.stored.read_master(name).float().to(scale.device) * scale
         if keeps:
             self.merged[name] = merged.cpu()
-        parameter.data = merged.to(parameter.dtype) if sharded else merged
+        if sharded:
+            lay_in(parameter, merged)
+        else:
+            parameter.data = merged
 
 
 def _last_part(name: str) -> str:

@@ -9,6 +9,9 @@ not train in this round keeps the bytes of the round's start, with its adapter m
 carries it on. So ROUND/adapter/ on the run's start is the model of the round. Where float32 masters lie beside the start, the
 adapters stand on these, and the files of the start are their rounding.
 
+Quiet adapters (`quiet`) read only the directions that earlier inputs use least (models/narrow_adapter.py). These are others in
+every round, so every round begins new adapters on its own start, and merges them.
+
 Shapes: I and O, inputs and outputs of a linear layer; R, the rank.
 """
 
@@ -23,18 +26,20 @@ from transformers import PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from hftcli.errors import ModelError
+from hftcli.freezing.narrowing import narrow_plan
 from hftcli.freezing.roles import Unit
-from hftcli.freezing.selection import FreezePlan, narrow_plan
+from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
-from hftcli.models.checkpoint import read_master
+from hftcli.models.checkpoint import is_partitioned, lay_in, read_master
 from hftcli.models.description import fetch_checkpoint
+from hftcli.models.narrow_adapter import PEFT_PREFIX, NarrowReader, spread
 from hftcli.models.reader import Start
 from hftcli.models.tensors import write_tensors
-from hftcli.recipe.methods import LoraSection
+from hftcli.recipe.methods import LoraSection, LowRankSection
 from hftcli.runs.run import Round
+from hftcli.runs.spec import RoundSpec
 
 ADAPTER = "default"  # PEFT's name for the only one
-PREFIX = "base_model.model."  # before the layers' names in PEFT's files
 
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (R, I) and B (O, R) by the name of the layer
 
@@ -42,33 +47,48 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A (R, I) and B (O, R) 
 class Lora(Method):
     """LoRA: low-rank adapters train in place of the weights, and go on from round to round."""
 
-    section: LoraSection
+    section: LowRankSection
 
     leaves_another_model = True
 
-    def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:
+    def __init__(self, spec: RoundSpec, section: LowRankSection):
+        super().__init__(spec, section)
+        self.open_fraction = section.open_fraction if isinstance(section, LoraSection) else None
+        self.bases: dict[str, torch.Tensor] = {}
+        self.layers: dict[str, LoraLayer] = {}
+        self.merged: dict[str, torch.Tensor] = {}
+
+    def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...], num_heads: int = 1) -> FreezePlan:
         """The linear layers of the plan that `target_modules` names."""
-        return narrow_plan(plan, units, self.section.target_modules)
+        return narrow_plan(plan, units, self.section.target_modules, self.open_fraction, num_heads)
+
+    def take_bases(self, bases: dict[str, torch.Tensor]) -> None:
+        """Keep them for the layers."""
+        self.bases = bases
 
     def find_base(self, start: Path) -> Path:
         """The checkpoint that the adapters stand on."""
-        if not self.spec.earlier:
+        if not self.spec.earlier or self.open_fraction:
             return start
         return fetch_checkpoint(Round(Path(self.spec.earlier[0].folder)).read_spec().model.path)
 
     def read_last(self) -> Adapter:
         """The adapters to go on with."""
-        return read_adapter(self.last_round.adapter) if self.last_round is not None else {}
+        last = None if self.open_fraction else self.last_round
+        return read_adapter(last.adapter) if last is not None else {}
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Lay adapters over the layers of the plan, whose weights are the base's; the last round's adapters go on."""
         self.base, self.last = self.find_base(start), self.read_last()
+        self.directions = plan.directions or {}
         names = [name.removesuffix(".weight") for name in plan.trained]
         self.stored = base = Start(self.spec.model, self.base, plan.trained)
-        self.merged: dict[str, torch.Tensor] = {}
         check_merging(base, plan, mixed and sharded)
         for name in plan.trained:
             weight = model.get_parameter(name)
+            if is_partitioned(weight):
+                lay_in(weight, base.read_master(name))
+                continue
             held_dtype = weight.dtype
             if mixed and not sharded and name not in base.masters:
                 held_dtype = base.get_dtype(name)  # exact, and no larger than it must be
@@ -76,7 +96,7 @@ class Lora(Method):
         is_transposed = isinstance(model.get_submodule(names[0]), Conv1D)
         self.config = LoraConfig(
             r=self.section.r, lora_alpha=self.section.lora_alpha, lora_dropout=self.section.lora_dropout, target_modules=names,
-            fan_in_fan_out=is_transposed, task_type="CAUSAL_LM",
+            use_rslora=self.section.use_rslora, fan_in_fan_out=is_transposed, task_type="CAUSAL_LM",
         )  # fmt: skip
         with torch.random.fork_rng():  # a new A in every round, the same one on all ranks
             torch.manual_seed(self.spec.train.seed + self.spec.index)
@@ -89,15 +109,29 @@ class Lora(Method):
                     weight.data = weight.data.float()  # the master; DeepSpeed makes it by itself, out of what it is given
                 if name in self.last:
                     weight.data.copy_(self.last[name][place])
+        self._narrow()
+
+    def _narrow(self) -> None:
+        """Have the A of every layer read in the plan's directions alone, where it has some."""
+        shared: dict[str, torch.nn.Parameter] = {}
+        for name, parts in self.directions.items():
+            reads = self.layers[name.removesuffix(".weight")].lora_A
+            weight = reads[ADAPTER].weight
+            if parts.input not in shared:
+                shared[parts.input] = torch.nn.Parameter(self.bases[parts.input].to(weight.device), requires_grad=False)
+            reads[ADAPTER] = NarrowReader(weight, shared[parts.input])
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Save the adapters, merge them, and leave the model as if there had been none."""
         model, sharded = trainer.model, trainer.is_deepspeed_enabled
         trained = {}
         for name, layer in self.layers.items():
+            reader = layer.lora_A[ADAPTER]
             weight_A_RI, weight_B_OR = (
-                read_master(part[ADAPTER].weight, sharded).detach().float() for part in (layer.lora_A, layer.lora_B)
+                read_master(part.weight, sharded).detach().float() for part in (reader, layer.lora_B[ADAPTER])
             )
+            if isinstance(reader, NarrowReader):
+                weight_A_RI = spread(weight_A_RI, self.bases[self.directions[f"{name}.weight"].input])
             trained[name] = (weight_A_RI.cpu(), weight_B_OR.cpu())
             base = layer.get_base_layer()
             product = layer.scaling[ADAPTER] * weight_B_OR @ weight_A_RI
@@ -105,7 +139,10 @@ class Lora(Method):
             merged = below + (product.T if self.config.fan_in_fan_out else product)
             if sharded and trainer.args.process_index == 0:
                 self.merged[f"{name}.weight"] = merged.cpu()
-            base.weight.data = merged.to(base.weight.dtype) if sharded else merged
+            if sharded:
+                lay_in(base.weight, merged)
+            else:
+                base.weight.data = merged
             model.set_submodule(name, base)
         del model.peft_config
         if trainer.args.process_index == 0:
@@ -131,8 +168,10 @@ def check_merging(start: Start, plan: FreezePlan, is_rounded: bool) -> None:
 def read_adapter(folder: Path) -> Adapter:
     """The adapters of a folder in PEFT's form."""
     tensors = load_file(folder / "adapter_model.safetensors")
-    names = dict.fromkeys(key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors)
-    return {name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"]) for name in names}
+    names = dict.fromkeys(key.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for key in tensors)
+    return {
+        name: (tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"], tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"]) for name in names
+    }
 
 
 def write_adapter(adapter: Adapter, config: LoraConfig, base: Path, folder: Path) -> None:
@@ -154,5 +193,5 @@ def write_peft_folder(tensors: dict[str, torch.Tensor], config: PeftConfig, base
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
     config.save_pretrained(str(temporary))
-    write_tensors(temporary / "adapter_model.safetensors", {f"{PREFIX}{name}": values for name, values in tensors.items()})
+    write_tensors(temporary / "adapter_model.safetensors", {f"{PEFT_PREFIX}{name}": values for name, values in tensors.items()})
     temporary.replace(folder)

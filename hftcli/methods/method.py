@@ -2,6 +2,7 @@
 
 narrow_plan       what trains, before anything is loaded                       lora, olora, ia3
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
+take_bases        the directions that are open, where the plan has some        lora, quiet
 prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 ewc, l2sp, olora, quiet
@@ -59,8 +60,12 @@ class Method:
         """Tasks besides the round's own whose training rows the method needs."""
         return ()
 
-    def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...]) -> FreezePlan:
-        """The plan with less in it that trains."""
+    def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...], num_heads: int = 1) -> FreezePlan:
+        """The plan with less in it that trains.
+
+        Args:
+            num_heads: of the attention's queries.
+        """
         return plan
 
     def prepare_rows(self, dataset: Dataset, rows: dict[str, Dataset]) -> Dataset:
@@ -71,6 +76,9 @@ class Method:
             rows: the training rows by task: the round's own, and those that methods need.
         """
         return dataset
+
+    def take_bases(self, bases: dict[str, torch.Tensor]) -> None:
+        """Take the directions that are open in this round, by what the matrices read; none where the plan has none."""
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Change the loaded model; the other arguments are those of `load_model`."""

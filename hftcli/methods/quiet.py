@@ -33,6 +33,10 @@ class Quiet(Method):
         self.layers: dict[str, PartLinear] = {}
         self.merged: dict[str, torch.Tensor] = {}
 
+    def take_bases(self, bases: dict[str, torch.Tensor]) -> None:
+        """Keep them for the layers."""
+        self.bases = bases
+
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Put the layers of which a part trains in place of the plan's, their weights held as what is frozen is."""
         parts = plan.parts

@@ -17,6 +17,7 @@ from hftcli.models.closure import EPSILONS, Leak, measure_leak
 from hftcli.models.description import fetch_checkpoint
 from hftcli.models.division import read_bases
 from hftcli.models.masters import RoundingLoss, open_masters
+from hftcli.models.narrow_adapter import find_reading
 from hftcli.models.reader import CheckpointReader, Start, convert
 from hftcli.models.tensors import CHUNK_BYTES, get_bytes, has_same_bytes
 from hftcli.runs.run import Round, find_checkpoint_damage
@@ -88,6 +89,7 @@ def verify_checkpoint(
     dtype: str | None = None,
     moved_in_memory: tuple[str, ...] = (),
     bases: Path | None = None,
+    adapter: Path | None = None,
 ) -> Verification:
     """Compare a round's checkpoint with its start, bit for bit: frozen parameters are the same, trained ones are not.
 
@@ -97,6 +99,7 @@ def verify_checkpoint(
         dtype: `model.dtype`: the start counts as converted to it.
         moved_in_memory: what was found when training ended.
         bases: the file with the plan's directions, where it has some.
+        adapter: the folder with the low-rank adapters that read in these alone, where there are some.
     """
     names = (*plan.trained, *plan.frozen)
     before, after = CheckpointReader(start, names), CheckpointReader(checkpoint, names)
@@ -107,6 +110,7 @@ def verify_checkpoint(
     num_masters, unlike_masters = compare_masters(after, checkpoint)
     chosen = read_choices(plan, bases) if plan.parts and bases is not None else {}
     leaks = find_leaks(compared, plan, chosen)
+    reading = find_reading(adapter, plan.directions or {}, chosen) if adapter is not None else {}
     num_frozen_columns, moved_columns = compare_columns(compared, plan, chosen)
     return Verification(
         num_frozen=len(plan.frozen),
@@ -120,8 +124,11 @@ def verify_checkpoint(
         unmoved=tuple(name for name in still if updates.get(name, 0.0) == 0.0),
         below_resolution=tuple(name for name in still if updates.get(name, 0.0) > 0.0),
         closed_change={name: leak.fraction for name, leak in leaks.items()},
+        closed_reading={name: leak.fraction for name, leak in reading.items()},
         leaked=tuple(
-            f"{name} ({leak.num_rows} rows, {leak.num_weights} weights)" for name, leak in leaks.items() if not leak.is_rounding
+            f"{name} ({leak.num_rows} rows, {leak.num_weights} weights)"
+            for name, leak in (leaks | reading).items()
+            if not leak.is_rounding
         ),
         num_frozen_columns=num_frozen_columns,
         moved_columns=moved_columns,
@@ -152,7 +159,7 @@ def verify_round(round_: Round) -> Verification:
     spec, result = round_.read_spec(), round_.read_result()
     verification = verify_checkpoint(
         fetch_checkpoint(spec.model.path), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
-        result.verification.moved_in_memory, round_.bases_path,
+        result.verification.moved_in_memory, round_.bases_path, round_.adapter if spec.method.open_fraction else None,
     )  # fmt: skip
     unlike = (*verification.unlike_masters, *open_masters(round_.checkpoint).find_damage())
     return verification.model_copy(

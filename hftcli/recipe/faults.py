@@ -233,6 +233,14 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
             yield (
                 f"{source.place(('method', name))}: method.{name} works on whole matrices, and of these freeze.grain: "
                 f"{recipe.freeze.grain_name} trains a part: drop one of the two; replay goes with both"
+                + (", and method.lora.quiet is LoRA in directions" if name == "lora" else "")
+            )
+    for key in ("blocks", "keep", "part"):
+        if getattr(recipe.freeze, key) is not None and not (recipe.freeze.divides or recipe.method.open_fraction):
+            others = "directions" if key == "blocks" else "directions or columns"
+            yield (
+                f"{source.place(('freeze', key))}: freeze.{key} would have no effect beside freeze.grain matrices: drop it, or "
+                f"set freeze.grain: {others}, or method.lora.quiet: true"
             )
 
 

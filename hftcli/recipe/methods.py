@@ -3,7 +3,7 @@
 from itertools import combinations
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from hftcli.recipe.section import Section
@@ -63,14 +63,17 @@ class AgemSection(Section):
     """Remembered rows, of all earlier tasks together, whose gradient is taken in a step."""
 
 
-class LoraSection(Section):
-    """LoRA (arXiv 2106.09685): low-rank adapters train in place of the weights."""
+class LowRankSection(Section):
+    """Low-rank adapters train in place of the weights."""
 
     r: Annotated[int, Field(ge=1)] = 8
     """Rank of the adapters."""
 
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: an adapter adds `lora_alpha / r` times its product."""
+
+    use_rslora: bool = False
+    """Scale by `lora_alpha / sqrt(r)` instead, which suits high ranks (rsLoRA, arXiv 2312.03732)."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout before an adapter; DPO has none, as long as TRL's `dpo.disable_dropout` is on."""
@@ -80,7 +83,21 @@ class LoraSection(Section):
     trains in the layers."""
 
 
-class OloraSection(LoraSection):
+class LoraSection(LowRankSection):
+    """LoRA (arXiv 2106.09685): low-rank adapters train in place of the weights."""
+
+    quiet: StrictBool | Annotated[float, Field(gt=0, lt=1)] = False
+    """Let an adapter read only those directions of its layer's input that the inputs of earlier data use least: `true` half of
+    them, a number that share. Every round then begins a new adapter, and what is earlier is as with `freeze.grain: directions`,
+    `freeze.keep` and `freeze.blocks` included. DoRA has no such form: it scales whole rows, and so what is closed as well."""
+
+    @property
+    def open_fraction(self) -> float | None:
+        """Share of the directions that an adapter reads; None where it reads all of them."""
+        return {True: 0.5, False: None}[self.quiet] if isinstance(self.quiet, bool) else self.quiet
+
+
+class OloraSection(LowRankSection):
     """O-LoRA (arXiv 2310.14152): a new adapter for each task, orthogonal to those before."""
 
     orthogonality: Annotated[float, Field(ge=0)] = 0.5
@@ -117,6 +134,11 @@ class MethodSection(Section):
 
     ia3: Ia3Section | None = None
     """Vectors that scale keys, values and the mlp's inner activations (arXiv 2205.05638)."""
+
+    @property
+    def open_fraction(self) -> float | None:
+        """Share of their inputs' directions that adapters read; None where they read all, and where there are none."""
+        return self.lora.open_fraction if self.lora is not None else None
 
     @property
     def names(self) -> tuple[str, ...]:

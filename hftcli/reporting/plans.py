@@ -35,7 +35,9 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
     )
     if budget.adapters is not None:
         console.print(
-            f"LoRA of rank {budget.adapters.rank} in their place: {budget.num_adapter_weights:,} weights train", highlight=False
+            f"LoRA of rank {budget.adapters.rank} in their place{', reading quiet directions alone' * bool(plan.directions)}: "
+            f"{budget.num_adapter_weights:,} weights train",
+            highlight=False,
         )
     console.print(_make_role_table(plan))
     if (warning := describe_imbalance(budget)) is not None:

@@ -176,6 +176,9 @@ def _describe_verification(verification: Verification) -> str:
         note += f", the rounding of {verification.num_masters} float32 masters"
     if verification.closed_change:
         note += f"; {len(verification.closed_change)} moved in their open directions alone, " + describe_leak(verification)
+    if verification.closed_reading:
+        largest = max(verification.closed_reading.values())
+        note += f"; {len(verification.closed_reading)} adapters read in these alone, but for at most {largest:.1e} of their A"
     if verification.num_frozen_columns:
         note += f"; {verification.num_frozen_columns:,} frozen columns compared bit for bit"
     return (

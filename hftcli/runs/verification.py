@@ -35,8 +35,10 @@ class Verification(Section):
     closed_change: dict[str, float] = Field(default_factory=dict)
     """By matrix that trained in directions: what of its change lies in the closed ones, as a share of the change's length. The
     files' rounding alone makes it more than 0, and most of a change that is no larger than that."""
+    closed_reading: dict[str, float] = Field(default_factory=dict)
+    """By the A of a quiet adapter's file: what it reads of the closed directions, as a share of its length."""
     leaked: tuple[str, ...] = ()
-    """Of these matrices, those where it is more than rounding makes of it, and by how much: must be none."""
+    """Of all these, those where it is more than rounding makes of it, and by how much: must be none."""
     num_frozen_columns: int = 0
     """Frozen columns of matrices that trained in their other columns, compared."""
     moved_columns: tuple[str, ...] = ()

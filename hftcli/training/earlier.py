@@ -22,7 +22,6 @@ from hftcli.freezing.selection import FreezePlan, complete_plan
 from hftcli.measuring.drift import NUM_SAMPLES, SAMPLE_TOKENS, draw_texts
 from hftcli.measuring.moments import Inputs, Moments, add_source, measure_moments, read_moments, write_moments
 from hftcli.methods.method import draw_rows
-from hftcli.methods.quiet import Quiet
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.columned import find_columns, score_columns
 from hftcli.models.deltas import hash_checkpoint
@@ -66,8 +65,7 @@ def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
             write_bases(round_.bases_path, bases, {**origin, "sources": json.dumps(moments.sources)})
     bases, origin = read_bases(round_.bases_path), read_origin(round_.bases_path)
     for method in task.methods:
-        if isinstance(method, Quiet):
-            method.bases = bases
+        method.take_bases(bases)
     return replace(task, plan=complete_plan(task.plan, origin["moments"], seal_file(round_.bases_path).sha256))
 
 

@@ -64,7 +64,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     plan = make_plan(units, spec.freeze, spec.index, description.num_heads)
     methods = make_methods(spec)
     for method in methods:
-        plan = method.narrow_plan(plan, units)
+        plan = method.narrow_plan(plan, units, description.num_heads)
     network = Network(description.model_type, units, description.num_heads)
     spec, fit = fit_round(spec, network, plan)
     tokenizer = load_tokenizer(start)
@@ -114,10 +114,11 @@ def check_kernel(spec: RoundSpec, start: Path) -> None:
 
 def check_grain(spec: RoundSpec, start: Path) -> None:
     """Raises: ModelError: the matrices are quantized, so that nothing can be added to them."""
-    if spec.freeze.divides and "quantization_config" in AutoConfig.from_pretrained(start).to_dict():
+    source = f"freeze.grain: {spec.freeze.grain_name}" if spec.freeze.divides else "method.lora.quiet"
+    is_divided = spec.freeze.divides or spec.method.open_fraction
+    if is_divided and "quantization_config" in AutoConfig.from_pretrained(start).to_dict():
         raise ModelError(
-            f"freeze.grain: {spec.freeze.grain_name} trains parts of the matrices of {start}, and its config.json says that "
-            "they are quantized",
+            f"{source} trains parts of the matrices of {start}, and its config.json says that they are quantized",
             "give the checkpoint that it was quantized from",
         )
 

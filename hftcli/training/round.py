@@ -212,7 +212,7 @@ def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, traine
         attempt.reporter.report("verifying")
         verification = verify_checkpoint(
             task.start, round_.checkpoint, task.plan, saved.updates, task.spec.model.dtype, saved.moved_in_memory,
-            round_.bases_path,
+            round_.bases_path, round_.adapter if task.spec.method.open_fraction else None,
         )  # fmt: skip
     write_model(round_.scores_path, Scores(before=scorer.before, after=after, points=tuple(trained.curve.points)))
     write_model(round_.result_path, make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores))

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from hftcli.freezing.activations import Adapters, Network, Workload
 from hftcli.freezing.budget import Budget, Memory, ReferenceMode
+from hftcli.freezing.narrowing import narrow_plan
 from hftcli.freezing.roles import Parameter, assign_roles
 from hftcli.freezing.rule import FreezeRule
-from hftcli.freezing.selection import make_plan, narrow_plan
+from hftcli.freezing.selection import make_plan
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, whether the head is the embeddings
 SHAPES = {

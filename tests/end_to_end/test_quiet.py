@@ -31,7 +31,7 @@ def test_the_recipe_is_the_short_name_with_rows_to_keep():
             "method.lora works on whole matrices, and of these freeze.grain: .*directions. trains a part",
         ),
         ("method.l2sp={strength: 0.1}", "method.l2sp works on whole matrices"),
-        ("freeze={blocks: 32}", "blocks would have no effect beside grain matrices"),
+        ("freeze={blocks: 32}", "freeze.blocks would have no effect beside freeze.grain matrices"),
         ("freeze={grain: directions, part: ssu}", "part ssu scores columns: set grain: columns"),
         ("freeze={grain: [directions, matrices]}", "give matrices, directions, columns, or"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from hftcli.freezing.activations import Adapters, Workload
 from hftcli.freezing.budget import Budget
-from hftcli.freezing.selection import narrow_plan
+from hftcli.freezing.narrowing import narrow_plan
 from hftcli.launching.cards import AS_GIVEN, CHECKPOINTED, OFFLOADED, judge_cards, list_ways, make_full
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hftcli.errors import ModelError
+from hftcli.freezing.narrowing import narrow_plan
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.rule import FreezeRule
-from hftcli.freezing.selection import make_plan, narrow_plan
+from hftcli.freezing.selection import make_plan
 from hftcli.methods import make_methods
 from hftcli.methods.lora import read_adapter, write_adapter
 from hftcli.models.checkpoint import load_model
