@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from freezing.shapes import make_llama
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 from trl.trainer.utils import add_fused_lm_head
 
 from hftcli import PACKAGE
@@ -89,6 +91,64 @@ def test_activations_of_real_models(shared, model, share, every, length):
         shared / "models" / model, FreezeRule(trainable_fraction=share), Workload(2, length, checkpoint_every=every)
     )
     assert ratio == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "autocast"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_activations_with_flash_attention(packed, arithmetic):
+    """A kernel that needs no mask: torch's own for the CPU, which keeps what flash-attn's keeps."""
+    AttentionInterface.register("without_mask", attend_flash)
+    AttentionMaskInterface.register("without_mask", flash_attention_mask)
+    work = Workload(2, 96, packed=packed, attention="flash", arithmetic=arithmetic)
+    assert check_measured(EMBEDDED, FreezeRule(), work, "without_mask") == pytest.approx(1, abs=0.005)
+
+
+def attend_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    return found.transpose(1, 2).contiguous(), None
+
+
+FLEX = [(None, False, "float32"), (None, True, "autocast"), ("MiniMind2-Small", True, "float32"),
+        ("MiniMind2-Small", False, "autocast")]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of calls within transformers and torch
+@pytest.mark.parametrize(
+    ("model", "packed", "arithmetic"),
+    [case if case[0] is None else pytest.param(*case, marks=pytest.mark.slow) for case in FLEX],
+)
+def test_activations_with_flex_attention(monkeypatch, request, model, packed, arithmetic):
+    """What its graph keeps is counted after the forward pass; on a CPU torch refuses it for want of a backward pass alone."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    AttentionInterface.register("by_blocks", attend_flex)
+    AttentionMaskInterface.register("by_blocks", flex_attention_mask)
+    work = Workload(2, 128, packed=packed, attention="flash", arithmetic=arithmetic)
+    folder = EMBEDDED if model is None else request.getfixturevalue("shared") / "models" / model
+    network, plan = describe(folder, FreezeRule())
+    model = make_random_model(str(folder), "by_blocks")
+    freeze_model(model, plan)
+    if arithmetic == "autocast":
+        halve_frozen(model)
+    set_loss_kernel(model.train(), work.loss)
+    inputs = make_inputs(model.config.vocab_size, work, torch.device("cpu"))
+    saved = SavedTensors(model)
+    with saved.watch(), torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
+        loss = compute_loss(model, inputs)
+    activations, _ = count_activations(network, frozenset(plan.trained), work)
+    assert loss.requires_grad
+    assert (activations.saved_bytes + activations.cast_bytes) / saved.num_bytes == pytest.approx(1, abs=0.005)
+
+
+def attend_flex(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    found, _ = flex_attention.flex_attention(
+        query, key, value, block_mask=attention_mask, enable_gqa=True, scale=scaling,
+        return_aux=flex_attention.AuxRequest(lse=True),
+    )  # fmt: skip
+    return found.transpose(1, 2).contiguous(), None
 
 
 def test_activations_of_a_layer_by_hand():
