@@ -12,13 +12,15 @@ after every step; the table is printed at the end. Exits with 1 if a step failed
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +60,13 @@ STEPS = {
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.child:
-        run_child(arguments)
-        return
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= make_environment(folder, arguments.rehearse)
+    # A process that has asked for a GPU cannot be copied; without one, the libraries are imported once for all steps.
+    multiprocessing.set_start_method("forkserver" if arguments.rehearse else "spawn")
+    multiprocessing.set_forkserver_preload(["gpu.memory", "gpu.questions"])
     started = time.monotonic()
     total_seconds = (REHEARSAL_FACTOR if arguments.rehearse else 1.0) * TOTAL_SECONDS
     outcomes: dict[str, dict[str, Any]] = {}
@@ -82,7 +85,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--output", type=Path, default=Path("runs/check-gpu"), metavar="FOLDER")
     parser.add_argument("--fault", type=read_letters, default=[], metavar="A,B", help="plant a fault in these, to see it found")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -93,22 +95,11 @@ def read_letters(text: str) -> list[str]:
     return [letter for letter in STEPS if letter in letters]
 
 
-def run_child(arguments: argparse.Namespace) -> None:
-    """One step, in this process."""
-    from gpu.record import Recorder
-
-    letter = arguments.child
-    recorder = Recorder(arguments.output, letter, arguments.rehearse, letter in arguments.fault)
-    recorder.write()
-    with recorder.measuring("the step as a whole"):
-        importlib.import_module(f"gpu.{STEPS[letter].module}").run(recorder)
-
-
 def run_stage(
     letters: list[str], arguments: argparse.Namespace, folder: Path, seconds_left: float, outcomes: dict[str, dict[str, Any]]
 ) -> None:
     """Start some steps at once, wait for each, and add what became of them."""
-    children: dict[str, tuple[subprocess.Popen, float, float]] = {}
+    children: dict[str, tuple[BaseProcess, float, float]] = {}
     try:
         watch_stage(letters, children, arguments, folder, seconds_left, outcomes)
     finally:
@@ -117,7 +108,7 @@ def run_stage(
 
 
 def watch_stage(
-    letters: list[str], children: dict[str, tuple[subprocess.Popen, float, float]], arguments: argparse.Namespace, folder: Path,
+    letters: list[str], children: dict[str, tuple[BaseProcess, float, float]], arguments: argparse.Namespace, folder: Path,
     seconds_left: float, outcomes: dict[str, dict[str, Any]],
 ) -> None:  # fmt: skip
     for letter in letters:
@@ -128,11 +119,11 @@ def watch_stage(
     while children:
         for letter, (child, started, limit) in list(children.items()):
             seconds = time.monotonic() - started
-            if child.poll() is None and seconds < limit:
+            is_late = child.is_alive() and seconds >= limit
+            if child.is_alive() and not is_late:
                 continue
-            is_late = child.poll() is None
             end_child(child)
-            outcomes[letter] = judge_step(letter, folder, child.returncode, is_late and limit, seconds)
+            outcomes[letter] = judge_step(letter, folder, child.exitcode, is_late and limit, seconds)
             print(f"{letter}  {'passed' if outcomes[letter]['passed'] else 'FAILED'} in {seconds:.0f} s", file=sys.stderr)
             del children[letter]
         time.sleep(0.05)
@@ -145,13 +136,10 @@ def find_limit(letter: str, arguments: argparse.Namespace) -> float:
     return (REHEARSAL_FACTOR if arguments.rehearse else 1.0) * STEPS[letter].limit_s
 
 
-def start_child(letter: str, arguments: argparse.Namespace, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPTS / "check_gpu.py"), "--child", letter, "--output", str(folder)]
-    command += ["--rehearse"] if arguments.rehearse else []
-    command += ["--fault", ",".join(arguments.fault)] if arguments.fault else []
-    paths = [str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+def make_environment(folder: Path, rehearse: bool) -> dict[str, str]:
+    """What the steps and the commands that they start are to find."""
+    paths = [str(SCRIPTS.parent), str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
-        **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -159,18 +147,38 @@ def start_child(letter: str, arguments: argparse.Namespace, folder: Path) -> sub
         "NO_COLOR": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if arguments.rehearse:
-        # The shapes are tiny: a second thread gains nothing, and waits badly on a busy machine.
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    # The shapes of a rehearsal are tiny: a second thread gains nothing, and waits badly on a busy machine.
+    rehearsed = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return environment | rehearsed if rehearse else environment
+
+
+def start_child(letter: str, arguments: argparse.Namespace, folder: Path) -> BaseProcess:
+    child = multiprocessing.Process(target=run_child, args=(letter, folder, arguments.rehearse, letter in arguments.fault))
+    child.start()
+    return child
+
+
+def run_child(letter: str, folder: Path, rehearse: bool, fault: bool) -> None:
+    """One step, in this process, which leads a group of its own and writes into a log."""
+    from gpu.record import Recorder
+
+    os.setsid()
     with (folder / f"step-{letter}.log").open("w", encoding="utf-8") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    recorder = Recorder(folder, letter, rehearse, fault)
+    shutil.rmtree(recorder.room)  # an earlier check's runs would be taken for done
+    recorder.write()
+    with recorder.measuring("the step as a whole"):
+        importlib.import_module(f"gpu.{STEPS[letter].module}").run(recorder)
 
 
-def end_child(child: subprocess.Popen) -> None:
+def end_child(child: BaseProcess) -> None:
     """End a step and what it has started."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait(KILL_SECONDS)
+    child.kill()  # where it leads no group yet
+    child.join(KILL_SECONDS)
 
 
 def judge_step(letter: str, folder: Path, code: int, late_limit: float | bool, seconds: float) -> dict[str, Any]:

@@ -5,13 +5,14 @@ The commands run side by side: none of their times is a result.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from gpu.record import Recorder
 
@@ -161,17 +162,18 @@ def kill_and_resume(recorder: Recorder) -> tuple[int | None, Done]:
     folder = recorder.room / "sft-killed"
     every = 2 if recorder.rehearse else 20
     command = [*make_command(recorder, "sft", "gpu", folder), "--set", f"checkpoint.save_steps={every}"]
-    first = subprocess.Popen(command, env=make_environment("gpu"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             start_new_session=True)  # fmt: skip
+    first = subprocess.Popen(command, env=make_environment("gpu"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     steps: list[int] = []
     while not steps and first.poll() is None and time.monotonic() < deadline:
         steps = [int(path.name) for path in folder.glob("rounds/00-sft/steps/*") if path.name.isdigit()]
         time.sleep(0.02)
     if first.poll() is None:
-        os.killpg(first.pid, signal.SIGKILL)
+        workers = psutil.Process(first.pid).children(recursive=True)
+        for process in (first, *workers):
+            process.kill()
+        psutil.wait_procs(workers)
     first.wait()
-    time.sleep(1.0)  # its worker ends itself
     started = time.monotonic()
     done = subprocess.run(command, env=make_environment("gpu"), capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started
