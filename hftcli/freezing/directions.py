@@ -193,20 +193,26 @@ def open_columns(units: Iterable[Unit], share: Fraction, is_shared: bool) -> dic
     return found
 
 
+def find_input(unit: Unit) -> str | None:
+    """What a matrix reads, where that is known."""
+    kind = READS.get(unit.role, {}).get(unit.name.rpartition(".")[2])
+    return None if kind is None else f"layers.{unit.layer}.{kind}"
+
+
 def name_input(unit: Unit) -> str:
     """What a matrix reads.
 
     Raises:
         ModelError: that is not known.
     """
-    kind = READS.get(unit.role, {}).get(unit.name.rpartition(".")[2])
-    if kind is None:
+    found = find_input(unit)
+    if found is None:
         raise ModelError(
             f"training in directions or columns does not know what {unit.name} reads: it is known for the linear layers of "
             f"attention and mlp called {', '.join(name for names in READS.values() for name in names)}",
             "set freeze.grain: matrices, and no method.lora.quiet",
         )
-    return f"layers.{unit.layer}.{kind}"
+    return found
 
 
 def _divide(unit: Unit, blocks: int | None, num_heads: int) -> tuple[int, int]:

@@ -10,8 +10,26 @@ from hftcli.freezing.directions import KeepRule
 
 Grain = Literal["matrices", "directions", "columns"]
 Choice = Literal["quiet", "random", "ssu", "ssu-code"]
+Rank = Literal["random", "magnitude", "wanda", "fisher", "gradient", "spectrum"]
 GRAINS: tuple[Grain | tuple[Grain, ...], ...] = ("matrices", "directions", "columns", ("matrices", "directions"))
 QUIET: dict[str, Any] = {"grain": ("matrices", "directions"), "blocks": 32}  # what `freeze: quiet` is short for
+
+
+class ImportanceRule(BaseModel):
+    """How units are ranked by a score."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    freezes: Literal["most", "least"] = "most"
+    """Which units of a group are frozen: those that matter `most`, which keeps what the score says is needed; or `least`, which
+    trains where the most is."""
+
+    path: str | None = None
+    """With ranks `wanda` and `fisher`: rows, as under `data.path`, or a task, that the scores are of. Null takes texts that the
+    model writes of itself: 64 from nothing, the same every time."""
+
+    samples: Annotated[int, Field(ge=1)] = 64
+    """How many rows are read, of those at `path` or, with rank `gradient`, of the round's own; drawn by `freeze.seed`."""
 
 
 class FreezeRule(BaseModel):
@@ -23,8 +41,15 @@ class FreezeRule(BaseModel):
     """What is halved: `category`, the units of one role in one layer; `layer`, the model's layers, each of which
     trains or is frozen as a whole; `model`, all units in the layers at once."""
 
-    rank: Literal["random"] = "random"
-    """Who comes first in a group: `random` draws anew in every round."""
+    rank: Rank = "random"
+    """Who comes first in a group: `random` draws anew in every round; the others freeze by a score of the round's start. It
+    is a mean over a unit's weights: of their size (`magnitude`), of their size times the norm of what they read (`wanda`), of
+    the squared gradient of the log-likelihood of labels that the model draws (`fisher`), of the size of the new rows'
+    gradient (`gradient`); or the signal to noise of singular values (`spectrum`, arXiv 2406.06623). Norms, of which `wanda`
+    and `spectrum` say nothing, are then drawn."""
+
+    importance: Annotated[ImportanceRule | None, Field(exclude_if=lambda value: value is None)] = None
+    """With every rank but `random`: whether the most or the least important is frozen, and by which rows."""
 
     trainable_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share that trains in the layers; 1.0 is full fine-tuning."""
@@ -92,8 +117,17 @@ class FreezeRule(BaseModel):
 
     def relocate(self, move: Callable[[str], str]) -> "FreezeRule":
         """The same rule with its rows at the place that `move` gives for their path."""
-        keep = self.keep and self.keep.model_copy(update={"path": move(self.keep.path)})
-        return self.model_copy(update={"keep": keep})
+        moved = {
+            name: section.model_copy(update={"path": move(section.path)})
+            for name, section in (("keep", self.keep), ("importance", self.importance))
+            if section is not None and section.path is not None
+        }
+        return self.model_copy(update=moved)
+
+    @property
+    def freezes_most(self) -> bool:
+        """Whether the units that matter most are frozen, of a rank that scores them."""
+        return self.importance is None or self.importance.freezes == "most"
 
     @model_validator(mode="before")
     @classmethod
@@ -112,4 +146,25 @@ class FreezeRule(BaseModel):
             )
         if self.grain != "columns" and self.choice in ("ssu", "ssu-code"):
             raise PydanticCustomError("grain", f"part {self.part} scores columns: set grain: columns, or part: quiet or random")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rank(self) -> "FreezeRule":
+        given = self.importance
+        if self.rank == "random":
+            if given is not None:
+                raise PydanticCustomError("rank", "importance would have no effect beside rank random: drop it, or set rank")
+            return self
+        if self.grain in ("directions", "columns"):
+            raise PydanticCustomError(
+                "rank", f"rank {self.rank} ranks whole matrices, and grain {self.grain_name} trains a part of each: drop one"
+            )
+        if self.group == "model" and self.rank in ("wanda", "spectrum"):
+            raise PydanticCustomError(
+                "rank", f"rank {self.rank} has no score for norms, which group model ranks among matrices: set group: category"
+            )
+        if given is not None and given.path is not None and self.rank not in ("wanda", "fisher"):
+            raise PydanticCustomError("rank", f"importance.path would have no effect beside rank {self.rank}: drop it")
+        if given is not None and given.samples != ImportanceRule().samples and given.path is None and self.rank != "gradient":
+            raise PydanticCustomError("rank", f"importance.samples would have no effect beside rank {self.rank}: drop it")
         return self

@@ -2,13 +2,14 @@
 
 The method is Half Fine-Tuning (arXiv 2404.18466). Three facts describe a draw and are kept apart: which units form a
 group, how the units of a group are ranked, and what share of them trains. The draw depends on the seed, the round and
-the names alone, so that it is the same on every rank, machine and Python. Full fine-tuning is the share 1.
+the names alone, and on the units' scores where these rank them, so that it is the same on every rank, machine and Python.
+Full fine-tuning is the share 1.
 """
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from typing import Annotated, Any
@@ -18,9 +19,9 @@ from pydantic_core import to_jsonable_python
 
 from hftcli.errors import ModelError
 from hftcli.freezing.counts import RoleCount, count_roles, count_trained, count_trained_units
-from hftcli.freezing.directions import Columns, Directions, Part, list_inputs, open_columns, open_directions
+from hftcli.freezing.directions import Columns, Directions, Part, find_input, list_inputs, open_columns, open_directions
 from hftcli.freezing.roles import Unit
-from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.rule import FreezeRule, ImportanceRule
 
 
 class FreezePlan(BaseModel):
@@ -71,6 +72,9 @@ class FreezePlan(BaseModel):
     bases: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
     """SHA-256 of the file that says which directions or columns these are."""
 
+    importance: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """SHA-256 of the file with the scores that rank the units; null where they are drawn, and before they are scored."""
+
     fingerprint: str
     """SHA-256 of all of the above. An optimizer restores its state by position, so a resume under another plan would
     corrupt weights without a word; equal fingerprints rule that out."""
@@ -84,6 +88,11 @@ class FreezePlan(BaseModel):
     def trainable_fraction(self) -> float:
         """The share of all weights that trains, as achieved; the rule's own share is for the layers only."""
         return self.num_trainable / self.num_parameters
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the units are those that the rule asks for: not while scores that rank them are to come."""
+        return self.rule.rank in RANKINGS or self.importance is not None
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -107,26 +116,39 @@ class FreezePlan(BaseModel):
         return self
 
 
-def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_heads: int = 1) -> FreezePlan:
+def make_plan(
+    units: Sequence[Unit],
+    rule: FreezeRule,
+    round_index: int,
+    num_heads: int = 1,
+    scores: Mapping[str, float] | None = None,
+) -> FreezePlan:
     """Decide what trains in a round.
 
     Args:
         units: all units of the model, as `assign_roles` gives them.
         round_index: place of the round in the history of the model, from 0; every round draws another half.
         num_heads: of the attention's queries, each of which has directions of its own with `blocks`.
+        scores: of the units, by name, where the rule ranks by them; until they are there, a random draw stands in for it.
 
     Raises:
         ModelError: nothing would train, tied embeddings are to be frozen and trained at once, `frozen_prefix` is less than a
-            layer or all of them, or the model's matrices do not come apart into directions.
+            layer or all of them, the model's matrices do not come apart into directions, or what they read is not known.
     """
     inside = [unit for unit in units if unit.layer is not None]
     outside = [unit for unit in units if unit.layer is None]
     num_frozen_layers = count_frozen_layers(inside, rule)
-    chosen = choose_in_layers(inside, rule, round_index, num_frozen_layers) | choose_outside_layers(outside, rule)
+    if rule.rank == "wanda" and (unread := [unit for unit in inside if unit.role != "norm" and find_input(unit) is None]):
+        raise ModelError(
+            f"freeze.rank: wanda does not know what {unread[0].name} reads", "take another, such as magnitude or fisher"
+        )
+    chosen = choose_in_layers(inside, rule, round_index, num_frozen_layers, scores) | choose_outside_layers(outside, rule)
     if not chosen:
         raise ModelError(f"nothing would train with freeze.trainable_fraction {rule.trainable_fraction}", "set a larger share")
 
     trained = {parameter.name for unit in chosen for parameter in unit.parameters}
+    if rule.importance is not None:  # what rows were read shows in the scores
+        rule = rule.model_copy(update={"importance": ImportanceRule(freezes=rule.importance.freezes)})
     if not rule.divides:
         return write_plan(units, trained, rule, round_index)
     list_inputs(inside, rule.blocks, num_heads)  # of those that another round draws as well
@@ -144,9 +166,9 @@ def make_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_hea
     return write_plan(units, trained, rule.model_copy(update={"keep": None}), round_index, **parts)
 
 
-def complete_plan(plan: FreezePlan, moments: str, bases: str) -> FreezePlan:
-    """A plan with the hashes of what its directions or columns were chosen by, and of what they are."""
-    content = {name: value for name, value in plan if name != "fingerprint"} | {"moments": moments, "bases": bases}
+def complete_plan(plan: FreezePlan, **hashes: str) -> FreezePlan:
+    """A plan with the hashes of what its units, directions or columns were chosen by, and of what these are."""
+    content = {name: value for name, value in plan if name != "fingerprint"} | hashes
     return FreezePlan(**content, fingerprint=_hash_content(content))
 
 
@@ -168,7 +190,13 @@ def count_frozen_layers(units: Iterable[Unit], rule: FreezeRule) -> int:
     return num_frozen
 
 
-def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int, num_frozen_layers: int = 0) -> set[Unit]:
+def choose_in_layers(
+    units: Iterable[Unit],
+    rule: FreezeRule,
+    round_index: int,
+    num_frozen_layers: int = 0,
+    scores: Mapping[str, float] | None = None,
+) -> set[Unit]:
     """The units in the layers that train.
 
     Pool by pool, a running target follows the share of the weight seen so far, and each group gives the first items of
@@ -177,6 +205,7 @@ def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int, 
 
     Args:
         num_frozen_layers: the lowest layers, of which nothing trains; the share of their weight is made up for above them.
+        scores: see `make_plan`.
     """
     pools: dict[str, dict[str, dict[str, list[Unit]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     below: dict[str, dict[str, list[Unit]]] = defaultdict(lambda: defaultdict(list))
@@ -196,7 +225,9 @@ def choose_in_layers(units: Iterable[Unit], rule: FreezeRule, round_index: int, 
         seen = taken = 0
         for group in rank_random(groups, rule.seed, round_index):
             items = groups[group]
-            ranking = RANKINGS[rule.rank](items, rule.seed, round_index)
+            ranking = RANKINGS.get(rule.rank, rank_random)(items, rule.seed, round_index)
+            if rule.rank not in RANKINGS and scores is not None:
+                ranking = rank_scored(ranking, items, scores, rule.freezes_most)
             weights = [_weigh(items[name], rule) for name in ranking]
             seen += sum(weights)
             totals = list(accumulate(weights, initial=taken))
@@ -236,6 +267,24 @@ def find_closest(totals: Sequence[int], target: Fraction) -> int:
 def rank_random(names: Iterable[str], seed: int, round_index: int) -> list[str]:
     """Names in a random order that depends on the seed, the round and the names alone."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{round_index}/{name}".encode()).digest())
+
+
+def rank_scored(
+    names: Iterable[str], items: Mapping[str, Sequence[Unit]], scores: Mapping[str, float], freezes_most: bool
+) -> list[str]:
+    """Names by the mean score of their items' weights, as they came where that is the same or there is none.
+
+    Args:
+        items: units by name.
+        freezes_most: whether what matters least comes first.
+    """
+
+    def average(name: str) -> float:
+        scored = [unit for unit in items[name] if unit.name in scores]
+        total = sum(scores[unit.name] * unit.num_parameters for unit in scored)
+        return total / sum(unit.num_parameters for unit in scored) if scored else 0.0
+
+    return sorted(names, key=average if freezes_most else lambda name: -average(name))
 
 
 def _weigh(item: Sequence[Unit], rule: FreezeRule) -> int:
@@ -286,5 +335,6 @@ GROUPS: dict[str, Callable[[Unit], tuple[str, str, str]]] = {
     "model": lambda unit: ("model", "model", unit.name),
 }
 
-# How the items of a group are ordered, first to train first. A ranking gets the items' names, the seed and the round.
+# How the items of a group are ordered, first to train first. A ranking gets the items' names, the seed and the round. The ranks
+# of the rule that are not here go by scores (`measuring/importance.py`).
 RANKINGS: dict[str, Callable[[Iterable[str], int, int], list[str]]] = {"random": rank_random}

@@ -122,8 +122,18 @@ def sum_squared_gradients(
         model: left as it came, with no gradient in it.
         batches: one example each: `input_ids`, `labels` that tell which tokens are trained, and what else the model takes.
     """
+    sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in model.named_parameters()}
+    for gradients in draw_gradients(model, batches, generator):
+        for name, gradient in gradients.items():
+            sums[name] += gradient.float().square_()
+    return sums
+
+
+def draw_gradients(
+    model: torch.nn.Module, batches: Iterable[Inputs], generator: torch.Generator
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Example by example, the gradient of -log p(labels) by parameter; see `sum_squared_gradients`."""
     with differentiating(model) as parameters:
-        sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
         for batch in batches:
             inputs = {name: values for name, values in batch.items() if name != "labels"}
             is_trained_T = batch["labels"][0, 1:] != IGNORED
@@ -132,9 +142,7 @@ def sum_squared_gradients(
             nats = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
             # Outside of `backward`, DeepSpeed's hooks do not take the gradients for those of a step.
             gradients = torch.autograd.grad(nats, list(parameters.values()), materialize_grads=True)
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total += gradient.float().square_()
-    return sums
+            yield dict(zip(parameters, gradients, strict=True))
 
 
 @contextmanager

@@ -33,6 +33,11 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         highlight=False,
         soft_wrap=True,
     )
+    if not plan.is_ranked:
+        console.print(
+            f"freeze.rank: {plan.rule.rank}: a round scores its start first; until then, a draw stands in for these units.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if budget.adapters is not None:
         console.print(
             f"LoRA of rank {budget.adapters.rank} in their place{', reading quiet directions alone' * bool(plan.directions)}: "
@@ -79,6 +84,7 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
         "num_trainable_units": plan.num_trainable_units,
         "layers_fraction": measure_layer_share(plan.roles),
         "warning": describe_imbalance(budget),
+        "is_ranked": plan.is_ranked,
         "roles": {name: count.model_dump() for name, count in plan.roles.items()},
         "fingerprint": plan.fingerprint,
         "memory": {

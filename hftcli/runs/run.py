@@ -23,6 +23,7 @@
         quiet/                  with `freeze.grain: directions` or `columns`
           bases.safetensors       the directions, or the numbers of the columns, in which the round's matrices train
           moments.safetensors     second moments of earlier inputs; when the round ends, with those of its own rows
+        importance.json         UnitScores: by what `freeze.rank` ranked the units, but for `random`
         checksums.json          Checksums: size and sha256 of the checkpoint's files
         tensorboard/            where `train.report_to` names it
         steps/40/               a step checkpoint: what a stopped round goes on from; gone when the round is done
@@ -95,6 +96,7 @@ class Round:
     fisher_path = Inside("method/ewc.safetensors")
     bases_path = Inside("quiet/bases.safetensors")
     moments_path = Inside("quiet/moments.safetensors")
+    importance_path = Inside("importance.json")
     checksums_path = Inside("checksums.json")
     steps = Inside("steps")
     stop_path = Inside("stop")

@@ -36,6 +36,7 @@ from hftcli.runs.seals import seal_file
 from hftcli.training.stages import Assignment, Attempt, Rows
 
 ROUND_ROWS = 256  # of a round's own rows, whose moments are added when it ends
+OWN = "the model's own samples"
 SAMPLES = f"{NUM_SAMPLES} samples of up to {SAMPLE_TOKENS} tokens"
 
 
@@ -66,7 +67,7 @@ def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
     bases, origin = read_bases(round_.bases_path), read_origin(round_.bases_path)
     for method in task.methods:
         method.take_bases(bases)
-    return replace(task, plan=complete_plan(task.plan, origin["moments"], seal_file(round_.bases_path).sha256))
+    return replace(task, plan=complete_plan(task.plan, moments=origin["moments"], bases=seal_file(round_.bases_path).sha256))
 
 
 def list_all_inputs(task: Assignment) -> Inputs:
@@ -114,24 +115,37 @@ def make_key(task: Assignment, rows: Rows, last: Path | None) -> str:
 
 def gather_moments(task: Assignment, rows: Rows, inputs: Inputs, last: Path | None) -> Moments:
     """The moments of all that is earlier than a round."""
-    moments = Moments({}, ()) if last is None else read_moments(last, inputs)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if is_mixed(task.spec) else torch.float32
-    own, kept = "the model's own samples", f"freeze.keep {rows.kept_digest}"
-    if own not in moments.sources:
-        identity = {"start": hash_checkpoint(task.start), "samples": SAMPLES, "inputs": inputs, "dtype": str(dtype)}
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        path = default_cache("moments") / f"{name}.safetensors"
-        if not path.exists():
-            model = load_finished(task.start, dtype, device)
-            texts = [ids for ids, _ in draw_texts(model, task.tokenizer, device)]
-            write_moments(path, Moments(measure_moments(model, model, inputs, texts, device), (own,)))
-        moments = add_source(moments, read_moments(path, inputs).tensors, own)
+    moments, kept = Moments({}, ()) if last is None else read_moments(last, inputs), f"freeze.keep {rows.kept_digest}"
+    if OWN not in moments.sources:
+        moments = add_source(moments, measure_own(task, inputs), OWN)
     if rows.kept is not None and kept not in moments.sources:
-        model = load_finished(task.start, dtype, device)
-        found = measure_moments(model, model, inputs, list_token_ids(rows.kept), device)
-        moments = add_source(moments, found, kept)
+        moments = add_source(moments, measure_rows(task, inputs, rows.kept), kept)
     return moments
+
+
+def measure_own(task: Assignment, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The moments of what the start writes of itself, which are kept for other rounds from it."""
+    device, dtype = find_device(), torch.bfloat16 if is_mixed(task.spec) else torch.float32
+    identity = {"start": hash_checkpoint(task.start), "samples": SAMPLES, "inputs": inputs, "dtype": str(dtype)}
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = default_cache("moments") / f"{name}.safetensors"
+    if not path.exists():
+        model = load_finished(task.start, dtype, device)
+        texts = [ids for ids, _ in draw_texts(model, task.tokenizer, device)]
+        write_moments(path, Moments(measure_moments(model, model, inputs, texts, device), (OWN,)))
+    return read_moments(path, inputs).tensors
+
+
+def measure_rows(task: Assignment, inputs: Inputs, rows: Dataset) -> dict[str, torch.Tensor]:
+    """The moments of rows that the start reads."""
+    device = find_device()
+    model = load_finished(task.start, torch.bfloat16 if is_mixed(task.spec) else torch.float32, device)
+    return measure_moments(model, model, inputs, list_token_ids(rows), device)
+
+
+def find_device() -> torch.device:
+    """Where a process of its own asks a model."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
 def choose_bases(task: Assignment, moments: Moments) -> dict[str, torch.Tensor]:

@@ -21,7 +21,9 @@ from hftcli.data.templates import set_chat_template
 from hftcli.data.tokens import Progress
 from hftcli.errors import DataError, InputError, ModelError
 from hftcli.freezing.activations import Network
+from hftcli.freezing.directions import KeepRule
 from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.rule import ImportanceRule
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
@@ -175,7 +177,11 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     for method in task.methods:
         dataset = method.prepare_rows(dataset, by_task)
     pairs, asked = None, dict(task.asked)
-    kept, kept_digest = read_kept(spec, tokenizer)
+    freeze = spec.freeze
+    kept, kept_digest = read_named(spec, tokenizer, "freeze.keep", freeze.keep) if freeze.keep else (None, "")
+    scored, scored_digest = None, ""
+    if freeze.importance is not None and freeze.importance.path is not None:
+        scored, scored_digest = read_named(spec, tokenizer, "freeze.importance", freeze.importance)
     with naming("eval.held_out"):
         if spec.held_out and spec.objective == "dpo":
             pairs, held_out = prepare_pairs(spec.held_out, tokenizer, cache)
@@ -189,21 +195,22 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     asked = {name: add_ends(questions, (*read_ends(task.start), *ends), tokenizer) for name, questions in asked.items()}
     for questions in asked.values():
         report_faults(questions, spec.scoring.asking.strict)
-    return Rows(dataset, report, "+".join(digests), asked, pairs, ends, kept, kept_digest)
+    return Rows(dataset, report, "+".join(digests), asked, pairs, ends, kept, kept_digest, scored, scored_digest)
 
 
-def read_kept(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset | None, str]:
-    """The rows that `freeze.keep` names, and a hash of those that are read; none where it is not given."""
-    keep = spec.freeze.keep
-    if keep is None:
-        return None, ""
-    data = DataSection(path=keep.path, max_length=spec.data.max_length)
-    if is_task(keep.path):
-        rows, report = prepare_task(load_task(keep.path, spec.data.root, "test"), data, tokenizer, default_cache())
+def read_named(
+    spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, key: str, rule: KeepRule | ImportanceRule
+) -> tuple[Dataset, str]:
+    """The rows that a key of `freeze` names, those of them that are read, and a hash of these."""
+    assert rule.path is not None
+    data = DataSection(path=rule.path, max_length=spec.data.max_length)
+    if is_task(rule.path):
+        rows, report = prepare_task(load_task(rule.path, spec.data.root, "test"), data, tokenizer, default_cache())
     else:
-        with naming("freeze.keep"):
+        with naming(key):
             rows, report = prepare_dataset(data, TrainSection(), tokenizer, default_cache())
-    return draw_rows(rows, keep.samples, "keep", spec.freeze.seed), f"{report.tokens_digest}/{keep.samples}/{spec.freeze.seed}"
+    name = key.rpartition(".")[2]
+    return draw_rows(rows, rule.samples, name, spec.freeze.seed), f"{report.tokens_digest}/{rule.samples}/{spec.freeze.seed}"
 
 
 def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:

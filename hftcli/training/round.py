@@ -25,6 +25,7 @@ from hftcli.training.earlier import describe_earlier, grow_moments, settle_parts
 from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
 from hftcli.training.outlook import look_ahead
+from hftcli.training.ranking import settle_ranking
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.references import SharedReference, describe_reference, make_reference
 from hftcli.training.reports import (
@@ -70,7 +71,7 @@ def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
     outlook = look_ahead(task, rows)
     if attempt.reporter.is_first:
         write_model(attempt.round.outlook_path, outlook)
-    return settle_parts(attempt, task, rows), rows
+    return settle_parts(attempt, settle_ranking(attempt, task, rows), rows), rows
 
 
 def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:

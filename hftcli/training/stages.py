@@ -67,6 +67,8 @@ class Rows:
         ends: tokens with which the trained answers end, the most frequent first.
         kept: rows that `freeze.keep` names, those of them that are read; None where there are none.
         kept_digest: hash of their tokens, and which of them are read.
+        scored: rows that `freeze.importance` names, those of them that are read; None where there are none.
+        scored_digest: the same of these.
     """
 
     train: Dataset
@@ -77,6 +79,8 @@ class Rows:
     ends: tuple[int, ...]
     kept: Dataset | None = None
     kept_digest: str = ""
+    scored: Dataset | None = None
+    scored_digest: str = ""
 
 
 @dataclass(frozen=True)

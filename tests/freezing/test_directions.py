@@ -159,7 +159,7 @@ def test_a_grain_of_matrices_leaves_no_trace(llama: tuple[Unit, ...]):
 def test_the_fingerprint_covers_moments_and_directions(llama: tuple[Unit, ...]):
     plan = make_plan(llama, FreezeRule.model_validate({"grain": "directions", "keep": {"path": "rows.jsonl"}}), 0, 2)
     assert "rows.jsonl" not in plan.model_dump_json()  # what it holds is in the moments, wherever it lies
-    plans = [plan, complete_plan(plan, "a", "b"), complete_plan(plan, "c", "b"), complete_plan(plan, "a", "c")]
+    plans = [plan, *(complete_plan(plan, moments=one, bases=two) for one, two in ("ab", "cb", "ac"))]
     assert len({found.fingerprint for found in plans}) == 4
     for found in plans:
         assert FreezePlan.model_validate_json(found.model_dump_json()) == found

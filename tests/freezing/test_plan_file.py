@@ -13,6 +13,8 @@ from hftcli.freezing.roles import Unit
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import GROUPS, RANKINGS, FreezePlan, RoleCount, make_plan
 
+SCORED = ("magnitude", "wanda", "fisher", "gradient", "spectrum")
+
 
 def test_a_plan_survives_its_file(llama: tuple[Unit, ...]):
     plan = make_plan(llama, FreezeRule(trainable_fraction=0.1), 4)
@@ -84,7 +86,12 @@ def test_an_edited_plan_is_refused(llama: tuple[Unit, ...], edit):
         {"trainable_fraction": float("nan")},
         {"frozen_prefix": 1.0},
         {"group": "matrix"},
-        {"rank": "magnitude"},
+        {"rank": "size"},
+        {"importance": {}},
+        {"rank": "magnitude", "grain": "columns"},
+        {"rank": "spectrum", "group": "model"},
+        {"rank": "gradient", "importance": {"path": "rows.jsonl"}},
+        {"rank": "spectrum", "importance": {"samples": 8}},
         {"embeddings": True},
         {"shares": 0.5},
     ],
@@ -96,7 +103,7 @@ def test_a_bad_rule_is_refused(bad: dict):
 
 
 def test_every_choice_of_the_rule_has_its_row():
-    assert set(get_args(FreezeRule.model_fields["rank"].annotation)) == set(RANKINGS)
+    assert set(get_args(FreezeRule.model_fields["rank"].annotation)) == {*RANKINGS, *SCORED}
     assert set(get_args(FreezeRule.model_fields["group"].annotation)) == set(GROUPS)
 
 

@@ -16,7 +16,7 @@ from freezing.plans import count_groups, find_trained
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter, Unit
 from hftcli.freezing.rule import FreezeRule
-from hftcli.freezing.selection import GROUPS, RoleCount, find_closest, make_plan
+from hftcli.freezing.selection import GROUPS, RoleCount, complete_plan, find_closest, make_plan
 
 LLAMA_2_7B = {
     "hidden_size": 4096,
@@ -339,3 +339,39 @@ def test_a_prefix_that_does_not_go_is_refused(llama: tuple[Unit, ...]):
         make_plan(tied, FreezeRule(frozen_prefix=0.5), 0)
     assert caught.value.fix == "set freeze.head: freeze"
     assert make_plan(tied, FreezeRule(frozen_prefix=0.5, head="freeze"), 0).frozen[0] == "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("freezes", ["most", "least"])
+def test_what_matters_most_or_least_is_frozen(llama: tuple[Unit, ...], freezes: str):
+    inside = [unit for unit in llama if unit.layer is not None and unit.role != "norm"]
+    scores = {unit.name: float(place * 7 % 11) for place, unit in enumerate(inside)}
+    rule = FreezeRule.model_validate({"rank": "wanda", "importance": {"freezes": freezes, "path": "rows.jsonl"}})
+    plan = make_plan(llama, rule, 3, scores=scores)
+    trained = find_trained(llama, plan)
+    for group in {(unit.category, unit.layer) for unit in inside}:
+        units = [unit for unit in inside if (unit.category, unit.layer) == group]
+        train = [scores[unit.name] for unit in units if unit in trained]
+        frozen = [scores[unit.name] for unit in units if unit not in trained]
+        assert max(train) <= min(frozen) if freezes == "most" else min(train) >= max(frozen)
+    # Norms have no score here, and are drawn as they are without one.
+    norms = [unit for unit in llama if unit.role == "norm"]
+    drawn = find_trained(llama, make_plan(llama, FreezeRule(), 3))
+    assert [unit in trained for unit in norms] == [unit in drawn for unit in norms]
+    assert "rows.jsonl" not in plan.model_dump_json()  # what it holds is in the scores, wherever it lies
+
+
+def test_a_draw_stands_in_until_there_are_scores(llama: tuple[Unit, ...]):
+    plan = make_plan(llama, FreezeRule(rank="magnitude"), 0)
+    assert plan.trained == make_plan(llama, FreezeRule(), 0).trained
+    assert not plan.is_ranked
+    scored = complete_plan(make_plan(llama, FreezeRule(rank="magnitude"), 0, scores={}), importance="a")
+    assert scored.is_ranked
+    assert scored.fingerprint not in (plan.fingerprint, complete_plan(plan, importance="b").fingerprint)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_wanda_has_to_know_what_is_read(family: str):
+    units = build_units(family, **CONFIGS[family])
+    with pytest.raises(ModelError, match="freeze.rank: wanda does not know what"):
+        make_plan(units, FreezeRule(rank="wanda"), 0)
+    make_plan(units, FreezeRule(rank="fisher"), 0)

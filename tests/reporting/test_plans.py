@@ -1,11 +1,15 @@
-"""What is said of a plan that trains more or less than was asked for."""
+"""What is said of a plan that trains more or less than was asked for, or whose units are not ranked yet."""
+
+import json
+
+import pytest
 
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import Parameter, Unit
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
-from hftcli.reporting.plans import describe_imbalance
+from hftcli.reporting.plans import describe_imbalance, print_plan
 
 
 def make_budget(sizes: tuple[int, int], rule: FreezeRule, num_layers: int = 4) -> Budget:
@@ -37,3 +41,11 @@ def test_where_no_choice_comes_closer_none_is_offered():
     """One layer of one matrix that is nine tenths of it."""
     said = describe_imbalance(make_budget((900, 100), FreezeRule(balance="weights"), num_layers=1))
     assert said.endswith("the units of a group are not of one size")
+
+
+def test_a_draw_that_stands_in_for_scores_is_said(capsys: pytest.CaptureFixture[str]):
+    budget = make_budget((100, 100), FreezeRule(rank="fisher"))
+    print_plan(budget, None, as_json=False)
+    assert "freeze.rank: fisher: a round scores its start first; until then, a draw stands in" in capsys.readouterr().out
+    print_plan(budget, None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["is_ranked"] is False
