@@ -2,13 +2,15 @@
 
     python scripts/benchmark_speed.py --model FOLDER                        a real model's shape, on this machine
     python scripts/benchmark_speed.py --shape 1b --tokens 2048              where a GPU is at hand
+    python scripts/benchmark_speed.py --model FOLDER --grains               the grains of `freeze.grain`
 
 Full fine-tuning, the paper's rule, the rule with a frozen prefix of a quarter, halves of whole layers, and LoRA on all linear
 layers; each without and with activation checkpointing, and the first three once more in equal memory, with what `train.fit:
 auto` would choose in it: by default, the least in which the paper's rule computes nothing again and full fine-tuning fits at
-all (`--memory-bytes` sets another limit). The settings take turns on one model, so that a machine whose speed drifts is fair to
-all; the table gives medians over the turns, and for ratios the median of those within a turn with their range. Prints
-Markdown.
+all (`--memory-bytes` sets another limit). With `--grains`: full fine-tuning, the paper's rule, columns, directions, directions
+in blocks, and these within the paper's half, without checkpointing; which directions and columns they are makes no difference
+to their time, so they are drawn. The settings take turns on one model, so that a machine whose speed drifts is fair to all; the
+table gives medians over the turns, and for ratios the median of those within a turn with their range. Prints Markdown.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from hftcli.launching.planning import find_arithmetic, list_kernels, list_works
 from hftcli.models.checkpoint import freeze_model
 from hftcli.models.description import describe_model
 from hftcli.models.device import has_bfloat16, keep_freed_memory
+from hftcli.models.division import divide_model, draw_choices
 from hftcli.recipe.sections import TrainSection
 from hftcli.training.loss import SFT_OUTPUTS, keep_logits, set_loss_kernel
 from hftcli.training.probe import compute_loss, make_inputs, make_random_model
@@ -43,6 +46,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "7b": (4096, 11008, 32, 32, 32),
 }
 VOCABULARY = 32000
+GRAINS = {
+    "columns": {"grain": "columns"},
+    "columns, quiet": {"grain": "columns", "part": "quiet"},
+    "directions": {"grain": "directions"},
+    "directions, blocks of 32": {"grain": "directions", "blocks": 32},
+    "quiet: these within half": "quiet",
+}
 FULL, HALF, PREFIX, LORA = "full", "half", "half, prefix 0.25", "LoRA, r 8"
 LORA_RANK = 8
 
@@ -124,6 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a setting in a turn, after one that is not")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--memory-bytes", type=int, help="the limit of the last rows")
+    parser.add_argument("--grains", action="store_true", help="compare the grains in place of the other rules")
     parser.add_argument("--float32", action="store_true", help="also where the device has bfloat16")
     return parser.parse_args()
 
@@ -156,9 +167,13 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
     network = Network(described.model_type, units, described.num_heads)
 
     def make_budget(rule: str, every: int | None = None) -> Budget:
-        plan = make_plan(units, rules[rule], 0)
+        plan = make_plan(units, rules[rule], 0, described.num_heads)
         return Budget(plan, "mixed" if mixed else "float32", 1, 0, network=network, work=replace(work, checkpoint_every=every))
 
+    if arguments.grains:
+        rules = {FULL: rules[FULL], HALF: rules[HALF]}
+        rules |= {name: FreezeRule.model_validate(rule) for name, rule in GRAINS.items()}
+        return [Setting(rule, "none", make_budget(rule)) for rule in rules]
     settings = [Setting(rule, name, make_budget(rule, every)) for name, every in (("none", None), ("all", 1)) for rule in rules]
     ways = {rule: [replace(make_budget(rule), work=way) for way in list_works(make_budget(rule), kernels)] for rule in rules}
     least = max(ways[HALF][0].half.high_bytes, min(way.half.high_bytes for way in ways[FULL]))
@@ -190,6 +205,12 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Se
         is_half = work.arithmetic == "autocast" and not parameter.requires_grad
         parameter.data = parameter.data.to(torch.bfloat16 if is_half else torch.float32)
         parameter.grad = None
+    parts = setting.budget.plan.parts
+    plain = {name.removesuffix(".weight"): model.get_submodule(name.removesuffix(".weight")) for name in parts}
+    dtype = torch.bfloat16 if work.arithmetic == "autocast" else torch.float32
+    layers = divide_model(model, parts, draw_choices(parts, dtype), True)
+    for layer in layers.values():
+        layer.weight.data = layer.weight.data.to(dtype)
     model.activation_checkpointing_disable()
     if work.checkpoint_every is not None:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=work.checkpoint_every)
@@ -206,10 +227,14 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Se
         times.append(read_clock(device))
         optimizer.step()
         optimizer.zero_grad()
+        for layer in layers.values():
+            layer.refresh()
         times.append(read_clock(device))
         parts.append([later - earlier for earlier, later in pairwise(times)])
     if tuner is not None:
         tuner.unload()
+    for place, layer in plain.items():
+        model.set_submodule(place, layer)
     return Seconds(*(statistics.mean(values) for values in zip(*parts[1:], strict=True)))
 
 

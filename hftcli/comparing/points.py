@@ -250,11 +250,17 @@ def _describe_data(result: RoundResult) -> str:
 
 
 def _name_method(recipe: Recipe) -> str:
-    """`full`, `half`, `half + replay`; `lora` where adapters are on everything."""
-    share, names = recipe.freeze.trainable_fraction, recipe.method.names
+    """`full`, `half`, `half + replay`, `half of columns (ssu)`, `half by fisher`; `lora` where adapters are on everything."""
+    rule, names = recipe.freeze, recipe.method.names
+    share = rule.trainable_fraction
     if share == 1 and set(ADAPTERS) & set(names):
         return " + ".join(names)
-    return " + ".join(({1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}"), *names))
+    name = {1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}")
+    if share < 1 and rule.divides:
+        name += f" of {rule.grain_name} ({rule.choice})"
+    if share < 1 and rule.rank != "random":
+        name += f" by {rule.rank}" + ("" if rule.freezes_most else ", the least frozen")
+    return " + ".join((name, *names))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -221,7 +221,8 @@ class RoundResult(FileSection):
     num_tokens: int
     """Tokens seen in training, over all ranks."""
     seconds: dict[str, float]
-    """Wall-clock seconds of each phase, in the start that finished the round."""
+    """Wall-clock seconds of each phase, in the start that finished the round. `choosing` is what it takes to score units,
+    and to take moments of earlier inputs and choose directions or columns by them."""
     resumed_from: int | None = None
     """Step of the checkpoint that this start went on from; null where it began the round."""
     step_saves: StepSaves = StepSaves()

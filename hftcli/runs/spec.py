@@ -145,7 +145,7 @@ def split_tasks(
 class Progress(Section):
     """Where a worker is, for the front to show, and to see that it is not hung."""
 
-    phase: Literal["starting", "tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying"]
+    phase: Literal["starting", "tokenizing", "choosing", "loading", "scoring", "referencing", "training", "saving", "verifying"]
     """What the worker does now."""
     done: int = 0
     """Units of the phase that are done: steps, rows, batches."""

@@ -51,7 +51,7 @@ def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
     if not task.plan.parts:
         return task
     round_ = attempt.round
-    attempt.reporter.report("referencing")
+    attempt.reporter.report("choosing")
     last = find_last_moments(task.start)
     inputs = list_all_inputs(task)
     key = make_key(task, rows, last)

@@ -44,7 +44,7 @@ def settle_ranking(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment
     rule, path = task.spec.freeze, attempt.round.importance_path
     if rule.rank in RANKINGS:
         return task
-    attempt.reporter.report("referencing")
+    attempt.reporter.report("choosing")
     key = make_key(task, rows)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists() or read_model(path, UnitScores).key != key:

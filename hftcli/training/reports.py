@@ -22,7 +22,7 @@ from hftcli.runs.run import Round
 from hftcli.runs.spec import Progress
 from hftcli.training.trainers import checkpoint_layers
 
-PHASES = ("tokenizing", "loading", "scoring", "referencing", "training", "saving", "verifying")
+PHASES = ("tokenizing", "choosing", "loading", "scoring", "referencing", "training", "saving", "verifying")
 
 
 class Reporter:

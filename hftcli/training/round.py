@@ -71,7 +71,8 @@ def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
     outlook = look_ahead(task, rows)
     if attempt.reporter.is_first:
         write_model(attempt.round.outlook_path, outlook)
-    return settle_parts(attempt, settle_ranking(attempt, task, rows), rows), rows
+    with attempt.clock.measure("choosing"):
+        return settle_parts(attempt, settle_ranking(attempt, task, rows), rows), rows
 
 
 def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
@@ -178,7 +179,9 @@ def save(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained
         attempt.reporter.report("saving")
         if any(method.leaves_another_model for method in task.methods):
             trained.keeper.save_end(trainer)  # a stop comes too late for it afterwards
+    with attempt.clock.measure("choosing"):
         moments = learn_inputs(attempt, task, rows, trainer)
+    with attempt.clock.measure("saving"):
         for method in task.methods:
             method.finish(trainer, attempt.round)
         merged = {name: values for method in task.methods for name, values in method.list_merged().items()}
@@ -192,7 +195,7 @@ def learn_inputs(attempt: Attempt, task: Assignment, rows: Rows, trainer: TaskTr
         method.end_step()  # weights of an earlier step may have been laid in
 
     def show(done: int, total: int) -> None:
-        attempt.reporter.report("saving", done, total)
+        attempt.reporter.report("choosing", done, total)
 
     casts = is_mixed(task.spec) and not is_sharded(task.spec)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=casts):

@@ -99,3 +99,19 @@ def test_made_model_that_is_not_scored_as_its_run_is_refused(tmp_path):
     (made / "evaluation.json").unlink()
     with pytest.raises(InputError, match=r"is not scored: it has no evaluation.json"):
         read_point(made)
+
+
+@pytest.mark.parametrize(
+    ("override", "title"),
+    [
+        ("freeze.seed=1", "half"),
+        ("freeze={grain: columns}", "half of columns (ssu)"),
+        ("freeze={grain: directions, part: random}", "half of directions (random)"),
+        ("freeze=quiet", "half of [matrices, directions] (quiet)"),
+        ("freeze={rank: fisher}", "half by fisher"),
+        ("freeze={rank: magnitude, importance: {freezes: least}}", "half by magnitude, the least frozen"),
+        ("freeze={grain: columns, trainable_fraction: 1.0}", "full"),
+    ],
+)
+def test_rules_go_by_names_of_their_own(tmp_path, override: str, title: str):
+    assert read_point(write_run(tmp_path / "run", override)).title == title

@@ -239,3 +239,17 @@ def test_preferences_refer_to_the_start(start: Path, tmp_path: Path):
     plan = round_.read_plan()
     directed = sum(parts.num_trainable for parts in plan.directions.values())
     assert copied["shared"] == 4 * (plan.num_trainable - directed)
+
+
+def test_directions_at_random_are_a_control(start: Path, tmp_path: Path):
+    """Orthonormal, others for every seed, and with no more of the earlier inputs' energy closed than their share."""
+    round_ = run(tmp_path / "00", make_spec(start, EVERYWHERE | {"part": "random", "seed": 3}, train={"max_steps": 1}))
+    plan, found = round_.read_plan(), load_file(round_.bases_path)
+    other = draw_choices(plan.parts, torch.float32, 4, 0)
+    for name, basis_NWR in found.items():
+        for basis_WR in basis_NWR:
+            torch.testing.assert_close(basis_WR.T @ basis_WR, torch.eye(basis_WR.shape[1]), rtol=0, atol=1e-5)
+        assert not torch.allclose(basis_NWR, other[name])
+    result = round_.read_result()
+    assert np.mean(list(result.earlier.closed_energy.values())) == pytest.approx(0.5, abs=0.15)
+    assert result.verification.passed
