@@ -6,6 +6,7 @@ take_bases        the directions that are open, where the plan has some        l
 prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 ewc, l2sp, olora, quiet
+weigh_tokens      what a token counts in the loss                              token_weights
 compute_penalty   a term of the loss                                           ewc, l2sp, olora
 change_gradient   after the last backward pass of a step, before the step      gem, agem
 recall, restore   what a step checkpoint keeps                                 gem, agem
@@ -88,6 +89,17 @@ class Method:
 
     def start(self, trainer: Trainer) -> None:
         """Called once by all ranks before the first step, or before going on from a step checkpoint."""
+
+    def weigh_tokens(
+        self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What each trained token of a micro-batch counts in the loss, (B, T) without a gradient; None for all the same.
+
+        Args:
+            log_probs_BT: of the tokens, but for the first of each row.
+            entropies_BT: of what could stand in their places, nats.
+        """
+        return None
 
     def compute_penalty(self) -> torch.Tensor | None:
         """What a step's loss has on top, () with a gradient; None for nothing."""

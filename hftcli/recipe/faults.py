@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from hftcli.recipe.methods import SEQUENCE_METHODS
+from hftcli.recipe.methods import GRAINLESS_METHODS, SEQUENCE_METHODS
 from hftcli.recipe.recipe import Objective, Recipe
 from hftcli.recipe.section import list_kinds, open_section
 from hftcli.recipe.sections import DpoSection, TrainSection
@@ -229,12 +229,14 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{source.place(('method', name))}: method.{name} defends earlier tasks, and `hft {objective}` has none: "
                 "use `hft continual`, or drop it"
             )
-        if name != "replay" and recipe.freeze.divides:
+        if name not in GRAINLESS_METHODS and recipe.freeze.divides:
             yield (
                 f"{source.place(('method', name))}: method.{name} works on whole matrices, and of these freeze.grain: "
-                f"{recipe.freeze.grain_name} trains a part: drop one of the two; replay goes with both"
+                f"{recipe.freeze.grain_name} trains a part: drop one of the two; {' and '.join(GRAINLESS_METHODS)} go with both"
                 + (", and method.lora.quiet is LoRA in directions" if name == "lora" else "")
             )
+    if recipe.method.token_weights is not None:
+        yield from _check_token_weights(recipe, objective, source)
     for key in ("blocks", "keep", "part"):
         if getattr(recipe.freeze, key) is not None and not (recipe.freeze.divides or recipe.method.open_fraction):
             others = "directions" if key == "blocks" else "directions or columns"
@@ -242,6 +244,21 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{source.place(('freeze', key))}: freeze.{key} would have no effect beside freeze.grain matrices: drop it, or "
                 f"set freeze.grain: {others}, or method.lora.quiet: true"
             )
+
+
+def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Losses that are no sum over tokens which could count more or less."""
+    place, extra = source.place(("method", "token_weights")), recipe.train.extra
+    if objective == "dpo":
+        yield f"{place}: method.token_weights weighs the tokens of answers, and `hft dpo` compares whole answers: drop it"
+    if extra.get("loss_type", "nll") != "nll":
+        other = f"train.loss_type {extra['loss_type']}"
+        yield f"{place}: method.token_weights and {other} both weigh the tokens: drop one of the two"
+    if extra.get("label_smoothing_factor"):
+        yield (
+            f"{place}: method.token_weights would have no effect beside train.label_smoothing_factor, whose loss is TRL's own: "
+            "drop one of the two"
+        )
 
 
 def check_measuring(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

@@ -108,6 +108,18 @@ class Ia3Section(Section):
     """Nothing to choose: the vectors stand where the paper has them."""
 
 
+class TokenWeightsSection(Section):
+    """Tokens that contradict what the model knows count less in the loss."""
+
+    kind: Literal["dft", "talr", "eaft"]
+    """By what a token counts: `dft` its probability (arXiv 2508.05629); `talr` its probability to the power of one over the
+    median of the mean losses of a micro-batch's rows (arXiv 2509.20758); `eaft` the entropy of what could stand in its place as
+    a share of that of 20 equally likely tokens, at most 1 (arXiv 2601.02151)."""
+
+    strength: Annotated[float, Field(ge=0)] = 1.0
+    """Exponent of the weights; 0 is plain training."""
+
+
 class MethodSection(Section):
     """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `lora: {}`."""
 
@@ -135,6 +147,9 @@ class MethodSection(Section):
     ia3: Ia3Section | None = None
     """Vectors that scale keys, values and the mlp's inner activations (arXiv 2205.05638)."""
 
+    token_weights: TokenWeightsSection | None = None
+    """Tokens that contradict what the model knows count less: DFT, TALR or EAFT."""
+
     @property
     def open_fraction(self) -> float | None:
         """Share of their inputs' directions that adapters read; None where they read all, and where there are none."""
@@ -157,6 +172,8 @@ class MethodSection(Section):
 ADAPTERS = ("lora", "olora", "ia3")
 # Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
 SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
+# Methods that go with matrices of which a part trains: they change no weight by themselves.
+GRAINLESS_METHODS = ("replay", "token_weights")
 # Pairs of methods that contradict each other, and why.
 CLASHING_METHODS = (
     ("gem", "agem", "agem is gem with one constraint in place of one for each task"),

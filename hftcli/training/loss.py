@@ -9,7 +9,7 @@ Shapes: B, sequences; T, tokens of a sequence; N, tokens that some sequence of t
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,31 @@ from hftcli.freezing.activations import LossKernel
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")
 DPO_OUTPUTS = (*SFT_OUTPUTS, "mean_logits", "log_sum_sq_probs")
 
+# What each token counts, without a gradient, by its log-probability, its entropy and whether it is trained; None: all the same.
+Weighing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
 
 def set_loss_kernel(model: PreTrainedModel, kernel: LossKernel) -> None:
     """Let a model answer `fused_lm_head=True` as in SFTTrainer."""
     add_fused_lm_head(model, outputs=SFT_OUTPUTS)
     if kernel == "plain":
         keep_logits(model, SFT_OUTPUTS)
+
+
+def weigh_tokens(model: PreTrainedModel, weighings: Sequence[Weighing]) -> None:
+    """Have a model that has TRL's fused head scale the log-probabilities that it trains on, wherever a graph is built."""
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> FusedCausalLMOutput | Any:
+        found = plain(*args, **kwargs)
+        if isinstance(found, FusedCausalLMOutput) and torch.is_grad_enabled():
+            all_weights = [weigh(found.log_probs, found.entropy, found.label_mask) for weigh in weighings]
+            for weights_BT in all_weights:
+                found.log_probs = found.log_probs if weights_BT is None else found.log_probs * weights_BT
+        return found
+
+    model.forward = forward
 
 
 def keep_logits(model: PreTrainedModel, outputs: Collection[str]) -> None:

@@ -21,7 +21,7 @@ from hftcli.runs.spec import RoundSpec
 from hftcli.runs.tracked import PROJECT, find_run, list_variables
 from hftcli.training.dealing import DealingTrainer
 from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
-from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits
+from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits, weigh_tokens
 from hftcli.training.references import Reference
 
 SPENT_KEYS = {
@@ -208,6 +208,7 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
         super().__init__(methods, args, model=model, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
         if loss_kernel == "plain":
             keep_logits(model, SFT_OUTPUTS)
+        weigh_tokens(model, [method.weigh_tokens for method in methods])
 
 
 class MethodCallback(TrainerCallback):

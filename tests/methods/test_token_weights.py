@@ -1,0 +1,111 @@
+"""Token weights: loss and gradient by hand in float64, plain training at strength 0, and what they do not go with."""
+
+import json
+import math
+
+import pytest
+import torch
+from methods.rounds import make_spec
+from transformers import AutoModelForCausalLM
+
+from hftcli import PACKAGE
+from hftcli.methods.token_weights import TokenWeights
+from hftcli.recipe.methods import TokenWeightsSection
+from hftcli.training.loss import set_loss_kernel, weigh_tokens
+
+KINDS = ("dft", "talr", "eaft")
+EMBEDDED = PACKAGE / "tinyworld" / "model"
+
+
+def make_method(kind: str, strength: float = 1.0) -> TokenWeights:
+    section = {"kind": kind, "strength": strength}
+    return TokenWeights(make_spec({"token_weights": section}), TokenWeightsSection(**section))
+
+
+def weigh_by_hand(kind: str, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Weights of the papers, token by token; 0 where nothing is trained."""
+    weights = torch.zeros(labels_BT.shape, dtype=torch.float64)
+    means = []
+    for row, labels in zip(logits_BTV, labels_BT, strict=True):
+        losses = [-row[place].log_softmax(-1)[label].item() for place, label in enumerate(labels) if label != -100]
+        means.append(sum(losses) / len(losses))
+    tau = sorted(means)[len(means) // 2]  # of three rows
+    for b, t in (labels_BT != -100).nonzero().tolist():
+        probabilities = logits_BTV[b, t].softmax(-1)
+        p = probabilities[labels_BT[b, t]].item()
+        entropy = -sum(value * math.log(value) for value in probabilities.tolist() if value > 0)
+        weights[b, t] = {"dft": p, "talr": p ** (1 / tau), "eaft": min(entropy / math.log(20), 1)}[kind]
+    return weights
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_are_those_of_float64(kind, kernel):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    ids = torch.randint(3, model.config.vocab_size, (3, 12))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    labels[1, 9:] = -100
+    exact = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64)
+    logits = exact(ids).logits[:, :-1]
+    targets = labels[:, 1:]
+    weights = weigh_by_hand(kind, logits.detach(), targets)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    expected = (weights.flatten() * losses).sum() / (targets != -100).sum()
+    expected.backward()
+    set_loss_kernel(model, kernel)
+    weigh_tokens(model, [make_method(kind).weigh_tokens])
+    found = model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True)
+    loss = -found.log_probs.sum() / found.label_mask.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, own), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
+
+
+def read_losses(run) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "rounds" / "00-sft" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_no_strength_is_plain_training_and_every_kind_acts(hft, settings, tmp_path):
+    short = {"train.max_steps": 2, "train.logging_steps": 1, "eval.tasks": "[]", "train.learning_rate": 3e-4}
+    given = {
+        "plain": {},
+        "none": {"method.token_weights": "{kind: talr, strength: 0}"},
+        "dft": {"method.token_weights.kind": "dft"},
+        "trl": {"train.loss_type": "dft"},
+    }
+    for name, values in given.items():
+        hft("sft", "--output", tmp_path / name, *settings(short | values))
+    losses = {name: read_losses(tmp_path / name) for name in given}
+    assert losses["none"] == pytest.approx(losses["plain"], abs=1e-6)
+    assert losses["dft"] == pytest.approx(losses["trl"], abs=1e-6)
+    assert max(losses["dft"]) < min(losses["plain"])
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "said"),
+    [
+        ("dpo", {}, "compares whole answers"),
+        ("sft", {"train.loss_type": "dft"}, "both weigh the tokens"),
+        ("sft", {"train.label_smoothing_factor": 0.1}, "would have no effect beside train.label_smoothing_factor"),
+        ("sft", {"method.token_weights.strength": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_what_they_do_not_go_with_is_said(hft, settings, command, values, said):
+    given = {"method.token_weights.kind": "eaft"} | values
+    assert said in hft(command, "--dry-run", *settings(given), code=2).stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process(hft, settings, tmp_path):
+    short = {
+        "train.max_steps": 3, "train.logging_steps": 1, "eval.tasks": "[]", "method.token_weights.kind": "eaft",
+        "train.global_batch_size": 8, "train.per_device_train_batch_size": 4, "train.bf16": False,
+    }  # fmt: skip
+    for stage in (2, 3):
+        for num in (1, 2):
+            launch = {"launch.num_processes": num, "launch.zero_stage": stage}
+            hft("sft", "--output", tmp_path / f"{stage}-{num}", *settings(short | launch))
+        assert read_losses(tmp_path / f"{stage}-2") == pytest.approx(read_losses(tmp_path / f"{stage}-1"), abs=1e-5)
