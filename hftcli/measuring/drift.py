@@ -115,8 +115,14 @@ def read_texts(
     return rows, owners
 
 
-def draw_texts(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> list[Row]:
+def draw_texts(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, num_texts: int = NUM_SAMPLES,
+    num_tokens: int = SAMPLE_TOKENS,
+) -> list[Row]:  # fmt: skip
     """Texts that the base writes from nothing: the same every time.
+
+    Args:
+        num_tokens: where one that has not ended is cut.
 
     Raises:
         ModelError: the tokenizer has no token to begin a text with.
@@ -127,20 +133,21 @@ def draw_texts(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device
         beginning = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
     if not beginning:
         raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no token to begin a text with", "give --text")
-    return draw_answers(base, [beginning] * NUM_SAMPLES, tokenizer, device)
+    return draw_answers(base, [beginning] * num_texts, tokenizer, device, num_tokens)
 
 
 def draw_answers(
-    base: PreTrainedModel, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> list[Row]:
+    base: PreTrainedModel, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device,
+    num_tokens: int = SAMPLE_TOKENS,
+) -> list[Row]:  # fmt: skip
     """Prompts with what the base draws after them, which has labels."""
     end_ids = sorted({tokenizer.eos_token_id} - {None})
     asked = TokenizedTask(
-        Task("samples of the base", ()), [], [Layout(prompt, "", []) for prompt in prompts], SAMPLE_TOKENS, end_ids
+        Task("samples of the base", ()), [], [Layout(prompt, "", []) for prompt in prompts], num_tokens, end_ids
     )
     rows = []
     for prompt, answer in zip(prompts, generate_answers(base, asked, device, temperature=1.0), strict=True):
-        drawn = answer if len(answer) == SAMPLE_TOKENS else answer + end_ids
+        drawn = answer if len(answer) == num_tokens else answer + end_ids
         rows.append((prompt + drawn, [IGNORED] * len(prompt) + drawn))
     return rows
 

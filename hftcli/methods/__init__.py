@@ -10,6 +10,7 @@ from hftcli.methods.method import Method
 from hftcli.methods.olora import Olora
 from hftcli.methods.quiet import Quiet
 from hftcli.methods.replay import Replay
+from hftcli.methods.self_replay import SelfReplay
 from hftcli.methods.token_weights import TokenWeights
 from hftcli.runs.spec import RoundSpec
 
@@ -30,5 +31,6 @@ METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "olora": Olora,
     "ia3": Ia3,
+    "self_replay": SelfReplay,
     "token_weights": TokenWeights,
 }

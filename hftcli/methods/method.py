@@ -6,6 +6,7 @@ take_bases        the directions that are open, where the plan has some        l
 prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 ewc, l2sp, olora, quiet
+count_own_rows    rows that the start writes, to be trained on                 self_replay
 weigh_tokens      what a token counts in the loss                              token_weights
 compute_penalty   a term of the loss                                           ewc, l2sp, olora
 change_gradient   after the last backward pass of a step, before the step      gem, agem
@@ -77,6 +78,10 @@ class Method:
             rows: the training rows by task: the round's own, and those that methods need.
         """
         return dataset
+
+    def count_own_rows(self, num_rows: int) -> int:
+        """Rows that the start of the round is to write of itself, beside `num_rows` that are given."""
+        return 0
 
     def take_bases(self, bases: dict[str, torch.Tensor]) -> None:
         """Take the directions that are open in this round, by what the matrices read; none where the plan has none."""

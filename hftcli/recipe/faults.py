@@ -235,6 +235,7 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{recipe.freeze.grain_name} trains a part: drop one of the two; {' and '.join(GRAINLESS_METHODS)} go with both"
                 + (", and method.lora.quiet is LoRA in directions" if name == "lora" else "")
             )
+    yield from _check_self_replay(recipe, objective, source)
     if recipe.method.token_weights is not None:
         yield from _check_token_weights(recipe, objective, source)
     for key in ("blocks", "keep", "part"):
@@ -244,6 +245,17 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{source.place(('freeze', key))}: freeze.{key} would have no effect beside freeze.grain matrices: drop it, or "
                 f"set freeze.grain: {others}, or method.lora.quiet: true"
             )
+
+
+def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Rows that texts cannot stand among."""
+    place, replay = source.place(("method", "self_replay")), recipe.method.replay
+    if recipe.method.self_replay is None:
+        return
+    if objective == "dpo":
+        yield f"{place}: method.self_replay adds texts, and `hft dpo` trains on pairs: drop it"
+    if replay is not None and replay.when == "after":
+        yield f"{place}: method.self_replay mixes texts in, and method.replay.when: after lays rows in order: drop one"
 
 
 def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

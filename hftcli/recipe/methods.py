@@ -120,6 +120,16 @@ class TokenWeightsSection(Section):
     """Exponent of the weights; 0 is plain training."""
 
 
+class SelfReplaySection(Section):
+    """The model trains on texts of its own beside the rows."""
+
+    fraction: Annotated[float, Field(gt=0, le=10)] = 0.25
+    """Texts that the start of the round writes from nothing, for each row; in every epoch they stand among the rows."""
+
+    max_tokens: Annotated[int, Field(ge=8)] = 128
+    """Tokens at which a text is cut, `data.max_length` at most."""
+
+
 class MethodSection(Section):
     """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `lora: {}`."""
 
@@ -147,6 +157,9 @@ class MethodSection(Section):
     ia3: Ia3Section | None = None
     """Vectors that scale keys, values and the mlp's inner activations (arXiv 2205.05638)."""
 
+    self_replay: SelfReplaySection | None = None
+    """Train on texts that the start of the round has written, beside the rows (arXiv 2605.26097)."""
+
     token_weights: TokenWeightsSection | None = None
     """Tokens that contradict what the model knows count less: DFT, TALR or EAFT."""
 
@@ -173,7 +186,7 @@ ADAPTERS = ("lora", "olora", "ia3")
 # Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
 SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
 # Methods that go with matrices of which a part trains: they change no weight by themselves.
-GRAINLESS_METHODS = ("replay", "token_weights")
+GRAINLESS_METHODS = ("replay", "self_replay", "token_weights")
 # Pairs of methods that contradict each other, and why.
 CLASHING_METHODS = (
     ("gem", "agem", "agem is gem with one constraint in place of one for each task"),

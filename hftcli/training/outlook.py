@@ -22,6 +22,7 @@ from hftcli.runs.masters import MastersState
 from hftcli.runs.records import Outlook
 from hftcli.runs.run import Run
 from hftcli.runs.spec import Scoring
+from hftcli.training.own_rows import stand_in
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.stages import Assignment, Rows
 from hftcli.training.trainers import build_arguments, make_deepspeed_config
@@ -151,7 +152,7 @@ def foresee_run(
         task = read_assignment(spec, needs_weights=False)
         build_arguments(task.spec, run.round(name).steps)
         rows = tokenize_rows(task, partial(on_progress, name))
-        outlooks[name] = look_ahead(task, rows)
+        outlooks[name] = look_ahead(task, stand_in(task, rows))
         if spec.model.path != specs[name].model.path:  # a later round's masters are not there yet
             outlooks[name] = outlooks[name].model_copy(update={"masters": "none"})
     launch = first.launch

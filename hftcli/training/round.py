@@ -25,6 +25,7 @@ from hftcli.training.earlier import describe_earlier, grow_moments, settle_parts
 from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
 from hftcli.training.outlook import look_ahead
+from hftcli.training.own_rows import add_own_rows
 from hftcli.training.ranking import settle_ranking
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.references import SharedReference, describe_reference, make_reference
@@ -68,6 +69,7 @@ def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
     with attempt.clock.measure("tokenizing"):
         attempt.reporter.report("tokenizing")
         rows = tokenize_rows(task, show)
+    rows = add_own_rows(attempt, task, rows)
     outlook = look_ahead(task, rows)
     if attempt.reporter.is_first:
         write_model(attempt.round.outlook_path, outlook)

@@ -1,0 +1,79 @@
+"""Rows that a round's start writes of itself, mixed in among those that it is taught.
+
+They are written once, by the first process that comes, before the ranks join: it loads the start by itself.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+
+import datasets
+import torch
+from datasets import Dataset
+from filelock import FileLock
+
+from hftcli.data.cache import default_cache, hash_tokens
+from hftcli.errors import ModelError
+from hftcli.measuring.drift import draw_texts
+from hftcli.models.checkpoint import load_finished
+from hftcli.models.deltas import hash_checkpoint
+from hftcli.models.device import is_mixed
+from hftcli.training.stages import Assignment, Attempt, Rows
+
+
+def add_own_rows(attempt: Attempt, task: Assignment, rows: Rows) -> Rows:
+    """The rows with those that the start writes, where a method asks for some.
+
+    Raises:
+        ModelError: the start has no token to begin a text with, or writes none.
+    """
+    num_own = count_own_rows(task, rows)
+    if not num_own:
+        return rows
+    with attempt.clock.measure("referencing"):
+        attempt.reporter.report("referencing")
+        own = write_rows(task, rows, num_own)
+    train = datasets.concatenate_datasets([rows.train, own])
+    return replace(rows, train=train, tokens_digest=f"{rows.tokens_digest}+{hash_tokens(own)}")
+
+
+def stand_in(task: Assignment, rows: Rows) -> Rows:
+    """The rows with as many more as the start would write, for whoever counts them before it is loaded."""
+    places = [number % len(rows.train) for number in range(count_own_rows(task, rows))]
+    return replace(rows, train=datasets.concatenate_datasets([rows.train, rows.train.select(places)])) if places else rows
+
+
+def count_own_rows(task: Assignment, rows: Rows) -> int:
+    """Rows that the start is to write."""
+    return sum(method.count_own_rows(len(rows.train)) for method in task.methods)
+
+
+def write_rows(task: Assignment, rows: Rows, num_rows: int) -> Dataset:
+    """What the start writes from nothing, all of it trained on; from the cache where it has been written."""
+    section = task.spec.method.self_replay
+    assert section is not None  # it asks for rows
+    length = min(section.max_tokens, task.spec.data.max_length)
+    identity = {
+        "start": hash_checkpoint(task.start), "num_rows": num_rows, "length": length, "mixed": is_mixed(task.spec),
+        "model": task.spec.model.model_dump(include={"dtype"}),
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = default_cache("own-rows") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+            model = load_finished(task.start, torch.bfloat16 if is_mixed(task.spec) else torch.float32, device)
+            # One place is the token that a text begins with, and one the end's.
+            texts = draw_texts(model, task.tokenizer, device, num_rows, length - 2)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(texts), encoding="utf-8")
+            temporary.replace(path)
+    texts = [(ids, labels) for ids, labels in json.loads(path.read_text(encoding="utf-8"))]
+    columns = {"input_ids": [ids for ids, _ in texts], "labels": [labels for _, labels in texts]}
+    if "seq_lengths" in rows.train.column_names:
+        columns["seq_lengths"] = [[len(ids)] for ids, _ in texts]
+    if not any(label >= 0 for labels in columns["labels"] for label in labels):
+        raise ModelError(f"{task.start} writes nothing from nothing, so that it has no rows of its own", "drop self_replay")
+    return Dataset.from_dict(columns, features=rows.train.features)
