@@ -24,7 +24,7 @@ from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
 from hftcli.launching.packages import check_packages
-from hftcli.launching.planning import apply_fit, check_offload, choose_fit, make_budget
+from hftcli.launching.planning import apply_fit, bound_batch, check_offload, choose_fit, make_budget
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
 from hftcli.measuring.evaluation import Subject
@@ -87,6 +87,7 @@ def run_recipe(recipe: Recipe, on_progress: Callable[[Round, Progress], None]) -
 def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     """Check what can be checked without a model, and write the run's and the round's files."""
     start, run = resolve_start(recipe.model.place), Run(recipe.folder)
+    launch = resolve_launch(recipe.launch)
     check_tasks(recipe.eval.tasks)
     spec = RoundSpec(
         objective=recipe.objective,
@@ -94,8 +95,8 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
         model=recipe.model.model_copy(update={"path": start.path, "revision": None}),
         data=recipe.data.relocate(_make_absolute),
         freeze=recipe.freeze.relocate(_make_absolute),
-        train=recipe.train,
-        launch=resolve_launch(recipe.launch),
+        train=bound_batch(recipe.train, launch.num_ranks),
+        launch=launch,
         checkpoint=recipe.checkpoint,
         method=recipe.method,
         scoring=Scoring(
@@ -145,7 +146,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             model=recipe.model.model_copy(update={"path": path, "revision": None}),
             data=recipe.data.model_copy(update={"root": root}),
             freeze=recipe.freeze.relocate(_make_absolute),
-            train=recipe.train.model_copy(update=epochs),
+            train=bound_batch(recipe.train, launch.num_ranks).model_copy(update=epochs),
             launch=launch,
             checkpoint=recipe.checkpoint,
             task=task,
@@ -317,6 +318,7 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     if (lora := recipe.method.lora or recipe.method.olora) is not None:
         plan = narrow_plan(plan, units, lora.target_modules, recipe.method.open_fraction, num_heads)
     num_processes = count_ranks(recipe.launch)
+    recipe = recipe.model_copy(update={"train": bound_batch(recipe.train, num_processes)})
     network = Network(model_type, units, num_heads)
     budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)
     if recipe.train.fit is None or recipe.train.memory_bytes is None:

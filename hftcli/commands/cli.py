@@ -130,7 +130,9 @@ def main() -> None:
         known = error if isinstance(error, HftError) else explain_os_error(error)
         if show_traceback or known is None:
             raise
-        print(f"hft: {known.message}", file=sys.stderr)
+        from hftcli.reporting.lines import fold
+
+        print(fold(f"hft: {known.message}", sys.stderr), file=sys.stderr)
         if known.fix:
-            print(f"     fix: {known.fix}", file=sys.stderr)
+            print(fold(f"     fix: {known.fix}", sys.stderr), file=sys.stderr)
         sys.exit(known.exit_code)

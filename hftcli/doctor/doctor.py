@@ -160,6 +160,8 @@ def measure_device_bytes() -> int:
 
 def check_ops(probe: Probe) -> Finding:
     """DeepSpeed's compiled operations. hft's own settings use none; a recipe that adds DeepSpeed's optimizers would."""
+    if not probe.ops:
+        return Finding("ops", "ok", "no DeepSpeed: one process, which needs none of its operations")
     able = sorted(name for name, is_able in probe.ops.items() if is_able)
     return Finding("ops", "ok", f"DeepSpeed can build {len(able)} of its {len(probe.ops)} operations here: {', '.join(able)}")
 

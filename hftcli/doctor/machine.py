@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 import torch
 
 from hftcli.doctor.doctor import Probe
+from hftcli.launching.packages import is_installed
 from hftcli.models.device import has_bfloat16
 
 
@@ -21,7 +22,9 @@ def probe_machine() -> Probe:
 
 
 def probe_ops() -> dict[str, bool]:
-    """By name, whether DeepSpeed could build the operation here."""
+    """By name, whether DeepSpeed could build the operation here; nothing where there is no DeepSpeed."""
+    if not is_installed("deepspeed"):
+        return {}
     # DeepSpeed prints about the compiler while it looks.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         from deepspeed.ops.op_builder.all_ops import ALL_OPS

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hftcli import PACKAGE
 from hftcli.errors import InputError
 from hftcli.launching.hosts import count_slots, read_hostfile
 from hftcli.launching.slurm import make_step_command
@@ -104,6 +105,9 @@ def worker_command(folder: Path, launch: LaunchSection, port: int) -> list[str]:
 def worker_environment(launch: LaunchSection) -> dict[str, str]:
     """The environment of a worker, where it differs from the front's."""
     changes = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1"}
+    changes["PYTHONSAFEPATH"] = "1"  # a file of the user's that is called as a module, csv.py, is not to be imported as it
+    if PACKAGE.parent == Path.cwd():  # hft runs from the folder of its source
+        changes["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     if launch.hostfile is None and count_gpus() == 0:  # the hosts of a hostfile each look at their own devices
         changes["DS_ACCELERATOR"] = "cpu"
         _, num_processes = launch.shape

@@ -44,6 +44,14 @@ def make_budget(
     )
 
 
+def bound_batch(train: TrainSection, num_processes: int) -> TrainSection:
+    """The settings with a micro-batch of no more than a process's share of the global batch."""
+    share = train.global_batch_size // num_processes
+    if train.per_device_train_batch_size <= share or train.global_batch_size % num_processes or train.fit is not None:
+        return train
+    return train.model_copy(update={"per_device_train_batch_size": share})
+
+
 def find_adapters(source: Recipe | RoundSpec) -> Adapters | None:
     """The low-rank adapters that train in place of matrices, where a method has them."""
     lora = source.method.lora or source.method.olora

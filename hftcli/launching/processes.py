@@ -13,6 +13,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ def passing_signals(round_: Round) -> Iterator[None]:
         orders = [moment for earlier, moment in received if earlier != signal.SIGUSR1]
         if orders and now - orders[0] > ECHO_SECONDS:
             raise KeyboardInterrupt
+        if not received and sys.stderr.isatty():  # past the bar, and past a write that the signal may have come into
+            os.write(
+                sys.stderr.fileno(), f"\r\nhft: stopping after this step; again to lose {round_.describe_loss()}\r\n".encode()
+            )
         received.append((number, now))
         round_.stop_path.touch()
 

@@ -214,7 +214,8 @@ class TrainSection(OpenSection):
     means the same on 1 and on 64 GPUs."""
 
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = 4
-    """Sequences, or pairs, per forward pass of one process; with `fit: auto`, the most that it may choose."""
+    """Sequences, or pairs, per forward pass of one process, and no more than its share of the global batch; with `fit: auto`,
+    the most that it may choose."""
 
     fit: Literal["auto"] | None = None
     """`auto` chooses what computes least again of what the device's memory carries by the budget of `hft plan`: the activation

@@ -14,6 +14,8 @@ from hftcli.comparing.forgetting import ForgettingMatrix, ForgettingMetrics, Row
 from hftcli.comparing.items import ItemChange
 from hftcli.comparing.statistics import NATS, POINTS, Estimate, Unit
 from hftcli.measuring.evaluation import Evaluation
+from hftcli.reporting.lines import say
+from hftcli.reporting.places import show_place
 from hftcli.reporting.terminal import make_number_table, print_json, print_whole
 from hftcli.runs.scores import Score
 
@@ -102,29 +104,24 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
     console = Console()
     for name, rows, unit in kinds:
         if name == "lenient" and rows == matrix.scores:
-            console.print("lenient scores: the same", highlight=False)
+            say("lenient scores: the same")
             continue
-        console.print(f"{name} scores, {unit.note}; bold after its own round, dim before it:", highlight=False, soft_wrap=True)
+        say(f"{name} scores, {unit.note}; bold after its own round, dim before it:")
         print_whole(_make_matrix_table(matrix, rows, unit))
         print_whole(_make_task_table(metrics[name].per_task, unit))
     for name, columns, unit in (("general", matrix.general, POINTS), ("general nll", matrix.general_nll, NATS)):
         if columns:
-            console.print(f"{name}, tasks that are never trained, {unit.note}:", highlight=False, soft_wrap=True)
+            say(f"{name}, tasks that are never trained, {unit.note}:")
             print_whole(_make_general_table(columns, unit))
     console.print(_make_metric_table({name: (metrics[name], unit) for name, _, unit in kinds}))
-    console.print(
+    say(
         "R[t][i] is the score on task i after round t of T; row 0 is the base model's. "
-        "bwt and fwt are gains, forgetting is a loss, for nll too.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        "bwt and fwt are gains, forgetting is a loss, for nll too."
     )
     if not matrix.is_finished:
-        console.print(
+        say(
             f"{matrix.num_rounds} of {len(matrix.tasks)} rounds are there: what needs the last row is left blank. "
-            "Row 0 is the base model's; where it was not scored, it is a row of nulls.",
-            highlight=False,
-            soft_wrap=True,
+            "Row 0 is the base model's; where it was not scored, it is a row of nulls."
         )
 
 
@@ -147,11 +144,10 @@ def print_comparison(comparison: Comparison, as_json: bool, tuning: str = "") ->
     if as_json:
         print_json({**describe_comparison(comparison), "tuning": tuning or None})
         return
-    console = Console()
     if tuning:
-        console.print(tuning, highlight=False, soft_wrap=True)
-    console.print(f"learning   mean gain on {', '.join(comparison.learned)}", highlight=False, soft_wrap=True)
-    console.print(f"forgetting mean loss on {', '.join(comparison.known)}", highlight=False, soft_wrap=True)
+        say(tuning)
+    say(f"learning   mean gain on {', '.join(comparison.learned)}")
+    say(f"forgetting mean loss on {', '.join(comparison.known)}")
     table = make_number_table("method", "setting", "seeds", "learning", "forgetting", "")
     unit = comparison.unit
     table.title = f"{unit.name}, means over seeds with 95 % intervals; * on the frontier"
@@ -165,7 +161,7 @@ def print_comparison(comparison: Comparison, as_json: bool, tuning: str = "") ->
             )  # fmt: skip
     print_whole(table)
     for difference in comparison.differences:
-        console.print(difference.sentence, highlight=False, soft_wrap=True)
+        say(difference.sentence)
 
 
 def describe_comparison(comparison: Comparison) -> dict[str, Any]:
@@ -267,7 +263,7 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         print_json(evaluation.model_dump(mode="json"))
         return
     if evaluation.tasks:
-        print(f"scores in points (0 to 100), nll in nats per token{describe_ways(evaluation.tasks)}:")
+        say(f"scores in points (0 to 100), nll in nats per token{describe_ways(evaluation.tasks)}:")
         names = list(dict.fromkeys(name for score in evaluation.tasks.values() for name in score.others))
         faults = ("no model's",) if any(score.num_impossible for score in evaluation.tasks.values()) else ()
         table = make_number_table("task", "score", "lenient", *names, "nll", "questions", *faults, "seconds")
@@ -278,11 +274,11 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
             table.add_row(Text(task), *shown, NATS.show(score.nll), str(score.num_examples), *impossible, time_s)
         print_whole(table)
     if evaluation.base_tasks:
-        title = f"before, {evaluation.base}, and after"
+        title = f"before, {show_place(evaluation.base or '')}, and after"
         print_whole(make_score_table(evaluation.base_tasks, evaluation.tasks, evaluation.items, title))
     drifts = {name: drift for name, drift in (("text", evaluation.base_text), ("prompts", evaluation.prompts)) if drift}
     if drifts:
-        print(f"moved from {evaluation.base}, nats per token, with standard errors:")
+        say(f"moved from {show_place(evaluation.base or '')}, nats per token, with standard errors:")
         table = make_number_table("on", "nll of the base", "of the model", "change", "KL(base || model)", "tokens", "texts")
         for name, drift in drifts.items():
             table.add_row(

@@ -4,6 +4,9 @@ import os
 import re
 from pathlib import Path
 
+from hftcli import PACKAGE
+from hftcli.recipe.sections import QUICK_START
+
 # A path from the root of the disk, up to its last part; not that of an address, or of a name with a stroke in it.
 FOLDERS = re.compile(r"(?<![\w:/.~-])(?:~|[A-Z]:)?/(?:[^\s/'\"`,;:()]+/)+(?=[^\s/'\"`,;:()])")
 
@@ -13,6 +16,8 @@ def show_place(path: Path | str) -> str:
     place = Path(path)
     if not place.is_absolute():
         return str(path)
+    if place == PACKAGE / QUICK_START / "model":
+        return QUICK_START
     here = Path.cwd()
     return str(place.relative_to(here)) if place.is_relative_to(here) and place != here else str(path)
 

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from hftcli.freezing.activations import Activations, Flops
@@ -11,7 +10,8 @@ from hftcli.freezing.budget import Budget, HostWork, MeasuredStep, Memory
 from hftcli.freezing.counts import measure_layer_share
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.cards import judge_cards
-from hftcli.reporting.terminal import format_bytes, print_json
+from hftcli.reporting.lines import say
+from hftcli.reporting.terminal import format_bytes, print_json, print_whole
 
 MOST_IMBALANCE = 0.02  # of the share that trains in the layers: more is warned of
 
@@ -25,52 +25,39 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
     if as_json:
         print_json(_describe_plan(budget, checked))
         return
-    console, plan, work = Console(), budget.plan, budget.work
-    console.print(
+    plan, work = budget.plan, budget.work
+    say(
         f"{plan.num_parameters:,} parameters; {plan.num_trainable:,} train ({plan.trainable_fraction:.1%}); "
         f"{plan.num_trainable_units} of {plan.num_units} units in layers; round {plan.round_index}, "
-        f"plan {plan.short_fingerprint}",
-        highlight=False,
-        soft_wrap=True,
+        f"plan {plan.short_fingerprint}"
     )
     if not plan.is_ranked:
-        console.print(
-            f"freeze.rank: {plan.rule.rank}: a round scores its start first; until then, a draw stands in for these units.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        say(f"freeze.rank: {plan.rule.rank}: a round scores its start first; until then, a draw stands in for these units.")
     if budget.adapters is not None:
-        console.print(
+        say(
             f"LoRA of rank {budget.adapters.rank} in their place{', reading quiet directions alone' * bool(plan.directions)}: "
-            f"{budget.num_adapter_weights:,} weights train",
-            highlight=False,
+            f"{budget.num_adapter_weights:,} weights train"
         )
-    console.print(_make_role_table(plan))
+    print_whole(_make_role_table(plan))
     if (warning := describe_imbalance(budget)) is not None:
-        console.print(warning, highlight=False, soft_wrap=True)
-    console.print(
+        say(warning)
+    say(
         f"{work.num_sequences} sequences of {work.length} tokens at once{', packed' if work.packed else ''}, "
-        f"{work.attention} attention, {name_checkpointed(work.checkpoint_every)} checkpointed, {work.loss} loss",
-        highlight=False,
-        soft_wrap=True,
+        f"{work.attention} attention, {name_checkpointed(work.checkpoint_every)} checkpointed, {work.loss} loss"
     )
-    console.print(_make_memory_table(budget))
+    print_whole(_make_memory_table(budget))
     if (host := budget.host) is not None:
-        console.print(_describe_host(host), highlight=False, soft_wrap=True)
+        say(_describe_host(host))
     if budget.optimizer.is_paged:
-        console.print(
-            "The optimizer's state is paged: where the device is full, the driver moves it to the host.", highlight=False
-        )
+        say("The optimizer's state is paged: where the device is full, the driver moves it to the host.")
     if budget.half_step is None:
-        console.print(
-            f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.",
-            highlight=False,
-        )
+        say(f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.")
     else:
-        console.print(_make_flops_table(_flops_parts(budget.half_step), _flops_parts(budget.full_step)))
+        print_whole(_make_flops_table(_flops_parts(budget.half_step), _flops_parts(budget.full_step)))
     for verdict in judge_cards(budget):
-        console.print(verdict.words, highlight=False, soft_wrap=True)
+        say(verdict.words)
     if checked is not None:
-        console.print(_make_measurement_table(*checked))
+        print_whole(_make_measurement_table(*checked))
 
 
 def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) -> dict[str, Any]:

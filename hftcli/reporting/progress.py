@@ -4,10 +4,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hftcli.reporting.lines import fold
 from hftcli.reporting.outlook import describe_outlook
 from hftcli.runs.run import Round
 from hftcli.runs.spec import Progress as Place
@@ -20,6 +22,7 @@ PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 def show_progress() -> Iterator[Callable[[Round, Place], None]]:
     """The progress of rounds."""
     told: set[str] = set()
+    clock = RunClock()
     with _show_bar() as show:
 
         def show_round(round_: Round, place: Place) -> None:
@@ -27,8 +30,10 @@ def show_progress() -> Iterator[Callable[[Round, Place], None]]:
             if outlook is not None:
                 told.add(round_.name)
                 for line in describe_outlook(outlook, round_.read_spec()):
-                    print(line, file=sys.stderr, flush=True)
-            show(place.phase, _describe_place(round_, place), place.done, place.total)
+                    print(fold(line, sys.stderr), file=sys.stderr, flush=True)
+            clock.see(round_.name, place, time.monotonic())
+            name = clock.name_round(round_)
+            show(place.phase, _describe_place(name, place), place.done, place.total, clock.describe_left(time.monotonic()))
 
         yield show_round
 
@@ -41,23 +46,24 @@ def show_counts() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _show_bar() -> Iterator[Callable[[str, str, int, int], None]]:
+def _show_bar() -> Iterator[Callable[..., None]]:
     """A bar on a terminal, a plain line now and then elsewhere; always on stderr.
 
-    What it gives is called with the phase, its description, what is done, and all that there is.
+    What it gives is called with the phase, its description, what is done, all that there is, and in words how long it takes.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _PlainProgress()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task("starting", total=None, left="")
 
-        def show(phase: str, description: str, done: int, total: int) -> None:
-            bar.update(task, description=description, completed=done, total=total or None)
+        def show(phase: str, description: str, done: int, total: int, left: str = "") -> None:
+            bar.update(task, description=description, completed=done, total=total or None, left=left)
 
         yield show
 
@@ -66,15 +72,69 @@ class _PlainProgress:
     def __init__(self) -> None:
         self.phase, self.shown = "", 0.0
 
-    def __call__(self, phase: str, description: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, description: str, done: int, total: int, left: str = "") -> None:
         is_last = total > 0 and done == total
         if phase == self.phase and not is_last and time.monotonic() - self.shown < PLAIN_SECONDS:
             return
         self.phase, self.shown = phase, time.monotonic()
         count = f" {done}/{total}" if total else ""
-        print(f"{description}{count}", file=sys.stderr, flush=True)
+        print(f"{description}{count}{', ' if left else ''}{left}", file=sys.stderr, flush=True)
 
 
-def _describe_place(round_: Round, place: Place) -> str:
+def _describe_place(name: str, place: Place) -> str:
     loss = f", loss {place.loss:.3f}" if place.loss is not None else ""
-    return f"{round_.name}: {place.phase}{loss}"
+    return f"{name}: {place.phase}{loss}"
+
+
+class RunClock:
+    """How long a run still takes, by what its rounds have taken so far.
+
+    A round is taken to need for its scoring afterwards what it needed before, and another round what the last one did.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.names: list[str] = []  # of the run's rounds
+        self.round = ""
+        self.started = self.training_started = 0.0
+        self.training_s: float | None = None  # of all steps of the round at work, by those that are done
+        self.taken_s: list[float] = []  # by the rounds that were seen from start to end
+
+    def name_round(self, round_: Round) -> str:
+        """The round's name, and which of how many it is where there are several."""
+        if self.folder != round_.folder.parent:
+            self.folder = round_.folder.parent
+            self.names = sorted(path.parent.name for path in self.folder.glob("*/round.json"))
+        place = self.names.index(round_.name) + 1 if round_.name in self.names else 1
+        return f"task {place} of {len(self.names)}, {round_.name}" if len(self.names) > 1 else round_.name
+
+    def see(self, name: str, place: Place, now: float) -> None:
+        """Take note of where a round is."""
+        if name != self.round:
+            if self.round:
+                self.taken_s.append(now - self.started)
+            self.round, self.started, self.training_s = name, now, None
+        if place.phase == "training" and place.done == 0:
+            self.training_started = now
+        if place.phase == "training" and place.done > 0 and place.total and self.training_started >= self.started:
+            self.training_s = (now - self.training_started) / place.done * place.total
+
+    def describe_left(self, now: float) -> str:
+        """In words; empty while nothing is known."""
+        later = len(self.names) - 1 - self.names.index(self.round) if self.round in self.names else 0
+        if self.training_s is not None:
+            before = self.training_started - self.started
+            whole = 2 * before + self.training_s
+            left = max(whole - (now - self.started), 0.0) + later * whole
+        elif self.taken_s:
+            left = max(self.taken_s[-1] - (now - self.started), 0.0) + later * self.taken_s[-1]
+        else:
+            return ""
+        return f"about {format_duration(left)} left"
+
+
+def format_duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(round(seconds / 5) * 5, 5)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

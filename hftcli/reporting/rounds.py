@@ -1,9 +1,10 @@
 """A finished run on the terminal: what each round trained, what the model knew before and after, what was verified."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from statistics import fmean
 
-from rich.console import Console
 from rich.table import Table
 
 from hftcli.comparing.answers import read_answers
@@ -13,7 +14,9 @@ from hftcli.recipe.methods import ADAPTERS
 from hftcli.reporting.answers import describe_traits, print_behaviour
 from hftcli.reporting.card import takes_turns
 from hftcli.reporting.energy import describe_earlier
+from hftcli.reporting.lines import say
 from hftcli.reporting.measures import make_score_table, print_matrix
+from hftcli.reporting.places import show_place
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.rounding import describe_masters
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
@@ -22,6 +25,8 @@ from hftcli.runs.run import Round, Run, find_rounds
 from hftcli.runs.scores import PairScore, PairScores
 from hftcli.runs.verification import Verification
 
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 48  # bars of a loss curve, so that a line of a narrow terminal holds it
 # What a verification names, and how that is said.
 FAULTS = {
     "violations": "frozen, but moved: ",
@@ -39,15 +44,14 @@ FAULTS = {
 
 def print_run(run: Run) -> None:
     """What a finished run did: what trained, how fast, what the model knew before and after, and where it is."""
-    console = Console()
     for round_ in run.rounds:
         result, scores = round_.read_result(), round_.read_scores()
-        console.print(_describe_round(round_, result), highlight=False, soft_wrap=True)
+        say(_describe_round(round_, result))
         if scores.before:
             print_whole(make_score_table(scores.before, scores.after, read_item_changes(run), "what the model knew"))
         if result.pairs is not None:
-            console.print(_make_pair_table(result.pairs))
-    _print_end(run, console)
+            print_whole(_make_pair_table(result.pairs))
+    _print_end(run)
 
 
 def print_run_json(run: Run) -> None:
@@ -67,25 +71,24 @@ def print_run_json(run: Run) -> None:
 
 def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
     """What every round trained, the forgetting matrix with its metrics, and where the last model is."""
-    console = Console()
     for round_ in run.rounds:
-        console.print(_describe_round(round_, round_.read_result()), highlight=False, soft_wrap=True)
+        say(_describe_round(round_, round_.read_result()))
     print_matrix(matrix, as_json=False)
-    console.print(f"figure  {run.figures / 'forgetting.svg'}", highlight=False, soft_wrap=True)
-    _print_end(run, console)
+    say(f"figure  {show_place(run.figures / 'forgetting.svg')}")
+    _print_end(run)
 
 
-def _print_end(run: Run, console: Console) -> None:
+def _print_end(run: Run) -> None:
     print_behaviour(describe_traits(read_answers(run)))
-    checkpoint = find_rounds(run.folder)[-1].checkpoint
-    console.print(f"model   {checkpoint}", highlight=False, soft_wrap=True)
+    checkpoint, folder = find_rounds(run.folder)[-1].checkpoint, show_place(run.folder)
+    say(f"model   {show_place(checkpoint)}")
     if (checkpoint / DELTA_NAME).exists():
-        console.print(f"whole   hft merge --delta {checkpoint} --output FOLDER", highlight=False, soft_wrap=True)
-    talk = f"hft chat {run.folder} --beside start" if takes_turns(checkpoint) else f"hft generate {run.folder} --prompts -"
-    console.print(f"talk    {talk}", highlight=False, soft_wrap=True)
+        say(f"whole   hft merge --delta {show_place(checkpoint)} --output FOLDER")
+    talk = f"hft chat {folder} --beside start" if takes_turns(checkpoint) else f"hft generate {folder} --prompts -"
+    say(f"talk    {talk}")
     if run.page_path.exists():
-        console.print(f"page    {run.page_path}", highlight=False, soft_wrap=True)
-    console.print(f"check   hft verify {run.folder}", highlight=False, soft_wrap=True)
+        say(f"page    {show_place(run.page_path)}")
+    say(f"check   hft verify {folder}")
 
 
 def _describe_round(round_: Round, result: RoundResult) -> str:
@@ -98,6 +101,7 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
         f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
         f"peak memory {format_bytes(result.peak_memory_bytes)}",
+        *([curve] if (curve := draw_losses(round_)) else []),
         _describe_verification(result.verification),
     ]
     if result.masters is not None:
@@ -109,6 +113,19 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
     if result.fit is not None:
         lines.insert(1, _describe_fit(result.fit))
     return "\n".join(lines)
+
+
+def draw_losses(round_: Round) -> str:
+    """The loss over a round's steps as a line of bars, from its first to its last value; empty where no step was logged."""
+    rows = round_.read_metrics() if round_.metrics_path.exists() else []
+    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float) and math.isfinite(row["loss"])]
+    if len(losses) < 2:
+        return ""
+    size = math.ceil(len(losses) / CURVE_WIDTH)
+    means = [fmean(losses[start : start + size]) for start in range(0, len(losses), size)]
+    low, high = min(means), max(means)
+    bars = "".join(BARS[round((mean - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0] for mean in means)
+    return f"loss {losses[0]:.3f} {bars} {losses[-1]:.3f}"
 
 
 def _describe_fit(fit: FitReport) -> str:
@@ -153,12 +170,11 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
         }
         print_json(total)
         return
-    console = Console()
     for name, verification in found.items():
-        console.print(f"{name}: {_describe_verification(verification)}", highlight=False, soft_wrap=True)
+        say(f"{name}: {_describe_verification(verification)}")
         for kind, said in FAULTS.items():
             for item in getattr(verification, kind):
-                console.print(f"  {said}{item}", highlight=False, soft_wrap=True)
+                say(f"  {said}{item}")
 
 
 def _describe_verification(verification: Verification) -> str:

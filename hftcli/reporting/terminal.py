@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hftcli.doctor.doctor import Finding
+from hftcli.reporting.lines import fold, say
+from hftcli.reporting.places import show_place, show_places
 from hftcli.runs.records import DataReport, MergeManifest, Source
 
 NUM_FILES = 10  # of a folder that are named
@@ -22,15 +24,14 @@ Samples = Mapping[str, list[tuple[str, bool]]]  # by name, text in pieces, each 
 
 def print_merge(manifest: MergeManifest, output: Path) -> None:
     """What a model was made of, and where it is."""
-    console = Console()
     for role, identity in manifest.inputs.items():
-        console.print(f"{role:<6} {identity.path}", highlight=False, soft_wrap=True)
+        say(f"{role:<6} {show_place(identity.path)}")
     if manifest.plan is not None:
         plan = manifest.plan
         num_reset = plan.num_parameters - plan.num_trainable
         share = f"{num_reset / plan.num_parameters:.1%} of {plan.num_parameters:,} weights"
-        console.print(f"reset  {share} are back at the base, plan {plan.short_fingerprint}", highlight=False, soft_wrap=True)
-    console.print(f"model  {output}", highlight=False, soft_wrap=True)
+        say(f"reset  {share} are back at the base, plan {plan.short_fingerprint}")
+    say(f"model  {show_place(output)}")
 
 
 def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
@@ -38,15 +39,13 @@ def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
     if as_json:
         print_json([asdict(finding) for finding in findings])
         return
-    console = Console(highlight=False, soft_wrap=True)
     styles = {"ok": "green", "warning": "yellow", "fault": "bold red"}
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        console.print(
-            Text.assemble((f"{finding.status:8}", styles[finding.status]), f"{finding.check:{width}}  {finding.message}")
-        )
+        text = fold(f"{finding.status:8}{finding.check:{width}}  {finding.message}", sys.stdout)
+        Console(highlight=False, soft_wrap=True).print(Text.assemble((text[:8], styles[finding.status]), show_places(text[8:])))
         if finding.fix:
-            console.print(Text(f"{'':8}{'':{width}}  fix: {finding.fix}"))
+            say(f"{'':8}{'':{width}}  fix: {finding.fix}")
 
 
 def print_task_data(found: Mapping[str, tuple[DataReport, Samples]], as_json: bool) -> None:
@@ -78,7 +77,7 @@ def print_data(summary: DataReport, samples: Samples, as_json: bool) -> None:
         print_sources(summary)
     marks = "trained in green" if console.color_system else "trained between ⟦ ⟧"
     for name, pieces in samples.items():
-        console.print(f"first {name}, {marks}:", highlight=False)
+        say(f"first {name}, {marks}:")
         text = Text()
         for part, trained in pieces:
             text.append(part, style="bold green" if trained else "dim")
@@ -112,9 +111,9 @@ def describe_data(summary: DataReport) -> dict[str, str]:
 def describe_source(source: Source) -> str:
     """Where rows came from; of a folder, which of its files."""
     if not source.files:
-        return source.path
+        return show_place(source.path)
     more = f" and {len(source.files) - NUM_FILES:,} more" if len(source.files) > NUM_FILES else ""
-    return f"{source.path}: {', '.join(source.files[:NUM_FILES])}{more}"
+    return f"{show_place(source.path)}: {', '.join(source.files[:NUM_FILES])}{more}"
 
 
 def print_sources(summary: DataReport) -> None:
@@ -124,8 +123,8 @@ def print_sources(summary: DataReport) -> None:
     for source in summary.sources:
         drawn, tokens, trained = source.num_sequences or 0, source.num_tokens or 0, source.num_trained_tokens or 0
         table.add_row(
-            source.path, source.format, f"{source.num_rows:,}", f"{drawn:,}", f"{drawn / num_drawn:.1%}", f"{tokens:,}",
-            f"{tokens / summary.num_tokens:.1%}", f"{trained / tokens:.1%}",
+            show_place(source.path), source.format, f"{source.num_rows:,}", f"{drawn:,}", f"{drawn / num_drawn:.1%}",
+            f"{tokens:,}", f"{tokens / summary.num_tokens:.1%}", f"{trained / tokens:.1%}",
         )  # fmt: skip
     print_whole(table)
 
@@ -140,10 +139,47 @@ def make_number_table(first: str, *headings: object) -> Table:
 
 
 def print_whole(table: Table) -> None:
-    """Print a table as wide as it is: a number that is cut to the console's width would be another number."""
+    """Print a table as wide as it is: a number that is cut to the console's width would be another number.
+
+    On a terminal that is too narrow, its columns come in several tables, each with the first of them.
+    """
     console = Console()
-    console.width = max(console.width, Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum)
-    console.print(table)
+    needed = Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum
+    if not console.is_terminal or needed <= console.width:
+        console.width = max(console.width, needed)
+        console.print(table)
+        return
+    if table.title:
+        say(str(table.title))
+    for part in divide_table(table, console.width):
+        console.print(part)
+
+
+def divide_table(table: Table, width: int) -> list[Table]:
+    """A table's columns in as many tables as the width asks for, each begun with the first column."""
+    cells = [
+        [cell if isinstance(cell, Text) else Text.from_markup(str(cell)) for cell in column.cells] for column in table.columns
+    ]
+    widths = [
+        3 + max(text.cell_len for text in (Text.from_markup(str(column.header)), *texts))
+        for column, texts in zip(table.columns, cells, strict=True)
+    ]
+    groups: list[list[int]] = [[]]
+    for place in range(1, len(widths)):
+        taken = 1 + widths[0] + sum(widths[held] for held in groups[-1])
+        if groups[-1] and taken + widths[place] > width:
+            groups.append([])
+        groups[-1].append(place)
+    parts = []
+    for group in groups:
+        part = Table()
+        for place in (0, *group):
+            column = table.columns[place]
+            part.add_column(column.header, justify=column.justify, style=column.style, no_wrap=place > 0, overflow="fold")
+        for row in zip(*(cells[place] for place in (0, *group)), strict=True):
+            part.add_row(*row)
+        parts.append(part)
+    return parts
 
 
 def print_json(value: Any) -> None:

@@ -127,7 +127,15 @@ class Round:
         """What a stop of this round leaves, for a message."""
         if steps := self.saved_steps:
             return f"{self.name} goes on from its checkpoint at step {steps[0]}; finished rounds are untouched"
+        if not (self.metrics_path.exists() and self.metrics_path.stat().st_size):
+            return f"{self.name} had not begun to train"
         return f"{self.name} has no step checkpoint yet and starts again; finished rounds are untouched"
+
+    def describe_loss(self) -> str:
+        """What a second signal would cost, for a message."""
+        if steps := self.saved_steps:
+            return f"the steps since {steps[0]}"
+        return "the steps of this round"
 
     def read_spec(self) -> RoundSpec:
         """What the worker was asked for."""

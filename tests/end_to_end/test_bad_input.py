@@ -30,7 +30,7 @@ def check(hft, *arguments: object) -> str:
         ),
         ({"freeze.trainable_fraction": 0}, "freeze.trainable_fraction: input should be greater than 0, got 0"),
         ({"model.path": "./no-such-model", "data.path": "d"}, "model.path ./no-such-model: no such folder"),
-        ({"train.global_batch_size": 10}, "train.global_batch_size is 10, not a multiple of"),
+        ({"train.global_batch_size": 40}, "train.global_batch_size is 40, not a multiple of"),
         ({"eval.tasks": "[tinyworld/fact]"}, "unknown task 'tinyworld/fact'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -20,7 +20,7 @@ def test_a_signal_before_the_first_step_is_honoured_at_once(start, short, undist
     running.wait_for(phase)
     running.front.send_signal(signal.SIGINT)
     asked = time.monotonic()
-    assert "00-sft has no step checkpoint yet and starts again" in running.end(75)
+    assert "00-sft had not begun to train" in running.end(75)
     assert time.monotonic() - asked < 10
     running = start(run, short)
     running.end(0)

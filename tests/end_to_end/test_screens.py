@@ -1,0 +1,87 @@
+"""Every command on a terminal of eighty columns: no line is longer, and no word or number is broken."""
+
+from pathlib import Path
+
+import pytest
+from end_to_end.screens import list_words, show_screen
+from rich.cells import cell_len
+from written_runs import FACTS, SKILL, complete_round, write_run
+
+from hftcli.comparing.forgetting import assemble_matrix
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Run
+from hftcli.runs.scores import PairScore, PairScores
+
+TASKS = ("tinyworld/topic", "tinyworld/reverse", SKILL)
+
+
+def check_screen(*arguments: object, code: int = 0) -> list[str]:
+    """At eighty columns, against a screen on which everything has room."""
+    narrow, wide = (show_screen(columns, *arguments, code=code) for columns in (80, 400))
+    assert [line for line in narrow if cell_len(line) > 80] == []
+    assert list_words(narrow) - list_words(wide) == set()
+    return narrow
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A finished run of each objective, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    pair = PairScore(
+        reward_accuracy=0.5, reward_accuracy_error=0.03, reward_margin=0.1, likelihood_accuracy=0.6, kl=0.01, num_pairs=150
+    )
+    runs = {
+        "sft": Run(write_run(Path("sft"))),
+        "dpo": Run(write_run(Path("dpo"), objective="dpo", pairs=PairScores(before=pair, after=pair))),
+        "continual": Run(
+            write_run(
+                Path("continual"),
+                rows=tuple({**dict.fromkeys(TASKS, 0.1 * index), FACTS: 1 - 0.1 * index} for index in range(4)),
+                tasks=TASKS, objective="continual",
+            )
+        ),
+    }  # fmt: skip
+    for run in runs.values():
+        for index in range(len(run.rounds)):
+            complete_round(run, index)
+    write_model(runs["continual"].matrix_path, assemble_matrix(runs["continual"]))
+    return runs
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "continual"])
+def test_what_a_run_prints_at_its_end(written, objective):
+    screen = check_screen("report", objective)
+    assert any("tinyworld/facts" in line or "reverse" in line for line in screen)
+    if objective != "continual":
+        assert any(line.startswith("loss 8.000 █") for line in screen)
+        assert f"model   {objective}/rounds/00-{objective}/checkpoint" in screen
+
+
+def test_a_comparison(written):
+    write_run(Path("full"), "freeze.trainable_fraction=1.0", "train.learning_rate=3e-4")
+    check_screen("compare", "sft", "full")
+
+
+def test_what_is_said_of_a_fault(tmp_path):
+    check_screen("sft", "--output", tmp_path / "run", "--train.lerning_rate", "1", "--train.report_to", "dvclive", code=2)
+
+
+@pytest.mark.slow
+def test_what_looks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Where are you?", "completion": "At 4 Mill Lane."}\n' * 3)
+    check_screen("plan", "tinyworld")
+    check_screen("plan", "tulu", "--model", "tinyworld", "--num-processes", "8")
+    check_screen("data", "rows.jsonl")
+    check_screen("doctor", "--recipe", "tinyworld")
+
+
+@pytest.mark.slow
+def test_a_run_and_its_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ("--train.max_steps", "4", "--eval.max_examples", "20")
+    for objective in ("sft", "dpo"):
+        screen = show_screen(80, objective, "--output", objective, *short)
+        assert [line for line in screen if cell_len(line) > 80] == []
+    screen = show_screen(80, "eval", "--model", "sft", "--tasks", f"{FACTS},tinyworld/facts-reworded", "--max-examples", "20")
+    assert [line for line in screen if cell_len(line) > 80] == []
