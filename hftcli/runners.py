@@ -188,7 +188,8 @@ def finish_continual(run: Run, on_progress: Callable[[Round, Progress], None]) -
         finish_round(run, round_, on_progress)
         matrix = assemble_matrix(run)
         write_model(run.matrix_path, matrix)
-        draw_matrix(matrix, run.figures / "forgetting.svg")
+        for name in ("forgetting.svg", "forgetting.png"):
+            draw_matrix(matrix, run.figures / name)
         write_page(run, run.page_path)
     return matrix
 

@@ -32,7 +32,10 @@ COMMANDS = {
     "eval": ("measure", "Score a model on tasks, and measure how far it has moved from its base."),
     "chat": ("talk", "Talk to a model; with --beside, to another one at the same time, such as what it was before training."),
     "generate": ("talk", "Answer prompts, one on each line of a file."),
-    "report": ("look", "What a run learned and lost; of a continual run, the forgetting matrix and its metrics."),
+    "report": (
+        "look",
+        "What a run learned and lost; of a continual run, its matrix and metrics; of several runs, a line each.",
+    ),
     "merge": ("make", "A full model out of a delta checkpoint, or the weighted mean of a model and its base."),
     "reset": ("make", "Half-Reset: a tuned model with a random half of its weight matrices back at the base, bit for bit."),
     "push": (

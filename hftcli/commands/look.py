@@ -121,20 +121,47 @@ def verify(path: Annotated[Path, typer.Argument(help="A run's folder, or a round
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="A run's folder, or a matrix file.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or a matrix file.")],
     as_json: JsonOption = False,
-    figure: Annotated[Path | None, typer.Option("--figure", help="Draw the matrix into this .svg or .png file.")] = None,
-    page: Annotated[Path | None, typer.Option("--html", help="Write the run's page into this file.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Draw the matrix, or what a run learned, into this .svg or .png file.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", help="Write the page; of several runs, one that leads to theirs.")
+    ] = None,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the tables as LaTeX.")] = False,
     lost: Annotated[bool, typer.Option("--lost", help="Show the questions lost and won, with the answers.")] = False,
 ) -> None:
-    """What a run learned and lost; of a continual run, the forgetting matrix and its metrics.
+    """What a run learned and lost; of a continual run, its matrix and metrics; of several runs, a line each.
 
     A matrix file is {"tasks": [...], "scores": [[...], ...]}: row 0 the base model, values in [0, 1] or null.
     """
+    from hftcli.reporting.latex import make_tables
+
+    if latex:
+        print(make_tables(paths))
+    elif len(paths) > 1:
+        _report_several(paths, as_json, page, figure is not None or lost)
+    else:
+        _report_one(paths[0], as_json, figure, page, lost)
+
+
+def _report_several(paths: list[Path], as_json: bool, page: Path | None, has_more: bool) -> None:
+    from hftcli.reporting.index import list_lines, print_index, write_index
+
+    if has_more:
+        raise InputError("--figure and --lost are of one run", "name one, or see hft compare for several")
+    print_index(list_lines(paths), as_json)
+    if page:
+        write_index(list_lines(paths, page), page)
+        print(f"page    {page}", file=sys.stderr)
+
+
+def _report_one(path: Path, as_json: bool, figure: Path | None, page: Path | None, lost: bool) -> None:
     from hftcli.comparing.forgetting import read_matrix
     from hftcli.reporting.answers import print_lost
     from hftcli.reporting.energy import print_energies
-    from hftcli.reporting.figures import check_figure_path, draw_matrix
+    from hftcli.reporting.figures import check_figure_path, draw_matrix, draw_run
     from hftcli.reporting.measures import print_matrix
     from hftcli.reporting.page import write_page
     from hftcli.reporting.rounds import print_run, print_run_json
@@ -144,8 +171,6 @@ def report(
     is_single = run.recipe_path.exists() and not run.matrix_path.exists()
     if figure:
         check_figure_path(figure)
-        if is_single:
-            raise InputError(f"{path} has no forgetting matrix to draw", "give --html: its figures are on its page")
     if lost:
         find_rounds(path)
         print_lost(run, as_json)
@@ -157,9 +182,9 @@ def report(
         print_matrix(matrix, as_json)
         if run.recipe_path.exists() and not as_json:
             print_energies(run)
-        if figure:
-            draw_matrix(matrix, figure)
-            print(f"figure  {figure}", file=sys.stderr)
+    if figure:
+        draw_run(run, figure) if is_single else draw_matrix(read_matrix(path), figure)
+        print(f"figure  {figure}", file=sys.stderr)
     if page:
         write_page(run, page)
         print(f"page    {page}", file=sys.stderr)

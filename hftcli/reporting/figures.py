@@ -12,7 +12,9 @@ from hftcli.comparing.forgetting import ForgettingMatrix, compute_metrics
 from hftcli.comparing.points import Point
 from hftcli.comparing.statistics import Estimate
 from hftcli.errors import InputError
+from hftcli.reporting.headline import list_trained
 from hftcli.runs.files import write_bytes
+from hftcli.runs.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,6 +119,47 @@ def draw_frontier(comparison: Comparison, path: Path) -> None:
         "small: runs; large: means over seeds with 95 % intervals; lines: frontiers. Better is right and down.",
         fontsize=9, color=MUTED,
     )  # fmt: skip
+    _save(figure, path)
+
+
+def draw_run(run: Run, path: Path) -> None:
+    """What a run of one round learned and forgot: each task before and after, and the loss over the steps.
+
+    Raises:
+        InputError: see check_figure_path.
+    """
+    check_figure_path(path)
+    from matplotlib.figure import Figure
+
+    (round_,) = run.rounds
+    scores, trained_on = round_.read_scores(), list_trained([round_])
+    tasks = [
+        (name, before.score, after.score)
+        for name, before in scores.before.items()
+        if before.score is not None and (after := scores.after.get(name)) is not None and after.score is not None
+    ]
+    metrics = round_.read_metrics() if round_.metrics_path.exists() else []
+    losses = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
+    figure = Figure(figsize=(9.0, 1.9 + 0.34 * max(len(tasks), 3)), layout="constrained", facecolor=PAPER)
+    known, trained = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, (name, before, after) in enumerate(tasks):
+        colour = COLOURS[0] if name in trained_on else COLOURS[1]
+        known.plot([100 * before, 100 * after], [place, place], color=colour, linewidth=1.5)
+        known.plot(100 * before, place, "o", color=PAPER, markeredgecolor=colour, markersize=7)
+        known.plot(100 * after, place, "o", color=colour, markersize=7)
+    known.set_yticks(range(len(tasks)), [Path(name).name if name.endswith(".jsonl") else name for name, _, _ in tasks])
+    known.set_ylim(len(tasks) - 0.5, -0.5)
+    known.set_xlim(-3, 103)
+    known.set_xlabel("points; hollow before, filled after; blue: trained on", fontsize=9)
+    if losses:
+        trained.plot(*zip(*losses, strict=True), color=COLOURS[0], linewidth=1.2)
+    trained.set_xlabel("optimizer steps", fontsize=9)
+    trained.set_ylabel("loss", fontsize=9)
+    for axes in (known, trained):
+        axes.tick_params(labelsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=UNSEEN[1], linewidth=0.5)
+        axes.set_axisbelow(True)
     _save(figure, path)
 
 

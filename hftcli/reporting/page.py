@@ -24,14 +24,16 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.reporting.answers import describe_traits, list_shown
+from hftcli.reporting.card import takes_turns
+from hftcli.reporting.curves import CURVES, draw_curves
 from hftcli.reporting.energy import list_energies
-from hftcli.reporting.headline import OBJECTIVES
+from hftcli.reporting.headline import OBJECTIVES, make_headline
 from hftcli.reporting.measures import describe_adjusted, describe_transitions, describe_ways
-from hftcli.reporting.places import hide_folders
+from hftcli.reporting.places import hide_folders, show_place
 from hftcli.reporting.rounding import list_roundings
 from hftcli.reporting.rounds import describe_pairs
 from hftcli.reporting.terminal import format_bytes
-from hftcli.reporting.trails import draw_trails, find_ticks
+from hftcli.reporting.trails import draw_trails
 from hftcli.runs.files import write_text
 from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
@@ -41,8 +43,6 @@ from hftcli.tasks.general import SUFFIX
 TEMPLATE = "page.html.jinja"
 LAYER_ROLES = ("attention", "mlp", "router", "experts", "norm")  # from left to right
 CELL, GAP, MARGIN = 14, 8, 34  # of the plan's picture, in pixels
-MAX_CURVE_POINTS = 400
-MIN_LOG_RATIO = 20.0  # highest to lowest loss, from where on the scale is logarithmic
 
 
 def write_page(run: Run, path: Path) -> None:
@@ -85,7 +85,9 @@ def make_page(run: Run) -> str:
         metrics=_describe_metrics(matrix) if matrix else [],
         pairs=[(round_.name, describe_pairs(result.pairs)) for round_, result in rounds if result.pairs is not None],
         trails=[trail for round_, result in rounds for trail in draw_trails(round_, result)],
-        curves=_draw_curves([round_ for round_, _ in rounds]),
+        curves=[plot for key in CURVES if (plot := draw_curves([round_ for round_, _ in rounds], key)) is not None],
+        headline=make_headline(run),
+        steps=list(_list_next_steps(run, rounds)),
         pictures=[_draw_plan(round_, plan) for (round_, _), plan in zip(rounds, plans, strict=True)],
         energies=list_energies((round_.name, result) for round_, result in rounds),
         roundings=list_roundings((round_.name, result) for round_, result in rounds),
@@ -93,6 +95,24 @@ def make_page(run: Run) -> str:
         manifest=[(name, hide_folders(value)) for name, value in _list_manifest(manifest.model_dump(mode="json"), rounds)],
         recipe=hide_folders(run.recipe_path.read_text(encoding="utf-8")),
     )
+
+
+def _list_next_steps(run: Run, rounds: Sequence[tuple[Round, RoundResult]]) -> Iterator[tuple[str, str]]:
+    """Commands that go on from here, and what for."""
+    name = hide_folders(show_place(run.folder))
+    if len(rounds) < len(run.rounds):
+        yield (
+            f"hft {load_recipe(run.recipe_path).objective} --recipe {name}/recipe.yaml --output {name}",
+            "go on where it stopped",
+        )
+        return
+    if takes_turns(rounds[-1][0].checkpoint):
+        yield f"hft chat {name} --beside start", "talk to it, and to what it was before"
+    yield f"hft report {name} --lost", "every question that was lost or won, with the answers"
+    yield f"hft verify {name}", "prove that the frozen half did not move"
+    vary = "--vary freeze.trainable_fraction=0.5,1.0 --vary train.learning_rate=A,B,C"
+    yield f"hft compare --recipe {name}/recipe.yaml {vary} --seeds 3", "set half against full, over learning rates and seeds"
+    yield f"hft push {name} --repo OWNER/NAME --dry-run", "share it"
 
 
 def _list_facts(
@@ -205,68 +225,6 @@ def _describe_metrics(matrix: ForgettingMatrix) -> list[tuple[str, ...]]:
             values = [POINTS.show(getattr(metrics, name), signed) if metrics else "" for metrics in found]
             lines.append((name, *values, " ".join((field.description or "").split())))
     return lines
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A round's loss, in per cent of the plot from its lower left corner upwards."""
-
-    name: str
-    path: str
-    num_steps: int
-    first: float
-    last: float
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The losses of all rounds on one scale; `ticks` are heights in per cent with their labels."""
-
-    curves: tuple[Curve, ...]
-    ticks: tuple[tuple[float, str], ...]
-    is_log: bool
-
-
-def _draw_curves(rounds: Sequence[Round]) -> Curves | None:
-    """None where no step was logged."""
-    read = {
-        round_.name: [(row["step"], row["loss"]) for row in round_.read_metrics() if "loss" in row]
-        for round_ in rounds
-        if round_.metrics_path.exists()
-    }
-    losses = {name: [point for point in rows if math.isfinite(point[1])] for name, rows in read.items()}
-    losses = {name: _thin(rows) for name, rows in losses.items() if rows}
-    values = [loss for rows in losses.values() for _, loss in rows]
-    if not values:
-        return None
-    is_log = min(values) > 0 and max(values) / min(values) > MIN_LOG_RATIO
-    ticks = _find_decades(min(values), max(values)) if is_log else find_ticks(min(values), max(values))
-    low, high = _scale(ticks[0], is_log), _scale(ticks[-1], is_log)
-
-    def place(value: float) -> float:
-        return 100 * (_scale(value, is_log) - low) / (high - low)
-
-    curves = []
-    for name, rows in losses.items():
-        width = max(rows[-1][0], 1)
-        points = " ".join(f"{100 * step / width:.2f},{100 - place(loss):.2f}" for step, loss in rows)
-        curves.append(Curve(name, f"M{points}", rows[-1][0], rows[0][1], rows[-1][1]))
-    return Curves(tuple(curves), tuple((place(tick), f"{tick:g}") for tick in ticks), is_log)
-
-
-def _thin(rows: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means of neighbours where there are more points than pixels."""
-    size = math.ceil(len(rows) / MAX_CURVE_POINTS)
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [(part[-1][0], math.fsum(loss for _, loss in part) / len(part)) for part in parts]
-
-
-def _scale(value: float, is_log: bool) -> float:
-    return math.log10(value) if is_log else value
-
-
-def _find_decades(low: float, high: float) -> list[float]:
-    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import struct
 import pytest
 from matplotlib.colors import LinearSegmentedColormap
 from reporting.contrast import compute_luminance
+from written_runs import FACTS, SKILL, complete_round, write_run
 
 from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.errors import InputError
-from hftcli.reporting.figures import INK, SEEN, UNSEEN, draw_matrix
+from hftcli.reporting.figures import INK, SEEN, UNSEEN, draw_matrix, draw_run
+from hftcli.runs.run import Run
 
 
 def make_matrix(num_tasks: int, num_rows: int | None = None) -> ForgettingMatrix:
@@ -61,3 +63,12 @@ def test_every_number_has_the_contrast_that_wcag_asks_for():
         fills = [compute_luminance(scale(points / 100)[:3]) for points in range(101)]
         assert min(fills) + 0.05 >= 4.5 * (compute_luminance(INK) + 0.05)
         assert fills == sorted(fills, reverse=True)
+
+
+def test_a_run_of_one_round_has_a_figure_of_its_own(tmp_path):
+    run = Run(write_run(tmp_path / "run"))
+    complete_round(run, 0)
+    draw_run(run, tmp_path / "run.svg")
+    assert {FACTS, SKILL, "optimizer steps", "loss"} <= set(read_texts(tmp_path / "run.svg"))
+    draw_run(run, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

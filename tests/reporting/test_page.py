@@ -12,7 +12,7 @@ from hftcli import PACKAGE
 from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.comparing.items import read_item_changes
 from hftcli.errors import InputError
-from hftcli.reporting.page import TEMPLATE, make_page, write_page
+from hftcli.reporting.page import make_page, write_page
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
 
@@ -86,7 +86,7 @@ def test_page_can_be_read_by_all(run):
 
 def test_text_has_the_contrast_that_wcag_asks_for():
     """At least 4.5 : 1 (WCAG 2.2, 1.4.3) on the paper and on what is shaded, in both dresses."""
-    style = (PACKAGE / "reporting" / TEMPLATE).read_text(encoding="utf-8")
+    style = (PACKAGE / "reporting" / "style.css.jinja").read_text(encoding="utf-8")
     dresses = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(dresses) == 2
     for dress in dresses:
@@ -124,7 +124,7 @@ def test_continual_run_shows_its_matrix_with_its_metrics(tmp_path):
     page = make_page(run)
     assert re.findall(r'class="own"[^>]*>([\d.]+)<', page) == ["80.0", "90.0"]
     assert re.search(r"bwt</th><td>-30.0<", page)
-    assert page.count('aria-label="Loss of') == 2
+    assert page.count('aria-label="Training loss of') == 2
 
 
 def test_only_runs_with_a_finished_round_have_a_page(tmp_path, run):
@@ -169,3 +169,22 @@ def test_report_command_writes_the_page(hft, run, tmp_path):
     done = hft("report", run.folder, "--html", path)
     assert "2 of 4" in done.stdout
     assert path.read_text(encoding="utf-8") == make_page(run)
+
+
+def test_what_it_learned_and_forgot_stands_first(run):
+    text = make_page(run)
+    head = text[text.index("<h1>") : text.index('<dl class="facts">')]
+    assert re.search(r"What it learned</h2><ul><li>tinyworld/skill \+90.0 points", head)
+    assert re.search(r"What it forgot</h2><ul><li>tinyworld/facts -30.0 points", head)
+
+
+def test_axes_have_names_and_places_say_their_values(run):
+    text = make_page(run)
+    assert '<span class="across">optimizer steps</span><span class="upwards">loss</span>' in text
+    assert "<title>step 4: 2.000</title>" in text
+
+
+def test_the_page_says_what_to_do_next_and_not_who_wrote_it(run, tmp_path):
+    text = make_page(run)
+    assert "hft report" in text[text.index("What to do next") :]
+    assert str(tmp_path.parent) not in text

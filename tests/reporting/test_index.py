@@ -1,0 +1,63 @@
+"""Several runs beside one another, and the tables as LaTeX."""
+
+import re
+
+import pytest
+from written_runs import FACTS, SKILL, complete_round, write_run
+
+from hftcli.comparing.forgetting import assemble_matrix
+from hftcli.errors import InputError
+from hftcli.reporting.index import list_lines, write_index
+from hftcli.reporting.latex import escape, make_tables
+from hftcli.reporting.page import write_page
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    found = [Run(write_run(tmp_path / name, setting)) for name, setting in (("half_a", "train.seed=1"), ("b", "train.seed=2"))]
+    for run in found:
+        complete_round(run, 0)
+    write_page(found[0], found[0].page_path)
+    return found
+
+
+def test_a_line_says_what_was_learned_and_forgotten(runs, tmp_path):
+    first, second = list_lines([run.folder for run in runs], tmp_path / "pages" / "index.html")
+    assert first.learned.startswith(f"{SKILL} +90.0 points")
+    assert first.forgot.startswith(f"{FACTS} -30.0 points")
+    assert (first.page, second.page) == ("../half_a/report.html", "")
+
+
+def test_the_page_leads_to_those_of_its_runs(runs, tmp_path):
+    path = tmp_path / "pages" / "index.html"
+    write_index(list_lines([run.folder for run in runs], path), path)
+    text = path.read_text()
+    assert re.findall(r'href="([^"]*)"', text) == ["../half_a/report.html"]
+    assert (path.parent / "../half_a/report.html").resolve().exists()
+    assert "default-src 'none'" in text
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(InputError, match="is neither a run nor a round"):
+        list_lines([tmp_path])
+
+
+def test_latex_escapes_what_it_would_read(runs):
+    assert escape("50 % of a_b & {c}") == r"50 \% of a\_b \& \{c\}"
+    text = make_tables([run.folder for run in runs])
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    assert r"\caption{half\_a: scores" in text
+    assert r"tinyworld/facts & 100.0 & 70.0 & $-$30.0 & " in text
+
+
+def test_latex_of_a_matrix_has_a_row_per_model(tmp_path):
+    tasks = ("tinyworld/topic", SKILL)
+    rows = ({tasks[0]: 0.0, SKILL: 0.1}, {tasks[0]: 0.8, SKILL: 0.1}, {tasks[0]: 0.5, SKILL: 0.9})
+    run = Run(write_run(tmp_path / "run", rows=rows, tasks=tasks, objective="continual"))
+    write_model(run.matrix_path, assemble_matrix(run))
+    text = make_tables([run.folder])
+    assert r"after topic & \textbf{80.0} & 10.0 \\" in text
+    assert r"after skill & 50.0 & \textbf{90.0} \\" in text
+    assert "OP 70.0, BWT $-$30.0" in text
