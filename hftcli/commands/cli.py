@@ -38,6 +38,7 @@ COMMANDS = {
     ),
     "merge": ("make", "A full model out of a delta checkpoint, or the weighted mean of a model and its base."),
     "reset": ("make", "Half-Reset: a tuned model with a random half of its weight matrices back at the base, bit for bit."),
+    "paper": ("paper", "The commands of one of the paper's tables; with --table, its numbers beside those that were run."),
     "push": (
         "share",
         "Share a run's model on the Hugging Face hub, with its card and its page; --dry-run shows what would go.",
