@@ -38,6 +38,7 @@ def init(
 ) -> None:
     """Write a commented recipe for a model and rows, to be looked through and changed."""
     from hftcli.recipe.starter import write_starter
+    from hftcli.reporting.places import name_hft
     from hftcli.runs.files import write_text
 
     if output.exists():
@@ -48,4 +49,4 @@ def init(
     write_text(output, write_starter(model, data, str(output), names))
     print(output)
     for command, meaning in (("data --recipe", "what was read"), ("plan", "what would train"), ("sft", "train")):
-        print(f"next    hft {command} {output}  # {meaning}", file=sys.stderr)
+        print(f"next    {name_hft()} {command} {output}  # {meaning}", file=sys.stderr)

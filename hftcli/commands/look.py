@@ -54,6 +54,7 @@ def plan(
 
         budget, checked = check_budget(resolved, start.path, budget)
     print_plan(budget, checked, as_json)
+    _show_next(recipe, resolved.objective, as_json)
 
 
 @app.command()
@@ -104,6 +105,15 @@ def data(
         dataset, summary = prepare_dataset(resolved.data, resolved.train, tokenizer, default_cache())
     check_token_ids(summary, tokenizer, num_embeddings)
     print_data(summary, show_samples(dataset, summary, default_cache(), tokenizer), as_json)
+    _show_next(recipe, "plan", as_json)
+
+
+def _show_next(recipe: str | None, command: str, as_json: bool) -> None:
+    """The command that goes on with a recipe of the user's own."""
+    from hftcli.reporting.places import name_hft
+
+    if recipe is not None and Path(recipe).is_file() and not as_json:
+        print(f"next    {name_hft()} {command} {recipe}", file=sys.stderr)
 
 
 @app.command()

@@ -12,12 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.errors import ModelError
+from hftcli.freezing.positions import find_max_positions
 from hftcli.freezing.roles import Parameter
 from hftcli.models.deltas import hash_checkpoint, open_stack
 from hftcli.models.masters import open_masters
 from hftcli.runs.run import find_checkpoint_damage
-
-POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,6 @@ def build_empty_model(path: str) -> PreTrainedModel:
             return kind(config)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{path}: the model's config does not load: {get_first_line(error)}") from None
-
-
-def find_max_positions(config: Mapping[str, Any]) -> int | None:
-    """How many positions a model has, by whichever name its family has for them; None where there is no limit."""
-    return next((config[name] for name in POSITION_NAMES if config.get(name) is not None), None)
 
 
 def split_revision(path: str) -> tuple[str, str | None]:

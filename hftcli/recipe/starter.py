@@ -1,5 +1,6 @@
 """A recipe to begin with: the keys that most people set, each with its first sentence from the schema and its default."""
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from hftcli import PACKAGE
+from hftcli.freezing.positions import find_max_positions
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import open_section
+from hftcli.recipe.sections import QUICK_START, DataSection
 
 KEYS: dict[str, tuple[str, ...]] = {
     "model": ("path",),
@@ -29,6 +33,8 @@ def write_starter(model: str, data: str, name: str, tasks: list[str]) -> str:
         tasks: what to ask before and after.
     """
     given: dict[str, Any] = {"model.path": model, "data.path": data, "eval.tasks": tasks}
+    default = DataSection.model_fields["max_length"].default
+    given["data.max_length"] = min(default, read_max_positions(model) or default)
     lines = [f"# hft sft {name}", f"# The other keys are in hft's recipes/README.md. Output: runs/{Path(name).stem}"]
     for section, keys in KEYS.items():
         schema = open_section(Recipe.model_fields[section].annotation)
@@ -39,6 +45,12 @@ def write_starter(model: str, data: str, name: str, tasks: list[str]) -> str:
             value = given.get(f"{section}.{key}", schema.model_fields[key].default)
             lines.append(f"  {key}: {_dump(value)}")
     return "\n".join(lines) + "\n"
+
+
+def read_max_positions(model: str) -> int | None:
+    """The positions of a model that is here; None where it is not, or where they have no limit."""
+    path = (PACKAGE / QUICK_START / "model" if model == QUICK_START else Path(model)) / "config.json"
+    return find_max_positions(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _comment(schema: type[BaseModel], key: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 from hftcli import PACKAGE
@@ -9,6 +11,14 @@ from hftcli.recipe.sections import QUICK_START
 
 # A path from the root of the disk, up to its last part; not that of an address, or of a name with a stroke in it.
 FOLDERS = re.compile(r"(?<![\w:/.~-])(?:~|[A-Z]:)?/(?:[^\s/'\"`,;:()]+/)+(?=[^\s/'\"`,;:()])")
+
+
+def name_hft() -> str:
+    """How hft is called from here: by its name where the shell finds it, otherwise as it was called now."""
+    if shutil.which("hft") is not None:
+        return "hft"
+    called = Path(sys.argv[0])
+    return show_place(called) if called.name == "hft" else "python -m hftcli"
 
 
 def show_place(path: Path | str) -> str:

@@ -7,16 +7,18 @@ from statistics import fmean
 
 from rich.table import Table
 
+from hftcli import PACKAGE
 from hftcli.comparing.answers import read_answers
 from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.comparing.items import read_item_changes
 from hftcli.recipe.methods import ADAPTERS
+from hftcli.recipe.sections import QUICK_START
 from hftcli.reporting.answers import describe_traits, print_behaviour
 from hftcli.reporting.card import takes_turns
 from hftcli.reporting.energy import describe_earlier
 from hftcli.reporting.lines import say
 from hftcli.reporting.measures import make_score_table, print_matrix
-from hftcli.reporting.places import show_place
+from hftcli.reporting.places import name_hft, show_place
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.rounding import describe_masters
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
@@ -83,12 +85,15 @@ def _print_end(run: Run) -> None:
     checkpoint, folder = find_rounds(run.folder)[-1].checkpoint, show_place(run.folder)
     say(f"model   {show_place(checkpoint)}")
     if (checkpoint / DELTA_NAME).exists():
-        say(f"whole   hft merge --delta {show_place(checkpoint)} --output FOLDER")
-    talk = f"hft chat {folder} --beside start" if takes_turns(checkpoint) else f"hft generate {folder} --prompts -"
+        say(f"whole   {name_hft()} merge --delta {show_place(checkpoint)} --output FOLDER")
+    hft = name_hft()
+    talk = f"{hft} chat {folder} --beside start" if takes_turns(checkpoint) else f"{hft} generate {folder} --prompts -"
     say(f"talk    {talk}")
     if run.page_path.exists():
         say(f"page    {show_place(run.page_path)}")
-    say(f"check   hft verify {folder}")
+    say(f"check   {hft} verify {folder}")
+    if run.rounds[0].read_spec().model.path == str(PACKAGE / QUICK_START / "model"):
+        say(f"yours   {hft} init --model MODEL --data ROWS")
 
 
 def _describe_round(round_: Round, result: RoundResult) -> str:

@@ -19,6 +19,13 @@ def test_it_loads_as_the_defaults_with_what_was_given(tmp_path):
     assert load_recipe(bare) == recipe
 
 
+def test_rows_are_cut_to_what_the_model_has_room_for(tmp_path):
+    for model, expected in (("tinyworld", 256), ("some/model", 1024)):
+        path = tmp_path / "own.yaml"
+        path.write_text(write_starter(model, "rows.jsonl", "own.yaml", []), encoding="utf-8")
+        assert load_recipe(path).data.max_length == expected
+
+
 def test_every_key_has_a_comment():
     lines = write_starter("m", "d", "own.yaml", []).splitlines()
     for keys in KEYS.values():
