@@ -63,12 +63,14 @@ def test_a_dry_run_asks_nobody(hft, hub, run):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_hub_is_tried_again(hft, hub, run):
     hub.num_faults = 1
     hft("push", run.folder, "--repo", "me/half")
     assert "model.safetensors" in hub.repositories["me/half"]
 
 
+@pytest.mark.slow
 def test_a_repository_with_files_is_left_alone_unless_it_is_to_be_updated(hft, hub, run):
     hub.repositories["me/half"] = {".gitattributes": b"", "precious.bin": b"1"}
     done = hft("push", run.folder, "--repo", "me/half", code=2)
@@ -81,10 +83,10 @@ def test_a_repository_with_files_is_left_alone_unless_it_is_to_be_updated(hft, h
 @pytest.mark.parametrize(
     ("changes", "code", "expected"),
     [
-        ({"HF_TOKEN": "wrong"}, 2, "the hub does not know the token"),
         ({"HF_TOKEN": POOR}, 2, "the token may not write to me/half"),
-        ({"HF_TOKEN": ""}, 2, "there is no token of the hub"),
-        ({"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
+        pytest.param({"HF_TOKEN": "wrong"}, 2, "the hub does not know the token", marks=pytest.mark.slow),
+        pytest.param({"HF_TOKEN": ""}, 2, "there is no token of the hub", marks=pytest.mark.slow),
+        pytest.param({"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_wrong_is_said(hft, hub, run, monkeypatch, changes, code, expected):

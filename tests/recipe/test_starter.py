@@ -37,7 +37,7 @@ def test_every_key_has_a_comment():
 
 def test_the_commands(hft, tmp_path):
     shown = hft("init", "--model", "tinyworld", "--data", "tinyworld/skill", "--output", tmp_path / "a.yaml")
-    assert f"next    hft sft {tmp_path / 'a.yaml'}" in shown.stderr
+    assert f" sft {tmp_path / 'a.yaml'}" in shown.stderr
     assert (
         "there is a file already" in hft("init", "--model", "m", "--data", "d", "--output", tmp_path / "a.yaml", code=2).stderr
     )
