@@ -142,11 +142,11 @@ def draw_run(run: Run, path: Path) -> None:
     losses = [(row["step"], row["loss"]) for row in metrics if "loss" in row]
     figure = Figure(figsize=(9.0, 1.9 + 0.34 * max(len(tasks), 3)), layout="constrained", facecolor=PAPER)
     known, trained = figure.subplots(1, 2, width_ratios=(3, 2))
-    for place, (name, before, after) in enumerate(tasks):
+    for place, (name, first, last) in enumerate(tasks):
         colour = COLOURS[0] if name in trained_on else COLOURS[1]
-        known.plot([100 * before, 100 * after], [place, place], color=colour, linewidth=1.5)
-        known.plot(100 * before, place, "o", color=PAPER, markeredgecolor=colour, markersize=7)
-        known.plot(100 * after, place, "o", color=colour, markersize=7)
+        known.plot([100 * first, 100 * last], [place, place], color=colour, linewidth=1.5)
+        known.plot(100 * first, place, "o", color=PAPER, markeredgecolor=colour, markersize=7)
+        known.plot(100 * last, place, "o", color=colour, markersize=7)
     known.set_yticks(range(len(tasks)), [Path(name).name if name.endswith(".jsonl") else name for name, _, _ in tasks])
     known.set_ylim(len(tasks) - 0.5, -0.5)
     known.set_xlim(-3, 103)
