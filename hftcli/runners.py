@@ -19,6 +19,7 @@ from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.narrowing import narrow_plan
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
+from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
@@ -88,6 +89,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     """Check what can be checked without a model, and write the run's and the round's files."""
     start, run = resolve_start(recipe.model.place), Run(recipe.folder)
     launch = resolve_launch(recipe.launch)
+    check_start(start, recipe.freeze)
     check_tasks(recipe.eval.tasks)
     spec = RoundSpec(
         objective=recipe.objective,
@@ -130,6 +132,7 @@ def prepare_continual(recipe: Recipe) -> Run:
     """
     assert recipe.continual is not None
     start = resolve_start(recipe.model.place)
+    check_start(start, recipe.freeze)
     root = recipe.data.root and _make_absolute(recipe.data.root)
     sequence = find_sequence(recipe.continual, root)
     check_tasks(recipe.eval.tasks, root)
@@ -272,7 +275,7 @@ def resolve_start(path: str) -> Start:
     """What `model.path` means: a finished run, the embedded model, a folder, or a hub id, which is left to the worker.
 
     Raises:
-        ModelError: no such folder, a run that is not finished, or a family that is not in the table.
+        ModelError: no such folder, or a run that is not finished.
     """
     if path == QUICK_START:  # a folder of the user's own by that name is ./tinyworld
         path = str(PACKAGE / QUICK_START / "model")
@@ -286,12 +289,18 @@ def resolve_start(path: str) -> Start:
         config = folder / "config.json"
         if not config.is_file():
             raise ModelError(f"model.path {path} has no config.json", "give a Hugging Face folder or a finished run")
-        check_family(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"))
         history, place = read_history(folder), str(folder.resolve())
         return Start(place, history.num_rounds, place if history.rounds else None)
     if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(@[\w./-]+)?", path):
         raise ModelError(f"model.path {path}: no such folder", "give a folder, a finished run, or a hub id (owner/name)")
     return Start(path)
+
+
+def check_start(start: Start, rule: FreezeRule) -> None:
+    """Raises: ModelError: nothing says what the parameters of a folder's family are; a hub id is left to the worker."""
+    config = Path(start.path) / "config.json"
+    if config.is_file():
+        check_family(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"), rule.roles)
 
 
 def resolve_subject(path: str) -> Subject:
@@ -314,7 +323,7 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     They are taken for GPUs. With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's
     memory is to decide, that which is given.
     """
-    units = assign_roles(model_type, parameters)
+    units = assign_roles(model_type, parameters, recipe.freeze.roles)
     plan = make_plan(units, recipe.freeze, start.num_rounds, num_heads)
     if (lora := recipe.method.lora or recipe.method.olora) is not None:
         plan = narrow_plan(plan, units, lora.target_modules, recipe.method.open_fraction, num_heads)

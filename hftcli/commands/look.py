@@ -40,14 +40,19 @@ def plan(
 ) -> None:
     """What trains, what is frozen, and the memory and compute per device, beside full fine-tuning."""
     from hftcli import runners
+    from hftcli.freezing.roles import UnknownRoles
     from hftcli.models.description import describe_model
-    from hftcli.reporting.plans import print_plan
+    from hftcli.reporting.plans import print_plan, print_proposal
 
     recipe, given = join_given(named, recipe, {"model.path": model}, overrides)
     resolved = read_recipe(recipe, given, num_processes=num_processes, needs_rows=False)
     start = runners.resolve_start(resolved.model.place)
     described = describe_model(start.path)
-    budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
+    try:
+        budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
+    except UnknownRoles:
+        print_proposal(described.model_type, described.parameters, as_json)
+        raise
     checked = None
     if measure:
         from hftcli.training.probe import check_budget

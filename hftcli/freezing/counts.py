@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping
 from pydantic import BaseModel, ConfigDict
 
 from hftcli.freezing.directions import Part
-from hftcli.freezing.roles import Unit
-
-OUTSIDE_ROLES = ("embedding", "final_norm", "head")
+from hftcli.freezing.roles import OUTSIDE_ROLES, Unit
 
 
 class RoleCount(BaseModel):

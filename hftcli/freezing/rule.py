@@ -1,5 +1,6 @@
 """The rule by which a round chooses what trains: the recipe's section `freeze`."""
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -7,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from hftcli.freezing.directions import KeepRule
+from hftcli.freezing.roles import OUTSIDE_ROLES, Role, compile_pattern, list_patterns
 
 Grain = Literal["matrices", "directions", "columns"]
 Choice = Literal["quiet", "random", "ssu", "ssu-code"]
@@ -95,6 +97,15 @@ class FreezeRule(BaseModel):
     """With directions or columns: rows that must not be forgotten. Besides, what the model writes of itself counts as earlier,
     and the rows of every round that it has learned so."""
 
+    roles: Annotated[dict[Role, str | tuple[str, ...]] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Which module plays which role, for a family that hft does not know, or in place of what it knows: by role the names of
+    modules, one pattern or a list. `(a|b)` means a or b, `(a)?` a or nothing, the first `*` is the index of the layer, others
+    are any number, and all else is literal. `hft plan` prints a proposal for an unknown family, to be checked and pasted. Every
+    parameter must have one role: `attention`, `mixer` (what stands in its place: linear attention, a state-space layer), `mlp`,
+    `router`, `experts`, `norm` or `small` (of a layer, what is no matrix of its width: convolutions, decays, gates); outside
+    the layers `embedding`, `head`, `final_norm`, or `bridge` (from embeddings to layers, or from these to the head; always
+    trains)."""
+
     @property
     def divides(self) -> bool:
         """Whether matrices train in a part of their directions or columns."""
@@ -133,6 +144,25 @@ class FreezeRule(BaseModel):
     @classmethod
     def _take_name(cls, value: Any) -> Any:
         return dict(QUIET) if value == "quiet" else value
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> "FreezeRule":
+        for role in self.roles or ():
+            for pattern in list_patterns(self.roles or {}, role):
+                try:
+                    re.compile(compile_pattern(pattern))
+                    is_plain = re.fullmatch(r"[\w.*()|?]+", pattern) is not None and "(?" not in pattern
+                except re.error:
+                    is_plain = False
+                if not is_plain:
+                    raise PydanticCustomError(
+                        "pattern", f"roles.{role}: {pattern!r} is no pattern: give names with (a|b), (a)? and * alone"
+                    )
+                if role not in OUTSIDE_ROLES and "*" not in pattern:
+                    raise PydanticCustomError(
+                        "pattern", f"roles.{role}: {pattern!r} has no * for the index of the layer, and {role} is in the layers"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _check_grain(self) -> "FreezeRule":

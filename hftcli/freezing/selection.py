@@ -238,9 +238,9 @@ def choose_in_layers(
 
 
 def choose_outside_layers(units: Iterable[Unit], rule: FreezeRule) -> set[Unit]:
-    """The units outside the layers that train: embeddings and head as the rule says, the final norm always.
+    """The units outside the layers that train: embeddings and head as the rule says, the final norm and bridges always.
 
-    A frozen prefix reaches down to the embeddings, whatever the rule says of them.
+    A frozen prefix reaches down to the embeddings, whatever the rule says of them, and takes the bridges along.
 
     Raises:
         ModelError: embeddings and head are one tensor, and one of them is to train and the other not.
@@ -255,7 +255,8 @@ def choose_outside_layers(units: Iterable[Unit], rule: FreezeRule) -> set[Unit]:
             f"{cause} and freeze.head is {rule.head!r}, but embeddings and head are one tensor in this model",
             "set freeze.head: freeze" if rule.frozen_prefix else "set freeze.embeddings and freeze.head alike",
         )
-    decisions = {"embedding": embeddings, "head": rule.head, "final_norm": "train"}
+    bridge = "freeze" if rule.frozen_prefix else "train"
+    decisions = {"embedding": embeddings, "bridge": bridge, "head": rule.head, "final_norm": "train"}
     return {unit for unit in units if decisions[unit.role] == "train"}
 
 

@@ -117,7 +117,7 @@ def _generate_batch(
             )  # fmt: skip
             if not len(going):
                 break
-            cache.batch_select_indices(goes_on_B.nonzero()[:, 0])
+            cache.reorder_cache(goes_on_B.nonzero()[:, 0])
         answers_BS[going, step] = tokens_B
         ids_BT, positions_BT = tokens_B[:, None], positions_BT[:, -1:] + 1
         mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)

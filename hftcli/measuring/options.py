@@ -130,7 +130,7 @@ def _read_batch(model: PreTrainedModel, batch: list[Question], device: torch.dev
     nats_N = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none").double()
     log_likelihoods_O = nats_N.new_zeros(len(options)).index_add(0, places_N, -nats_N)
     if ids_OS.shape[1] > 1:
-        cache.batch_select_indices(owner_O)
+        cache.reorder_cache(owner_O)
         positions_OS = positions_BP[owner_O, -1:] + 1 + torch.arange(ids_OS.shape[1] - 1, device=device)
         logits_OSV = model(
             input_ids=ids_OS[:, :-1], attention_mask=torch.cat([mask_BP[owner_O], mask_OS[:, :-1]], dim=-1),

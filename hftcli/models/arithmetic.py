@@ -99,7 +99,7 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
     if rule.rank != "random":
         raise InputError(f"a reset draws what goes back, and freeze.rank is {rule.rank}", "drop it")
     description = describe_model(str(tuned))
-    plan = make_plan(assign_roles(description.model_type, description.parameters), rule, 0)
+    plan = make_plan(assign_roles(description.model_type, description.parameters, rule.roles), rule, 0)
     reset = set(plan.frozen)
 
     def read(name: str) -> dict[str, np.ndarray]:

@@ -26,6 +26,8 @@ from hftcli.recipe.sections import ModelSection
 
 Tensors = dict[str, torch.Tensor]
 
+# Mixtures whose config has a weight for the router's loss, and of which transformers computes none: TRL would ask for it.
+WITHOUT_ROUTER_LOSS = ("llama4_text",)
 MOST_ROWS = 0.9  # of a tensor's rows; where more of them changed, a delta stores it whole
 
 
@@ -53,6 +55,8 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         )
     held_dtype = torch.bfloat16 if mixed and sharded else torch.float32
     model = load_weights(folder, held_dtype, section.attn_implementation)
+    if model.config.model_type in WITHOUT_ROUTER_LOSS:
+        model.config.router_aux_loss_coef = 0.0
     freeze_model(model, plan)
     if start.dtype not in (None, held_dtype):
         for parameter in model.parameters():

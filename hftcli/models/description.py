@@ -61,7 +61,7 @@ def describe_model(path: str) -> ModelDescription:
         max_positions=find_max_positions(text_config.to_dict()),
         num_embeddings=model.get_input_embeddings().weight.shape[0],
         num_layers=text_config.num_hidden_layers,
-        num_heads=text_config.num_attention_heads,
+        num_heads=text_config.to_dict().get("num_attention_heads") or 1,  # a model without attention has no heads
     )
 
 

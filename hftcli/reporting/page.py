@@ -19,7 +19,7 @@ from hftcli.comparing.forgetting import ForgettingMatrix, ForgettingMetrics, Row
 from hftcli.comparing.items import ItemChange, read_item_changes
 from hftcli.comparing.statistics import NATS, POINTS
 from hftcli.errors import InputError
-from hftcli.freezing.roles import FAMILIES, Parameter, Unit, assign_roles
+from hftcli.freezing.roles import FAMILIES, Parameter, Roles, Unit, assign_roles, list_patterns
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
@@ -41,7 +41,7 @@ from hftcli.runs.scores import Score
 from hftcli.tasks.general import SUFFIX
 
 TEMPLATE = "page.html.jinja"
-LAYER_ROLES = ("attention", "mlp", "router", "experts", "norm")  # from left to right
+LAYER_ROLES = ("attention", "mixer", "mlp", "router", "experts", "norm", "small")  # from left to right
 CELL, GAP, MARGIN = 14, 8, 34  # of the plan's picture, in pixels
 
 
@@ -253,7 +253,8 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
     config = round_.checkpoint / "config.json"
     model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
     names = (*plan.trained, *plan.frozen)
-    units = assign_roles(model_type, [Parameter(name, ()) for name in names]) if model_type else ()
+    roles = plan.rule.roles
+    units = assign_roles(model_type, [Parameter(name, ()) for name in names], roles) if model_type else ()
     trained = set(plan.trained)
 
     def trains(unit: Unit) -> bool:
@@ -261,7 +262,7 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
 
     layers = sorted({unit.layer for unit in units if unit.layer is not None})
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(layers)}
-    family = FAMILIES[model_type] if model_type else {}
+    family: Roles = {} if model_type is None else FAMILIES[model_type] if roles is None else roles
     inside = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: _find_place(family, unit))
     by_role = {
         role: list(dict.fromkeys(_shorten_unit(unit) for unit in members))
@@ -298,11 +299,13 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
     )
 
 
-def _find_place(family: Mapping[str, str], unit: Unit) -> tuple[int, int]:
+def _find_place(family: Roles, unit: Unit) -> tuple[int, int]:
     """Of a unit's column: by role, and then as the family's entry lists its units."""
-    listed = re.findall(r"\w+", family[unit.role])
+    listed = re.findall(r"\w+", " ".join(list_patterns(family, unit.role)))
     short = _shorten_unit(unit)
-    return LAYER_ROLES.index(unit.role), next(place for place, word in enumerate(listed) if short.startswith(word))
+    return LAYER_ROLES.index(unit.role), next(
+        (place for place, word in enumerate(listed) if short.startswith(word)), len(listed)
+    )
 
 
 def _shorten_unit(unit: Unit) -> str:

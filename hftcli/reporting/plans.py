@@ -1,5 +1,6 @@
 """The plan on the terminal: what trains, and the memory and compute that it takes, beside full fine-tuning."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,12 +9,22 @@ from rich.table import Table
 from hftcli.freezing.activations import Activations, Flops
 from hftcli.freezing.budget import Budget, HostWork, MeasuredStep, Memory
 from hftcli.freezing.counts import measure_layer_share
+from hftcli.freezing.proposal import propose_roles, write_proposal
+from hftcli.freezing.roles import Parameter
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.cards import judge_cards
 from hftcli.reporting.lines import say
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
 
 MOST_IMBALANCE = 0.02  # of the share that trains in the layers: more is warned of
+
+
+def print_proposal(model_type: str, parameters: Sequence[Parameter], as_json: bool) -> None:
+    """Roles for the parameters of a family that has none, as a recipe takes them."""
+    if as_json:
+        print_json({"freeze": {"roles": propose_roles(parameters)[0]}})
+    else:
+        print(write_proposal(model_type, parameters))
 
 
 def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_json: bool) -> None:

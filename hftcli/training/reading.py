@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hftcli.data.tokens import Progress
 from hftcli.errors import DataError, InputError, ModelError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.directions import KeepRule
-from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.roles import Unit, assign_roles
 from hftcli.freezing.rule import ImportanceRule
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.launching.packages import check_packages
@@ -30,6 +30,7 @@ from hftcli.launching.planning import apply_fit, choose_fit, make_budget
 from hftcli.measuring.questions import add_ends, hold_out, report_faults, tokenize_task
 from hftcli.methods import make_methods
 from hftcli.methods.method import draw_rows
+from hftcli.models.checkpoint import WITHOUT_ROUTER_LOSS
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
@@ -62,7 +63,8 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     check_kernel(spec, start)
     check_router(spec, start)
     check_grain(spec, start)
-    units = assign_roles(description.model_type, description.parameters)
+    units = assign_roles(description.model_type, description.parameters, spec.freeze.roles)
+    check_packing(spec, units)
     plan = make_plan(units, spec.freeze, spec.index, description.num_heads)
     methods = make_methods(spec)
     for method in methods:
@@ -114,6 +116,16 @@ def check_kernel(spec: RoundSpec, start: Path) -> None:
         )
 
 
+def check_packing(spec: RoundSpec, units: Iterable[Unit]) -> None:
+    """Raises: ModelError: rows would run into one another."""
+    if spec.train.packing and spec.dpo is None and any(unit.role == "mixer" for unit in units):
+        raise ModelError(
+            "train.packing lays several rows into one, and this model's linear attention or state-space layers know no border "
+            "between them",
+            "set train.packing: false",
+        )
+
+
 def check_grain(spec: RoundSpec, start: Path) -> None:
     """Raises: ModelError: the matrices are quantized, so that nothing can be added to them."""
     source = f"freeze.grain: {spec.freeze.grain_name}" if spec.freeze.divides else "method.lora.quiet"
@@ -129,7 +141,13 @@ def check_router(spec: RoundSpec, start: Path) -> None:
     """Raises: InputError: a weight for a loss that the model does not have."""
     section, settings = list_settings(spec)
     weight = settings.get("router_aux_loss_coef")
-    if weight and "output_router_logits" not in AutoConfig.from_pretrained(start).get_text_config().to_dict():
+    config = AutoConfig.from_pretrained(start).get_text_config()
+    if weight and config.model_type in WITHOUT_ROUTER_LOSS:
+        raise InputError(
+            f"{section}.router_aux_loss_coef is {weight:g}, and transformers computes no such loss for {config.model_type}",
+            "drop it",
+        )
+    if weight and "output_router_logits" not in config.to_dict():
         raise InputError(
             f"{section}.router_aux_loss_coef is {weight:g}, and the model is no mixture of experts: it routes nothing",
             "drop it",

@@ -137,11 +137,18 @@ class Scorer:
     def _measuring(self) -> Iterator[None]:
         # DeepSpeed holds its weights in bfloat16 itself.
         casts = is_mixed(self.spec) and not is_sharded(self.spec)
+        # With a cache, transformers would take the router's loss of the last token with the mask of all.
+        config = self.trainer.model.config.get_text_config()
+        is_routed = bool(config.to_dict().get("output_router_logits"))
         with (
             self.attempt.clock.measure("scoring"),
             torch.autocast(self.trainer.args.device.type, torch.bfloat16, enabled=casts),
         ):
+            if is_routed:
+                config.output_router_logits = False
             yield
+            if is_routed:
+                config.output_router_logits = True
 
     @contextmanager
     def _open_model(self, tasks: list[TokenizedTask], read_only: list[TokenizedTask]) -> Iterator[torch.nn.Module]:

@@ -21,14 +21,23 @@ SMALL = {
     "num_key_value_heads": 1, "head_dim": 16, "num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 16,
     "num_experts_per_tok": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+OWN_SIZES = {
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["full_attention"], "activation_sparsity_pattern": [0.0]},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16},
+}
+MAMBA2 = {"num_heads": 4, "head_dim": 16, "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 96, "n_groups": 2}
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 40, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_and_embeddings_of_every_family(family: str, tmp_path: Path):
-    values = GPT2 if family == "gpt2" else {**SMALL, "max_position_embeddings": 40}
+    own = {"gpt2": GPT2, "mamba2": MAMBA2}.get(family)
+    values = own or {**SMALL, **OWN_SIZES.get(family, {}), "max_position_embeddings": 40}
     AutoConfig.for_model(family, **values).save_pretrained(tmp_path)
     described = describe_model(str(tmp_path))
+    if family == "mamba2":
+        assert (described.max_positions, described.num_embeddings, described.num_heads) == (None, 96, 1)
+        return
     assert (described.max_positions, described.num_embeddings) == (40, 96)
     check_positions(40, described.max_positions)
     with pytest.raises(DataError, match=r"data\.max_length is 41, but the model has 40 positions") as caught:

@@ -6,10 +6,21 @@ import sys
 from collections import Counter
 
 import pytest
-from freezing.families import CONFIGS, LLAMA_COUNTS, NUM_LAYERS, UNITS_IN_A_LAYER, build_units, list_parameters
+from freezing.families import (
+    CONFIGS,
+    LLAMA_COUNTS,
+    NUM_LAYERS,
+    OUTSIDE,
+    UNITS_IN_A_LAYER,
+    build_units,
+    count_in_layer,
+    list_parameters,
+)
 
 from hftcli.errors import ModelError
-from hftcli.freezing.roles import FAMILIES, Parameter, Unit, _compile_names, assign_roles, check_family
+from hftcli.freezing.proposal import propose_roles
+from hftcli.freezing.roles import FAMILIES, Parameter, Unit, assign_roles, check_family, compile_pattern, list_patterns
+from hftcli.freezing.rule import FreezeRule
 
 
 def test_every_family_is_tested():
@@ -22,9 +33,10 @@ def test_every_parameter_has_exactly_one_role(model_type: str, is_tied: bool):
     parameters = list_parameters(model_type, **CONFIGS[model_type], tie_word_embeddings=is_tied)
     units = assign_roles(model_type, parameters)
 
-    patterns = [_compile_names(pattern) for pattern in FAMILIES[model_type].values()]
+    family = FAMILIES[model_type]
+    patterns = {compile_pattern(pattern): role for role in family for pattern in list_patterns(family, role)}
     for unit in units:
-        assert sum(bool(re.fullmatch(pattern, unit.name)) for pattern in patterns) == 1, unit.name
+        assert [role for pattern, role in patterns.items() if re.fullmatch(pattern, unit.name)] == [unit.role], unit.name
     covered = [parameter for unit in units for parameter in unit.parameters]
     assert sorted(covered, key=lambda p: p.name) == sorted(parameters, key=lambda p: p.name)
     assert sum(unit.num_parameters for unit in units) == sum(parameter.num_elements for parameter in parameters)
@@ -38,12 +50,11 @@ def test_layers_and_roles_are_those_of_the_model(model_type: str, is_tied: bool)
 
     for layer in range(NUM_LAYERS):
         inside = [unit for unit in units if unit.layer == layer]
-        assert Counter(unit.role for unit in inside) == UNITS_IN_A_LAYER[model_type]
+        assert Counter(unit.role for unit in inside) == count_in_layer(model_type, layer)
         assert all(f".{layer}." in unit.name for unit in inside)
     outside = Counter(unit.role for unit in units if unit.layer is None)
-    num_embeddings = 2 if model_type == "gpt2" else 1
     head = {} if is_tied else {"head": 1}
-    assert outside == {"embedding": num_embeddings, "final_norm": 1, **head}
+    assert outside == OUTSIDE.get(model_type, {"embedding": 1, "final_norm": 1}) | head
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -102,7 +113,7 @@ def test_an_unknown_family_is_refused():
         assign_roles("mamba9", parameters)
     assert "'mamba9'" in caught.value.message
     assert "backbone.blocks.0.mixer.weight" in caught.value.message
-    assert "FAMILIES in hftcli/freezing/roles.py" in caught.value.fix
+    assert "`hft plan` on this model prints a proposal" in caught.value.fix
     with pytest.raises(ModelError, match="mamba9"):
         check_family("mamba9")
     check_family("llama")
@@ -124,7 +135,63 @@ def test_an_unknown_parameter_is_refused(name: str):
     with pytest.raises(ModelError) as caught:
         assign_roles("llama", [known, Parameter(name, (4, 4))])
     assert name in caught.value.message
-    assert "hftcli/freezing/roles.py" in caught.value.fix
+    assert "freeze.roles" in caught.value.fix
+
+
+def test_a_recipe_names_the_roles_of_a_family_that_nobody_knows():
+    """Mamba's own names, and an index outside of the layers."""
+    shapes = {
+        "net.tok": (40, 16), "net.in.0": (16, 16), "net.blocks.0.mix.weight": (16, 16), "net.blocks.0.mix.bias": (16,),
+        "net.blocks.0.exp.3.up.weight": (8, 16), "net.blocks.0.dt_bias": (4,), "net.blocks.11.scale": (16,),
+        "out.weight": (40, 16),
+    }  # fmt: skip
+    parameters = [Parameter(name, shape) for name, shape in shapes.items()]
+    roles = {
+        "embedding": "net.tok", "bridge": "net.in.*", "mixer": "net.blocks.*.mix", "experts": ("net.blocks.*.exp.*.up",),
+        "small": "net.blocks.*.dt_bias", "norm": "net.blocks.*.(scale|norm)", "head": "out",
+    }  # fmt: skip
+    units = assign_roles("mamba9", parameters, FreezeRule(roles=roles).roles)
+    assert [(unit.name, unit.role, unit.layer) for unit in units] == [
+        ("net.tok", "embedding", None), ("net.in.0", "bridge", None), ("net.blocks.0.mix", "mixer", 0),
+        ("net.blocks.0.exp.3.up", "experts", 0), ("net.blocks.0.dt_bias", "small", 0), ("net.blocks.11.scale", "norm", 11),
+        ("out", "head", None),
+    ]  # fmt: skip
+    assert len(units[2].parameters) == 2
+
+    without = {role: pattern for role, pattern in roles.items() if role != "mixer"}
+    with pytest.raises(ModelError, match=r"no role is known for parameter net.blocks.0.mix.weight of model_type 'mamba9'"):
+        assign_roles("mamba9", parameters, without)
+    with pytest.raises(ModelError, match=r"net.blocks.0.mix has 2 roles by freeze.roles: mixer, mlp"):
+        assign_roles("mamba9", parameters, roles | {"mlp": "net.blocks.*.mi(x|y)"})
+    with pytest.raises(ModelError, match=r"freeze.roles.mlp: net.blocks.\*.ffn is the name of nothing"):
+        assign_roles("mamba9", parameters, roles | {"mlp": "net.blocks.*.ffn"})
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ({"attention": "layers.*.(q|k"}, "is no pattern"),
+        ({"attention": "layers.*.q[ab]"}, "is no pattern"),
+        ({"attention": "layers.0.q"}, "no \\* for the index of the layer"),
+        ({"atention": "layers.*.q"}, "Input should be 'attention', 'mixer'"),
+    ],
+)
+def test_roles_that_are_no_patterns_are_refused(roles: dict[str, str], expected: str):
+    with pytest.raises(ValueError, match=expected):
+        FreezeRule(roles=roles)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(CONFIGS) - {"mixtral"}))
+def test_what_is_proposed_from_names_is_what_the_table_has(model_type: str):
+    """But for what no name tells: it is said, or a person has to see it."""
+    parameters = list_parameters(model_type, **CONFIGS[model_type], tie_word_embeddings=False)
+    found, unknown = propose_roles(parameters)
+    known = {unit.name: unit.role for unit in assign_roles(model_type, parameters)}
+    if unknown:
+        assert model_type == "gemma3n_text"
+        return
+    guessed = {unit.name: unit.role for unit in assign_roles("nobody's", parameters, found)}
+    assert guessed == known
 
 
 def test_no_freezing_module_imports_torch():

@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 from math import ceil, floor
 
 import pytest
-from freezing.families import CONFIGS, NUM_LAYERS, UNITS_IN_A_LAYER, build_units
+from freezing.families import CONFIGS, NUM_LAYERS, QK_NORMS, UNITS_IN_A_LAYER, build_units, count_in_layer
 from freezing.plans import count_groups, find_trained
 
 from hftcli.errors import ModelError
@@ -40,10 +40,7 @@ def llama_3_8b() -> tuple[Unit, ...]:
     return build_units("llama", **LLAMA_3_8B)
 
 
-WITH_QK_NORMS = ("qwen3", "gemma3_text", "olmo2", "qwen3_moe")
-
-
-@pytest.mark.parametrize("model_type", WITH_QK_NORMS)
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "olmo2", "olmo3", "qwen3_moe"])
 def test_norms_of_queries_and_keys_do_not_take_the_place_of_the_blocks_own(model_type: str):
     """Of a block's two norms one trains in every layer, as in the paper, and one of the other two."""
     units = build_units(model_type, **CONFIGS[model_type])
@@ -71,15 +68,17 @@ def test_every_group_of_every_family_has_its_share(model_type: str, is_tied: boo
     plan = make_plan(units, FreezeRule(trainable_fraction=float(fraction)), 0)
 
     trained = Counter((unit.category, unit.layer) for unit in find_trained(units, plan))
-    sizes = Counter(UNITS_IN_A_LAYER[model_type])
-    if model_type in WITH_QK_NORMS:
-        sizes += Counter(qk_norm=2)
-        sizes["norm"] -= 2
-    for category, num_units in sizes.items():
-        for layer in range(NUM_LAYERS):
-            assert floor(share * num_units) <= trained[category, layer] <= ceil(share * num_units)
-        num_trained = sum(trained[category, layer] for layer in range(NUM_LAYERS))
-        assert num_trained == round_half_up(share * NUM_LAYERS * num_units)
+    sizes = {}
+    for layer in range(NUM_LAYERS):
+        sizes |= {(role, layer): number for role, number in count_in_layer(model_type, layer).items()}
+        if num_norms := QK_NORMS.get(model_type, [0] * NUM_LAYERS)[layer]:
+            sizes["norm", layer] -= num_norms
+            sizes["qk_norm", layer] = num_norms
+    for group, num_units in sizes.items():
+        assert floor(share * num_units) <= trained[group] <= ceil(share * num_units)
+    for category in {category for category, _ in sizes}:
+        num_units, num_trained = (sum(found[place] for place in sizes if place[0] == category) for found in (sizes, trained))
+        assert num_trained == round_half_up(share * num_units)
     for role in {unit.role for unit in units if unit.layer is None}:
         assert plan.roles[role].num_trainable == plan.roles[role].num_parameters
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from freezing.families import CONFIGS
 from models.small_models import SIZES, draw, train
 from raw_weights import RawTensor, flip_bit, mix_types, read_raw
 from safetensors.torch import load_file, save_file
@@ -28,11 +29,16 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 
 
+OTHER_SIZES = ("qwen3_next", "qwen3_5_text", "llama4_text", "gemma3n_text", "falcon_h1", "mamba2")
+
+
 def make_model(family: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = SIZES | EXPERTS | {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "tie_word_embeddings": False}
     if family == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32}
+    elif family in OTHER_SIZES:
+        sizes = CONFIGS[family] | {"tie_word_embeddings": False}
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes | changes))
 
 
