@@ -256,11 +256,7 @@ def _name_method(recipe: Recipe) -> str:
     if share == 1 and set(ADAPTERS) & set(names):
         return " + ".join(names)
     name = {1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}")
-    if share < 1 and rule.divides:
-        name += f" of {rule.grain_name} ({rule.choice})"
-    if share < 1 and rule.rank != "random":
-        name += f" by {rule.rank}" + ("" if rule.freezes_most else ", the least frozen")
-    return " + ".join((name, *names))
+    return " + ".join((name + rule.variant * (share < 1), *names))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -117,6 +117,12 @@ class FreezeRule(BaseModel):
         return self.grain if isinstance(self.grain, str) else f"[{', '.join(self.grain)}]"
 
     @property
+    def variant(self) -> str:
+        """What a share is of and by what it is ranked, in words that follow it; nothing where that is the paper's."""
+        ranked = "" if self.rank == "random" else f" by {self.rank}{'' if self.freezes_most else ', the least frozen'}"
+        return f" of {self.grain_name} ({self.choice}){ranked}" if self.divides else ranked
+
+    @property
     def choice(self) -> Choice:
         """Which directions or columns train."""
         return self.part or ("ssu" if self.grain == "columns" else "quiet")

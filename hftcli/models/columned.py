@@ -58,11 +58,11 @@ class ColumnedLinear(PartLinear):
 
     def take(self, input_TI: torch.Tensor) -> torch.Tensor:
         """The inputs of the columns that train, or all."""
-        return input_TI if self.is_kept_whole else input_TI.index_select(-1, self.index_C)
+        return input_TI if self.is_kept_whole else select(input_TI, self.index_C)
 
     def pick(self, kept_TK: torch.Tensor) -> torch.Tensor:
         """The inputs of the columns that train."""
-        return kept_TK.index_select(-1, self.index_C) if self.is_kept_whole else kept_TK
+        return select(kept_TK, self.index_C) if self.is_kept_whole else kept_TK
 
     def merge(self, weight_OI: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """The weight with these columns, in float32."""
@@ -76,6 +76,12 @@ class ColumnedLinear(PartLinear):
     def num_merged_bytes(self) -> int:
         """None: they are laid into the weight."""
         return 0
+
+
+def select(input_TI: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
+    """Some columns of an input (T, C), by the operation that is fastest on CPUs at any number of dimensions and data type."""
+    flat_TI = input_TI.reshape(-1, input_TI.shape[-1])
+    return flat_TI.gather(1, index_C.expand(len(flat_TI), -1)).view(*input_TI.shape[:-1], -1)
 
 
 def score_columns(weight_OI: torch.Tensor, squares_I: torch.Tensor, choice: Choice) -> torch.Tensor:

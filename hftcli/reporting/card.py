@@ -112,8 +112,8 @@ def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Ite
     yield (
         "freeze plan",
         (
-            f"`{plan.fingerprint}`: {plan.num_trainable:,} of {plan.num_parameters:,} weights, by {spec.freeze.group}, seed "
-            f"{spec.freeze.seed}, round {spec.index}"
+            f"`{plan.fingerprint}`: {plan.num_trainable:,} of {plan.num_parameters:,} weights, by {spec.freeze.group}"
+            f"{plan.rule.variant}, seed {spec.freeze.seed}, round {spec.index}"
         ),
     )
     methods = ", ".join(spec.method.names)

@@ -46,7 +46,7 @@ def settle_ranking(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment
         return task
     attempt.reporter.report("choosing")
     key = make_key(task, rows)
-    with FileLock(path.with_suffix(".lock")):
+    with FileLock(path.with_name(".importance.lock")):
         if not path.exists() or read_model(path, UnitScores).key != key:
             write_model(path, find_scores(task, rows, key))
     scores, units = read_model(path, UnitScores).scores, task.network.units
