@@ -25,7 +25,7 @@ from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
 from hftcli.launching.packages import check_packages
-from hftcli.launching.planning import apply_fit, bound_batch, check_offload, choose_fit, make_budget
+from hftcli.launching.planning import apply_fit, bound_batch, check_offload, check_pull, choose_fit, make_budget
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
 from hftcli.measuring.evaluation import Subject
@@ -220,6 +220,7 @@ def check_round(spec: RoundSpec) -> None:
     """Raises: InputError: something of the round cannot be carried here."""
     check_packages(spec.train, spec.launch)
     check_offload(spec)
+    check_pull(spec)
     check_method(spec)
 
 

@@ -34,6 +34,20 @@ class ImportanceRule(BaseModel):
     """How many rows are read, of those at `path` or, with rank `gradient`, of the round's own; drawn by `freeze.seed`."""
 
 
+class PullRule(BaseModel):
+    """How what trains is held to where the round starts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    strength: Annotated[float, Field(ge=0)]
+    """In every step, what trains goes back by the learning rate times this share of its distance from the start, before the
+    optimizer's own step. Weight decay pulls to 0 in the same way."""
+
+    selective: bool = False
+    """Pull only those tensors whose gradient descent, too, leads back to the start: the condition of Selective Projection Decay
+    (arXiv 2411.01713), whose strength is not that of this key, but a share of what the step adds to the distance."""
+
+
 class FreezeRule(BaseModel):
     """How a round chooses what trains."""
 
@@ -105,6 +119,14 @@ class FreezeRule(BaseModel):
     `router`, `experts`, `norm` or `small` (of a layer, what is no matrix of its width: convolutions, decays, gates); outside
     the layers `embedding`, `head`, `final_norm`, or `bridge` (from embeddings to layers, or from these to the head; always
     trains)."""
+
+    pull: Annotated[PullRule | None, Field(exclude_if=lambda value: value is None)] = None
+    """Decay to the start, in every step of the optimizer (L2-SP as AdamW does it). Keeps a float32 copy of what trains, which
+    `hft plan` does not count; step checkpoints hold it as well."""
+
+    interpolate: Annotated[float, Field(gt=0, le=1, exclude_if=lambda value: value == 1)] = 1.0
+    """Share of its way from the start that what trained keeps at the end of a round (WiSE-FT, arXiv 2109.01903). A next round
+    begins from what is then saved; `hft merge --interpolate` does the same to a finished model."""
 
     @property
     def divides(self) -> bool:

@@ -181,6 +181,17 @@ def list_checkpointing(num_layers: int) -> Iterator[int | None]:
     yield from {-(-num_layers // every): every for every in range(num_layers, 0, -1)}.values()
 
 
+def check_pull(spec: RoundSpec) -> None:
+    """Raises: InputError: what is pulled is chosen by whole tensors, of which a process has pieces."""
+    pull, launch = spec.freeze.pull, spec.launch
+    if pull is not None and pull.selective and launch.num_ranks > 1 and launch.zero_stage > 0:
+        raise InputError(
+            f"freeze.pull.selective looks at whole tensors, and under launch.zero_stage {launch.zero_stage} each process steps "
+            "on flat pieces of them",
+            "set freeze.pull.selective: false, which goes with every stage, or launch.zero_stage: 0 with train.bf16: false",
+        )
+
+
 def check_offload(spec: RoundSpec) -> None:
     """Raises: InputError: the launch cannot have its optimizer on the host."""
     if spec.launch.offload == "none":

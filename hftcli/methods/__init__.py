@@ -4,10 +4,12 @@ from hftcli.methods.agem import Agem
 from hftcli.methods.ewc import Ewc
 from hftcli.methods.gem import Gem
 from hftcli.methods.ia3 import Ia3
+from hftcli.methods.interpolation import Interpolation
 from hftcli.methods.l2sp import L2sp
 from hftcli.methods.lora import Lora
 from hftcli.methods.method import Method
 from hftcli.methods.olora import Olora
+from hftcli.methods.pull import Pull
 from hftcli.methods.quiet import Quiet
 from hftcli.methods.replay import Replay
 from hftcli.methods.self_replay import SelfReplay
@@ -16,9 +18,15 @@ from hftcli.runs.spec import RoundSpec
 
 
 def make_methods(spec: RoundSpec) -> list[Method]:
-    """The methods of a round, in the order in which the recipe's section lists them, and what a finer grain takes."""
+    """The methods of a round, in the order in which the recipe's section lists them, and what the section `freeze` takes."""
     methods = [METHODS[name](spec, getattr(spec.method, name)) for name in spec.method.names]
-    return [*methods, Quiet(spec)] if spec.freeze.divides else methods
+    rule = spec.freeze
+    return [
+        *methods,
+        *([Quiet(spec)] if rule.divides else []),
+        *([Pull(spec, rule.pull)] if rule.pull is not None else []),
+        *([Interpolation(spec, rule.interpolate)] if rule.interpolate < 1 else []),
+    ]
 
 
 # By the name of the section under `method`.

@@ -5,12 +5,12 @@ prepare_rows      the rows that are trained on, and those that are kept        r
 take_bases        the directions that are open, where the plan has some        lora, quiet
 prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet
 set_arguments     the trainer's arguments                                      replay
-start             the model is where it trains                                 ewc, l2sp, olora, quiet
+start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull
 count_own_rows    rows that the start writes, to be trained on                 self_replay
 weigh_tokens      what a token counts in the loss                              token_weights
 compute_penalty   a term of the loss                                           ewc, l2sp, olora
-change_gradient   after the last backward pass of a step, before the step      gem, agem
-recall, restore   what a step checkpoint keeps                                 gem, agem
+change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
+recall, restore   what a step checkpoint keeps                                 gem, agem, pull
 end_step          after a step of the optimizer                                quiet
 finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3, quiet
 list_merged       after `finish`: what was merged, where the model rounds it   lora, olora, ia3, quiet

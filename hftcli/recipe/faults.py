@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from hftcli.recipe.methods import GRAINLESS_METHODS, SEQUENCE_METHODS
+from hftcli.recipe.methods import ADAPTERS, GRAINLESS_METHODS, SEQUENCE_METHODS
 from hftcli.recipe.recipe import Objective, Recipe
 from hftcli.recipe.section import list_kinds, open_section
 from hftcli.recipe.sections import DpoSection, TrainSection
@@ -235,6 +235,7 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{recipe.freeze.grain_name} trains a part: drop one of the two; {' and '.join(GRAINLESS_METHODS)} go with both"
                 + (", and method.lora.quiet is LoRA in directions" if name == "lora" else "")
             )
+    yield from _check_holds(recipe, source)
     yield from _check_self_replay(recipe, objective, source)
     if recipe.method.token_weights is not None:
         yield from _check_token_weights(recipe, objective, source)
@@ -245,6 +246,28 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{source.place(('freeze', key))}: freeze.{key} would have no effect beside freeze.grain matrices: drop it, or "
                 f"set freeze.grain: {others}, or method.lora.quiet: true"
             )
+
+
+def _check_holds(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """What holds weights to the start, where other things train, or what trains is not the weights themselves."""
+    rule, adapters = recipe.freeze, [name for name in recipe.method.names if name in ADAPTERS]
+    given = {"pull": rule.pull is not None, "interpolate": rule.interpolate < 1}
+    for key in (key for key, is_on in given.items() if is_on):
+        place = source.place(("freeze", key))
+        if adapters:
+            yield f"{place}: freeze.{key} holds the weights of the model, and {adapters[0]} trains others: drop one of the two"
+        if key == "pull" and recipe.train.fit == "auto":
+            yield f"{place}: train.fit does not count the copy that freeze.pull holds: drop one of the two"
+    if rule.interpolate < 1 and rule.divides:
+        yield (
+            f"{source.place(('freeze', 'interpolate'))}: freeze.interpolate goes by whole matrices, and freeze.grain is "
+            f"{rule.grain_name}: drop one of the two, or interpolate the finished model with `hft merge --interpolate`"
+        )
+    if rule.pull is not None and rule.pull.selective and recipe.launch.offload == "optimizer":
+        yield (
+            f"{source.place(('freeze', 'pull', 'selective'))}: freeze.pull.selective reads gradients before the step, and "
+            "launch.offload takes them away: drop one of the two"
+        )
 
 
 def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

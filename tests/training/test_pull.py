@@ -1,0 +1,119 @@
+"""The decay to the start, and the way back at the end: by hand, without effect at 0, resumed, on pieces, and refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training.quiet_rounds import LEARNING_RATE, go_back, make_spec, make_start, read_batch, read_model, run
+
+from hftcli.errors import InputError
+from hftcli.launching.planning import check_pull
+from hftcli.launching.processes import StopRequest
+from hftcli.launching.watch import launch_round
+from hftcli.models.proof import verify_round
+from hftcli.recipe.sections import CheckpointSection, LaunchSection
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Round
+from hftcli.training.round import run_round
+
+PULL = {"pull": {"strength": 20.0}}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("pull") / "start")
+
+
+@pytest.fixture(scope="module")
+def plain(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
+    return run(tmp_path_factory.mktemp("plain") / "00", make_spec(start, {}))
+
+
+def read_weights(round_: Round) -> dict[str, torch.Tensor]:
+    return load_file(round_.checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_three_steps_by_hand(start: Path, tmp_path: Path, selective: bool):
+    """AdamW, and before it the way back: lr times strength is 0.06 of the distance; half of all tensors, where selected."""
+    values = {"max_steps": 3, "global_batch_size": 16, "per_device_train_batch_size": 16}
+    freeze = {"pull": PULL["pull"] | {"selective": selective}}
+    round_ = run(tmp_path / "00", make_spec(start, freeze, train=values))
+    plan, model, batch = round_.read_plan(), read_model(start), read_batch(round_)
+    begun = {name: value.detach().double().numpy().copy() for name, value in model.named_parameters()}
+    states: dict[str, list[np.ndarray]] = {}
+    num_pulled = 0
+    for step in (1, 2, 3):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, value in model.named_parameters():
+            if name not in plan.trained:
+                continue
+            gradient = value.grad.double().numpy()
+            first, second = states.setdefault(name, [np.zeros_like(gradient) for _ in range(2)])
+            first += 0.1 * (gradient - first)
+            second += 0.001 * (gradient**2 - second)
+            values = value.detach().double().numpy()
+            if not selective or (-gradient * (values - begun[name])).sum() < 0:
+                values = values - LEARNING_RATE * 20.0 * (values - begun[name])
+                num_pulled += step > 1
+            values = values - LEARNING_RATE * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            value.data = torch.from_numpy(values).float()
+    assert (num_pulled == 2 * len(plan.trained)) is not selective
+    after = read_weights(round_)
+    for name, value in model.named_parameters():
+        largest = np.abs(after[name].double().numpy() - value.detach().double().numpy()).max()
+        assert largest < 2e-5, (name, largest)
+
+
+def test_no_strength_is_no_pull(start: Path, plain: Round, tmp_path: Path):
+    weights, others = read_weights(plain), read_weights(run(tmp_path / "00", make_spec(start, {"pull": {"strength": 0}})))
+    assert max((weights[name] - others[name]).abs().max().item() for name in weights) < 1e-6
+
+
+@pytest.mark.parametrize("launch", [{}, {"offload": "optimizer"}], ids=["device", "host"])
+def test_a_round_that_was_killed_ends_in_the_same_bits(start: Path, plain: Round, tmp_path: Path, launch: dict):
+    policy = CheckpointSection(save_steps=1, keep=9)
+    spec = make_spec(start, PULL, checkpoint=policy, launch=LaunchSection(num_processes=1, **launch))
+    done = run(tmp_path / "00", spec)
+    resumed = go_back(done, 2, tmp_path / "01")
+    run_round(resumed, StopRequest(resumed))
+    assert resumed.read_result().resumed_from == 2
+    weights, others, free = read_weights(done), read_weights(resumed), read_weights(plain)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert done.read_plan() == plain.read_plan()
+    begun = load_file(start / "model.safetensors")
+    moved, moved_free = (sum((found[name] - begun[name]).square().sum() for name in begun) for found in (weights, free))
+    assert moved < 0.95 * moved_free
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_pieces_are_pulled_as_the_whole_is(start: Path, tmp_path: Path, stage: int):
+    spec = make_spec(start, PULL, launch=LaunchSection(num_processes=2, zero_stage=stage))
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"per_device_train_batch_size": 4})})
+    round_ = Round(tmp_path / "01")
+    round_.folder.mkdir()
+    write_model(round_.spec_path, spec)
+    launch_round(round_, spec.launch, lambda progress: None)
+    assert verify_round(round_).passed
+    alone, pieces = read_weights(run(tmp_path / "00", make_spec(start, PULL))), read_weights(round_)
+    assert max((alone[name] - pieces[name]).abs().max().item() for name in alone) < 2e-5
+
+
+def test_a_part_of_the_way_is_kept(start: Path, plain: Round, tmp_path: Path):
+    round_ = run(tmp_path / "00", make_spec(start, {"interpolate": 0.3}))
+    begun, ended, found = load_file(start / "model.safetensors"), read_weights(plain), read_weights(round_)
+    for name in begun:
+        assert torch.allclose(found[name], 0.7 * begun[name] + 0.3 * ended[name], rtol=0, atol=1e-6), name
+    assert verify_round(round_).passed
+
+
+def test_selection_by_whole_tensors_is_refused_for_pieces(start: Path):
+    freeze = {"pull": {"strength": 1.0, "selective": True}}
+    for stage in (1, 2, 3):
+        with pytest.raises(InputError, match="freeze.pull.selective looks at whole tensors"):
+            check_pull(make_spec(start, freeze, launch=LaunchSection(num_processes=2, zero_stage=stage)))
+    check_pull(make_spec(start, freeze, launch=LaunchSection(num_processes=2, zero_stage=0)))
