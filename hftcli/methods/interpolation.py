@@ -1,7 +1,7 @@
 """Interpolation with the start at the end of a round (WiSE-FT, arXiv 2109.01903): what trained goes a part of its way back.
 
 It is no method of the recipe's section `method`, but what `freeze.interpolate` means: `hft merge --interpolate` does the same
-to a finished model, and here every round of a sequence starts from an interpolated one. In float32; rounded once, by the saving.
+to a finished model, and here every round of a sequence starts from an interpolated one. It is computed in float32.
 """
 
 from pathlib import Path
