@@ -118,7 +118,7 @@ def compare(
         str, typer.Option("--tune-tasks", metavar="TASK,...", help="Choose them on other tasks, which are learned instead.")
     ] = "",
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the runs of --recipe, and of their figure.")
+        Path | None, typer.Option("--output", help="Folder of the runs of --recipe, their figure and their page.")
     ] = None,
     learned: Annotated[
         list[str] | None, typer.Option("--learned", metavar="TASK", help="A task that measures what was learned.")
@@ -127,6 +127,7 @@ def compare(
         Literal["score", "nll"], typer.Option("--by", help="Gains and losses of scores, or of the likelihood of right answers.")
     ] = "score",
     figure: Annotated[Path | None, typer.Option("--figure", help="Draw learning against forgetting: .svg or .png.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write the comparison as a page.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Learning against forgetting: methods at equal learning, over learning rates and seeds.
@@ -138,6 +139,7 @@ def compare(
     from hftcli.comparing.comparison import compare_runs
     from hftcli.reporting.figures import check_figure_path, draw_frontier
     from hftcli.reporting.measures import print_comparison
+    from hftcli.reporting.versus import write_comparison
 
     if recipe is None and (vary or overrides or output or tune_seeds):
         raise InputError(
@@ -154,13 +156,16 @@ def compare(
         plan = Plan(recipe, overrides or [], vary or [], seeds, tune_seeds, others, output)
         found, tuning = run_plan(plan, learned or [], by)
         folders += found
-        figure = figure or output / "frontier.svg"
+        figure, page = figure or output / "frontier.svg", page or output / "comparison.html"
     comparison = compare_runs(folders, learned or (), by, merges_settings=tune_seeds > 0)
     if figure:
         draw_frontier(comparison, figure)
     print_comparison(comparison, as_json, tuning)
-    if figure:
-        print(f"figure  {figure}", file=sys.stderr)
+    if page:
+        write_comparison(comparison, tuning, page)
+    for name, place in (("figure", figure), ("page", page)):
+        if place:
+            print(f"{name:<7} {place}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

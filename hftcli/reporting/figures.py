@@ -90,6 +90,15 @@ def draw_frontier(comparison: Comparison, path: Path) -> None:
         InputError: see check_figure_path.
     """
     check_figure_path(path)
+    _save(_lay_frontier(comparison), path)
+
+
+def render_frontier(comparison: Comparison) -> bytes:
+    """The figure of `draw_frontier` as SVG."""
+    return _render(_lay_frontier(comparison), ".svg")
+
+
+def _lay_frontier(comparison: Comparison) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 5.0), layout="constrained", facecolor=PAPER)
@@ -119,7 +128,7 @@ def draw_frontier(comparison: Comparison, path: Path) -> None:
         "small: runs; large: means over seeds with 95 % intervals; lines: frontiers. Better is right and down.",
         fontsize=9, color=MUTED,
     )  # fmt: skip
-    _save(figure, path)
+    return figure
 
 
 def draw_run(run: Run, path: Path) -> None:
@@ -174,16 +183,20 @@ def _measure_arms(estimate: Estimate, factor: float) -> list[list[float]] | None
     return [[factor * (estimate.mean - low)], [factor * (high - estimate.mean)]]
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _render(figure: "Figure", suffix: str) -> bytes:
     from matplotlib import rc_context
 
     image = io.BytesIO()
     # Text stays text, and the same matrix gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hft"}):
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(image, format=path.suffix[1:], dpi=150, metadata=metadata)
+        metadata = {"Date": None} if suffix == ".svg" else {}
+        figure.savefig(image, format=suffix[1:], dpi=150, metadata=metadata)
+    return image.getvalue()
+
+
+def _save(figure: "Figure", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, image.getvalue())
+    write_bytes(path, _render(figure, path.suffix))
 
 
 def _describe(matrix: ForgettingMatrix) -> str:

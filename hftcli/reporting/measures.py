@@ -156,7 +156,7 @@ def print_comparison(comparison: Comparison, as_json: bool, tuning: str = "") ->
         for index, setting in enumerate(method.settings):
             table.add_row(
                 Text(method.name), Text(setting.label), f"{len(setting.points)}",
-                *(_show_estimate(estimate, unit) for estimate in (setting.learning, setting.forgetting)),
+                *(show_estimate(estimate, unit) for estimate in (setting.learning, setting.forgetting)),
                 "*" if index in method.frontier else "",
             )  # fmt: skip
     print_whole(table)
@@ -199,7 +199,8 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _show_estimate(estimate: Estimate, unit: Unit) -> str:
+def show_estimate(estimate: Estimate, unit: Unit) -> str:
+    """A mean over seeds, with half its interval."""
     if estimate.interval is None:
         return unit.show(estimate.mean)
     return f"{unit.show(estimate.mean)} ± {unit.show(estimate.interval[1] - estimate.mean)}"
