@@ -26,6 +26,7 @@ def merge(
     A delta knows its base; --base says where it is now, if it was moved.
     """
     from hftcli import runners
+    from hftcli.reporting.card import write_made_card
     from hftcli.reporting.terminal import print_merge
 
     match delta, base, tuned, weight:
@@ -45,6 +46,7 @@ def merge(
                 "hft merge --base BASE --delta DELTA --output FOLDER, or "
                 "hft merge --base BASE --tuned TUNED --interpolate 0.5 --output FOLDER",
             )
+    write_made_card(manifest, output)
     print_merge(manifest, output)
 
 
@@ -64,7 +66,10 @@ def reset(
             raise InputError(f"--set {override}: a reset has no other keys than those of freeze", "--set freeze.seed=7")
     from hftcli.models.arithmetic import reset_half
     from hftcli.recipe.loading import load_recipe
+    from hftcli.reporting.card import write_made_card
     from hftcli.reporting.terminal import print_merge
 
     rule = load_recipe(None, overrides or ()).freeze  # the quick start has the paper's rule
-    print_merge(reset_half(fetch_folder(base), fetch_folder(tuned), rule, output), output)
+    manifest = reset_half(fetch_folder(base), fetch_folder(tuned), rule, output)
+    write_made_card(manifest, output)
+    print_merge(manifest, output)

@@ -19,11 +19,13 @@ from hftcli.recipe.sections import QUICK_START
 from hftcli.reporting.headline import OBJECTIVES, list_changes, make_headline
 from hftcli.reporting.places import hide_folders
 from hftcli.runs.files import write_text
-from hftcli.runs.records import DELTA_NAME, RoundResult
+from hftcli.runs.records import DELTA_NAME, MergeManifest, RoundResult
 from hftcli.runs.run import Round, Run
+from hftcli.runs.tracked import find_run
 
 TEMPLATE = "card.md.jinja"
 CARD_NAME = "README.md"
+METADATA = ("library_name", "pipeline_tag", "license", "base_model", "base_model_relation")  # that a model takes over
 EMBEDDED = "the model of tinyworld that is embedded in hft"
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -53,36 +55,86 @@ def write_card(run: Run, round_: Round) -> None:
         write_text(path, make_card(run, round_))
 
 
-def make_card(run: Run, round_: Round, place: str | None = None) -> str:
+def make_card(run: Run, round_: Round, place: str | None = None, is_laid_out: bool = False) -> str:
     """The card as text.
 
     Args:
         round_: the last of the run's that is finished.
         place: where the model can be loaded from; null names the folder of the checkpoint by the run's name.
+        is_laid_out: a delta was laid over its base, so that the model is whole.
     """
     recipe, result, base = load_recipe(run.recipe_path), round_.read_result(), find_base(run)
     changes, plan = list_changes(run), round_.read_plan()
-    environment = Environment(
+    name = run.folder.resolve().name
+    return (
+        _open_templates()
+        .get_template(TEMPLATE)
+        .render(
+            metadata=yaml.safe_dump(_list_metadata(recipe.objective, base, _list_datasets(result)), sort_keys=False),
+            name=name if len(run.rounds) == 1 else f"{name}, {round_.name}",
+            base_name=base.name,
+            objective=OBJECTIVES[recipe.objective],
+            share=f"{plan.trainable_fraction:.1%}" if plan.frozen else "",
+            rounds=f" in each of {len(run.rounds)} rounds, another half each time" if len(run.rounds) > 1 else "",
+            version=__version__,
+            headline=make_headline(run),
+            changes=changes,
+            is_delta=(round_.checkpoint / DELTA_NAME).exists() and not is_laid_out,
+            place=place or f"{name}/rounds/{round_.name}/checkpoint",
+            takes_turns=takes_turns(round_.checkpoint),
+            facts=list(_list_facts(run, round_, result, base)),
+            licence=base.licence,
+        )
+    )
+
+
+def write_made_card(manifest: MergeManifest, output: Path) -> None:
+    """Write the card of a model that `hft merge` or `hft reset` made.
+
+    A delta that was laid over its base is the model of its run, bit for bit, and has that model's card.
+    """
+    source = Path(manifest.inputs["delta" if manifest.kind == "delta" else "tuned"].path)
+    round_ = Round(source.parent)
+    if manifest.kind == "delta" and round_.is_done and (run := find_run(round_)).last_finished == round_:
+        write_text(output / CARD_NAME, make_card(run, round_, output.name, is_laid_out=True))
+        return
+    known = _read_metadata(source)
+    metadata = {key: known[key] for key in METADATA if key in known}
+    metadata["tags"] = ["half-fine-tuning", "hft", "merge"]
+    inputs = [
+        (role, _name_model(Path(identity.path)), ", ".join(f"`{digest[:12]}`" for digest in identity.files.values()))
+        for role, identity in manifest.inputs.items()
+    ]
+    text = _open_templates().get_template("made.md.jinja").render(
+        metadata=yaml.safe_dump(metadata, sort_keys=False), name=output.resolve().name, version=manifest.hft_version,
+        how=describe_making(manifest), command="reset" if manifest.kind == "reset" else "merge", inputs=inputs,
+    )  # fmt: skip
+    write_text(output / CARD_NAME, text)
+
+
+def _name_model(folder: Path) -> str:
+    """Of a run's checkpoint the run and the round; otherwise the folder."""
+    return f"{folder.parents[2].name}, {folder.parent.name}" if folder.parent.parent.name == "rounds" else folder.name
+
+
+def describe_making(manifest: MergeManifest) -> str:
+    """How a model was made out of others, in a sentence."""
+    if manifest.kind == "interpolation":
+        return f"This is the weighted mean of two models: {manifest.weight:g} of the tuned one, the rest of its base."
+    if manifest.plan is None:
+        return "This is a delta laid over its base."
+    plan = manifest.plan
+    share = f"{(plan.num_parameters - plan.num_trainable) / plan.num_parameters:.1%}"
+    return (
+        f"This is a tuned model of whose weights {share} are back at the base, bit for bit (plan `{plan.short_fingerprint}`)."
+    )
+
+
+def _open_templates() -> Environment:
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    name = run.folder.resolve().name
-    return environment.get_template(TEMPLATE).render(
-        metadata=yaml.safe_dump(_list_metadata(recipe.objective, base, _list_datasets(result)), sort_keys=False),
-        name=name if len(run.rounds) == 1 else f"{name}, {round_.name}",
-        base_name=base.name,
-        objective=OBJECTIVES[recipe.objective],
-        share=f"{plan.trainable_fraction:.1%}" if plan.frozen else "",
-        rounds=f" in each of {len(run.rounds)} rounds, another half each time" if len(run.rounds) > 1 else "",
-        version=__version__,
-        headline=make_headline(run),
-        changes=changes,
-        is_delta=(round_.checkpoint / DELTA_NAME).exists(),
-        place=place or f"{name}/rounds/{round_.name}/checkpoint",
-        takes_turns=takes_turns(round_.checkpoint),
-        facts=list(_list_facts(run, round_, result, base)),
-        licence=base.licence,
-    )
 
 
 def _list_metadata(objective: str, base: Base, datasets: list[str]) -> dict[str, Any]:

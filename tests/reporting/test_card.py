@@ -1,0 +1,74 @@
+"""Model cards hold what the hub reads, and name no folder of their author's."""
+
+import pytest
+from huggingface_hub import ModelCard
+from written_runs import FACTS, SKILL, complete_round, write_made, write_run
+
+from hftcli.reporting.card import CARD_NAME, find_base, write_card, write_made_card
+from hftcli.runs.files import read_model, write_model
+from hftcli.runs.records import CheckpointIdentity, MergeManifest
+from hftcli.runs.run import Run
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    found = Run(write_run(tmp_path / "mine"))
+    complete_round(found, 0)
+    write_card(found, found.rounds[0])
+    return found
+
+
+def read_card(folder) -> ModelCard:
+    return ModelCard.load(folder / CARD_NAME)
+
+
+def test_the_card_says_what_was_learned_and_forgotten(run, tmp_path):
+    card = read_card(run.rounds[0].checkpoint)
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert f"- **Learned**: {SKILL} +90.0 points." in card.content
+    assert f"- **Forgot**: {FACTS} -30.0 points" in card.content
+    assert "sha256 `0f`" in card.content
+    assert "arXiv" in card.content
+    assert str(tmp_path) not in card.content
+
+
+@pytest.mark.parametrize(
+    ("place", "head", "expected"),
+    [
+        ("models--owner--name/snapshots/0123abcd", "license: mit", ("owner/name", "owner/name", "0123abcd", "mit")),
+        ("plain", "license: mit", ("plain", None, None, "mit")),
+        ("plain", None, ("plain", None, None, None)),
+        ("own", "license: mit\nbase_model: a/b\ntags: [half-fine-tuning]", ("a/b", "a/b", None, "mit")),
+    ],
+)
+def test_the_base_is_what_its_own_card_says(run, tmp_path, place, head, expected):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    if head is not None:
+        (folder / CARD_NAME).write_text(f"---\n{head}\n---\n# A model\n")
+    spec = run.rounds[0].read_spec()
+    write_model(run.rounds[0].spec_path, spec.model_copy(update={"model": spec.model.model_copy(update={"path": str(folder)})}))
+    base = find_base(run)
+    assert (base.name, base.hub_id, base.revision, base.licence) == expected
+
+
+def test_a_model_that_was_made_has_the_licence_of_what_it_was_made_of(run, tmp_path):
+    made = write_made(tmp_path / "mean", run.folder, {}, kind="interpolation", weight=0.25)
+    write_made_card(read_model(made / "merge.json", MergeManifest), made)
+    card = read_card(made)
+    assert card.data.license == "apache-2.0"
+    assert "0.25 of the tuned one" in card.content
+    assert "| tuned: mine, 00-sft |" in card.content
+
+
+def test_a_delta_that_was_laid_out_is_the_model_of_its_run(run, tmp_path):
+    (run.rounds[0].checkpoint / "delta.json").write_text("{}")
+    identity = CheckpointIdentity(path=str(run.rounds[0].checkpoint), files={})
+    manifest = MergeManifest(kind="delta", command=(), created="", hft_version="", inputs={"delta": identity}, files={})
+    (tmp_path / "whole").mkdir()
+    write_made_card(manifest, tmp_path / "whole")
+    card = read_card(tmp_path / "whole")
+    assert f"- **Learned**: {SKILL} +90.0 points." in card.content
+    assert "from_pretrained" in card.content
+    assert "hft merge" not in card.content
