@@ -125,11 +125,13 @@ class Round:
 
     def describe_kept(self) -> str:
         """What a stop of this round leaves, for a message."""
+        has_finished = any(path.parent != self.folder for path in self.folder.parent.glob(f"*/{self.result_path.name}"))
+        rest = "; finished rounds are untouched" if has_finished else ""
         if steps := self.saved_steps:
-            return f"{self.name} goes on from its checkpoint at step {steps[0]}; finished rounds are untouched"
+            return f"{self.name} goes on from its checkpoint at step {steps[0]}{rest}"
         if not (self.metrics_path.exists() and self.metrics_path.stat().st_size):
-            return f"{self.name} had not begun to train"
-        return f"{self.name} has no step checkpoint yet and starts again; finished rounds are untouched"
+            return f"{self.name} had not begun to train{rest}"
+        return f"{self.name} has no step checkpoint yet and starts again{rest}"
 
     def describe_loss(self) -> str:
         """What a second signal would cost, for a message."""

@@ -1,5 +1,12 @@
 """Every command on a terminal of eighty columns: no line is longer, and no word or number is broken."""
 
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,3 +92,25 @@ def test_a_run_and_its_evaluation(tmp_path, monkeypatch):
         assert [line for line in screen if cell_len(line) > 80] == []
     screen = show_screen(80, "eval", "--model", "sft", "--tasks", f"{FACTS},tinyworld/facts-reworded", "--max-examples", "20")
     assert [line for line in screen if cell_len(line) > 80] == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_answered_at_once(tmp_path):
+    front, back = pty.openpty()
+    command = [sys.executable, "-m", "hftcli", "sft", "--output", str(tmp_path / "run"), "--train.max_steps", "5000"]
+    process = subprocess.Popen(command, stdin=back, stdout=back, stderr=back, start_new_session=True)
+    os.close(back)
+    shown, asked = b"", None
+    while b"stopping after this step" not in shown:
+        shown += os.read(front, 1 << 16)
+        if asked is None and b"training, loss" in shown:
+            asked = time.monotonic()
+            process.send_signal(signal.SIGINT)
+    assert asked is not None
+    assert time.monotonic() - asked < 2
+    assert b"again to lose the steps of this round" in shown
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(front, 1 << 16):
+            shown += part
+    os.close(front)
+    assert process.wait() == 75
