@@ -87,6 +87,7 @@ def read_recipe(
 ) -> "Recipe":
     """The recipe with what the command line overrides; without one, the quick start of the objective, or the defaults."""
     from hftcli.recipe.loading import describe_defaults, find_base, load_recipe
+    from hftcli.reporting.lines import fold
 
     extra = [f"launch.hostfile={json.dumps(str(place.hostfile))}"] if place.hostfile else []
     extra += [f"output={json.dumps(str(output))}"] if output else []
@@ -94,7 +95,7 @@ def read_recipe(
     given = [*(overrides or ()), *extra]
     resolved = load_recipe(recipe, given, objective, needs_rows)
     if find_base(recipe, given, objective or "sft") is None:
-        print(describe_defaults(resolved), file=sys.stderr)
+        print(fold(describe_defaults(resolved), sys.stderr), file=sys.stderr)
     return resolved
 
 

@@ -92,6 +92,7 @@ def continual(
     """Task after task, with the whole forgetting matrix; with no recipe, the built-in quick start."""
     from hftcli import runners
     from hftcli.recipe.sections import ContinualSection
+    from hftcli.reporting.lines import say
     from hftcli.reporting.progress import show_progress
     from hftcli.reporting.rounds import print_continual
     from hftcli.reporting.trackers import report_to_trackers
@@ -106,7 +107,7 @@ def continual(
     resolved = read_recipe(recipe or _find_task_recipe(tasks), given, output, num_processes, place, "continual")
     run = runners.prepare_continual(check_place(resolved, place))
     if (sequence := run.read_manifest().sequence) is not None:
-        print(format_report(sequence))
+        say(format_report(sequence))
     if place.dry_run or place.slurm:
         _print_launch(run, resolved, place)
         return

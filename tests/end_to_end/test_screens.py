@@ -80,6 +80,7 @@ def test_what_looks(tmp_path, monkeypatch):
     check_screen("plan", "tinyworld")
     check_screen("plan", "tulu", "--model", "tinyworld", "--num-processes", "8")
     check_screen("data", "rows.jsonl")
+    check_screen("data", "rows.jsonl", "--model", "tinyworld", "--set", "data.max_length=64")
     check_screen("doctor", "--recipe", "tinyworld")
 
 
