@@ -23,6 +23,7 @@ from hftcli.commands.options import (
 from hftcli.errors import InputError
 
 if TYPE_CHECKING:
+    from hftcli.comparing.comparison import Comparison
     from hftcli.comparing.grid import Planned
 
 app = typer.Typer()
@@ -137,9 +138,8 @@ def compare(
     chosen runs and is reported on the others (the protocol of arXiv 2403.09066).
     """
     from hftcli.comparing.comparison import compare_runs
-    from hftcli.reporting.figures import check_figure_path, draw_frontier
+    from hftcli.reporting.figures import check_figure_path
     from hftcli.reporting.measures import print_comparison
-    from hftcli.reporting.versus import write_comparison
 
     if recipe is None and (vary or overrides or output or tune_seeds):
         raise InputError(
@@ -158,14 +158,20 @@ def compare(
         folders += found
         figure, page = figure or output / "frontier.svg", page or output / "comparison.html"
     comparison = compare_runs(folders, learned or (), by, merges_settings=tune_seeds > 0)
+    print_comparison(comparison, as_json, tuning)
+    _show_pictures(comparison, tuning, figure, page)
+
+
+def _show_pictures(comparison: "Comparison", tuning: str, figure: Path | None, page: Path | None) -> None:
+    from hftcli.reporting.figures import draw_frontier
+    from hftcli.reporting.versus import write_comparison
+
     if figure:
         draw_frontier(comparison, figure)
-    print_comparison(comparison, as_json, tuning)
+        print(f"figure  {figure}", file=sys.stderr)
     if page:
         write_comparison(comparison, tuning, page)
-    for name, place in (("figure", figure), ("page", page)):
-        if place:
-            print(f"{name:<7} {place}", file=sys.stderr)
+        print(f"page    {page}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
