@@ -51,6 +51,8 @@ def score_spectrum(units: Iterable[Unit], read: Read) -> dict[str, float]:
 
 def measure_signal(weight: torch.Tensor) -> float:
     """See `score_spectrum`; less noise than the rounding of the largest value counts as that."""
+    if weight.ndim > 2 and weight.shape[1] == 1:  # a convolution of each channel by itself
+        weight = weight.flatten(1)
     matrices = weight.double().flatten(0, -3) if weight.ndim > 2 else weight.double()[None]
     found: list[float] = []
     for matrix_OI in matrices:

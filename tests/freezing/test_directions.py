@@ -20,6 +20,19 @@ from hftcli.training.probe import make_random_model, measure_steps
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
 EVERYWHERE, COLUMNS = FreezeRule(grain="directions"), FreezeRule(grain="columns")
+# Turned matrices, experts, and layers that are no attention or mlp.
+UNREAD = (
+    "gpt2",
+    "mixtral",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5_text",
+    "llama4_text",
+    "gemma3n_text",
+    "gpt_oss",
+    "falcon_h1",
+    "mamba2",
+)
 LLAMA_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
@@ -167,7 +180,7 @@ def test_the_fingerprint_covers_moments_and_directions(llama: tuple[Unit, ...]):
         FreezePlan(**dict(plans[1]) | {"moments": "d"})
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", UNREAD)
 def test_what_cannot_be_read_is_refused(family: str):
     units = build_units(family, **CONFIGS[family])
     with pytest.raises(ModelError, match="does not know what .* reads") as caught:
@@ -175,7 +188,7 @@ def test_what_cannot_be_read_is_refused(family: str):
     assert caught.value.fix == "set freeze.grain: matrices, and no method.lora.quiet"
 
 
-@pytest.mark.parametrize("family", [name for name in CONFIGS if name not in ("gpt2", "mixtral", "qwen3_moe")])
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name not in UNREAD])
 def test_every_other_family_has_directions(family: str):
     units = build_units(family, **CONFIGS[family])
     plan = make_plan(units, EVERYWHERE, 0, 2)

@@ -1,4 +1,4 @@
-"""Directions and columns on two ranks under DeepSpeed: the weights of one process, at every stage of ZeRO, and in bfloat16."""
+"""Directions, columns and ranks by scores on two ranks: the weights of one process, at every stage of ZeRO, and in bfloat16."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from hftcli.recipe.sections import LaunchSection
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
 
-QUIET = {"grain": ["matrices", "directions"], "blocks": 16}
+QUIET = {"grain": ["matrices", "directions"], "blocks": 16, "rank": "fisher"}
 RULES = {"quiet": QUIET, "columns": {"grain": "columns"}}
 
 
