@@ -46,6 +46,7 @@ from hftcli.tasks.check import check_sequence
 NEEDS_WHOLE_WEIGHTS = {
     "ewc": "measures every weight on its own",
     "l2sp": "compares every weight with its start",
+    "anchor": "lays the start in for a pass of its own",
     "olora": "compares its adapters with those before",
 }
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")

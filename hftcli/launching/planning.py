@@ -35,7 +35,7 @@ def make_budget(
         zero_stage=source.launch.zero_stage,
         network=network,
         work=make_workload(source, network, find_arithmetic(mixed, num_processes, source.launch.offload), has_gpu),
-        reference=source.reference,
+        reference=source.reference if source.method.anchor is None else "shared",  # it is laid in as DPO's is
         adapters=find_adapters(source),
         on_gpu=has_gpu,
         offload=source.launch.offload == "optimizer",
@@ -73,14 +73,18 @@ def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arit
         checkpoint_every=every if train.activation_checkpointing else None,
     )
     is_small = 4 * work.num_tokens * network.vocabulary <= PLAIN_BYTES
-    kernels = list_kernels(train, has_gpu)
+    kernels = list_kernels(train, has_gpu, source.method.anchor is not None)
     return replace(work, loss=kernels[0] if is_small else kernels[-1])
 
 
-def list_kernels(train: TrainSection, has_gpu: bool) -> tuple[LossKernel, ...]:
-    """The loss kernels that settings admit, the better ones first."""
-    if train.extra.get("label_smoothing_factor"):
-        return ("plain",)  # TRL keeps the logits for it
+def list_kernels(train: TrainSection, has_gpu: bool, needs_logits: bool = False) -> tuple[LossKernel, ...]:
+    """The loss kernels that settings admit, the better ones first.
+
+    Args:
+        needs_logits: whether a method reads all of them.
+    """
+    if needs_logits or train.extra.get("label_smoothing_factor"):
+        return ("plain",)  # TRL keeps the logits for the latter
     if train.loss_kernel is not None:
         return (train.loss_kernel,)
     return ("chunked",) if has_gpu else ("plain", "chunked")
@@ -125,7 +129,7 @@ def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int, ha
     most = min(per_process, source.train.per_device_train_batch_size)
     sizes = [size for size in range(most, 0, -1) if per_process % size == 0]
     needed = 0
-    for work in list_works(budget, list_kernels(source.train, has_gpu)):
+    for work in list_works(budget, list_kernels(source.train, has_gpu, source.method.anchor is not None)):
         for size in sizes:
             sized = replace(work, num_sequences=size * count_sequences(source))
             needed = replace(budget, work=sized).half.high_bytes

@@ -1,6 +1,7 @@
 """Methods: how old knowledge is defended besides freezing. One short file each; method.py says what a method may do."""
 
 from hftcli.methods.agem import Agem
+from hftcli.methods.anchor import Anchor
 from hftcli.methods.ewc import Ewc
 from hftcli.methods.gem import Gem
 from hftcli.methods.ia3 import Ia3
@@ -22,8 +23,8 @@ def make_methods(spec: RoundSpec) -> list[Method]:
     methods = [METHODS[name](spec, getattr(spec.method, name)) for name in spec.method.names]
     rule = spec.freeze
     return [
+        *([Quiet(spec)] if rule.divides else []),  # before what copies parameters
         *methods,
-        *([Quiet(spec)] if rule.divides else []),
         *([Pull(spec, rule.pull)] if rule.pull is not None else []),
         *([Interpolation(spec, rule.interpolate)] if rule.interpolate < 1 else []),
     ]
@@ -40,5 +41,6 @@ METHODS: dict[str, type[Method]] = {
     "olora": Olora,
     "ia3": Ia3,
     "self_replay": SelfReplay,
+    "anchor": Anchor,
     "token_weights": TokenWeights,
 }

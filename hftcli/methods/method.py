@@ -3,9 +3,11 @@
 narrow_plan       what trains, before anything is loaded                       lora, olora, ia3
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
 take_bases        the directions that are open, where the plan has some        lora, quiet
-prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet
+prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet, anchor
 set_arguments     the trainer's arguments                                      replay
-start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull
+start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull, anchor
+read_start        before the forward pass of a micro-batch                     anchor
+penalize_tokens   a term of each token's loss, by the whole distribution       anchor
 count_own_rows    rows that the start writes, to be trained on                 self_replay
 weigh_tokens      what a token counts in the loss                              token_weights
 compute_penalty   a term of the loss                                           ewc, l2sp, olora
@@ -39,9 +41,11 @@ class Method:
 
     Attributes:
         leaves_another_model: whether `finish` changes the model, so that it can train no more.
+        reads_distributions: whether it needs all log-probabilities of a token's place, which the plain loss kernel alone has.
     """
 
     leaves_another_model = False
+    reads_distributions = False
 
     def __init__(self, spec: RoundSpec, section: Section):
         self.spec = spec
@@ -94,6 +98,24 @@ class Method:
 
     def start(self, trainer: Trainer) -> None:
         """Called once by all ranks before the first step, or before going on from a step checkpoint."""
+
+    def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
+        """Called before the model reads a micro-batch, on all ranks alike.
+
+        Args:
+            columns_N: places before tokens that some row of it trains on.
+        """
+
+    def penalize_tokens(self, log_probs_BNV: torch.Tensor, targets_BN: torch.Tensor) -> torch.Tensor | None:
+        """What the tokens at these places have on top of their loss, (B, N) with a gradient; None for nothing.
+
+        Only a method whose `reads_distributions` is true is asked.
+
+        Args:
+            log_probs_BNV: what the model expects at each of them, with a gradient.
+            targets_BN: the tokens.
+        """
+        return None
 
     def weigh_tokens(
         self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor

@@ -236,6 +236,7 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 + (", and method.lora.quiet is LoRA in directions" if name == "lora" else "")
             )
     yield from _check_holds(recipe, source)
+    yield from _check_anchor(recipe, objective, source)
     yield from _check_self_replay(recipe, objective, source)
     if recipe.method.token_weights is not None:
         yield from _check_token_weights(recipe, objective, source)
@@ -268,6 +269,19 @@ def _check_holds(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
             f"{source.place(('freeze', 'pull', 'selective'))}: freeze.pull.selective reads gradients before the step, and "
             "launch.offload takes them away: drop one of the two"
         )
+
+
+def _check_anchor(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Settings with which the start cannot be laid in, or not be compared."""
+    place, train = source.place(("method", "anchor")), recipe.train
+    if recipe.method.anchor is None:
+        return
+    if objective == "dpo":
+        yield f"{place}: method.anchor holds what rows are taught on, and `hft dpo` has a reference of its own: drop it"
+    if train.loss_kernel == "chunked":
+        yield f"{place}: method.anchor reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
+    if train.extra.get("label_smoothing_factor"):
+        yield f"{place}: method.anchor would have no effect beside train.label_smoothing_factor: drop one of the two"
 
 
 def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

@@ -130,6 +130,16 @@ class SelfReplaySection(Section):
     """Tokens at which a text is cut, `data.max_length` at most."""
 
 
+class AnchorSection(Section):
+    """What the model expects at each trained token is held to what it expected when the round began."""
+
+    strength: Annotated[float, Field(ge=0)]
+    """What the divergence counts beside the loss, nat for nat."""
+
+    kind: Literal["forward", "reverse", "target_masked"] = "forward"
+    """KL(start || model), KL(model || start), or the first over all tokens but the one that is taught (arXiv 2605.29498)."""
+
+
 class MethodSection(Section):
     """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `lora: {}`."""
 
@@ -160,6 +170,9 @@ class MethodSection(Section):
     self_replay: SelfReplaySection | None = None
     """Train on texts that the start of the round has written, beside the rows (arXiv 2605.26097)."""
 
+    anchor: AnchorSection | None = None
+    """A penalty on the divergence from what the start of the round expects, token by token (arXiv 2509.23753)."""
+
     token_weights: TokenWeightsSection | None = None
     """Tokens that contradict what the model knows count less: DFT, TALR or EAFT."""
 
@@ -186,7 +199,7 @@ ADAPTERS = ("lora", "olora", "ia3")
 # Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
 SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
 # Methods that go with matrices of which a part trains: they change no weight by themselves.
-GRAINLESS_METHODS = ("replay", "self_replay", "token_weights")
+GRAINLESS_METHODS = ("replay", "self_replay", "anchor", "token_weights")
 # Pairs of methods that contradict each other, and why.
 CLASHING_METHODS = (
     ("gem", "agem", "agem is gem with one constraint in place of one for each task"),

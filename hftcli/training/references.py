@@ -10,8 +10,6 @@ The third way, a second model, is TRL's own (`reference: full`). All three compu
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +25,7 @@ from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
 from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.description import identify_start
-from hftcli.models.directed import DirectedLinear
+from hftcli.models.start_copy import StartCopy, evaluating
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.records import ReferenceReport
 from hftcli.runs.spec import RoundSpec
@@ -124,63 +122,34 @@ class SharedReference:
     is_reused = False
 
     def __init__(self) -> None:
-        self.copies: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        self.directed: list[DirectedLinear] = []
+        self.copy: StartCopy | None = None
 
     @property
     def num_bytes(self) -> int:
         """The copy of the trained half."""
-        return sum(copy.nbytes for _, copy in self.copies)
+        return self.copy.num_bytes if self.copy is not None else 0
 
     def prepare(self, trainer: DPOTrainer) -> None:
         """Copy the trained half before it moves."""
         self.remember(trainer.model)
 
     def remember(self, model: torch.nn.Module) -> None:
-        """Copy the trained half of a model as it is now; what trains in directions has its start beside it."""
-        self.directed = [layer for layer in model.modules() if isinstance(layer, DirectedLinear)]
-        held = {layer.change for layer in self.directed}
-        trained = [value for value in model.parameters() if value.requires_grad and value not in held]
-        self.copies = [(value, value.detach().clone()) for value in trained]
+        """Copy the trained half of a model as it is now."""
+        self.copy = StartCopy(model)
 
     def recall(self) -> None:
         """Nothing: the start on disk has it."""
 
     def restore(self, trainer: DPOTrainer, recalled: torch.Tensor | None) -> None:
-        """Take the copies, made of the start when it was loaded, to where the model trains."""
-        self.copies = [(value, copy.to(value.device)) for value, copy in self.copies]
+        """Take the copy, made of the start when it was loaded, to where the model trains."""
+        assert self.copy is not None
+        self.copy.move()
 
     def score(self, trainer: DPOTrainer, inputs: Inputs, rows_B: torch.Tensor) -> LogProbs:
         """Ask the model with the copy laid in."""
-        with self._laid_in(), evaluating(trainer.model):
+        assert self.copy is not None
+        with self.copy.laid_in(), evaluating(trainer.model):
             return trainer.compute_ref_log_probs(trainer.model, inputs)
-
-    @contextmanager
-    def _laid_in(self) -> Iterator[None]:
-        """The trained half as it was; afterwards the very tensors that train are back, nothing is copied."""
-        trained = [parameter.data for parameter, _ in self.copies]
-        for parameter, copy in self.copies:
-            parameter.data = copy
-        for layer in self.directed:
-            layer.is_at_start = True
-        try:
-            yield
-        finally:
-            for layer in self.directed:
-                layer.is_at_start = False
-            for (parameter, _), values in zip(self.copies, trained, strict=True):
-                parameter.data = values
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout; left in the mode it came in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def compute_log_probs(trainer: DPOTrainer, on_batch: Progress) -> torch.Tensor:

@@ -21,7 +21,7 @@ from hftcli.runs.spec import RoundSpec
 from hftcli.runs.tracked import PROJECT, find_run, list_variables
 from hftcli.training.dealing import DealingTrainer
 from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
-from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, keep_logits, weigh_tokens
+from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, find_columns, keep_logits, shape_loss
 from hftcli.training.references import Reference
 
 SPENT_KEYS = {
@@ -206,9 +206,16 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
         loss_kernel: LossKernel,
     ):
         super().__init__(methods, args, model=model, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+        self.readers = [method for method in methods if method.reads_distributions]
         if loss_kernel == "plain":
-            keep_logits(model, SFT_OUTPUTS)
-        weigh_tokens(model, [method.weigh_tokens for method in methods])
+            keep_logits(model, SFT_OUTPUTS, [method.penalize_tokens for method in self.readers])
+        shape_loss(model, [method.weigh_tokens for method in methods])
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's loss; what has to know what the start expects asks it first."""
+        for method in self.readers:
+            method.read_start(self.model, inputs, find_columns(inputs["labels"]))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class MethodCallback(TrainerCallback):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hftcli import PACKAGE
 from hftcli.methods.token_weights import TokenWeights
 from hftcli.recipe.methods import TokenWeightsSection
-from hftcli.training.loss import set_loss_kernel, weigh_tokens
+from hftcli.training.loss import set_loss_kernel, shape_loss
 
 KINDS = ("dft", "talr", "eaft")
 EMBEDDED = PACKAGE / "tinyworld" / "model"
@@ -55,7 +55,7 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     expected = (weights.flatten() * losses).sum() / (targets != -100).sum()
     expected.backward()
     set_loss_kernel(model, kernel)
-    weigh_tokens(model, [make_method(kind).weigh_tokens])
+    shape_loss(model, [make_method(kind).weigh_tokens])
     found = model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True)
     loss = -found.log_probs.sum() / found.label_mask.sum()
     loss.backward()

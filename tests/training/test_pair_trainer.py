@@ -37,7 +37,7 @@ def test_loss_and_gradient_are_those_of_float64(tmp_path, mode, kernel):
 
 def test_the_untrained_model_has_the_loss_of_a_coin(tmp_path):
     trainer = make_trainer(tmp_path, "shared")
-    for parameter, start in trainer.reference.copies:
+    for parameter, start in trainer.reference.copy.copies:
         parameter.data.copy_(start)
     assert compute_loss(trainer).item() == pytest.approx(math.log(2), abs=1e-6)
 

@@ -1,0 +1,122 @@
+"""The anchor: loss and gradient by hand in float64, plain training at strength 0, and a start that stays where it was."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from end_to_end.running import assert_same
+from methods.rounds import START, make_spec
+from training.quiet_rounds import go_back, make_start, run
+from training.quiet_rounds import make_spec as make_round_spec
+from transformers import AutoModelForCausalLM
+
+from hftcli import PACKAGE
+from hftcli.launching.processes import StopRequest
+from hftcli.methods.anchor import Anchor
+from hftcli.recipe.methods import AnchorSection, MethodSection
+from hftcli.recipe.sections import CheckpointSection
+from hftcli.training.loss import SFT_OUTPUTS, find_columns, keep_logits, set_loss_kernel, shape_loss
+from hftcli.training.round import run_round
+
+KINDS = ("forward", "reverse", "target_masked")
+EMBEDDED = PACKAGE / "tinyworld" / "model"
+SHORT = {
+    "train.max_steps": 3, "train.logging_steps": 1, "eval.tasks": "[]", "train.learning_rate": 1e-3,
+    "train.global_batch_size": 8, "train.per_device_train_batch_size": 4,
+}  # fmt: skip
+
+
+def measure_by_hand(kind: str, model: torch.Tensor, start: torch.Tensor, target: int) -> torch.Tensor:
+    """The divergence at one place, of logits (V,)."""
+    if kind == "target_masked":
+        others = [token for token in range(len(model)) if token != target]
+        model, start, kind = model[others], start[others], "forward"
+    p, q = model.softmax(0), start.softmax(0)
+    return (p * (p / q).log()).sum() if kind == "reverse" else (q * (q / p).log()).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_are_those_of_float64(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).train()
+    start = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64)
+    exact = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64)
+    section = {"strength": 0.7, "kind": kind}
+    method = Anchor(make_spec({"anchor": section}), AnchorSection(**section))
+    method.prepare_model(model, None, START, mixed=False, sharded=False)
+    method.start(SimpleNamespace(model=model))
+    with torch.no_grad():  # somewhere else than at the start
+        for own, other in zip(model.parameters(), exact.parameters(), strict=True):
+            own.add_(0.02 * torch.randn_like(own))
+            other.copy_(own)
+    ids = torch.randint(3, model.config.vocab_size, (2, 9))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    labels[1, 7:] = -100
+    moved, expected = exact(ids).logits, start(ids).logits.detach()
+    losses = []
+    for row, place in (labels[:, 1:] != -100).nonzero().tolist():
+        target = labels[row, place + 1].item()
+        nll = -moved[row, place].log_softmax(0)[target]
+        losses.append(nll + 0.7 * measure_by_hand(kind, moved[row, place], expected[row, place], target))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    set_loss_kernel(model, "chunked")
+    keep_logits(model, SFT_OUTPUTS, [method.penalize_tokens])
+    shape_loss(model, [])
+    inputs = {"input_ids": ids, "labels": labels}
+    method.read_start(model, inputs, find_columns(labels))
+    found = model(**inputs, use_cache=False, fused_lm_head=True)
+    own_loss = -found.log_probs.sum() / found.label_mask.sum()
+    own_loss.backward()
+    assert own_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for (name, own), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
+
+
+def read_losses(run) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "rounds" / "00-sft" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_no_strength_is_plain_training_and_the_first_step_has_no_penalty(hft, settings, tmp_path):
+    for name, values in {"plain": {}, "none": {"method.anchor.strength": 0}, "held": {"method.anchor.strength": 5}}.items():
+        hft("sft", "--output", tmp_path / name, *settings(SHORT | values))
+    plain, none, held = (read_losses(tmp_path / name) for name in ("plain", "none", "held"))
+    assert none == pytest.approx(plain, abs=1e-6)
+    assert held[0] == pytest.approx(plain[0], abs=1e-6)
+    assert held[2] > plain[2] + 0.01
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "said"),
+    [
+        ("dpo", {}, "a reference of its own"),
+        ("sft", {"train.loss_kernel": "chunked"}, "never has all"),
+        ("sft", {"train.label_smoothing_factor": 0.1}, "would have no effect beside train.label_smoothing_factor"),
+        ("sft", {"launch.num_processes": 2, "launch.zero_stage": 3}, "holds only pieces"),
+        ("sft", {"method.anchor.strength": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_what_it_does_not_go_with_is_said(hft, settings, command, values, said):
+    assert said in hft(command, "--dry-run", *settings({"method.anchor.strength": 1} | values), code=2).stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process(hft, settings, tmp_path):
+    for num, stage in ((1, 2), (2, 1), (2, 2)):
+        launch = {"launch.num_processes": num, "launch.zero_stage": stage, "train.bf16": False, "method.anchor.strength": 2}
+        hft("sft", "--output", tmp_path / f"{num}-{stage}", *settings(SHORT | launch))
+    for stage in (1, 2):
+        assert read_losses(tmp_path / f"2-{stage}") == pytest.approx(read_losses(tmp_path / "1-2"), abs=1e-5)
+
+
+@pytest.mark.parametrize("grain", ["matrices", "directions", "columns"])
+def test_a_round_that_was_killed_goes_on_against_the_same_start(tmp_path, grain):
+    start = make_start(tmp_path / "start")
+    held = {"checkpoint": CheckpointSection(save_steps=1, keep=9), "method": MethodSection(anchor=AnchorSection(strength=2))}
+    done = run(tmp_path / "done" / "00", make_round_spec(start, {"grain": grain}, **held))
+    resumed = go_back(done, 2, tmp_path / "resumed" / "00")
+    run_round(resumed, StopRequest(resumed))
+    assert resumed.read_result().resumed_from == 2
+    assert_same(done, resumed)
