@@ -13,6 +13,7 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.methods import ADAPTERS
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import FileSection
+from hftcli.recipe.trainer_keys import TELLING_KEYS
 from hftcli.runs.files import read_model
 from hftcli.runs.records import MERGE_NAME, MergeManifest, RoundResult
 from hftcli.runs.run import Round, Run
@@ -24,8 +25,8 @@ RATE_KEY = "train.learning_rate"
 FULL = "full"
 EVALUATION_NAME = "evaluation.json"  # beside the merge.json of a model that was made
 # The form of the file, where a run was written, and what is held to be equal by its outcome: the data by their hashes, the
-# tasks by their names; when the runs were measured changes nothing of them.
-UNTOLD_KEYS = ("version", "output", "data.path", "data.root", "eval.every_steps", "eval.num_points")
+# tasks by their names; when the runs were measured and who was told of them changes nothing of them.
+UNTOLD_KEYS = ("version", "output", "data.path", "data.root", "eval.every_steps", "eval.num_points", *TELLING_KEYS)
 
 Trail = tuple[tuple[float, float], ...]
 

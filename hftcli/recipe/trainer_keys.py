@@ -105,6 +105,11 @@ TRACKERS = {
     "mlflow": "mlflow", "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio",
     "wandb": "wandb",
 }  # fmt: skip
+# Keys of a recipe that say who is told of a run, and change nothing of what comes out.
+TELLING_KEYS = tuple(
+    f"train.{name}"
+    for name in ("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+)
 REFUSED_TRACKERS = {
     "all": "would be other trackers on another machine: name them",
     "codecarbon": "writes into a folder that is cleared at the end of a round",

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 
 from hftcli.errors import HftError
 from hftcli.launching.packages import list_trackers
+from hftcli.recipe.loading import load_recipe
 from hftcli.reporting.logbook import Logbook, make_logbook
 from hftcli.runs.files import write_text
 from hftcli.runs.run import Run
@@ -24,7 +25,7 @@ def report_to_trackers(run: Run) -> None:
     Raises:
         HftError: a tracker did not take it; the run itself is untouched.
     """
-    train = run.rounds[0].read_spec().train
+    train = load_recipe(run.recipe_path).train  # which may name one that its rounds were not told of
     told = json.loads(run.tracked_path.read_text(encoding="utf-8")) if run.tracked_path.exists() else {}
     logbook = make_logbook(run, train.extra.get("project"))
     num_rows = len(logbook.rows)

@@ -58,6 +58,7 @@ from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import LaunchSection
 from hftcli.recipe.source import RecipeFile
+from hftcli.recipe.trainer_keys import TELLING_KEYS
 from hftcli.runs.files import read_model, write_model, write_text
 from hftcli.runs.records import Checksums, Manifest, Outlook, RoundResult
 from hftcli.runs.scores import Moment, Prediction, Scores
@@ -265,8 +266,9 @@ class Run:
             held = RecipeFile(self.recipe_path).values
             note = f"; compared as text, because this hft does not read the recipe that it holds:\n{error.message}"
         keys = find_differences(held, recipe.model_dump(mode="json"))
-        # The output is this folder, by whatever name.
-        differences = [key for key in keys if key not in ("version", "output") and not key.startswith("launch.")]
+        # The output is this folder, by whatever name; and a tracker may come and go.
+        untold = ("version", "output", *TELLING_KEYS)
+        differences = [key for key in keys if key not in untold and not key.startswith("launch.")]
         differences += find_differences(self.rounds[0].read_spec().launch.split, launch.split)
         if differences:
             raise InputError(

@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hftcli.errors import InputError, Interrupted, NewerFile
 from hftcli.launching.processes import StopRequest, make_interrupted
+from hftcli.recipe.trainer_keys import TELLING_KEYS
 from hftcli.runs.records import StepManifest
 from hftcli.runs.run import Round, find_differences
 from hftcli.runs.seals import FileSeal, find_damage, flush_files, list_files, seal_files
@@ -261,9 +262,9 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
             f"start it with {held.num_ranks} processes in all and launch.zero_stage: {held.zero_stage}, or begin again in "
             "another --output",
         )
-    # Where the ranks are, and how they are reached, changes nothing that they compute.
+    # Where the ranks are, how they are reached, and who is told of them changes nothing that they compute.
     specs = [spec.model_dump(mode="json", exclude={"version", "launch"}) for spec in (manifest.spec, origin.spec)]
-    differences = find_differences(*specs)
+    differences = [key for key in find_differences(*specs) if key not in TELLING_KEYS]
     named = {"fingerprint": "the freeze plan", "tokens_digest": "the rows", "start_key": "the start's weights"}
     if manifest.version == 1:
         del named["tokens_digest"]

@@ -57,6 +57,12 @@ def test_trained_run_refuses_another_recipe_and_names_the_keys(trained):
     assert trained.recipe_path.read_text() == held
 
 
+def test_a_tracker_may_come_and_go(trained):
+    claim_again(trained, "train.report_to=wandb", "train.run_name=mine")
+    assert load_recipe(trained.recipe_path).train.extra["report_to"] == "wandb"
+    claim_again(trained)
+
+
 @pytest.mark.parametrize(
     "override",
     ["launch.hostfile=hosts", "launch.slurm={partition: long, time: '8:00:00'}", "launch.timeout_minutes=5", "output=./runs/a"],
