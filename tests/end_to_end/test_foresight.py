@@ -112,7 +112,7 @@ FAILING: list[tuple[str, dict[str, object], str]] = [
     ("sft", {"train.activation_offloading": True}, "there is no GPU"),
     ("sft", {"train.router_aux_loss_coef": 0.1}, "the model is no mixture of experts"),
     ("sft", {"train.eos_token": "</s>"}, "train.eos_token is not taken"),
-    ("sft", {"train.global_batch_size": 12}, "train.global_batch_size is 12, not a multiple of"),
+    ("sft", {"train.global_batch_size": 6}, "train.global_batch_size is 6, not a multiple of"),
     ("sft", {"launch.hostfile": "host"}, "host"),
     ("dpo", {"reference": "shared", "launch.num_processes": 2, "launch.zero_stage": 3, "train.per_device_train_batch_size": 2},
      "reference: shared lays the trained half"),

@@ -14,6 +14,7 @@ from hftcli.freezing.selection import make_plan
 from hftcli.launching.planning import (
     PLAIN_BYTES,
     apply_fit,
+    bound_batch,
     choose_fit,
     find_arithmetic,
     find_attention,
@@ -180,3 +181,11 @@ def test_names_of_kernels():
         "bfloat16",
         "float32",
     )
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"), [(32, 32, 2, 16), (32, 8, 2, 8), (10, 4, 3, 4), (6, 4, 1, 4), (6, 8, 1, 6)]
+)
+def test_a_micro_batch_is_no_more_than_a_processes_share(batch, micro, processes, expected):
+    train = TrainSection(global_batch_size=batch, per_device_train_batch_size=micro)
+    assert bound_batch(train, processes).per_device_train_batch_size == expected
