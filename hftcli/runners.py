@@ -48,6 +48,7 @@ NEEDS_WHOLE_WEIGHTS = {
     "l2sp": "compares every weight with its start",
     "anchor": "lays the start in for a pass of its own",
     "olora": "compares its adapters with those before",
+    **dict.fromkeys(("ia3", "peft"), "is merged into whole weights"),
 }
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
@@ -209,6 +210,12 @@ def make_held_out_section(recipe: Recipe) -> DataSection | None:
 
 def check_reference(spec: RoundSpec) -> None:
     """Raises: InputError: the launch cannot carry the reference."""
+    if spec.reference == "shared" and spec.method.peft is not None:
+        raise InputError(
+            "reference: shared lays what trains back to where it was, and an adapter of method.peft may begin elsewhere than "
+            "the model does",
+            "set reference: precompute, which asks the model without it",
+        )
     if spec.reference == "shared" and spec.launch.num_ranks > 1 and spec.launch.zero_stage == 3:
         raise InputError(
             "reference: shared lays the trained half as it was into whole parameters, and under launch.zero_stage 3 each "
@@ -237,6 +244,11 @@ def check_method(spec: RoundSpec) -> None:
                 f"method.{name} changes the gradient between the backward pass and the step, and with {num_processes} "
                 "processes ZeRO has taken it apart by then",
                 "set launch.num_processes: 1, or defend what was learned with method.replay or method.ewc",
+            )
+        if name == "peft" and spec.method.adapter == "adalora" and num_processes > 1:
+            raise InputError(
+                "method.peft: ADALORA moves ranks by the gradients of a step, which ZeRO does not leave to it",
+                "set launch.num_processes: 1, or take another type",
             )
         if name in NEEDS_WHOLE_WEIGHTS and num_processes > 1 and zero_stage == 3:
             raise InputError(

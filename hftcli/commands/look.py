@@ -23,6 +23,7 @@ from hftcli.errors import InputError
 
 if TYPE_CHECKING:
     from hftcli.doctor.doctor import Finding
+    from hftcli.freezing.budget import Budget
     from hftcli.recipe.recipe import Recipe
 
 app = typer.Typer()
@@ -53,6 +54,7 @@ def plan(
     except UnknownRoles:
         print_proposal(described.model_type, described.parameters, as_json)
         raise
+    budget = _count_adapters(budget, resolved, start.path)
     checked = None
     if measure:
         from hftcli.training.probe import check_budget
@@ -60,6 +62,15 @@ def plan(
         budget, checked = check_budget(resolved, start.path, budget)
     print_plan(budget, checked, as_json)
     _show_next(recipe, resolved.objective, as_json)
+
+
+def _count_adapters(budget: "Budget", recipe: "Recipe", path: str) -> "Budget":
+    """The budget with adapters of PEFT's, whose library takes a second to open."""
+    if recipe.method.peft is None and recipe.method.ia3 is None:
+        return budget
+    from hftcli.methods.census import count_adapters
+
+    return count_adapters(budget, recipe.method, path)
 
 
 @app.command()
@@ -271,6 +282,7 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
         start = runners.resolve_start(recipe.model.place)
         described = describe_model(start.path)
         budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
+        budget = _count_adapters(budget, recipe, start.path)
     except InputError as error:
         return [*findings, Finding("model", "fault", error.message, error.fix)]
     try:

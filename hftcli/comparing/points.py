@@ -10,7 +10,6 @@ from hftcli.comparing.curves import find_gain
 from hftcli.comparing.statistics import NATS, POINTS, Unit
 from hftcli.errors import InputError
 from hftcli.recipe.loading import load_recipe
-from hftcli.recipe.methods import ADAPTERS
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import FileSection
 from hftcli.recipe.trainer_keys import TELLING_KEYS
@@ -252,9 +251,10 @@ def _describe_data(result: RoundResult) -> str:
 
 def _name_method(recipe: Recipe) -> str:
     """`full`, `half`, `half + replay`, `half of columns (ssu)`, `half by fisher`; `lora` where adapters are on everything."""
-    rule, names = recipe.freeze, recipe.method.names
+    rule, method = recipe.freeze, recipe.method
     share = rule.trainable_fraction
-    if share == 1 and set(ADAPTERS) & set(names):
+    names = tuple(method.peft.type.lower() if name == "peft" and method.peft else name for name in method.names)
+    if share == 1 and method.adapter is not None:
         return " + ".join(names)
     name = {1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}")
     return " + ".join((name + rule.variant * (share < 1), *names))

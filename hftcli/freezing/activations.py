@@ -132,18 +132,24 @@ class Adapters:
     Attributes:
         rank: the inner width of the factors.
         has_dropout: whether their inputs are thinned out.
+        name: LoRA's, or that of another of PEFT's types, of which the weights alone are counted.
+        shapes: what trains with these.
     """
 
     rank: int
     has_dropout: bool = False
+    name: str = "LoRA"
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
-    def list_shapes(self, units: Iterable[Unit], trained: Collection[str], parts: Mapping[str, Part]) -> list[tuple[int, int]]:
-        """The factors' shapes.
+    def list_shapes(self, units: Iterable[Unit], trained: Collection[str], parts: Mapping[str, Part]) -> list[tuple[int, ...]]:
+        """The shapes of what trains.
 
         Args:
             parts: of the matrices whose adapter reads in some directions alone.
         """
-        found = []
+        if self.shapes is not None:
+            return list(self.shapes)
+        found: list[tuple[int, ...]] = []
         for parameter in (parameter for unit in units for parameter in unit.parameters if parameter.name in trained):
             if len(parameter.shape) == 2:
                 num_outputs, num_inputs = parameter.shape

@@ -193,10 +193,10 @@ class Budget:
     @property
     def num_adapter_weights(self) -> int:
         """Weights that train beside the model's own, all of which are frozen then."""
-        return sum(rows * columns for rows, columns in self._adapter_shapes)
+        return sum(prod(shape) for shape in self._adapter_shapes)
 
     @property
-    def _adapter_shapes(self) -> list[tuple[int, int]]:
+    def _adapter_shapes(self) -> list[tuple[int, ...]]:
         if self.adapters is None:
             return []
         return self.adapters.list_shapes(self.network.units, frozenset(self.plan.trained), self.plan.parts)

@@ -19,14 +19,16 @@ PLAIN_BYTES = 2**30  # of float32 logits, up to which they are kept without bein
 
 
 def make_budget(
-    source: Recipe | RoundSpec, network: Network, plan: FreezePlan, num_processes: int, mixed: bool, has_gpu: bool = True
-) -> Budget:
+    source: Recipe | RoundSpec, network: Network, plan: FreezePlan, num_processes: int, mixed: bool, has_gpu: bool = True,
+    adapters: Adapters | None = None,
+) -> Budget:  # fmt: skip
     """What a plan costs under the settings of a recipe or a round.
 
     Args:
         num_processes: devices that share the work.
         mixed: compute in bfloat16, with float32 masters for what trains.
         has_gpu: whether the devices are GPUs.
+        adapters: what trains in place of the weights, where that was counted.
     """
     return Budget(
         plan=plan,
@@ -36,7 +38,7 @@ def make_budget(
         network=network,
         work=make_workload(source, network, find_arithmetic(mixed, num_processes, source.launch.offload), has_gpu),
         reference=source.reference if source.method.anchor is None else "shared",  # it is laid in as DPO's is
-        adapters=find_adapters(source),
+        adapters=adapters or find_adapters(source),
         on_gpu=has_gpu,
         offload=source.launch.offload == "optimizer",
         num_accumulation_steps=-(-source.train.global_batch_size // (source.train.per_device_train_batch_size * num_processes)),

@@ -1,5 +1,8 @@
 """Methods: how old knowledge is defended besides freezing. One short file each; method.py says what a method may do."""
 
+from collections.abc import Callable
+
+from hftcli.methods.adalora import AdaLora
 from hftcli.methods.agem import Agem
 from hftcli.methods.anchor import Anchor
 from hftcli.methods.ewc import Ewc
@@ -10,11 +13,13 @@ from hftcli.methods.l2sp import L2sp
 from hftcli.methods.lora import Lora
 from hftcli.methods.method import Method
 from hftcli.methods.olora import Olora
+from hftcli.methods.peft import Peft
 from hftcli.methods.pull import Pull
 from hftcli.methods.quiet import Quiet
 from hftcli.methods.replay import Replay
 from hftcli.methods.self_replay import SelfReplay
 from hftcli.methods.token_weights import TokenWeights
+from hftcli.recipe.methods import PeftSection
 from hftcli.runs.spec import RoundSpec
 
 
@@ -30,8 +35,13 @@ def make_methods(spec: RoundSpec) -> list[Method]:
     ]
 
 
+def make_peft(spec: RoundSpec, section: PeftSection) -> Peft:
+    """An adapter of PEFT's: one type takes a hand in every step."""
+    return (AdaLora if section.type == "ADALORA" else Peft)(spec, section)
+
+
 # By the name of the section under `method`.
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, Callable[..., Method]] = {
     "replay": Replay,
     "ewc": Ewc,
     "l2sp": L2sp,
@@ -43,4 +53,5 @@ METHODS: dict[str, type[Method]] = {
     "self_replay": SelfReplay,
     "anchor": Anchor,
     "token_weights": TokenWeights,
+    "peft": make_peft,
 }

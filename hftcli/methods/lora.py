@@ -110,6 +110,7 @@ class Lora(Method):
                 if name in self.last:
                     weight.data.copy_(self.last[name][place])
         self._narrow()
+        self.num_adapter_weights = sum(value.numel() for value in model.parameters() if value.requires_grad)
 
     def _narrow(self) -> None:
         """Have the A of every layer read in the plan's directions alone, where it has some."""
@@ -178,7 +179,7 @@ def write_adapter(adapter: Adapter, config: LoraConfig, base: Path, folder: Path
     """Write adapters in PEFT's form, so that PEFT lays them over the base."""
     config.target_modules = set(adapter)
     tensors = {
-        f"{name}.lora_{letter}.weight": part
+        f"{PEFT_PREFIX}{name}.lora_{letter}.weight": part
         for name, parts in adapter.items()
         for letter, part in zip("AB", parts, strict=True)
     }
@@ -186,12 +187,16 @@ def write_adapter(adapter: Adapter, config: LoraConfig, base: Path, folder: Path
 
 
 def write_peft_folder(tensors: dict[str, torch.Tensor], config: PeftConfig, base: Path, folder: Path) -> None:
-    """Write a folder that PEFT loads on top of `base`, whole or not at all."""
+    """Write a folder that PEFT loads on top of `base`, whole or not at all.
+
+    Args:
+        tensors: by the names that they have in PEFT's files.
+    """
     temporary = folder.with_name(f".{folder.name}")
     for leftover in (temporary, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     config.base_model_name_or_path = str(base)
     config.inference_mode = True
     config.save_pretrained(str(temporary))
-    write_tensors(temporary / "adapter_model.safetensors", {f"{PEFT_PREFIX}{name}": values for name, values in tensors.items()})
+    write_tensors(temporary / "adapter_model.safetensors", tensors)
     temporary.replace(folder)

@@ -1,24 +1,27 @@
 """What a method may do in a round. Every hook does nothing here; a method overrides those that it needs.
 
-narrow_plan       what trains, before anything is loaded                       lora, olora, ia3
+narrow_plan       what trains, before anything is loaded                       lora, olora, ia3, peft
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
+check_start       what the start cannot carry, before anything is loaded        ia3, peft
 take_bases        the directions that are open, where the plan has some        lora, quiet
-prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, quiet, anchor
+prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, peft, quiet, anchor
+laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull, anchor
 read_start        before the forward pass of a micro-batch                     anchor
 penalize_tokens   a term of each token's loss, by the whole distribution       anchor
 count_own_rows    rows that the start writes, to be trained on                 self_replay
 weigh_tokens      what a token counts in the loss                              token_weights
-compute_penalty   a term of the loss                                           ewc, l2sp, olora
+compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
-recall, restore   what a step checkpoint keeps                                 gem, agem, pull
-end_step          after a step of the optimizer                                quiet
-finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3, quiet
-list_merged       after `finish`: what was merged, where the model rounds it   lora, olora, ia3, quiet
+recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull
+end_step          after a step of the optimizer                                quiet, peft
+finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3, peft, quiet
+list_merged       after `finish`: what was merged, where the model rounds it   lora, olora, ia3, peft, quiet
 """
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from hftcli.freezing.activations import Adapters
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.section import Section
@@ -42,10 +46,14 @@ class Method:
     Attributes:
         leaves_another_model: whether `finish` changes the model, so that it can train no more.
         reads_distributions: whether it needs all log-probabilities of a token's place, which the plain loss kernel alone has.
+        adapters: what trains in place of the weights, where that was counted.
+        num_adapter_weights: of what it adds to the model, those that train; known once that is loaded.
     """
 
     leaves_another_model = False
     reads_distributions = False
+    adapters: Adapters | None = None
+    num_adapter_weights = 0
 
     def __init__(self, spec: RoundSpec, section: Section):
         self.spec = spec
@@ -87,11 +95,22 @@ class Method:
         """Rows that the start of the round is to write of itself, beside `num_rows` that are given."""
         return 0
 
+    def check_start(self, start: Path, plan: FreezePlan) -> None:
+        """Look at the start's config, before its weights are read.
+
+        Raises:
+            InputError: it cannot carry the method.
+        """
+
     def take_bases(self, bases: dict[str, torch.Tensor]) -> None:
         """Take the directions that are open in this round, by what the matrices read; none where the plan has none."""
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Change the loaded model; the other arguments are those of `load_model`."""
+
+    def laying_aside(self) -> AbstractContextManager[None]:
+        """While the untouched model is asked: what the method added is left out."""
+        return nullcontext()
 
     def set_arguments(self, args: TrainingArguments) -> None:
         """Change the trainer's arguments before the trainer exists."""

@@ -80,11 +80,7 @@ def find_reading(folder: Path, directions: Mapping[str, Directions], bases: Mapp
     Raises:
         ModelError: the file is missing or damaged, or lacks one of the layers.
     """
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: the adapter does not read: {error}", "restore the file") from None
+    path, tensors = folder / "adapter_model.safetensors", read_adapter_file(folder)
     found = {}
     for name, parts in directions.items():
         key = f"{PEFT_PREFIX}{name.removesuffix('.weight')}.lora_A.weight"
@@ -94,3 +90,26 @@ def find_reading(folder: Path, directions: Mapping[str, Directions], bases: Mapp
         basis_NWQ = bases[parts.choice].double().numpy()
         found[f"adapter/{key}"] = measure_leak(np.zeros_like(weight_RI), weight_RI, basis_NWQ, "F32", "F32")
     return found
+
+
+def find_rankless(folder: Path) -> set[str]:
+    """The weights of which an adapter's file has factors of no rank.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    empty = [name for name, values in read_adapter_file(folder).items() if not values.numel()]
+    return {f"{name.removeprefix(PEFT_PREFIX).partition('.lora_')[0]}.weight" for name in empty}
+
+
+def read_adapter_file(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, by the names that PEFT gives them.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: the adapter does not read: {error}", "restore the file") from None

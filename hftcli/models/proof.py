@@ -17,7 +17,7 @@ from hftcli.models.closure import EPSILONS, Leak, measure_leak
 from hftcli.models.description import fetch_checkpoint
 from hftcli.models.division import read_bases
 from hftcli.models.masters import RoundingLoss, open_masters
-from hftcli.models.narrow_adapter import find_reading
+from hftcli.models.narrow_adapter import find_rankless, find_reading
 from hftcli.models.reader import CheckpointReader, Start, convert
 from hftcli.models.tensors import CHUNK_BYTES, get_bytes, has_same_bytes
 from hftcli.runs.run import Round, find_checkpoint_damage
@@ -99,7 +99,7 @@ def verify_checkpoint(
         dtype: `model.dtype`: the start counts as converted to it.
         moved_in_memory: what was found when training ended.
         bases: the file with the plan's directions, where it has some.
-        adapter: the folder with the low-rank adapters that read in these alone, where there are some.
+        adapter: the folder with the adapters that trained in place of the weights, where there are some.
     """
     names = (*plan.trained, *plan.frozen)
     before, after = CheckpointReader(start, names), CheckpointReader(checkpoint, names)
@@ -110,7 +110,8 @@ def verify_checkpoint(
     num_masters, unlike_masters = compare_masters(after, checkpoint)
     chosen = read_choices(plan, bases) if plan.parts and bases is not None else {}
     leaks = find_leaks(compared, plan, chosen)
-    reading = find_reading(adapter, plan.directions or {}, chosen) if adapter is not None else {}
+    reading = find_reading(adapter, plan.directions, chosen) if adapter is not None and plan.directions else {}
+    rankless = find_rankless(adapter) if adapter is not None and still else set()
     num_frozen_columns, moved_columns = compare_columns(compared, plan, chosen)
     return Verification(
         num_frozen=len(plan.frozen),
@@ -121,7 +122,8 @@ def verify_checkpoint(
         retyped=tuple(compared.find_retyped()),
         lost=tuple(place for place, other in compared.places.items() if other is None),
         moved_in_memory=moved_in_memory,
-        unmoved=tuple(name for name in still if updates.get(name, 0.0) == 0.0),
+        unmoved=tuple(name for name in still if updates.get(name, 0.0) == 0.0 and name not in rankless),
+        rankless=tuple(sorted(rankless)),
         below_resolution=tuple(name for name in still if updates.get(name, 0.0) > 0.0),
         closed_change={name: leak.fraction for name, leak in leaks.items()},
         closed_reading={name: leak.fraction for name, leak in reading.items()},
@@ -159,7 +161,7 @@ def verify_round(round_: Round) -> Verification:
     spec, result = round_.read_spec(), round_.read_result()
     verification = verify_checkpoint(
         fetch_checkpoint(spec.model.path), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
-        result.verification.moved_in_memory, round_.bases_path, round_.adapter if spec.method.open_fraction else None,
+        result.verification.moved_in_memory, round_.bases_path, round_.adapter if spec.method.adapter else None,
     )  # fmt: skip
     unlike = (*verification.unlike_masters, *open_masters(round_.checkpoint).find_damage())
     return verification.model_copy(

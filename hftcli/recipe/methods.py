@@ -1,12 +1,44 @@
 """The sections of the methods that defend old knowledge besides freezing, and which of them go together."""
 
+import difflib
 from itertools import combinations
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from hftcli.recipe.section import Section
+from hftcli.recipe.sections import OpenSection
+
+# PEFT's types that merge into the weights; tests/methods/test_peft.py trains each of them.
+PeftKind = Literal[
+    "ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA",
+    "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "RANDLORA", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
+    "UNILORA", "VBLORA", "VERA", "WAVEFT",
+]  # fmt: skip
+# Others that are asked for, and why they are not carried.
+PROMPTS = "adds tokens or states, which no weights can hold: a round leaves a plain model, and there is nothing to merge"
+OTHER_KINDS = {
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "CARTRIDGE"), PROMPTS),
+    "ADAPTION_PROMPT": PROMPTS,
+    "QLORA": "holds the weights in 4 bits, and hft merges into the start's own weights and proves the others bit for bit: take "
+    "LORA, whose frozen weights are held in bfloat16",
+    "XLORA": "mixes adapters by the input, so that they cannot be merged",
+    "POLY": "mixes adapters by the task, so that they cannot be merged",
+    "LILY": "does not merge",
+}
+
+
+def _name_kind(value: Any) -> Any:
+    """PEFT's name of a type, however it is spelled."""
+    name = value.upper().replace("-", "_") if isinstance(value, str) else value
+    if name in OTHER_KINDS:
+        raise PydanticCustomError("kind", f"type {name} {OTHER_KINDS[name]}")
+    if isinstance(name, str) and name not in get_args(PeftKind):
+        guess = difflib.get_close_matches(name, get_args(PeftKind), n=1)
+        hint = f"did you mean {guess[0]}?" if guess else f"known: {', '.join(get_args(PeftKind))}"
+        raise PydanticCustomError("kind", f"type {name} is none of PEFT's that hft carries ({hint})")
+    return name
 
 
 class ReplaySection(Section):
@@ -91,6 +123,17 @@ class LoraSection(LowRankSection):
     them, a number that share. Every round then begins a new adapter, and what is earlier is as with `freeze.grain: directions`,
     `freeze.keep` and `freeze.blocks` included. DoRA has no such form: it scales whole rows, and so what is closed as well."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_dora(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "use_dora" in values:
+            raise PydanticCustomError(
+                "dora",
+                "use_dora is not taken: method.lora goes on with one adapter, and DoRA scales whole rows, closed directions "
+                "among them: for a new one in each round, set method.peft: {type: LORA, use_dora: true}",
+            )
+        return values
+
     @property
     def open_fraction(self) -> float | None:
         """Share of the directions that an adapter reads; None where it reads all of them."""
@@ -140,6 +183,14 @@ class AnchorSection(Section):
     """KL(start || model), KL(model || start), or the first over all tokens but the one that is taught (arXiv 2605.29498)."""
 
 
+class PeftSection(OpenSection):
+    """Any adapter of PEFT's that merges, with the keys of PEFT's own config class beside the type."""
+
+    type: Annotated[PeftKind, BeforeValidator(_name_kind)]
+    """PEFT's name of the type, as `LORA`, `ADALORA`, `OFT`, `BOFT`, `OSF`, `SHIRA`, `VERA`, `LN_TUNING` or `TRAINABLE_TOKENS`.
+    `target_modules` names the layers, of those that the freeze plan trains; without it all of them take adapters."""
+
+
 class MethodSection(Section):
     """How old knowledge is defended besides freezing. A method is on where its section stands, be it empty: `lora: {}`."""
 
@@ -176,6 +227,16 @@ class MethodSection(Section):
     token_weights: TokenWeightsSection | None = None
     """Tokens that contradict what the model knows count less: DFT, TALR or EAFT."""
 
+    peft: PeftSection | None = None
+    """Any adapter of PEFT's that merges: `{type: LORA, use_dora: true}`."""
+
+    @property
+    def adapter(self) -> str | None:
+        """What trains in place of the weights, where something does: the method, or PEFT's type."""
+        if self.peft is not None:
+            return self.peft.type.lower()
+        return next((name for name in self.names if name in ADAPTERS), None)
+
     @property
     def open_fraction(self) -> float | None:
         """Share of their inputs' directions that adapters read; None where they read all, and where there are none."""
@@ -195,7 +256,7 @@ class MethodSection(Section):
 
 
 # Methods that train something else in place of the weights.
-ADAPTERS = ("lora", "olora", "ia3")
+ADAPTERS = ("lora", "olora", "ia3", "peft")
 # Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
 SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
 # Methods that go with matrices of which a part trains: they change no weight by themselves.

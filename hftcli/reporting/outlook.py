@@ -23,10 +23,10 @@ def describe_outlook(outlook: Outlook, spec: RoundSpec) -> Iterator[str]:
         f"steps   {outlook.num_steps:,} of {spec.train.global_batch_size} {unit} out of {outlook.num_sequences:,}; "
         f"{_describe_rates(outlook, spec.train)}"
     )
-    yield (
-        f"trains  {outlook.num_trainable / outlook.num_parameters:.1%} of {outlook.num_parameters:,} weights, plan "
-        f"{outlook.fingerprint[:12]}; about {format_bytes(outlook.memory_bytes)} on each device"
-    )
+    trained = f"{outlook.num_trainable / outlook.num_parameters:.1%} of {outlook.num_parameters:,} weights"
+    if outlook.num_adapter_weights:
+        trained = f"{outlook.num_adapter_weights:,} weights of adapters, none of the model's {outlook.num_parameters:,}"
+    yield (f"trains  {trained}, plan {outlook.fingerprint[:12]}; about {format_bytes(outlook.memory_bytes)} on each device")
 
     if outlook.masters != "none":
         yield f"start   {STATES[outlook.masters]}"

@@ -38,18 +38,13 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         return
     plan, work = budget.plan, budget.work
     say(
-        f"{plan.num_parameters:,} parameters; {plan.num_trainable:,} train ({plan.trainable_fraction:.1%}); "
+        f"{plan.num_parameters:,} parameters; {_describe_share(budget)} "
         f"{plan.num_trainable_units} of {plan.num_units} units in layers; round {plan.round_index}, "
         f"plan {plan.short_fingerprint}"
     )
     if not plan.is_ranked:
         say(f"freeze.rank: {plan.rule.rank}: a round scores its start first; until then, a draw stands in for these units.")
-    if budget.adapters is not None:
-        say(
-            f"LoRA of rank {budget.adapters.rank} in their place{', reading quiet directions alone' * bool(plan.directions)}: "
-            f"{budget.num_adapter_weights:,} weights train"
-        )
-    print_whole(_make_role_table(plan))
+    print_whole(_make_role_table(plan, "adapted" if budget.adapters is not None else "train"))
     if (warning := describe_imbalance(budget)) is not None:
         say(warning)
     say(
@@ -69,6 +64,17 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         say(verdict.words)
     if checked is not None:
         print_whole(_make_measurement_table(*checked))
+
+
+def _describe_share(budget: Budget) -> str:
+    """What trains: of the model's own weights, or of an adapter's in their place."""
+    plan, adapters, number = budget.plan, budget.adapters, budget.num_adapter_weights
+    if adapters is None:
+        return f"{plan.num_trainable:,} train ({plan.trainable_fraction:.1%});"
+    rank = f" of rank {adapters.rank}" if adapters.shapes is None else ""
+    reading = ", reading in quiet directions alone" if plan.parts else ""
+    share = f"{number / plan.num_parameters:.2%}"
+    return f"none train, but {number:,} of {adapters.name}{rank}{reading} ({share}, {format_bytes(4 * number)} in float32) on"
 
 
 def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) -> dict[str, Any]:
@@ -99,6 +105,7 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
             "full": _flops_parts(budget.full_step) or None,
         },
         "num_adapter_weights": budget.num_adapter_weights,
+        "adapter_bytes": 4 * budget.num_adapter_weights,
         "cards": [asdict(verdict) for verdict in judge_cards(budget)],
         "measured": checked and asdict(checked[1]),
     }
@@ -123,8 +130,8 @@ def describe_imbalance(budget: Budget) -> str | None:
     return f"{said}; freeze.balance: weights would train {offered:.1%}" if is_closer else said
 
 
-def _make_role_table(plan: FreezePlan) -> Table:
-    roles = Table("role", "units", "train", "parameters", "train", "share")
+def _make_role_table(plan: FreezePlan, word: str) -> Table:
+    roles = Table("role", "units", word, "parameters", word, "share")
     for name, count in plan.roles.items():
         roles.add_row(
             name, f"{count.num_units}", f"{count.num_trainable_units}", f"{count.num_parameters:,}",

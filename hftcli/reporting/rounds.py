@@ -11,7 +11,6 @@ from hftcli import PACKAGE
 from hftcli.comparing.answers import read_answers
 from hftcli.comparing.forgetting import ForgettingMatrix
 from hftcli.comparing.items import read_item_changes
-from hftcli.recipe.methods import ADAPTERS
 from hftcli.recipe.sections import QUICK_START
 from hftcli.reporting.answers import describe_traits, print_behaviour
 from hftcli.reporting.card import takes_turns
@@ -98,11 +97,16 @@ def _print_end(run: Run) -> None:
 
 def _describe_round(round_: Round, result: RoundResult) -> str:
     plan = round_.read_plan()
-    through = "".join(f" through {name}" for name in round_.read_spec().method.names if name in ADAPTERS)
     speed = result.num_tokens / result.seconds["training"] if result.seconds["training"] else 0.0
     seconds = f"{result.seconds['training']:.1f} s ({speed:,.0f} tokens/s)"
+    share = f"{plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained"
+    if (adapter := result.adapter) is not None:
+        share = (
+            f"{adapter.num_weights:,} weights of {adapter.name} trained ({format_bytes(adapter.num_bytes)}, "
+            f"{adapter.num_weights / plan.num_parameters:.2%} of the model's {plan.num_parameters:,})"
+        )
     lines = [
-        f"{round_.name}: {plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained{through} "
+        f"{round_.name}: {share} "
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
         f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
         f"peak memory {format_bytes(result.peak_memory_bytes)}",

@@ -145,6 +145,8 @@ class Outlook(FileSection):
     """Weights of the model."""
     fingerprint: str
     """The freeze plan's."""
+    num_adapter_weights: int = 0
+    """Weights of adapters, which then train in their place; 0 where there are none."""
     memory_bytes: int
     """What a device is expected to hold, by the budget of `hft plan`."""
     masters: MastersState = "none"
@@ -189,6 +191,17 @@ class AnswerEnds(Section):
     """Those of them at which the start's generation did not stop."""
     eos_token_ids: tuple[int, ...]
     """`eos_token_id` of the checkpoint's generation_config.json: the trained ones and the start's own."""
+
+
+class AdapterReport(Section):
+    """What trained in place of the weights."""
+
+    name: str
+    """The method, or PEFT's type."""
+    num_weights: int
+    """Weights that trained."""
+    num_bytes: int
+    """Size of the adapter's file."""
 
 
 class RoundResult(FileSection):
@@ -252,6 +265,8 @@ class RoundResult(FileSection):
     """Held-out preference pairs before and after; null where there are none."""
     fit: FitReport | None = None
     """What `train.fit: auto` chose; null where it is off."""
+    adapter: AdapterReport | None = None
+    """The adapter that trained in place of the weights; null where they trained themselves."""
     earlier: EarlierInputs | None = None
     """What was earlier, where the grain is `directions` or `columns`; null elsewhere."""
     hardware: Hardware

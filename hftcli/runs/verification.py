@@ -28,6 +28,8 @@ class Verification(Section):
     """Frozen parameters that the model did not hold any more as the start has them when training ended: must be none."""
     unmoved: tuple[str, ...]
     """Trained parameters whose bytes are the same: must be none."""
+    rankless: tuple[str, ...] = ()
+    """Of those that did not move, the ones whose adapter was left no rank, as AdaLoRA may leave it."""
     below_resolution: tuple[str, ...] = ()
     """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
     damaged: tuple[str, ...] = ()

@@ -18,7 +18,6 @@ from hftcli.data.tokens import get_backend
 from hftcli.measuring.questions import TokenizedTask
 from hftcli.models.deltas import hash_checkpoint
 from hftcli.models.device import is_mixed
-from hftcli.recipe.methods import ADAPTERS
 from hftcli.recipe.section import FileSection
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.scores import Prediction, Score
@@ -52,7 +51,7 @@ class Basis:
             "tokenizer": hashlib.sha256(get_backend(task.tokenizer).to_str().encode()).hexdigest(),
             "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
             "mixed": is_mixed(spec),
-            "adapters": [name for name in spec.method.names if name in ADAPTERS],  # they stand in the untouched model too
+            "adapter": spec.method.adapter,  # it stands in the untouched model too
             "split": spec.launch.split,
             "ranks": num_ranks,
             "temperature": spec.scoring.temperature,

@@ -12,6 +12,7 @@ from hftcli.doctor.disk import check_disk
 from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
+from hftcli.freezing.activations import Adapters
 from hftcli.launching.planning import make_budget
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.models.masters import open_masters
@@ -46,7 +47,9 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     num_warmup_steps = count_warmup_steps(spec.train.warmup_steps, num_steps)
     check_schedule(spec.train, num_steps, num_warmup_steps)
     check_points(spec.scoring, num_steps)
-    budget = make_budget(spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available())
+    budget = make_budget(
+        spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available(), find_counted(task)
+    )
     return Outlook(
         data=rows.report,
         num_sequences=len(rows.train),
@@ -56,9 +59,15 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
         num_trainable=plan.num_trainable,
         num_parameters=plan.num_parameters,
         fingerprint=plan.fingerprint,
+        num_adapter_weights=budget.num_adapter_weights,
         memory_bytes=budget.half.total_bytes,
         masters=find_masters_state(task),
     )
+
+
+def find_counted(task: Assignment) -> Adapters | None:
+    """What trains in place of the weights, where a method has counted it."""
+    return next((method.adapters for method in task.methods if method.adapters is not None), None)
 
 
 def find_masters_state(task: Assignment) -> MastersState:
@@ -156,7 +165,9 @@ def foresee_run(
         if spec.model.path != specs[name].model.path:  # a later round's masters are not there yet
             outlooks[name] = outlooks[name].model_copy(update={"masters": "none"})
     launch = first.launch
-    budget = make_budget(task.spec, task.network, task.plan, launch.num_ranks, is_mixed(task.spec), torch.cuda.is_available())
+    budget = make_budget(
+        task.spec, task.network, task.plan, launch.num_ranks, is_mixed(task.spec), torch.cuda.is_available(), find_counted(task)
+    )
     rank_bytes = None if launch.hostfile else share_memory(launch, [])
     disk = check_disk(recipe, task.start, task.plan, launch.num_ranks, len(specs))
     found = (check_memory(budget, rank_bytes), check_host(budget, launch, rank_bytes), disk)

@@ -69,6 +69,8 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     methods = make_methods(spec)
     for method in methods:
         plan = method.narrow_plan(plan, units, description.num_heads)
+    for method in methods:
+        method.check_start(start, plan)
     network = Network(description.model_type, units, description.num_heads)
     spec, fit = fit_round(spec, network, plan)
     tokenizer = load_tokenizer(start)

@@ -4,6 +4,8 @@ Reads top to bottom. The order matters: data are tokenized before any process gr
 alone, parameters are frozen before any optimizer exists, and result.json is written last.
 """
 
+from contextlib import ExitStack
+
 import torch
 from transformers import TrainerCallback
 
@@ -37,7 +39,7 @@ from hftcli.training.reports import (
     measure_optimizer_bytes,
     measure_peak_memory,
 )
-from hftcli.training.saving import save_round
+from hftcli.training.saving import describe_adapter, save_round
 from hftcli.training.scorer import Scorer
 from hftcli.training.stages import Assignment, Attempt, Loaded, Rows, Saved
 from hftcli.training.steps import Origin, StepKeeper, find_step, read_memory
@@ -133,11 +135,14 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
             return
         if is_mixed(task.spec) and is_sharded(task.spec):
             restore_masters(trainer.model, task.spec.model, task.start, task.plan)
-        scorer.measure_before()
-        if loaded.reference is not None:
-            with clock.measure("referencing"):
-                attempt.reporter.report("referencing")
-                loaded.reference.prepare(trainer)
+        with ExitStack() as bare:
+            for method in task.methods:
+                bare.enter_context(method.laying_aside())
+            scorer.measure_before()
+            if loaded.reference is not None:
+                with clock.measure("referencing"):
+                    attempt.reporter.report("referencing")
+                    loaded.reference.prepare(trainer)
 
     callback = RoundCallback(attempt.reporter, measure_start)
     curve = Curve(scorer)
@@ -218,7 +223,7 @@ def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, traine
         attempt.reporter.report("verifying")
         verification = verify_checkpoint(
             task.start, round_.checkpoint, task.plan, saved.updates, task.spec.model.dtype, saved.moved_in_memory,
-            round_.bases_path, round_.adapter if task.spec.method.open_fraction else None,
+            round_.bases_path, round_.adapter if task.spec.method.adapter else None,
         )  # fmt: skip
     write_model(round_.scores_path, Scores(before=scorer.before, after=after, points=tuple(trained.curve.points)))
     write_model(round_.result_path, make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores))
@@ -259,6 +264,7 @@ def make_result(
         reference=describe_reference(spec, loaded.reference, loaded.second),
         pairs=pair_scores,
         fit=task.fit,
+        adapter=describe_adapter(attempt.round, task),
         earlier=describe_earlier(attempt.round, task.plan),
         hardware=describe_hardware(loaded.args.world_size),
     )

@@ -14,10 +14,21 @@ from hftcli.models.reader import Start
 from hftcli.runs.files import write_model
 from hftcli.runs.history import HISTORY_NAME, extend_history
 from hftcli.runs.masters import MastersReport
-from hftcli.runs.records import Checksums
+from hftcli.runs.records import AdapterReport, Checksums
+from hftcli.runs.run import Round
 from hftcli.runs.seals import list_files, seal_files
 from hftcli.training.offload import Masters
 from hftcli.training.stages import Assignment, Attempt, Rows, Saved
+
+
+def describe_adapter(round_: Round, task: Assignment) -> AdapterReport | None:
+    """The adapter that trained in place of the weights; None where there was none."""
+    name = task.spec.method.adapter
+    if name is None:
+        return None
+    num_bytes = (round_.adapter / "adapter_model.safetensors").stat().st_size
+    num_weights = sum(method.num_adapter_weights for method in task.methods)
+    return AdapterReport(name=name, num_weights=num_weights, num_bytes=num_bytes)
 
 
 def save_round(

@@ -137,7 +137,7 @@ def test_two_ranks_end_where_one_process_does(done: Round, start: Path, tmp_path
     [
         ("method.lora={quiet: 1.5}", "method.lora.quiet: input should be less than 1"),
         ("method.lora={quiet: 0}", "method.lora.quiet: input should be greater than 0"),
-        ("method.lora={quiet: true, use_dora: true}", "use_dora"),
+        ("method.lora={quiet: true, use_dora: true}", "use_dora is not taken"),
         (
             "freeze.blocks=32",
             "freeze.blocks would have no effect beside freeze.grain matrices: drop it",

@@ -1,0 +1,174 @@
+"""Adapters of PEFT's: each type trains, merges into what it said, is proved, and is laid over the start by PEFT alone."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from training.quiet_rounds import go_back, make_pairs_spec, make_spec, make_start, run
+from transformers import AutoModelForCausalLM
+
+from hftcli.errors import InputError, RecipeError
+from hftcli.launching.processes import StopRequest
+from hftcli.launching.watch import launch_round
+from hftcli.methods.peft import build_config
+from hftcli.models.proof import verify_round
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.methods import MethodSection, PeftKind
+from hftcli.recipe.sections import LaunchSection
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Round
+from hftcli.training.round import run_round
+
+WHOLE = {"trainable_fraction": 1.0}
+# What suits a model whose layers have 32, 16 and 48 inputs and outputs; the rest is PEFT's own.
+SUITED = {
+    "ADALORA": {"init_r": 6, "target_r": 3},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 16},
+    "FOURIERFT": {"n_frequency": 50},
+    "GRALORA": {"r": 8, "gralora_k": 2},
+    "LORA": {"r": 4, "use_dora": True, "use_rslora": True},
+    "MISS": {"r": 8},
+    "OFT": {"oft_block_size": 8},
+    "PSOFT": {"r": 8},
+    "OSF": {"effective_rank": 8},
+    "RANDLORA": {"r": 4},
+    "SHIRA": {"r": 2},
+    "TRAINABLE_TOKENS": {"token_indices": [32, 39, 75, 93]},
+    "UNILORA": {"theta_d_length": 64},
+    "VBLORA": {"num_vectors": 16, "vector_length": 16, "topk": 2},
+    "VERA": {"r": 8},
+    "WAVEFT": {"n_frequency": 64},
+}
+QUICK = ("LORA", "OFT", "SHIRA")
+
+
+def make_method(kind: str, **values: object) -> MethodSection:
+    return MethodSection.model_validate({"peft": {"type": kind, **SUITED.get(kind, {}), **values}})
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_start(tmp_path_factory.mktemp("peft") / "start")
+    weights = load_file(folder / "model.safetensors")
+    biases = {name: torch.randn_like(values) / 10 for name, values in weights.items() if name.endswith("bias")}
+    save_file(weights | biases, folder / "model.safetensors", {"format": "pt"})  # transformers begins them at 0
+    return folder
+
+
+def list_kinds() -> list[object]:
+    return [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in get_args(PeftKind)]
+
+
+@pytest.mark.parametrize("kind", list_kinds())
+def test_what_is_merged_is_what_the_adapter_says(start: Path, tmp_path: Path, kind: str):
+    round_ = run(tmp_path / "00", make_spec(start, WHOLE, method=make_method(kind)))
+    result, plan = round_.read_result(), round_.read_plan()
+    assert result.verification.passed
+    assert verify_round(round_).passed
+    assert {name.split(".")[-2] for name in plan.trained} <= {
+        "LN_TUNING": {"input_layernorm", "post_attention_layernorm", "norm"},
+        "TRAINABLE_TOKENS": {"embed_tokens"},
+    }.get(kind, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+    assert result.adapter.name == kind.lower()
+    assert result.adapter.num_bytes == (round_.adapter / "adapter_model.safetensors").stat().st_size
+    assert json.loads(round_.outlook_path.read_text())["num_adapter_weights"] == result.adapter.num_weights > 0
+    ids = torch.tensor([[1, 32, 39, 75, 93]])
+    with torch.no_grad(), warnings.catch_warnings():
+        for category in (UserWarning, RuntimeWarning):  # PEFT's, of kernels, of norms as layers, of ranks that moved
+            warnings.simplefilter("ignore", category)
+        untouched = AutoModelForCausalLM.from_pretrained(start)(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(round_.checkpoint)(ids).logits
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), round_.adapter).eval()(ids).logits
+    torch.testing.assert_close(loaded, merged, rtol=1e-4, atol=1e-4)
+    assert (merged - untouched).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ADALORA", "SHIRA", "VERA"])
+def test_a_round_that_was_killed_ends_in_the_same_bits(start: Path, tmp_path: Path, kind: str):
+    spec = make_spec(start, WHOLE, method=make_method(kind))
+    spec = spec.model_copy(update={"checkpoint": spec.checkpoint.model_copy(update={"save_steps": 2, "keep": 3})})
+    done = run(tmp_path / "00", spec)
+    round_ = go_back(done, 2, tmp_path / "01")
+    shutil.rmtree(round_.adapter)
+    run_round(round_, StopRequest(round_))
+    assert round_.read_result().resumed_from == 2
+    for path in ("checkpoint/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (round_.folder / path).read_bytes() == (done.folder / path).read_bytes(), path
+
+
+@pytest.mark.slow
+def test_what_is_untouched_is_the_bare_model(start: Path, tmp_path: Path):
+    """FOURIERFT begins at random: the scores before, and the reference of preferences, are of the model without it."""
+    losses = []
+    for kind in ("FOURIERFT", "LORA"):  # LoRA begins where the model is
+        spec = make_pairs_spec(start, WHOLE, "precompute")
+        round_ = run(tmp_path / kind, spec.model_copy(update={"method": make_method(kind)}))
+        losses.append(round_.read_metrics()[0]["loss"])
+    assert losses[1] == pytest.approx(0.693, abs=1e-3)
+    assert abs(losses[0] - 0.693) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["LORA", "OFT", "SHIRA", "VERA", "LN_TUNING", "LOHA"])
+def test_two_ranks_end_where_one_process_does(start: Path, tmp_path: Path, kind: str):
+    rounds = []
+    for num_processes in (1, 2):
+        launch = LaunchSection(num_processes=num_processes, zero_stage=2)
+        train = {"per_device_train_batch_size": 8 // num_processes}
+        round_ = Round(tmp_path / f"{num_processes}")
+        round_.folder.mkdir()
+        write_model(round_.spec_path, make_spec(start, WHOLE, method=make_method(kind), launch=launch, train=train))
+        launch_round(round_, launch, lambda progress: None)
+        rounds.append(load_file(round_.checkpoint / "model.safetensors"))
+        assert round_.read_result().verification.passed
+    for name, values in rounds[0].items():
+        assert torch.allclose(values, rounds[1][name], rtol=0, atol=1e-5), name
+
+
+def test_a_next_round_begins_new_adapters(start: Path, tmp_path: Path):
+    first = run(tmp_path / "00", make_spec(start, {}, method=make_method("SHIRA")))
+    second = run(tmp_path / "01", make_spec(first.checkpoint, {}, 1, (first.folder,), method=make_method("SHIRA")))
+    assert second.read_result().verification.passed
+    assert second.read_plan().trained != first.read_plan().trained
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"type": "LORA", "rank": 4}, "PEFT's LoraConfig has no such key"),
+        ({"type": "LORA", "lora_alhpa": 4}, "did you mean 'lora_alpha'"),
+        ({"type": "LORA", "r": "four"}, "method.peft.r: input should be a valid integer"),
+        ({"type": "LORA", "bias": "all"}, "trains biases besides"),
+        ({"type": "LORA", "init_lora_weights": "pissa"}, "changes the weights below"),
+        ({"type": "LORA", "modules_to_save": ["lm_head"]}, "an adapter is all that trains"),
+        ({"type": "ADALORA", "total_step": 10}, "the number of the round's steps"),
+    ],
+)
+def test_keys_that_peft_does_not_take_are_named(given: dict, said: str):
+    section = MethodSection.model_validate({"peft": given}).peft
+    with pytest.raises(InputError, match=said):
+        build_config(section.type, section.extra, ["x"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{type: LORRA}", "did you mean LORA"),
+        ("{type: prompt-tuning}", "PROMPT_TUNING adds tokens or states, which no weights can hold"),
+        ("{type: QLORA}", "QLORA holds the weights in 4 bits"),
+        ("{}", "method.peft.type is missing"),
+        ("{type: LORA}', 'method.ia3={}", "each trains something of its own"),
+    ],
+)
+def test_types_that_are_not_carried_are_refused(given: str, said: str):
+    overrides = [f"method.peft={given}"] if "ia3" not in given else ["method.peft={type: LORA}", "method.ia3={}"]
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(None, overrides)
