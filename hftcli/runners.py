@@ -14,18 +14,18 @@ from pathlib import Path
 
 from hftcli import PACKAGE, __version__
 from hftcli.comparing.forgetting import ForgettingMatrix, assemble_matrix, shorten_task
-from hftcli.errors import InputError, ModelError, VerificationError
+from hftcli.errors import ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.narrowing import narrow_plan
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
+from hftcli.launching.carrying import check_reference, check_round
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
 from hftcli.launching.hosts import collect_environment
-from hftcli.launching.packages import check_packages
-from hftcli.launching.planning import apply_fit, bound_batch, check_offload, check_pull, choose_fit, make_budget
+from hftcli.launching.planning import apply_fit, bound_batch, choose_fit, make_budget
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
 from hftcli.measuring.evaluation import Subject
@@ -39,17 +39,9 @@ from hftcli.runs.history import read_history
 from hftcli.runs.records import Manifest, RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring, split_tasks
-from hftcli.tasks import check_tasks, find_benchmark, find_rows, find_sequence
+from hftcli.tasks import check_tasks, find_sequence
 from hftcli.tasks.check import check_sequence
 
-# Methods that a rank with pieces of the weights cannot carry, and why.
-NEEDS_WHOLE_WEIGHTS = {
-    "ewc": "measures every weight on its own",
-    "l2sp": "compares every weight with its start",
-    "anchor": "lays the start in for a pass of its own",
-    "olora": "compares its adapters with those before",
-    **dict.fromkeys(("ia3", "peft"), "is merged into whole weights"),
-}
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -206,56 +198,6 @@ def make_held_out_section(recipe: Recipe) -> DataSection | None:
         return None
     shared = recipe.data.model_dump(include={"max_length", "bad_rows", "special_tokens_in_text", "ignore_columns"})
     return DataSection(**held_out.model_dump() | shared | {"path": _make_absolute(held_out.path)})
-
-
-def check_reference(spec: RoundSpec) -> None:
-    """Raises: InputError: the launch cannot carry the reference."""
-    if spec.reference == "shared" and spec.method.peft is not None:
-        raise InputError(
-            "reference: shared lays what trains back to where it was, and an adapter of method.peft may begin elsewhere than "
-            "the model does",
-            "set reference: precompute, which asks the model without it",
-        )
-    if spec.reference == "shared" and spec.launch.num_ranks > 1 and spec.launch.zero_stage == 3:
-        raise InputError(
-            "reference: shared lays the trained half as it was into whole parameters, and under launch.zero_stage 3 each "
-            "process holds only pieces of them",
-            "set reference: precompute, which needs no second model at any stage, or launch.zero_stage: 2",
-        )
-
-
-def check_round(spec: RoundSpec) -> None:
-    """Raises: InputError: something of the round cannot be carried here."""
-    check_packages(spec.train, spec.launch)
-    check_offload(spec)
-    check_pull(spec)
-    check_method(spec)
-
-
-def check_method(spec: RoundSpec) -> None:
-    """Raises: InputError: the launch cannot carry one of the methods, or the rows that one needs are not there."""
-    if spec.method.replay and spec.method.replay.extra:
-        find_benchmark(spec.method.replay.extra, "method.replay.extra")
-        find_rows(spec.method.replay.extra, spec.data.root, "train")
-    num_processes, zero_stage = spec.launch.num_ranks, spec.launch.zero_stage
-    for name in spec.method.names:
-        if name in ("gem", "agem") and num_processes > 1:
-            raise InputError(
-                f"method.{name} changes the gradient between the backward pass and the step, and with {num_processes} "
-                "processes ZeRO has taken it apart by then",
-                "set launch.num_processes: 1, or defend what was learned with method.replay or method.ewc",
-            )
-        if name == "peft" and spec.method.adapter == "adalora" and num_processes > 1:
-            raise InputError(
-                "method.peft: ADALORA moves ranks by the gradients of a step, which ZeRO does not leave to it",
-                "set launch.num_processes: 1, or take another type",
-            )
-        if name in NEEDS_WHOLE_WEIGHTS and num_processes > 1 and zero_stage == 3:
-            raise InputError(
-                f"method.{name} {NEEDS_WHOLE_WEIGHTS[name]}, and under launch.zero_stage 3 each process holds only pieces of "
-                "them",
-                "set launch.zero_stage: 2",
-            )
 
 
 def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress], None]) -> RoundResult:

@@ -264,6 +264,7 @@ GRAINLESS_METHODS = ("replay", "self_replay", "anchor", "token_weights")
 # Pairs of methods that contradict each other, and why.
 CLASHING_METHODS = (
     ("gem", "agem", "agem is gem with one constraint in place of one for each task"),
+    ("anchor", "peft", "anchor lays what trains back to where it was, and an adapter may begin elsewhere than the model does"),
     *(
         (first, second, "each trains something of its own in place of the weights")
         for first, second in combinations(ADAPTERS, 2)

@@ -5,10 +5,10 @@ from methods.rounds import make_spec, read_weights, run_rounds
 from pydantic import ValidationError
 
 from hftcli.errors import InputError
+from hftcli.launching.carrying import check_method
 from hftcli.methods import make_methods
 from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.sections import LaunchSection
-from hftcli.runners import check_method
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 from datasets import Dataset
 from methods.rounds import make_rows, make_spec, make_trainer
 
+from hftcli.launching.carrying import check_method
 from hftcli.methods import make_methods
 from hftcli.methods.method import draw_rows
 from hftcli.methods.replay import order_passes
 from hftcli.recipe.sections import LaunchSection, TrainSection
-from hftcli.runners import check_method
 
 
 def list_firsts(rows: Dataset) -> list[int]:

@@ -1,0 +1,66 @@
+"""Whether a launch can carry what a round asks for."""
+
+from hftcli.errors import InputError
+from hftcli.launching.packages import check_packages
+from hftcli.launching.planning import check_offload, check_pull
+from hftcli.runs.spec import RoundSpec
+from hftcli.tasks import find_benchmark, find_rows
+
+# Methods that a rank with pieces of the weights cannot carry, and why.
+NEEDS_WHOLE_WEIGHTS = {
+    "ewc": "measures every weight on its own",
+    "l2sp": "compares every weight with its start",
+    "anchor": "lays the start in for a pass of its own",
+    "olora": "compares its adapters with those before",
+    **dict.fromkeys(("ia3", "peft"), "is merged into whole weights"),
+}
+
+
+def check_reference(spec: RoundSpec) -> None:
+    """Raises: InputError: the launch cannot carry the reference."""
+    if spec.reference == "shared" and spec.method.peft is not None:
+        raise InputError(
+            "reference: shared lays what trains back to where it was, and an adapter of method.peft may begin elsewhere than "
+            "the model does",
+            "set reference: precompute, which asks the model without it",
+        )
+    if spec.reference == "shared" and spec.launch.num_ranks > 1 and spec.launch.zero_stage == 3:
+        raise InputError(
+            "reference: shared lays the trained half as it was into whole parameters, and under launch.zero_stage 3 each "
+            "process holds only pieces of them",
+            "set reference: precompute, which needs no second model at any stage, or launch.zero_stage: 2",
+        )
+
+
+def check_round(spec: RoundSpec) -> None:
+    """Raises: InputError: something of the round cannot be carried here."""
+    check_packages(spec.train, spec.launch)
+    check_offload(spec)
+    check_pull(spec)
+    check_method(spec)
+
+
+def check_method(spec: RoundSpec) -> None:
+    """Raises: InputError: the launch cannot carry one of the methods, or the rows that one needs are not there."""
+    if spec.method.replay and spec.method.replay.extra:
+        find_benchmark(spec.method.replay.extra, "method.replay.extra")
+        find_rows(spec.method.replay.extra, spec.data.root, "train")
+    num_processes, zero_stage = spec.launch.num_ranks, spec.launch.zero_stage
+    for name in spec.method.names:
+        if name in ("gem", "agem") and num_processes > 1:
+            raise InputError(
+                f"method.{name} changes the gradient between the backward pass and the step, and with {num_processes} "
+                "processes ZeRO has taken it apart by then",
+                "set launch.num_processes: 1, or defend what was learned with method.replay or method.ewc",
+            )
+        if name == "peft" and spec.method.adapter == "adalora" and num_processes > 1:
+            raise InputError(
+                "method.peft: ADALORA moves ranks by the gradients of a step, which ZeRO does not leave to it",
+                "set launch.num_processes: 1, or take another type",
+            )
+        if name in NEEDS_WHOLE_WEIGHTS and num_processes > 1 and zero_stage == 3:
+            raise InputError(
+                f"method.{name} {NEEDS_WHOLE_WEIGHTS[name]}, and under launch.zero_stage 3 each process holds only pieces of "
+                "them",
+                "set launch.zero_stage: 2",
+            )
