@@ -118,7 +118,7 @@ def main() -> None:
         times = {}
         for setting in settings:
             model.forward = forwards[setting.budget.work.loss]
-            times[setting] = time_setting(model, setting, arguments.steps)
+            times[setting] = time_setting(model, setting, arguments.steps, arguments.cpu_time)
         turns.append(times)
         print(f"turn {number + 1} of {arguments.repeats} done", file=sys.stderr, flush=True)
     print_table(turns, settings, arguments)
@@ -135,6 +135,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--memory-bytes", type=int, help="the limit of the last rows")
     parser.add_argument("--grains", action="store_true", help="compare the grains in place of the other rules")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the CPU's seconds: on one thread of a machine that others use as well"
+    )
     parser.add_argument("--float32", action="store_true", help="also where the device has bfloat16")
     return parser.parse_args()
 
@@ -192,7 +195,7 @@ def name_checkpointing(work: Workload) -> str:
     return f"{checkpointing}, {work.loss} loss"
 
 
-def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Seconds:
+def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int, is_cpu_time: bool) -> Seconds:
     """Freeze the model anew and take some steps with a fresh optimizer."""
     work = setting.budget.work
     device = next(model.parameters()).device
@@ -219,17 +222,17 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Se
     inputs = make_inputs(model.config.vocab_size, work, device)
     parts = []
     for _ in range(num_steps + 1):
-        times = [read_clock(device)]
+        times = [read_clock(device, is_cpu_time)]
         with torch.autocast(device.type, torch.bfloat16, enabled=work.arithmetic == "autocast"):
             loss = compute_loss(model, inputs)
-        times.append(read_clock(device))
+        times.append(read_clock(device, is_cpu_time))
         loss.backward()
-        times.append(read_clock(device))
+        times.append(read_clock(device, is_cpu_time))
         optimizer.step()
         optimizer.zero_grad()
         for layer in layers.values():
             layer.refresh()
-        times.append(read_clock(device))
+        times.append(read_clock(device, is_cpu_time))
         parts.append([later - earlier for earlier, later in pairwise(times)])
     if tuner is not None:
         tuner.unload()
@@ -238,7 +241,9 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int) -> Se
     return Seconds(*(statistics.mean(values) for values in zip(*parts[1:], strict=True)))
 
 
-def read_clock(device: torch.device) -> float:
+def read_clock(device: torch.device, is_cpu_time: bool) -> float:
+    if is_cpu_time:
+        return time.process_time()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -250,7 +255,7 @@ def print_table(turns: list[dict[Setting, Seconds]], settings: list[Setting], ar
     arithmetic = settings[0].budget.work.arithmetic
     print(
         f"{arguments.shape or Path(arguments.model).name}, {arguments.micro_batch} x {arguments.tokens} tokens, {threads}, "
-        f"{arithmetic}; "
+        f"{arithmetic}{', CPU seconds' if arguments.cpu_time else ''}; "
         f"medians of {len(turns)} interleaved turns of {arguments.steps} steps; ratios: median (range) within a turn, over "
         "full fine-tuning with the same checkpointing or in the same memory; TFLOP/s without what is computed again\n"
     )
