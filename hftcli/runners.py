@@ -18,9 +18,9 @@ from hftcli.errors import ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.narrowing import narrow_plan
+from hftcli.freezing.redrawing import choose_plan
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.rule import FreezeRule
-from hftcli.freezing.selection import make_plan
 from hftcli.launching.carrying import check_reference, check_round
 from hftcli.launching.cluster import describe_nodes, make_nodes
 from hftcli.launching.command import count_ranks, find_free_port, resolve_launch, worker_command, worker_environment
@@ -280,7 +280,7 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     memory is to decide, that which is given.
     """
     units = assign_roles(model_type, parameters, recipe.freeze.roles)
-    plan = make_plan(units, recipe.freeze, start.num_rounds, num_heads)
+    plan = choose_plan(units, recipe.freeze, start.num_rounds, num_heads)
     if (lora := recipe.method.lora or recipe.method.olora) is not None:
         plan = narrow_plan(plan, units, lora.target_modules, recipe.method.open_fraction, num_heads)
     num_processes = count_ranks(recipe.launch)

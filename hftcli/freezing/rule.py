@@ -48,6 +48,30 @@ class PullRule(BaseModel):
     (arXiv 2411.01713), whose strength is not that of this key, but a share of what the step adds to the distance."""
 
 
+class RedrawRule(BaseModel):
+    """How what trains changes within a round."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    every: Annotated[int, Field(ge=1)] | Literal["auto"]
+    """Steps from one draw to the next. `auto`, for draws in turns, is BAdam's: as many as lead through all blocks in a pass
+    over the rows, but at least 50 and at most 100."""
+
+    order: Literal["random", "ascending", "descending", "cyclic"] = "random"
+    """`random` draws anew each time, as a round does. The others take turns, with `group: layer`: the layers are blocks of
+    `trainable_fraction` of them, of which each trains once in a cycle, from the input up (`ascending`), from the output down
+    (`descending`), or in another random order in every cycle (`cyclic`). Embeddings and head, where they train, are then blocks
+    of their own."""
+
+    states: Literal["drop", "keep"] = "drop"
+    """What becomes of the optimizer's state of what stops training: it is dropped, and begins from nothing at the next turn, as
+    in BAdam; or kept in host memory until then, as in HiFT."""
+
+    schedule: Literal["step", "cycle"] = "step"
+    """Whether the learning rate goes on in every step or, for draws in turns, once a cycle, so that all blocks get the same, as
+    in HiFT."""
+
+
 class FreezeRule(BaseModel):
     """How a round chooses what trains."""
 
@@ -120,6 +144,10 @@ class FreezeRule(BaseModel):
     the layers `embedding`, `head`, `final_norm`, or `bridge` (from embeddings to layers, or from these to the head; always
     trains)."""
 
+    redraw: Annotated[RedrawRule | None, Field(exclude_if=lambda value: value is None)] = None
+    """Draw what trains anew within the round: HFT's half, LISA's layers (arXiv 2403.17919), or blocks in turns, as in BAdam
+    (arXiv 2404.02827) and HiFT (arXiv 2401.15207). A device holds gradients and states of one draw. For one process."""
+
     pull: Annotated[PullRule | None, Field(exclude_if=lambda value: value is None)] = None
     """Decay to the start, in every step of the optimizer (L2-SP as AdamW does it). Keeps a float32 copy of what trains, which
     `hft plan` does not count; step checkpoints hold it as well."""
@@ -190,6 +218,28 @@ class FreezeRule(BaseModel):
                     raise PydanticCustomError(
                         "pattern", f"roles.{role}: {pattern!r} has no * for the index of the layer, and {role} is in the layers"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_redraw(self) -> "FreezeRule":
+        redraw = self.redraw
+        if redraw is None:
+            return self
+        if self.grain != "matrices" or self.rank != "random":
+            raise PydanticCustomError(
+                "redraw", "redraw draws whole matrices by chance or in turns: drop it, or set grain: matrices and rank: random"
+            )
+        if self.pull is not None or self.interpolate < 1:
+            raise PydanticCustomError("redraw", "pull and interpolate go with one draw for a round: drop them, or redraw")
+        if redraw.order == "random" and (redraw.every == "auto" or redraw.schedule == "cycle"):
+            raise PydanticCustomError(
+                "redraw",
+                "redraw.every auto and redraw.schedule cycle count blocks in turns: set order, or give a number and step",
+            )
+        if redraw.order != "random" and (self.group != "layer" or self.frozen_prefix):
+            raise PydanticCustomError(
+                "redraw", f"redraw.order {redraw.order} goes through the layers: set group: layer, and no frozen_prefix"
+            )
         return self
 
     @model_validator(mode="after")

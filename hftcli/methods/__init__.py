@@ -16,6 +16,7 @@ from hftcli.methods.olora import Olora
 from hftcli.methods.peft import Peft
 from hftcli.methods.pull import Pull
 from hftcli.methods.quiet import Quiet
+from hftcli.methods.redraw import Redraw
 from hftcli.methods.replay import Replay
 from hftcli.methods.self_replay import SelfReplay
 from hftcli.methods.token_weights import TokenWeights
@@ -30,6 +31,7 @@ def make_methods(spec: RoundSpec) -> list[Method]:
     return [
         *([Quiet(spec)] if rule.divides else []),  # before what copies parameters
         *methods,
+        *([Redraw(spec, rule.redraw)] if rule.redraw is not None else []),
         *([Pull(spec, rule.pull)] if rule.pull is not None else []),
         *([Interpolation(spec, rule.interpolate)] if rule.interpolate < 1 else []),
     ]

@@ -4,6 +4,7 @@ narrow_plan       what trains, before anything is loaded                       l
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
 check_start       what the start cannot carry, before anything is loaded        ia3, peft
 take_bases        the directions that are open, where the plan has some        lora, quiet
+expect            what a step checkpoint keeps, before there is an optimizer   redraw
 prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, peft, quiet, anchor
 laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
@@ -14,13 +15,15 @@ count_own_rows    rows that the start writes, to be trained on                 s
 weigh_tokens      what a token counts in the loss                              token_weights
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
-recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull
-end_step          after a step of the optimizer                                quiet, peft
-finish            after the last step, before the checkpoint is written        ewc, lora, olora, ia3, peft, quiet
-list_merged       after `finish`: what was merged, where the model rounds it   lora, olora, ia3, peft, quiet
+list_waiting      what of the trained half has no gradient at the moment       redraw
+recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull, redraw
+end_step          after a step of the optimizer                                quiet, peft, redraw
+finish            after the last step, before the checkpoint is written        ewc, adapters, quiet, redraw, interpolation
+list_merged       after `finish`: what was merged, where the model rounds it   adapters, quiet, redraw, interpolation
 """
 
 import random
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,7 @@ class Method:
     reads_distributions = False
     adapters: Adapters | None = None
     num_adapter_weights = 0
+    cycle_steps = 1  # from one change of the learning rate to the next
 
     def __init__(self, spec: RoundSpec, section: Section):
         self.spec = spec
@@ -105,6 +109,9 @@ class Method:
     def take_bases(self, bases: dict[str, torch.Tensor]) -> None:
         """Take the directions that are open in this round, by what the matrices read; none where the plan has none."""
 
+    def expect(self, recalled: Any) -> None:
+        """Know, before the model is prepared, what `restore` is going to get."""
+
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Change the loaded model; the other arguments are those of `load_model`."""
 
@@ -153,6 +160,14 @@ class Method:
 
     def change_gradient(self, trainer: Trainer) -> None:
         """Change the gradients of a step, which are accumulated and clipped."""
+
+    def list_waiting(self) -> Mapping[str, tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Of what trains in the round, what does not at the moment: the parameter, and the tensor with its exact values."""
+        return {}
+
+    def count_optimizer_bytes(self) -> int:
+        """The most that the optimizer has held in the round, where it does not hold as much to the end."""
+        return 0
 
     def recall(self) -> Any:
         """What a step checkpoint has to keep of what changes in training: numbers, strings and tensors, in tuples and dicts."""

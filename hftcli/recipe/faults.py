@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from hftcli.recipe.methods import ADAPTERS, GRAINLESS_METHODS, SEQUENCE_METHODS
+from hftcli.recipe.methods import ADAPTERS, GRAINLESS_METHODS, ROW_METHODS, SEQUENCE_METHODS
 from hftcli.recipe.recipe import Objective, Recipe
 from hftcli.recipe.section import list_kinds, open_section
 from hftcli.recipe.sections import DpoSection, TrainSection
@@ -237,6 +237,7 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
             )
     yield from _check_holds(recipe, source)
     yield from _check_anchor(recipe, objective, source)
+    yield from _check_redraw(recipe, source)
     yield from _check_self_replay(recipe, objective, source)
     if recipe.method.token_weights is not None:
         yield from _check_token_weights(recipe, objective, source)
@@ -282,6 +283,29 @@ def _check_anchor(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
         yield f"{place}: method.anchor reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
     if train.extra.get("label_smoothing_factor"):
         yield f"{place}: method.anchor would have no effect beside train.label_smoothing_factor: drop one of the two"
+
+
+def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """What counts on one trained half for the whole round."""
+    redraw, place = recipe.freeze.redraw, source.place(("freeze", "redraw"))
+    if redraw is None:
+        return
+    others = {
+        f"method.{name}": True for name in recipe.method.names if name not in ROW_METHODS
+    } | {
+        "launch.offload": recipe.launch.offload != "none",
+        "reference: shared": recipe.reference == "shared",
+        "eval.every_steps and eval.num_points": recipe.eval.measures_within,
+        "stop.max_forgetting and stop.min_learning": (recipe.stop.max_forgetting, recipe.stop.min_learning) != (None, None),
+        "checkpoint.best": recipe.checkpoint.best is not None,
+    }  # fmt: skip
+    for key in (key for key, is_on in others.items() if is_on):
+        yield f"{place}: freeze.redraw does not go with {key}, which takes what trains to be the same in every step: drop one"
+    if redraw.schedule == "cycle" and recipe.train.warmup_steps:
+        yield (
+            f"{source.place(('train', 'warmup_steps'))}: train.warmup_steps is {recipe.train.warmup_steps:g}, and with "
+            "freeze.redraw.schedule cycle the whole first cycle would have a learning rate of 0: set train.warmup_steps: 0"
+        )
 
 
 def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

@@ -259,6 +259,8 @@ class MethodSection(Section):
 ADAPTERS = ("lora", "olora", "ia3", "peft")
 # Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
 SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
+# Methods that change rows and what they count, and leave the weights alone.
+ROW_METHODS = ("replay", "self_replay", "token_weights")
 # Methods that go with matrices of which a part trains: they change no weight by themselves.
 GRAINLESS_METHODS = ("replay", "self_replay", "anchor", "token_weights")
 # Pairs of methods that contradict each other, and why.

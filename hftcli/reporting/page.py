@@ -42,6 +42,7 @@ from hftcli.tasks.general import SUFFIX
 
 TEMPLATE = "page.html.jinja"
 LAYER_ROLES = ("attention", "mixer", "mlp", "router", "experts", "norm", "small")  # from left to right
+NUM_DRAWS = 48  # of a round that are shown
 CELL, GAP, MARGIN = 14, 8, 34  # of the plan's picture, in pixels
 
 
@@ -91,6 +92,7 @@ def make_page(run: Run) -> str:
         pictures=[_draw_plan(round_, plan) for (round_, _), plan in zip(rounds, plans, strict=True)],
         energies=list_energies((round_.name, result) for round_, result in rounds),
         roundings=list_roundings((round_.name, result) for round_, result in rounds),
+        redraws=[_describe_redraws(round_, result) for round_, result in rounds if result.redraws],
         speeds=[_describe_speed(round_, result) for round_, result in rounds],
         manifest=[(name, hide_folders(value)) for name, value in _list_manifest(manifest.model_dump(mode="json"), rounds)],
         recipe=hide_folders(run.recipe_path.read_text(encoding="utf-8")),
@@ -311,6 +313,15 @@ def _find_place(family: Roles, unit: Unit) -> tuple[int, int]:
 def _shorten_unit(unit: Unit) -> str:
     """`q_proj` of `model.layers.0.self_attn.q_proj`."""
     return unit.name.rpartition(f".{unit.layer}.")[2].rpartition(".")[2]
+
+
+def _describe_redraws(round_: Round, result: RoundResult) -> tuple[str, list[tuple[str, str, str]], int]:
+    """The round, its first draws, and how many more there are."""
+    rows = [
+        (f"{draw.first_step} to {draw.last_step}", draw.trained, f"{draw.num_trainable:,}")
+        for draw in result.redraws[:NUM_DRAWS]
+    ]
+    return round_.name, rows, len(result.redraws) - len(rows)
 
 
 def _describe_speed(round_: Round, result: RoundResult) -> tuple[str, ...]:

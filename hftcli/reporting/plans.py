@@ -42,6 +42,9 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         f"{plan.num_trainable_units} of {plan.num_units} units in layers; round {plan.round_index}, "
         f"plan {plan.short_fingerprint}"
     )
+    if (redraw := plan.rule.redraw) is not None:
+        every = "50 to 100 steps, by the rows" if redraw.every == "auto" else f"{redraw.every} steps"
+        say(f"freeze.redraw: another draw every {every}, order {redraw.order}; what follows is the largest of them.")
     if not plan.is_ranked:
         say(f"freeze.rank: {plan.rule.rank}: a round scores its start first; until then, a draw stands in for these units.")
     print_whole(_make_role_table(plan, "adapted" if budget.adapters is not None else "train"))
@@ -114,6 +117,8 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
 def describe_imbalance(budget: Budget) -> str | None:
     """What to say where much more or less of the layers' weights trains than was asked for; None where it is as asked."""
     plan, rule = budget.plan, budget.plan.rule
+    if rule.redraw is not None and rule.redraw.order != "random":
+        return None  # blocks in turns have no share to keep
     share = measure_layer_share(plan.roles)
     asked = rule.layer_fraction
     if budget.adapters is not None or abs(share - asked) <= MOST_IMBALANCE:

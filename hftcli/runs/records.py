@@ -204,6 +204,19 @@ class AdapterReport(Section):
     """Size of the adapter's file."""
 
 
+class DrawReport(Section):
+    """What trained for some steps of a round that redraws it."""
+
+    first_step: int
+    """The first of them, from 1."""
+    last_step: int
+    """The last of them."""
+    trained: str
+    """Its layers, where these train whole, or how many units; and what stands outside of the layers."""
+    num_trainable: int
+    """Weights that train."""
+
+
 class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
@@ -269,6 +282,8 @@ class RoundResult(FileSection):
     """The adapter that trained in place of the weights; null where they trained themselves."""
     earlier: EarlierInputs | None = None
     """What was earlier, where the grain is `directions` or `columns`; null elsewhere."""
+    redraws: tuple[DrawReport, ...] = ()
+    """What trained when, with `freeze.redraw`; empty elsewhere."""
     hardware: Hardware
     """What the worker ran on."""
 

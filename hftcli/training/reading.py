@@ -22,9 +22,10 @@ from hftcli.data.tokens import Progress
 from hftcli.errors import DataError, InputError, ModelError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.directions import KeepRule
+from hftcli.freezing.redrawing import choose_plan
 from hftcli.freezing.roles import Unit, assign_roles
 from hftcli.freezing.rule import ImportanceRule
-from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
 from hftcli.measuring.questions import add_ends, hold_out, report_faults, tokenize_task
@@ -65,7 +66,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     check_grain(spec, start)
     units = assign_roles(description.model_type, description.parameters, spec.freeze.roles)
     check_packing(spec, units)
-    plan = make_plan(units, spec.freeze, spec.index, description.num_heads)
+    plan = choose_plan(units, spec.freeze, spec.index, description.num_heads)
     methods = make_methods(spec)
     for method in methods:
         plan = method.narrow_plan(plan, units, description.num_heads)

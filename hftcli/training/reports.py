@@ -91,10 +91,9 @@ class RoundCallback(TrainerCallback):
         model: torch.nn.Module,
         **kwargs: Any,
     ) -> None:
-        """Count the gradients' bytes once, when all of them are there."""
-        if not self.gradient_bytes:
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            self.gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+        """Count the gradients' bytes, when all of them are there: the most of all steps, of which each may train others."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        self.gradient_bytes = max(self.gradient_bytes, sum(gradient.nbytes for gradient in gradients))
 
     def on_step_end(
         self, args: transformers.TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

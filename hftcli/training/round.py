@@ -23,6 +23,7 @@ from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
 from hftcli.runs.verification import Verification
 from hftcli.training.curve import Curve
+from hftcli.training.draws import report_draws, settle_draws
 from hftcli.training.earlier import describe_earlier, grow_moments, settle_parts
 from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
@@ -76,7 +77,7 @@ def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
     if attempt.reporter.is_first:
         write_model(attempt.round.outlook_path, outlook)
     with attempt.clock.measure("choosing"):
-        return settle_parts(attempt, settle_ranking(attempt, task, rows), rows), rows
+        return settle_parts(attempt, settle_draws(settle_ranking(attempt, task, rows), rows), rows), rows
 
 
 def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
@@ -92,6 +93,8 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
         step = find_step(attempt.round, origin, args)
         mixed, sharded = is_mixed(spec), is_sharded(spec)
         model = load_model(spec.model, start, plan, mixed, sharded)
+        for method, recalled in zip(task.methods, read_memory(step, args)["methods"] if step else (), strict=False):
+            method.expect(recalled)
         for method in task.methods:
             method.prepare_model(model, plan, start, mixed, sharded)
         second = None
@@ -254,7 +257,9 @@ def make_result(
         ),
         peak_memory_bytes=measure_peak_memory(),
         gradient_bytes=trained.callback.gradient_bytes,
-        optimizer_bytes=measure_optimizer_bytes(trainer.optimizer),
+        optimizer_bytes=max(
+            [measure_optimizer_bytes(trainer.optimizer), *(method.count_optimizer_bytes() for method in task.methods)]
+        ),
         host_bytes=trainer.host_optimizer.host_bytes if trainer.host_optimizer else 0,
         updates=saved.updates,
         masters=saved.masters,
@@ -266,5 +271,6 @@ def make_result(
         fit=task.fit,
         adapter=describe_adapter(attempt.round, task),
         earlier=describe_earlier(attempt.round, task.plan),
+        redraws=report_draws(task, trainer.state.global_step),
         hardware=describe_hardware(loaded.args.world_size),
     )

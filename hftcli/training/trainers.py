@@ -1,7 +1,10 @@
 """TRL's trainers as hft drives them: their arguments from a round's spec, rows that come tokenized, methods, references."""
 
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +178,27 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
         """The schedule, with a warm-up that leaves a step to train in."""
         if num_training_steps == 1 and self.args.warmup_steps < 1:
             self.args.warmup_steps = 0  # a share, which transformers would round up to the only step
-        return super().create_scheduler(num_training_steps, *args, **kwargs)
+        cycle = max((method.cycle_steps for method in self.methods), default=1)
+        scheduler = super().create_scheduler(math.ceil(num_training_steps / cycle), *args, **kwargs)
+        if cycle > 1:
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)  # as all of transformers' that hft takes
+            scheduler.lr_lambdas = [partial(_take_cycles, inner, cycle) for inner in scheduler.lr_lambdas]
+        return scheduler
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of all that ever trains in the round."""
+        waiting = [parameter for method in self.methods for parameter, _ in method.list_waiting().values()]
+        for parameter in waiting:
+            parameter.requires_grad_(True)
+        optimizer = super().create_optimizer(model)
+        for parameter in waiting:
+            parameter.requires_grad_(False)
+        return optimizer
+
+    def list_trained(self) -> dict[str, torch.Tensor]:
+        """What trains in the round, by name, with its exact values."""
+        waiting = {name: values for method in self.methods for name, (_, values) in method.list_waiting().items()}
+        return super().list_trained() | waiting
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -304,6 +327,11 @@ class PairTrainer(MethodTrainer, PreparedPairs):
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference.score(self, inputs, rows_B)
         checkpoint_layers(self.model, self.args)
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def _take_cycles(schedule: Callable[[int], float], cycle: int, step: int) -> float:
+    """The learning rate's factor in a step, where it changes once a cycle of so many steps."""
+    return schedule(step // cycle)
 
 
 def checkpoint_layers(model: PreTrainedModel, args: transformers.TrainingArguments) -> None:

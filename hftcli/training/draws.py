@@ -1,0 +1,41 @@
+"""The draws of a round that redraws what trains, once its steps are known."""
+
+from dataclasses import replace
+
+from hftcli.freezing.redrawing import count_draws, describe_draw, list_blocks, list_draws, plan_draws, settle_every
+from hftcli.methods.redraw import Redraw
+from hftcli.runs.records import DrawReport
+from hftcli.training.outlook import count_steps
+from hftcli.training.stages import Assignment, Rows
+
+
+def settle_draws(task: Assignment, rows: Rows) -> Assignment:
+    """The assignment with the plan of all that trains in one of the round's draws; what trains in none stays frozen."""
+    rule, units, spec = task.spec.freeze, task.network.units, task.spec
+    for method in task.methods:
+        if isinstance(method, Redraw) and rule.redraw is not None:
+            every = settle_every(rule, units, len(rows.train), spec.train.global_batch_size)
+            draws = list_draws(units, rule, spec.index, count_draws(count_steps(task, len(rows.train)), every))
+            method.take_draws(draws, every)
+            if rule.redraw.schedule == "cycle":
+                method.cycle_steps = every * len(list_blocks(units, rule))
+            return replace(task, plan=plan_draws(units, rule, spec.index, draws))
+    return task
+
+
+def report_draws(task: Assignment, num_steps: int) -> tuple[DrawReport, ...]:
+    """What trained when."""
+    sizes = {parameter.name: parameter.num_elements for unit in task.network.units for parameter in unit.parameters}
+    found: list[DrawReport] = []
+    for method in task.methods:
+        if isinstance(method, Redraw):
+            for place, draw in enumerate(method.draws):
+                found.append(
+                    DrawReport(
+                        first_step=place * method.every + 1,
+                        last_step=min((place + 1) * method.every, num_steps),
+                        trained=describe_draw(task.network.units, draw),
+                        num_trainable=sum(sizes[name] for name in draw),
+                    )
+                )
+    return tuple(found)

@@ -1,0 +1,48 @@
+"""What holds weights to the start, what redraws them, and what names their roles: combinations that contradict themselves."""
+
+from pathlib import Path
+
+import pytest
+
+from hftcli.errors import RecipeError
+from hftcli.recipe.loading import load_recipe
+
+GIVEN = {
+    "pull": "freeze.pull.strength=1",
+    "interpolate": "freeze.interpolate=0.5",
+    "redraw": "freeze.redraw.every=5",
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((GIVEN["pull"], "method.lora.r=4"), "freeze.pull holds the weights of the model, and lora trains others"),
+        ((GIVEN["interpolate"], "method.ia3={}"), "freeze.interpolate holds the weights of the model, and ia3 trains others"),
+        ((GIVEN["interpolate"], "freeze.grain=columns"), "freeze.interpolate goes by whole matrices"),
+        ((GIVEN["pull"], "freeze.pull.selective=true", "launch.offload=optimizer"), "freeze.pull.selective reads gradients"),
+        ((GIVEN["pull"], "train.fit=auto"), "train.fit does not count the copy that freeze.pull holds"),
+        ((GIVEN["redraw"], "method.l2sp.strength=1"), "freeze.redraw does not go with method.l2sp"),
+        ((GIVEN["redraw"], "launch.offload=optimizer"), "freeze.redraw does not go with launch.offload"),
+        ((GIVEN["redraw"], "eval.num_points=3"), "freeze.redraw does not go with eval.every_steps and eval.num_points"),
+        ((GIVEN["redraw"], GIVEN["pull"]), "pull and interpolate go with one draw for a round"),
+        (
+            ("freeze.group=layer", GIVEN["redraw"], "freeze.redraw.order=cyclic", "freeze.redraw.schedule=cycle"),
+            "the whole first cycle would have a learning rate of 0",
+        ),
+        (("freeze.redraw.order=cyclic",), "freeze.redraw.every is missing"),
+        (("freeze.roles.attention=layers.*.(q|k",), "roles.attention: 'layers.*.(q|k' is no pattern"),
+        (("freeze.roles.atention=layers.*.q",), "input should be 'attention', 'mixer'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: tuple[str, ...], expected: str):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tinyworld", overrides)
+    assert expected in caught.value.message
+
+
+def test_a_role_that_is_given_twice_is_named(tmp_path: Path):
+    path = tmp_path / "my.yaml"
+    path.write_text("model: {path: m}\ndata: {path: d}\nfreeze:\n  roles:\n    mlp: layers.*.up\n    mlp: layers.*.down\n")
+    with pytest.raises(RecipeError, match=r"my.yaml:6: key 'freeze.roles.mlp' is given twice, first at .*my.yaml:5"):
+        load_recipe(path)

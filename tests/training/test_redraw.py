@@ -1,0 +1,168 @@
+"""What trains changes within a round: by hand, when all trains, killed and resumed, as planned, proved, and refused."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from freezing.families import CONFIGS, build_units
+from safetensors.torch import load_file
+from training.quiet_rounds import LEARNING_RATE, go_back, make_spec, make_start, read_batch, read_model, run
+
+from hftcli.errors import InputError
+from hftcli.freezing.redrawing import list_blocks, list_draws, plan_largest, settle_every
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
+from hftcli.launching.planning import check_pull
+from hftcli.launching.processes import StopRequest
+from hftcli.models.proof import verify_round
+from hftcli.recipe.sections import CheckpointSection, LaunchSection
+from hftcli.runs.run import Round
+from hftcli.training.reading import read_assignment
+from hftcli.training.round import run_round
+
+LAYERS = {"group": "layer", "embeddings": "freeze", "head": "freeze"}  # of two: each a block of its own
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("redraw") / "start")
+
+
+def read_weights(round_: Round) -> dict[str, torch.Tensor]:
+    return load_file(round_.checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("every", "states"), [(2, "drop"), (1, "keep"), (1, "drop")], ids=["BAdam", "HiFT", "from nothing in every step"]
+)
+def test_four_steps_by_hand(start: Path, tmp_path: Path, every: int, states: str):
+    """The first layer and then the second, each for so many steps of Adam, whose moments go on or begin anew."""
+    values = {"global_batch_size": 16, "per_device_train_batch_size": 16}
+    redraw = {"every": every, "order": "ascending", "states": states}
+    round_ = run(tmp_path / "00", make_spec(start, LAYERS | {"redraw": redraw}, train=values))
+    model, batch = read_model(start), read_batch(round_)
+    moments: dict[str, list] = {}
+    for step in range(4):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        layer = step // every % 2
+        if states == "drop":
+            moments = {name: kept for name, kept in moments.items() if f"layers.{layer}." in name}
+        for name, value in model.named_parameters():
+            if f"layers.{layer}." not in name:
+                continue
+            gradient = value.grad.double().numpy()
+            kept = moments.setdefault(name, [0, np.zeros_like(gradient), np.zeros_like(gradient)])
+            kept[0] += 1
+            kept[1] += 0.1 * (gradient - kept[1])
+            kept[2] += 0.001 * (gradient**2 - kept[2])
+            moved = (kept[1] / (1 - 0.9 ** kept[0])) / (np.sqrt(kept[2] / (1 - 0.999 ** kept[0])) + 1e-8)
+            value.data = torch.from_numpy(value.detach().double().numpy() - LEARNING_RATE * moved).float()
+    after = read_weights(round_)
+    for name, value in model.named_parameters():
+        largest = np.abs(after[name].double().numpy() - value.detach().double().numpy()).max()
+        assert largest < 2e-5, (name, largest)
+    assert verify_round(round_).passed
+    found = [(draw.first_step, draw.last_step, draw.trained) for draw in round_.read_result().redraws]
+    turns = [(1, 2, "layer 0"), (3, 4, "layer 1")]
+    assert found == (turns if every == 2 else [(step, step, f"layer {(step - 1) % 2}") for step in (1, 2, 3, 4)])
+
+
+@pytest.mark.parametrize("rule", [{"redraw": {"every": 1}}, {"group": "layer", "redraw": {"every": 2, "order": "cyclic"}}])
+def test_all_at_once_is_full_fine_tuning(start: Path, tmp_path: Path, rule: dict):
+    losses = []
+    for place, redrawn in enumerate(({}, rule)):
+        spec = make_spec(start, {"trainable_fraction": 1.0} | redrawn, train={"logging_steps": 1})
+        losses.append([row["loss"] for row in run(tmp_path / str(place), spec).read_metrics()])
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("states", ["drop", "keep"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_a_round_that_was_killed_ends_in_the_same_bits(tmp_path: Path, states: str, bf16: bool):
+    """Killed between two draws of HFT's own half, of which every step has another."""
+    start = make_start(tmp_path / "start", torch.bfloat16 if bf16 else torch.float32)
+    policy, redraw = CheckpointSection(save_steps=1, keep=9), {"redraw": {"every": 1, "states": states}}
+    done = run(tmp_path / "00", make_spec(start, redraw, checkpoint=policy, train={"bf16": bf16}))
+    assert verify_round(done).passed
+    resumed = go_back(done, 2, tmp_path / "01")
+    run_round(resumed, StopRequest(resumed))
+    assert resumed.read_result().resumed_from == 2
+    for path in ("checkpoint/model.safetensors", "masters.safetensors"):
+        if (done.folder / path).exists():
+            assert (done.folder / path).read_bytes() == (resumed.folder / path).read_bytes(), path
+    assert done.read_result().updates == resumed.read_result().updates
+    assert done.read_result().optimizer_bytes == resumed.read_result().optimizer_bytes
+
+
+def test_what_no_draw_trains_is_frozen_and_a_device_holds_the_largest_draw(start: Path, tmp_path: Path):
+    rule = {"group": "layer", "redraw": {"every": 3, "order": "descending"}}
+    round_ = run(tmp_path / "00", make_spec(start, rule))
+    plan, result = round_.read_plan(), round_.read_result()
+    assert [draw.trained for draw in result.redraws] == ["final norm, head", "layer 1"]
+    names = {name for name, _ in read_model(start).named_parameters()}
+    expected = {name for name in names if "layers.1." in name or name in ("model.norm.weight", "lm_head.weight")}
+    assert set(plan.trained) == expected
+    assert set(plan.frozen) == names - expected
+    assert verify_round(round_).passed
+    task = read_assignment(round_.read_spec())  # whose plan is that of the largest of all: the embeddings, or the head
+    assert task.plan.num_trainable == 704 * 32 + 32
+    assert result.gradient_bytes == 4 * task.plan.num_trainable
+    assert result.optimizer_bytes == 8 * task.plan.num_trainable
+
+
+def test_a_rate_that_goes_on_once_a_cycle(start: Path, tmp_path: Path):
+    """Two cycles of two blocks: transformers' linear schedule of two steps."""
+    rule = LAYERS | {"redraw": {"every": 1, "order": "cyclic", "schedule": "cycle"}}
+    spec = make_spec(start, rule, train={"lr_scheduler_type": "linear", "logging_steps": 1})
+    rates = [row["learning_rate"] for row in run(tmp_path / "00", spec).read_metrics()]
+    assert rates == pytest.approx([LEARNING_RATE, LEARNING_RATE, LEARNING_RATE / 2, LEARNING_RATE / 2])
+
+
+def test_layers_are_drawn_as_often_as_lisa_says():
+    """Two of twelve layers, without replacement, by chance: each in a sixth of the draws; and in turns, once in a cycle."""
+    units = build_units("llama", **CONFIGS["llama"] | {"num_hidden_layers": 12})
+    layers = {parameter.name: unit.layer for unit in units for parameter in unit.parameters}
+    rule = FreezeRule(group="layer", trainable_fraction=1 / 6, redraw={"every": 20})
+    draws = [{layers[name] for name in draw} for draw in list_draws(units, rule, 0, 1000)]
+    assert {len(draw) for draw in draws} == {3}  # two layers, and what is in none
+    counts = Counter(layer for draw in draws for layer in draw)
+    assert counts.pop(None) == 1000
+    assert all(abs(counts[layer] - 1000 / 6) < 4 * (1000 * 1 / 6 * 5 / 6) ** 0.5 for layer in range(12))
+    first = make_plan(units, FreezeRule(group="layer", trainable_fraction=1 / 6), 0)
+    assert list_draws(units, rule, 0, 1) == [frozenset(first.trained)]
+
+    turns = FreezeRule(group="layer", trainable_fraction=1 / 12, embeddings="freeze", head="freeze",
+                       redraw={"every": "auto", "order": "cyclic"})  # fmt: skip
+    cycles = [{layers[name] for name in draw} for draw in list_draws(units, turns, 0, 36)]
+    orders = [[next(iter(draw)) for draw in cycles[begin : begin + 12]] for begin in (0, 12, 24)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert [settle_every(turns, units, num_rows, 8) for num_rows in (100, 12 * 8 * 70, 10**6)] == [50, 70, 100]
+    assert list(list_blocks(units, FreezeRule(group="layer", redraw={"every": 1, "order": "ascending"}))) == [
+        "embeddings", "layers 0 to 5", "layers 6 to 11", "head",
+    ]  # fmt: skip
+    assert plan_largest(units, turns, 0).num_trainable == sum(unit.num_parameters for unit in units if unit.layer == 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"redraw": {"every": "auto"}}, "count blocks in turns"),
+        ({"redraw": {"every": 5, "order": "cyclic"}}, "set group: layer"),
+        ({"redraw": {"every": 5}, "grain": "columns"}, "draws whole matrices"),
+        ({"redraw": {"every": 5}, "pull": {"strength": 1}}, "one draw for a round"),
+        ({"redraw": {"every": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_rules_that_contradict_themselves_are_refused(rule: dict, expected: str):
+    with pytest.raises(ValueError, match=expected):
+        FreezeRule(**rule)
+
+
+def test_several_processes_are_refused(start: Path):
+    with pytest.raises(InputError, match="freeze.redraw changes what trains within the round, and with 2 processes"):
+        check_pull(make_spec(start, {"redraw": {"every": 5}}, launch=LaunchSection(num_processes=2, zero_stage=0)))
