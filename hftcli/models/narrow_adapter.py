@@ -43,6 +43,38 @@ class NarrowReader(nn.Module):
         return nn.functional.linear(input_TI, Spreading.apply(self.weight, self.basis).to(input_TI.dtype))
 
 
+class PlainReader(nn.Module):
+    """What stands in for A in a script of PEFT's own: wherever it is read, merged or saved, it is a plain A.
+
+    Args:
+        weight: see `NarrowReader`.
+        basis: V.
+    """
+
+    basis: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, basis: torch.Tensor):
+        super().__init__()
+        self.inner = nn.Parameter(project(weight.detach().float(), basis.float()).to(weight.dtype))
+        self.register_buffer("basis", basis, persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A (R, I), with a gradient."""
+        return Spreading.apply(self.inner, self.basis)
+
+    def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
+        """The product x A^T."""
+        return nn.functional.linear(input_TI, self.weight)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        values = state_dict[f"{prefix}weight"]
+        self.inner.data.copy_(project(values.float(), self.basis.float().to(values.device)))
+
+
 class Spreading(torch.autograd.Function):
     """A' V^T, which keeps nothing but V."""
 

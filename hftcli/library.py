@@ -1,0 +1,331 @@
+"""hft in a script of one's own: freeze a half of a model before TRL or transformers trains it, and prove it afterwards.
+
+from hftcli import freeze_half
+
+plan = freeze_half(model, seed=1, round=0)
+SFTTrainer(model, train_dataset=rows).train()
+plan.verify(model)
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hftcli.errors import InputError, ModelError, VerificationError
+from hftcli.freezing.directions import Columns, Directions, list_coordinates, list_inputs, open_directions
+from hftcli.freezing.roles import Parameter, Unit, assign_roles
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.measuring.drift import draw_texts
+from hftcli.measuring.moments import Inputs, measure_moments
+from hftcli.models.checkpoint import freeze_model, is_partitioned
+from hftcli.models.closure import measure_leak
+from hftcli.models.columned import find_columns, score_columns
+from hftcli.models.directed import find_basis
+from hftcli.models.division import divide_model, draw_choices
+from hftcli.models.narrow_adapter import PlainReader
+from hftcli.models.part import PartLinear
+from hftcli.models.tensors import CODES, get_bytes
+from hftcli.runs.verification import Verification
+
+KEPT_TOKENS = 1024  # of a text that is to be kept
+
+
+@dataclass
+class Half:
+    """A model of which a half trains.
+
+    Attributes:
+        plan: which parameters train.
+        digests: hashes of all of them as they were; of a matrix that trains in columns, of its frozen columns.
+        layers: the matrices of which a part trains, until `finish` has put plain ones in their place.
+        leaked: of these, those that moved in what was closed.
+    """
+
+    plan: FreezePlan
+    digests: dict[str, str]
+    layers: dict[str, PartLinear] = field(default_factory=dict)
+    bases: dict[str, torch.Tensor] = field(default_factory=dict)
+    leaked: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """The share, and the plan's name."""
+        plan = self.plan
+        return f"{plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights train, plan {plan.short_fingerprint}"
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> None:
+        """Put plain layers in the place of those of which a part trained, so that the model is saved as it came."""
+        for name, layer in self.layers.items():
+            part = self.plan.parts[name]
+            held_dtype, start = layer.weight.dtype, layer.weight.detach().clone()
+            merged = layer.merge(start, layer.part.detach())
+            plain = nn.Linear(part.num_inputs, part.num_outputs, bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(merged.to(held_dtype), requires_grad=True)
+            plain.bias = layer.bias
+            if isinstance(part, Directions):
+                before, after = (value.double().cpu().numpy() for value in (start, plain.weight.detach()))
+                code = CODES[held_dtype]
+                basis_NWR = self.bases[part.choice].double().cpu().numpy()
+                if (
+                    hash_tensor(start) != self.digests[name]
+                    or not measure_leak(before, after, basis_NWR, code, code).is_rounding
+                ):
+                    self.leaked.append(name)
+            elif hash_tensor(take_closed(plain.weight.detach(), self.bases[part.choice])) != self.digests[name]:
+                self.leaked.append(name)
+            model.set_submodule(name.removesuffix(".weight"), plain)
+        self.layers = {}
+
+    def verify(self, model: nn.Module) -> Verification:
+        """Compare a model with what it was: frozen parameters are the same, bit for bit, and trained ones are not.
+
+        Raises:
+            VerificationError: it is not so.
+        """
+        self.finish(model)
+        now = dict(model.named_parameters())
+        if missing := [name for name in self.digests if name not in now]:
+            raise ModelError(
+                f"the model has no {missing[0]}, which it had when it was frozen", "give the model that `freeze_half` was given"
+            )
+        same = {name: hash_tensor(now[name].detach()) == digest for name, digest in self.digests.items()}
+        found = Verification(
+            num_frozen=len(self.plan.frozen),
+            num_trained=len(self.plan.trained),
+            violations=tuple(name for name in self.plan.frozen if not same[name]),
+            unmoved=tuple(name for name in self.plan.trained if name not in self.plan.parts and same[name]),
+            leaked=tuple(self.leaked),
+        )
+        if not found.passed:
+            raise VerificationError(
+                f"{len(found.violations)} frozen parameters moved, {len(found.unmoved)} trained ones did not, "
+                f"{len(found.leaked)} moved in what was closed: {', '.join(found.faults[:5])}",
+                "see whether something set requires_grad, or changed the data type, behind the plan's back",
+            )
+        return found
+
+
+def freeze_half(
+    model: PreTrainedModel,
+    seed: int = 42,
+    round: int = 0,
+    share: float = 0.5,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    keep: Iterable[str] = (),
+    **rule: Any,
+) -> Half:
+    """Freeze a half of a model in place, before any optimizer exists.
+
+    Args:
+        round: place in the history of the model; every round draws another half.
+        share: what trains in the layers; 1.0 is full fine-tuning.
+        tokenizer: for the grains `directions` and `columns`, whose choice goes by what the model writes of itself.
+        keep: with these grains, texts that must not be forgotten.
+        rule: more keys of the recipe's section `freeze`, as `embeddings="freeze"` or `grain="directions"`.
+
+    Raises:
+        InputError: a key or a combination that cannot be, or a model that is not known.
+    """
+    units, num_heads = list_model_units(model.named_parameters(), model)
+    freeze = FreezeRule(seed=seed, trainable_fraction=share, **rule)
+    plan = make_plan(units, freeze, round, num_heads)
+    if not plan.is_ranked:
+        raise InputError(f"freeze_half has no scores to rank by {freeze.rank}", "take rank: random, or run a recipe")
+    if plan.parts and tokenizer is None and freeze.choice != "random":
+        raise InputError(f"grain {freeze.grain_name} goes by what the model writes of itself", "give the tokenizer")
+    bases = {}
+    if plan.parts:
+        is_columned = freeze.grain == "columns"
+        inputs = list_coordinates(units) if is_columned else list_inputs(units, freeze.blocks, num_heads)
+        bases = choose_parts(model, plan, inputs, tokenizer, tuple(keep))
+    held = {name: value.detach() for name, value in model.named_parameters()}
+    digests = {
+        name: hash_tensor(
+            take_closed(value, bases[part.choice]) if isinstance(part := plan.parts.get(name), Columns) else value
+        )
+        for name, value in held.items()
+    }
+    freeze_model(model, plan)
+    dtype = torch.float32 if not plan.parts else held[next(iter(plan.parts))].dtype
+    layers = divide_model(model, plan.parts, bases, True, dtype) if plan.parts else {}
+    return Half(plan, digests, layers, bases)
+
+
+def choose_parts(
+    model: PreTrainedModel, plan: FreezePlan, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, keep: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """The directions or columns of a plan, by the name of the choice."""
+    weights = dict(model.named_parameters())
+    if tokenizer is None:
+        return draw_choices(plan.parts, torch.float32, plan.rule.seed, plan.round_index)
+    moments, found = read_earlier(model, inputs, tokenizer, keep), {}
+    for name, part in plan.parts.items():
+        own = moments[part.input]
+        if part.choice in found:
+            continue
+        if isinstance(part, Columns):
+            scores_I = score_columns(weights[name].detach().cpu(), own[:, 0, 0], plan.rule.choice)
+            found[part.choice] = find_columns(scores_I, part.num_columns)
+        else:
+            found[part.choice] = find_basis(own, part.num_open)[0].to(weights[name].dtype)
+    return found
+
+
+def read_earlier(
+    model: PreTrainedModel, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, keep: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Second moments of what the matrices read of the model's own texts, and of those to be kept; each counts the same."""
+    texts = [[ids for ids, _ in draw_texts(model, tokenizer, model.device)]]
+    if keep:
+        texts.append([tokenizer(text).input_ids[:KEPT_TOKENS] for text in keep])
+    found = [measure_moments(model, model, inputs, rows, model.device) for rows in texts]
+    return {name: torch.stack([moments[name] for moments in found]).mean(0) for name in inputs}
+
+
+@dataclass
+class QuietLora:
+    """A model of PEFT's whose adapters read only the directions that earlier inputs use least.
+
+    Attributes:
+        readers: what stands for A, by the name of the layer.
+        digests: hashes of the weights below, as they were.
+    """
+
+    readers: dict[str, PlainReader]
+    digests: dict[str, str]
+
+    def verify(self, model: PeftModel) -> dict[str, float]:
+        """By layer, what A reads of the closed directions, as a share of its length: rounding alone.
+
+        Raises:
+            VerificationError: it reads more, or a weight below an adapter moved.
+        """
+        weights = dict(model.get_base_model().named_parameters())
+        faults = [name for name, digest in self.digests.items() if hash_tensor(weights[name].detach()) != digest]
+        found = {}
+        for name, reader in self.readers.items():
+            values = reader.weight.detach()
+            weight_RI, basis_NWQ = (value.double().cpu().numpy() for value in (values, reader.basis))
+            leak = measure_leak(np.zeros_like(weight_RI), weight_RI, basis_NWQ, "F32", CODES[values.dtype])
+            found[name] = leak.fraction
+            faults += [] if leak.is_rounding else [name]
+        if faults:
+            raise VerificationError(f"moved in what was closed: {', '.join(faults[:5])}", "give the model that was narrowed")
+        return found
+
+
+def quiet_lora(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    share: float = 0.5,
+    keep: Iterable[str] = (),
+    blocks: int | None = None,
+) -> QuietLora:
+    """Have the LoRA adapters of a model read only the directions of their inputs that earlier inputs use least.
+
+    What is saved and merged is a plain adapter of PEFT's.
+
+    Args:
+        share: of the directions that stay open.
+        keep: texts that must not be forgotten, beside what the model writes of itself.
+        blocks: see `freeze.blocks`.
+
+    Raises:
+        InputError: DoRA, which scales whole rows, or a model whose inputs are not known.
+    """
+    base, adapter = model.get_base_model(), model.active_adapter
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer) and adapter in layer.lora_A}
+    if model.peft_config[adapter].use_dora:
+        raise InputError("DoRA scales whole rows, closed directions among them", "set use_dora=False")
+    own = ((name.replace(".base_layer.", "."), value) for name, value in base.named_parameters() if ".lora_" not in name)
+    units, num_heads = list_model_units(own, base)
+    adapted = [unit for unit in units if unit.name in layers]
+    if not adapted:
+        raise InputError("the model has no LoRA adapter on a layer of attention or mlp", "give what get_peft_model made")
+    inputs = list_inputs(units, blocks, num_heads)
+    with model.disable_adapter():
+        moments = read_earlier(base, inputs, tokenizer, tuple(keep))
+    if not 0 < share < 1:
+        raise InputError(f"share is {share}: of what adapters read, a part stays open", "give more than 0 and less than 1")
+    readers: dict[str, PlainReader] = {}
+    shared: dict[str, torch.Tensor] = {}
+    for name, part in open_directions(adapted, Fraction(str(share)), blocks, num_heads).items():
+        layer = layers[name.removesuffix(".weight")]
+        held = layer.get_base_layer().weight
+        if part.input not in shared:
+            dtype = held.dtype if held.dtype.is_floating_point else torch.float32
+            shared[part.input] = find_basis(moments[part.input], part.num_open)[0].to(held.device, dtype)
+        layer.lora_A[adapter] = readers[name] = PlainReader(layer.lora_A[adapter].weight, shared[part.input])
+    below = {f"{name}.base_layer.weight": layer.get_base_layer().weight for name, layer in layers.items()}
+    return QuietLora(readers, {name: hash_tensor(value.detach()) for name, value in below.items()})
+
+
+class HalfCallback(TrainerCallback):
+    """Freezes a half of what a trainer is given, and proves it when training ends.
+
+    Attributes:
+        half: what `freeze_half` gave.
+        verification: what was found.
+
+    Args:
+        options: those of `freeze_half`.
+    """
+
+    def __init__(self, **options: Any):
+        self.options = options
+        self.half: Half | None = None
+        self.verification: Verification | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Freeze: the trainer has no optimizer yet."""
+        self.half = freeze_half(kwargs["model"], **self.options)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raises: VerificationError: something frozen moved, or something trained did not."""
+        assert self.half is not None  # transformers calls one after the other
+        self.verification = self.half.verify(kwargs["model"])
+
+
+def list_model_units(parameters: Iterable[tuple[str, nn.Parameter]], model: PreTrainedModel) -> tuple[tuple[Unit, ...], int]:
+    """The units of a model, and the heads of its attention.
+
+    Raises:
+        ModelError: its family is not known, or ZeRO 3 holds it in pieces.
+    """
+    found = list(parameters)
+    if any(is_partitioned(value) for _, value in found):
+        raise ModelError("ZeRO 3 holds the model in pieces already", "freeze it before the trainer gets it, below ZeRO 3")
+    described = tuple(Parameter(name, tuple(value.shape)) for name, value in found)
+    num_heads = model.config.get_text_config().to_dict().get("num_attention_heads") or 1
+    return assign_roles(model.config.model_type, described), num_heads
+
+
+def take_closed(weight_OI: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
+    """The columns of a weight that do not train."""
+    is_closed = torch.ones(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)
+    is_closed[index_C.to(weight_OI.device)] = False
+    return weight_OI[:, is_closed]
+
+
+def hash_tensor(values: torch.Tensor) -> str:
+    """Of a tensor's bytes, shape and data type."""
+    content = hashlib.sha256(f"{values.dtype}{tuple(values.shape)}".encode())
+    content.update(get_bytes(values.cpu().contiguous()).data)
+    return content.hexdigest()

@@ -1,0 +1,139 @@
+"""hft in a script of one's own: the guide's snippets against TRL's own trainers, and what they prove."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from training.quiet_rounds import make_start
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hftcli import HalfCallback, freeze_half, quiet_lora
+from hftcli.errors import InputError, VerificationError
+
+# TRL's own settings go by a name that transformers calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
+ROWS = Dataset.from_list([{"text": f"Mira lives in town {number}."} for number in range(16)])
+PAIRS = Dataset.from_list([{"prompt": f"Town {number} is", "chosen": " big.", "rejected": " small."} for number in range(16)])
+SHORT = {
+    "max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "report_to": "none", "save_strategy": "no",
+    "use_cpu": True, "bf16": False, "disable_tqdm": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("library") / "start")
+
+
+def load(start: Path):
+    return AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32), AutoTokenizer.from_pretrained(start)
+
+
+def make_trainer(kind: str, model, tokenizer, folder: Path, **options):
+    if kind == "sft":
+        return SFTTrainer(model, SFTConfig(str(folder), **SHORT), train_dataset=ROWS, processing_class=tokenizer, **options)
+    return DPOTrainer(model, args=DPOConfig(str(folder), **SHORT), train_dataset=PAIRS, processing_class=tokenizer, **options)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_half_is_frozen_and_proved(start: Path, tmp_path: Path, kind: str):
+    model, tokenizer = load(start)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    plan = freeze_half(model, seed=1, round=0)
+    make_trainer(kind, model, tokenizer, tmp_path).train()
+    found = plan.verify(model)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == set(plan.plan.trained)
+    assert (found.num_frozen, found.num_trained) == (len(before) - len(moved), len(moved))
+    assert freeze_half(load(start)[0], seed=1, round=1).plan.trained != plan.plan.trained
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_callback_does_both(start: Path, tmp_path: Path, kind: str):
+    model, tokenizer = load(start)
+    callback = HalfCallback(seed=1)
+    make_trainer(kind, model, tokenizer, tmp_path, callbacks=[callback]).train()
+    assert callback.verification.passed
+    assert callback.half.plan.trained == freeze_half(load(start)[0], seed=1).plan.trained
+
+
+def test_what_moved_is_named(start: Path):
+    model, _ = load(start)
+    plan = freeze_half(model, seed=1)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(1e-3 if value.requires_grad else 0)
+        plan.verify(model)
+        model.get_parameter(plan.plan.frozen[0]).flatten()[3] += 1e-7
+    with pytest.raises(VerificationError, match=plan.plan.frozen[0]):
+        plan.verify(model)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"grain": "directions", "blocks": 16}, {"grain": ("matrices", "directions")}, {"grain": "columns"}]
+)
+def test_parts_train_and_leave_a_plain_model(start: Path, tmp_path: Path, rule: dict):
+    model, tokenizer = load(start)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    plan = freeze_half(model, seed=1, tokenizer=tokenizer, keep=["Mira lives in town 3."], **rule)
+    make_trainer("sft", model, tokenizer, tmp_path).train()
+    plan.verify(model)
+    assert model.state_dict().keys() == load(start)[0].state_dict().keys()
+    for name, part in plan.plan.parts.items():
+        change = model.get_parameter(name).detach().double() - before[name].double()
+        assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= part.num_columns
+
+
+def test_quiet_lora_is_a_plain_adapter(start: Path, tmp_path: Path):
+    model, tokenizer = load(start)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    plan = quiet_lora(model, tokenizer, keep=["Mira lives in town 3."])
+    make_trainer("sft", model, tokenizer, tmp_path / "run").train()
+    found = plan.verify(model)
+    assert len(found) == 4
+    assert max(found.values()) < 1e-6
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    model.eval()
+    with torch.no_grad():
+        said = model(ids).logits
+        assert (said - load(start)[0](ids).logits).abs().max() > 1e-4
+        loaded = PeftModel.from_pretrained(load(start)[0], tmp_path / "adapter").eval()(ids).logits
+        merged = model.merge_and_unload()(ids).logits
+    torch.testing.assert_close(loaded, said, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged, said, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_is_refused(start: Path):
+    model, tokenizer = load(start)
+    with pytest.raises(InputError, match="give the tokenizer|goes by what the model writes"):
+        freeze_half(model, grain="directions")
+    dora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(InputError, match="DoRA scales whole rows"):
+        quiet_lora(dora, tokenizer)
+
+
+def test_the_package_itself_opens_no_torch():
+    code = "import sys, hftcli; assert 'torch' not in sys.modules; print(hftcli.__version__)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_guide_does_what_it_says(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its snippets, one after another, on a model that is here."""
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parent.parent / "recipes" / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", guide.partition("## In a script of your own")[2].partition("\n## ")[0], re.S)
+    assert len(snippets) == 3
+    given = {"rows": ROWS, "pairs": PAIRS, "texts": ["Mira lives in town 3."], "SHORT": SHORT}
+    for snippet in snippets:
+        here = snippet.replace("HuggingFaceTB/SmolLM2-135M", str(start)).replace('Config("out")', 'Config("out", **SHORT)')
+        assert here != snippet
+        exec(here, given)
+    assert max(given["plan"].verify(given["model"]).values()) < 1e-6
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
