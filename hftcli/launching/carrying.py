@@ -10,7 +10,6 @@ from hftcli.tasks import find_benchmark, find_rows
 NEEDS_WHOLE_WEIGHTS = {
     "ewc": "measures every weight on its own",
     "l2sp": "compares every weight with its start",
-    "anchor": "lays the start in for a pass of its own",
     "olora": "compares its adapters with those before",
     **dict.fromkeys(("ia3", "peft"), "is merged into whole weights"),
 }
@@ -46,6 +45,7 @@ def check_method(spec: RoundSpec) -> None:
         find_benchmark(spec.method.replay.extra, "method.replay.extra")
         find_rows(spec.method.replay.extra, spec.data.root, "train")
     num_processes, zero_stage = spec.launch.num_ranks, spec.launch.zero_stage
+    whole = NEEDS_WHOLE_WEIGHTS | dict.fromkeys(spec.method.start_readers, "lays the start in for a pass of its own")
     for name in spec.method.names:
         if name in ("gem", "agem") and num_processes > 1:
             raise InputError(
@@ -58,9 +58,8 @@ def check_method(spec: RoundSpec) -> None:
                 "method.peft: ADALORA moves ranks by the gradients of a step, which ZeRO does not leave to it",
                 "set launch.num_processes: 1, or take another type",
             )
-        if name in NEEDS_WHOLE_WEIGHTS and num_processes > 1 and zero_stage == 3:
+        if name in whole and num_processes > 1 and zero_stage == 3:
             raise InputError(
-                f"method.{name} {NEEDS_WHOLE_WEIGHTS[name]}, and under launch.zero_stage 3 each process holds only pieces of "
-                "them",
+                f"method.{name} {whole[name]}, and under launch.zero_stage 3 each process holds only pieces of them",
                 "set launch.zero_stage: 2",
             )

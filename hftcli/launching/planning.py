@@ -37,7 +37,7 @@ def make_budget(
         zero_stage=source.launch.zero_stage,
         network=network,
         work=make_workload(source, network, find_arithmetic(mixed, num_processes, source.launch.offload), has_gpu),
-        reference=source.reference if source.method.anchor is None else "shared",  # it is laid in as DPO's is
+        reference="shared" if source.method.start_readers else source.reference,  # it is laid in as DPO's is
         adapters=adapters or find_adapters(source),
         on_gpu=has_gpu,
         offload=source.launch.offload == "optimizer",

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
-from hftcli.models.start_copy import StartCopy, evaluating
+from hftcli.models.start_copy import StartCopy
 from hftcli.recipe.methods import AnchorSection
 
 
@@ -39,10 +39,7 @@ class Anchor(Method):
     @torch.no_grad()
     def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
         """What the start expects at the places of a batch before its trained tokens."""
-        rows = {name: values for name, values in inputs.items() if name != "labels"} | {"use_cache": False}
-        with self.copy.laid_in(), evaluating(model):
-            logits_BNV = model(**rows, logits_to_keep=columns_N).logits
-        self.expected_BNV = logits_BNV.float().log_softmax(-1)
+        self.expected_BNV = self.copy.ask(model, inputs, columns_N)
 
     def penalize_tokens(self, log_probs_BNV: torch.Tensor, targets_BN: torch.Tensor) -> torch.Tensor:
         """What each token has on top of its loss (B, N)."""

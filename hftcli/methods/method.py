@@ -9,7 +9,7 @@ prepare_model     the loaded model, before any optimizer exists                e
 laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull, anchor
-read_start        before the forward pass of a micro-batch                     anchor
+read_start        before the forward pass of a micro-batch                     anchor, token_weights
 penalize_tokens   a term of each token's loss, by the whole distribution       anchor
 count_own_rows    rows that the start writes, to be trained on                 self_replay
 weigh_tokens      what a token counts in the loss                              token_weights

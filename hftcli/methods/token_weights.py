@@ -1,21 +1,27 @@
-"""Token weights: what a token counts in the loss, by how the model reads it in this very step.
+"""Token weights: what a token counts in the loss, by how the model reads it in this very step, or read it at the start.
 
     dft     p                    its probability (arXiv 2508.05629, equation 9)
     talr    p^(1 / tau)          tau, the median over a micro-batch's rows of their mean loss (arXiv 2509.20758)
     eaft    H / ln 20, at most 1 the entropy of what could stand there (arXiv 2601.02151, which takes it over the 20 likeliest
                                  tokens; here it is over all)
+    stm     1 or 0               whether the start of the round found it likely enough: 1 / p at most 2.5 (arXiv 2501.14315)
 
 Each with `strength` as an exponent: 0 is plain training. A weight has no gradient, and the loss stays a sum over the trained
-tokens of a step divided by their number, so that weights below 1 make a step smaller.
+tokens of a step divided by their number, so that weights below 1 make a step smaller. For `stm` the start reads every batch
+once more: the model itself, with a copy of what trains laid in.
 
-Shapes: B rows of a micro-batch, T tokens but for the first.
+Shapes: B rows of a micro-batch, T tokens but for the first, N of them that some row trains on.
 """
 
 import math
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, Trainer
 
+from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
+from hftcli.models.start_copy import StartCopy
 from hftcli.recipe.methods import TokenWeightsSection
 
 EAFT_TOKENS = 20  # of arXiv 2601.02151: their largest entropy is a weight of 1
@@ -25,10 +31,34 @@ class TokenWeights(Method):
     """Tokens that contradict what the model knows count less."""
 
     section: TokenWeightsSection
+    copy: StartCopy | None = None
+
+    def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
+        """Copy what trains, where the start is asked: a step checkpoint has moved from there."""
+        if self.section.asks_start:
+            self.copy = StartCopy(model)
+
+    def start(self, trainer: Trainer) -> None:
+        """Take the copy to where the model trains."""
+        if self.copy is not None:
+            self.copy.move()
+
+    @torch.no_grad()
+    def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
+        """How likely the start finds the tokens of a batch, where it is asked."""
+        if self.copy is None:
+            return
+        targets_BT = inputs["labels"][:, 1:].clamp(min=0)
+        log_probs_BNV = self.copy.ask(model, inputs, columns_N)
+        known_BN = log_probs_BNV.gather(-1, targets_BT[:, columns_N].unsqueeze(-1)).squeeze(-1)
+        self.start_log_probs_BT = torch.zeros_like(targets_BT, dtype=known_BN.dtype).index_copy(1, columns_N, known_BN)
 
     def weigh_tokens(self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:
         """What each trained token counts, (B, T); anything where none is trained."""
         log_probs_BT = log_probs_BT.detach().float()
+        if self.section.kind == "stm":
+            is_known_BT = -self.start_log_probs_BT <= math.log(self.section.max_perplexity)
+            return is_known_BT.float() if self.section.strength else torch.ones_like(log_probs_BT)
         if self.section.kind == "dft":
             logs_BT = log_probs_BT
         elif self.section.kind == "talr":

@@ -1,9 +1,13 @@
-"""A model's start beside the model: a copy of what trains, since what is frozen is the start's already."""
+"""A model's start beside the model: a copy of what trains, since what is frozen is the start's already.
+
+Shapes: B sequences, N places in each, V the vocabulary.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedModel
 
 from hftcli.models.directed import DirectedLinear
 
@@ -28,6 +32,18 @@ class StartCopy:
     def move(self) -> None:
         """Take the copy to where the model trains, in its data type there."""
         self.copies = [(value, copy.to(value.device, value.dtype)) for value, copy in self.copies]
+
+    def ask(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the start at some places of a batch, (B, N, V) in float32.
+
+        Args:
+            model: the one that was copied.
+            inputs: what it reads; its labels are passed over.
+        """
+        rows = {name: values for name, values in inputs.items() if name != "labels"} | {"use_cache": False}
+        with self.laid_in(), evaluating(model):
+            logits_BNV = model(**rows, logits_to_keep=columns_N).logits
+        return logits_BNV.float().log_softmax(-1)
 
     @contextmanager
     def laid_in(self) -> Iterator[None]:

@@ -322,6 +322,10 @@ def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile)
 def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Losses that are no sum over tokens which could count more or less."""
     place, extra = source.place(("method", "token_weights")), recipe.train.extra
+    section = recipe.method.token_weights
+    is_default = section is None or section.max_perplexity == type(section).model_fields["max_perplexity"].default
+    if section and not is_default and not section.asks_start:
+        yield f"{place}: method.token_weights.max_perplexity would have no effect beside kind {section.kind}: drop it"
     if objective == "dpo":
         yield f"{place}: method.token_weights weighs the tokens of answers, and `hft dpo` compares whole answers: drop it"
     if extra.get("loss_type", "nll") != "nll":

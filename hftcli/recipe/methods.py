@@ -154,13 +154,22 @@ class Ia3Section(Section):
 class TokenWeightsSection(Section):
     """Tokens that contradict what the model knows count less in the loss."""
 
-    kind: Literal["dft", "talr", "eaft"]
+    kind: Literal["dft", "talr", "eaft", "stm"]
     """By what a token counts: `dft` its probability (arXiv 2508.05629); `talr` its probability to the power of one over the
     median of the mean losses of a micro-batch's rows (arXiv 2509.20758); `eaft` the entropy of what could stand in its place as
-    a share of that of 20 equally likely tokens, at most 1 (arXiv 2601.02151)."""
+    a share of that of 20 equally likely tokens, at most 1 (arXiv 2601.02151); `stm` not at all where the start of the round
+    finds it too surprising (arXiv 2501.14315)."""
 
     strength: Annotated[float, Field(ge=0)] = 1.0
     """Exponent of the weights; 0 is plain training."""
+
+    max_perplexity: Annotated[float, Field(gt=1)] = 2.5
+    """For `stm`: the largest 1 / p of a token that is trained."""
+
+    @property
+    def asks_start(self) -> bool:
+        """Whether the start of the round reads every batch as well."""
+        return self.kind == "stm"
 
 
 class SelfReplaySection(Section):
@@ -241,6 +250,15 @@ class MethodSection(Section):
     def open_fraction(self) -> float | None:
         """Share of their inputs' directions that adapters read; None where they read all, and where there are none."""
         return self.lora.open_fraction if self.lora is not None else None
+
+    @property
+    def start_readers(self) -> tuple[str, ...]:
+        """The methods for which the start of the round reads every batch, laid into the model."""
+        asks_start = {
+            "anchor": self.anchor is not None,
+            "token_weights": bool(self.token_weights and self.token_weights.asks_start),
+        }
+        return tuple(name for name, asks in asks_start.items() if asks)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -229,14 +229,14 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
         loss_kernel: LossKernel,
     ):
         super().__init__(methods, args, model=model, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
-        self.readers = [method for method in methods if method.reads_distributions]
         if loss_kernel == "plain":
-            keep_logits(model, SFT_OUTPUTS, [method.penalize_tokens for method in self.readers])
+            penalties = [method.penalize_tokens for method in methods if method.reads_distributions]
+            keep_logits(model, SFT_OUTPUTS, penalties)
         shape_loss(model, [method.weigh_tokens for method in methods])
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's loss; what has to know what the start expects asks it first."""
-        for method in self.readers:
+        for method in self.methods:
             method.read_start(self.model, inputs, find_columns(inputs["labels"]))
         return super().compute_loss(model, inputs, *args, **kwargs)
 

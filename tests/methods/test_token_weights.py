@@ -2,18 +2,19 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from methods.rounds import make_spec
+from methods.rounds import START, make_spec
 from transformers import AutoModelForCausalLM
 
 from hftcli import PACKAGE
 from hftcli.methods.token_weights import TokenWeights
 from hftcli.recipe.methods import TokenWeightsSection
-from hftcli.training.loss import set_loss_kernel, shape_loss
+from hftcli.training.loss import find_columns, set_loss_kernel, shape_loss
 
-KINDS = ("dft", "talr", "eaft")
+KINDS = ("dft", "talr", "eaft", "stm")
 EMBEDDED = PACKAGE / "tinyworld" / "model"
 
 
@@ -34,7 +35,8 @@ def weigh_by_hand(kind: str, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) 
         probabilities = logits_BTV[b, t].softmax(-1)
         p = probabilities[labels_BT[b, t]].item()
         entropy = -sum(value * math.log(value) for value in probabilities.tolist() if value > 0)
-        weights[b, t] = {"dft": p, "talr": p ** (1 / tau), "eaft": min(entropy / math.log(20), 1)}[kind]
+        all_kinds = {"dft": p, "talr": p ** (1 / tau), "eaft": min(entropy / math.log(20), 1), "stm": float(1 / p <= 2.5)}
+        weights[b, t] = all_kinds[kind]
     return weights
 
 
@@ -44,6 +46,8 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     ids = torch.randint(3, model.config.vocab_size, (3, 12))
+    ids[:, 5:] = model.generate(ids[:, :5], max_new_tokens=7, do_sample=True)[:, 5:]  # likely tokens, and some that are not
+    ids[0, 7:9] = 50
     labels = ids.clone()
     labels[:, :5] = -100
     labels[1, 9:] = -100
@@ -51,11 +55,21 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     logits = exact(ids).logits[:, :-1]
     targets = labels[:, 1:]
     weights = weigh_by_hand(kind, logits.detach(), targets)
+    method = make_method(kind)
+    method.prepare_model(model, None, START, mixed=False, sharded=False)
+    method.start(SimpleNamespace(model=model))
+    if kind == "stm":  # what the model has become since then must not count
+        with torch.no_grad():
+            for own, other in zip(model.parameters(), exact.parameters(), strict=True):
+                own.mul_(1.01)
+                other.mul_(1.01)
+        logits = exact(ids).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
     expected = (weights.flatten() * losses).sum() / (targets != -100).sum()
     expected.backward()
     set_loss_kernel(model, kernel)
-    shape_loss(model, [make_method(kind).weigh_tokens])
+    shape_loss(model, [method.weigh_tokens])
+    method.read_start(model, {"input_ids": ids, "labels": labels}, find_columns(labels))
     found = model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True)
     loss = -found.log_probs.sum() / found.label_mask.sum()
     loss.backward()
@@ -90,6 +104,7 @@ def test_no_strength_is_plain_training_and_every_kind_acts(hft, settings, tmp_pa
         ("dpo", {}, "compares whole answers"),
         ("sft", {"train.loss_type": "dft"}, "both weigh the tokens"),
         ("sft", {"train.label_smoothing_factor": 0.1}, "would have no effect beside train.label_smoothing_factor"),
+        ("sft", {"method.token_weights.max_perplexity": 3}, "would have no effect beside kind eaft"),
         ("sft", {"method.token_weights.strength": -1}, "greater than or equal to 0"),
     ],
 )
