@@ -146,7 +146,8 @@ class FreezeRule(BaseModel):
 
     redraw: Annotated[RedrawRule | None, Field(exclude_if=lambda value: value is None)] = None
     """Draw what trains anew within the round: HFT's half, LISA's layers (arXiv 2403.17919), or blocks in turns, as in BAdam
-    (arXiv 2404.02827) and HiFT (arXiv 2401.15207). A device holds gradients and states of one draw. For one process."""
+    (arXiv 2404.02827) and HiFT (arXiv 2401.15207). A device holds gradients and states of one draw. For one
+    process, or ZeRO 0."""
 
     pull: Annotated[PullRule | None, Field(exclude_if=lambda value: value is None)] = None
     """Decay to the start, in every step of the optimizer (L2-SP as AdamW does it). Keeps a float32 copy of what trains, which

@@ -189,11 +189,11 @@ def list_checkpointing(num_layers: int) -> Iterator[int | None]:
 
 def check_pull(spec: RoundSpec) -> None:
     """Raises: InputError: several processes cannot pull whole tensors, or redraw what trains."""
-    if spec.freeze.redraw is not None and spec.launch.num_ranks > 1:
+    if spec.freeze.redraw is not None and spec.launch.num_ranks > 1 and spec.launch.zero_stage > 0:
         raise InputError(
-            f"freeze.redraw changes what trains within the round, and with {spec.launch.num_ranks} processes DeepSpeed lays "
-            "gradients and states out once, for all of it",
-            "set launch.num_processes: 1, or draw once for a round: drop freeze.redraw",
+            f"freeze.redraw changes what trains within the round, and under launch.zero_stage {spec.launch.zero_stage} "
+            "gradients and states are laid out once, for all of it",
+            "set launch.num_processes: 1, or launch.zero_stage: 0 with train.bf16: false, or drop freeze.redraw",
         )
     pull, launch = spec.freeze.pull, spec.launch
     if pull is not None and pull.selective and launch.num_ranks > 1 and launch.zero_stage > 0:

@@ -1,4 +1,4 @@
-"""What trains changes within a round: `freeze.redraw`, in one process.
+"""What trains changes within a round: `freeze.redraw`, in one process, or in several that all hold it whole.
 
 The optimizer knows all that ever trains in the round, and steps on what has a gradient. What waits has none, is held as what is
 frozen is, with its float32 master in host memory where the model holds it rounded, and its moments are dropped, or kept there

@@ -5,6 +5,7 @@ against the installed versions, and another finds such names anywhere else.
 """
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,10 @@ class ResumableTrainer(Trainer):
             return optimizer.clip(float("inf"))
         return super()._get_grad_norm(model, grad_norm)
 
+    def counting_waiting(self) -> AbstractContextManager[None]:
+        """Have what waits for its turn to train count as trained, where DeepSpeed would leave it out as frozen."""
+        return nullcontext()
+
     def list_trained(self) -> dict[str, torch.Tensor]:
         """What trains, by name: masters where there are any."""
         found = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -159,7 +164,8 @@ class ResumableTrainer(Trainer):
         if not torch.isfinite(self._tr_loss):
             raise TrainingError(f"the loss became {self._tr_loss.item()} before step {self.state.global_step}")
         started = time.perf_counter()
-        Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a model card each time
+        with self.counting_waiting():
+            Trainer._save_checkpoint(self, model, trial)  # TRL's own would write a model card each time
         self.saving_seconds += time.perf_counter() - started
 
     def _prepare_for_training(

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,13 +188,18 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of all that ever trains in the round."""
+        with self.counting_waiting():
+            return super().create_optimizer(model)
+
+    @contextmanager
+    def counting_waiting(self) -> Iterator[None]:
+        """What waits for its turn counts as trained."""
         waiting = [parameter for method in self.methods for parameter, _ in method.list_waiting().values()]
         for parameter in waiting:
             parameter.requires_grad_(True)
-        optimizer = super().create_optimizer(model)
+        yield
         for parameter in waiting:
             parameter.requires_grad_(False)
-        return optimizer
 
     def list_trained(self) -> dict[str, torch.Tensor]:
         """What trains in the round, by name, with its exact values."""

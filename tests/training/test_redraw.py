@@ -14,10 +14,12 @@ from hftcli.errors import InputError
 from hftcli.freezing.redrawing import list_blocks, list_draws, plan_largest, settle_every
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
-from hftcli.launching.planning import check_pull
+from hftcli.launching.planning import check_pull, make_budget
 from hftcli.launching.processes import StopRequest
+from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
+from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
 from hftcli.training.reading import read_assignment
 from hftcli.training.round import run_round
@@ -164,5 +166,54 @@ def test_rules_that_contradict_themselves_are_refused(rule: dict, expected: str)
 
 
 def test_several_processes_are_refused(start: Path):
-    with pytest.raises(InputError, match="freeze.redraw changes what trains within the round, and with 2 processes"):
-        check_pull(make_spec(start, {"redraw": {"every": 5}}, launch=LaunchSection(num_processes=2, zero_stage=0)))
+    with pytest.raises(InputError, match="freeze.redraw changes what trains within the round, and under launch.zero_stage 1"):
+        check_pull(make_spec(start, {"redraw": {"every": 5}}, launch=LaunchSection(num_processes=2, zero_stage=1)))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_and_go_on(start: Path, tmp_path: Path):
+    """Data parallel, without pieces; HFT's own half, another in every step."""
+    rule, policy = {"redraw": {"every": 1, "states": "keep"}}, CheckpointSection(save_steps=1, keep=9)
+    spec = make_spec(
+        start, rule, launch=LaunchSection(num_processes=2, zero_stage=0), train={"per_device_train_batch_size": 4},
+        checkpoint=policy,
+    )  # fmt: skip
+    round_ = Round(tmp_path / "01")
+    round_.folder.mkdir()
+    write_model(round_.spec_path, spec)
+    launch_round(round_, spec.launch, lambda progress: None)
+    assert verify_round(round_).passed
+    alone, both = read_weights(run(tmp_path / "00", make_spec(start, rule))), read_weights(round_)
+    assert max((alone[name] - both[name]).abs().max().item() for name in alone) < 2e-5
+    resumed = go_back(round_, 2, tmp_path / "02")
+    launch_round(resumed, spec.launch, lambda progress: None)
+    assert resumed.read_result().resumed_from == 2
+    weights = read_weights(resumed)
+    assert all(torch.equal(both[name], weights[name]) for name in both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"trainable_fraction": 0.25, "redraw": {"every": 2}},
+        {"trainable_fraction": 0.125, "embeddings": "freeze", "head": "freeze", "redraw": {"every": 1, "order": "cyclic"}},
+        {"trainable_fraction": 0.125, "redraw": {"every": 1, "order": "ascending", "states": "keep", "schedule": "cycle"}},
+    ],
+    ids=["LISA", "BAdam", "HiFT"],
+)
+def test_a_real_model_holds_what_is_planned(shared: Path, tmp_path: Path, rule: dict):
+    """Ten steps, a cycle of the longest: gradients and states are those of the largest draw."""
+    start = shared / "models" / "MiniMind2-Small"
+    train = {"max_steps": 10, "global_batch_size": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-4}
+    spec = make_spec(start, {"group": "layer"} | rule, train=train)
+    if rule.get("embeddings") is None and rule["redraw"].get("order"):
+        assert len(list_blocks(read_assignment(spec).network.units, spec.freeze)) <= 10
+    round_ = run(tmp_path / "00", spec)
+    assert verify_round(round_).passed
+    task, result = read_assignment(spec), round_.read_result()
+    planned = make_budget(task.spec, task.network, task.plan, 1, False, False).half
+    assert result.gradient_bytes == pytest.approx(planned.gradients_bytes, rel=0.02)
+    assert result.optimizer_bytes == pytest.approx(planned.optimizer_bytes, rel=0.02)
+    sizes = (result.gradient_bytes, planned.gradients_bytes, result.optimizer_bytes, planned.optimizer_bytes)
+    print("measured and planned, gradients and states:", *sizes)
