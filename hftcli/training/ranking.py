@@ -52,7 +52,8 @@ def settle_ranking(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment
     scores, units = read_model(path, UnitScores).scores, task.network.units
     plan = make_plan(units, rule, task.spec.index, task.network.num_heads, scores)
     for method in task.methods:
-        plan = method.narrow_plan(plan, units)
+        plan = method.narrow_plan(plan, units, task.network.num_heads)
+        method.check_start(task.start, plan)
     return replace(task, plan=complete_plan(plan, importance=seal_file(path).sha256))
 
 

@@ -114,6 +114,17 @@ def test_a_next_round_begins_another_adapter_in_other_directions(done: Round, tm
         torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 8 / 4**0.5 * writes @ reads)
 
 
+def test_adapters_stand_where_a_rank_by_scores_has_them(start: Path, tmp_path: Path):
+    """In blocks, which are heads of the attention's output: 4 of 8 inputs each."""
+    round_ = run(tmp_path / "00", make_spec(start, {"rank": "magnitude", "blocks": 16}, method=make_method()))
+    plan = round_.read_plan()
+    assert round_.read_result().verification.passed
+    assert {f"{name}.weight" for name in list_matrices(round_)} == plan.directions.keys() == set(plan.trained)
+    heads = [part for part in plan.directions.values() if part.input.endswith("heads")]
+    assert heads
+    assert {(part.num_blocks, part.width, part.num_open) for part in heads} == {(4, 8, 4)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_end_where_one_process_does(done: Round, start: Path, tmp_path: Path, stage: int):
