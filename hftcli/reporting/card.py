@@ -18,6 +18,7 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import QUICK_START
 from hftcli.reporting.headline import OBJECTIVES, list_changes, make_headline
 from hftcli.reporting.places import hide_folders
+from hftcli.reporting.share import describe_share
 from hftcli.runs.files import write_text
 from hftcli.runs.records import DELTA_NAME, MergeManifest, RoundResult
 from hftcli.runs.run import Round, Run
@@ -74,7 +75,8 @@ def make_card(run: Run, round_: Round, place: str | None = None, is_laid_out: bo
             name=name if len(run.rounds) == 1 else f"{name}, {round_.name}",
             base_name=base.name,
             objective=OBJECTIVES[recipe.objective],
-            share=f"{plan.trainable_fraction:.1%}" if plan.frozen else "",
+            share=f"{plan.trainable_fraction:.1%}" if plan.frozen and result.adapter is None else "",
+            adapter=describe_share(plan, result) if result.adapter is not None else "",
             rounds=f" in each of {len(run.rounds)} rounds, another half each time" if len(run.rounds) > 1 else "",
             version=__version__,
             headline=make_headline(run),

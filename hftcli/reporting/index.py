@@ -12,6 +12,7 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.reporting.headline import OBJECTIVES, make_headline
 from hftcli.reporting.lines import say
 from hftcli.reporting.places import show_place
+from hftcli.reporting.share import describe_share
 from hftcli.reporting.terminal import make_number_table, print_json, print_whole
 from hftcli.runs.files import write_text
 from hftcli.runs.run import Run, find_rounds
@@ -52,7 +53,7 @@ def list_lines(folders: Sequence[Path], beside: Path | None = None) -> list[Line
         lines.append(
             Line(
                 name=show_place(folder), objective=OBJECTIVES[recipe.objective],
-                share=f"{rounds[-1].read_plan().trainable_fraction:.1%}", learning_rate=f"{recipe.train.learning_rate:g}",
+                share=describe_share(rounds[-1].read_plan(), rounds[-1].read_result()), learning_rate=f"{recipe.train.learning_rate:g}",
                 learned=headline.learned, forgot=headline.forgot, page=page,
             )
         )  # fmt: skip

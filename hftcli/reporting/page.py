@@ -32,6 +32,7 @@ from hftcli.reporting.measures import describe_adjusted, describe_transitions, d
 from hftcli.reporting.places import hide_folders, show_place
 from hftcli.reporting.rounding import list_roundings
 from hftcli.reporting.rounds import describe_pairs
+from hftcli.reporting.share import describe_share, measure_share
 from hftcli.reporting.terminal import format_bytes
 from hftcli.reporting.trails import draw_trails
 from hftcli.runs.files import write_text
@@ -121,8 +122,11 @@ def _list_facts(
     recipe: Recipe, rounds: Sequence[tuple[Round, RoundResult]], plans: Sequence[FreezePlan]
 ) -> Iterator[tuple[str, str]]:
     """The head of the page in a few numbers."""
-    shares = [plan.trainable_fraction for plan in plans]
-    trained = f"{min(shares):.1%}" if max(shares) - min(shares) < 5e-4 else f"{min(shares):.1%} to {max(shares):.1%}"
+    found = [
+        (measure_share(plan, result), describe_share(plan, result)) for plan, (_, result) in zip(plans, rounds, strict=True)
+    ]
+    (least, trained), (most, last) = min(found), max(found)
+    trained = trained if most - least < 5e-4 else f"{trained} to {last}"
     yield "model", hide_folders(recipe.model.path)
     yield "parameters", f"{plans[0].num_parameters:,}"
     yield "trained in a round", trained

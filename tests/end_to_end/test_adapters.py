@@ -33,6 +33,17 @@ def test_ten_types_on_a_real_model(hft, settings, small, tmp_path: Path, kind: s
     hft("verify", tmp_path / "run")
 
 
+def test_the_page_and_the_card_tell_of_the_adapter(hft, settings, tmp_path: Path):
+    given = {
+        "data.max_examples": 16, "data.max_length": 64, "train.max_steps": 1, "train.global_batch_size": 4,
+        "train.per_device_train_batch_size": 4, "eval.tasks": "[]", "method.peft": TYPES["VERA"],
+    }  # fmt: skip
+    hft("sft", *settings(given), "--output", tmp_path / "run")
+    said = "an adapter (vera, "
+    assert said in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert said in (tmp_path / "run" / "rounds" / "00-sft" / "checkpoint" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_ten_types_in_a_sequence(hft, settings, small, shared: Path, tmp_path: Path, kind: str):
