@@ -53,7 +53,8 @@ def list_lines(folders: Sequence[Path], beside: Path | None = None) -> list[Line
         lines.append(
             Line(
                 name=show_place(folder), objective=OBJECTIVES[recipe.objective],
-                share=describe_share(rounds[-1].read_plan(), rounds[-1].read_result()), learning_rate=f"{recipe.train.learning_rate:g}",
+                share=describe_share(rounds[-1].read_plan(), rounds[-1].read_result()),
+                learning_rate=f"{recipe.train.learning_rate:g}",
                 learned=headline.learned, forgot=headline.forgot, page=page,
             )
         )  # fmt: skip
