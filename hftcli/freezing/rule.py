@@ -153,6 +153,10 @@ class FreezeRule(BaseModel):
     """Decay to the start, in every step of the optimizer (L2-SP as AdamW does it). Keeps a float32 copy of what trains, which
     `hft plan` does not count; step checkpoints hold it as well."""
 
+    average: Annotated[float | None, Field(gt=0, lt=1, exclude_if=lambda value: value is None)] = None
+    """Leave the exponential moving average of what trained, from the start on, with this share of the old average in every
+    step, such as 0.99. Keeps a float32 copy, as `freeze.pull` does."""
+
     interpolate: Annotated[float, Field(gt=0, le=1, exclude_if=lambda value: value == 1)] = 1.0
     """Share of its way from the start that what trained keeps at the end of a round (WiSE-FT, arXiv 2109.01903). A next round
     begins from what is then saved; `hft merge --interpolate` does the same to a finished model."""
@@ -230,8 +234,8 @@ class FreezeRule(BaseModel):
             raise PydanticCustomError(
                 "redraw", "redraw draws whole matrices by chance or in turns: drop it, or set grain: matrices and rank: random"
             )
-        if self.pull is not None or self.interpolate < 1:
-            raise PydanticCustomError("redraw", "pull and interpolate go with one draw for a round: drop them, or redraw")
+        if self.pull is not None or self.interpolate < 1 or self.average is not None:
+            raise PydanticCustomError("redraw", "pull, average and interpolate go with one draw a round: drop them, or redraw")
         if redraw.order == "random" and (redraw.every == "auto" or redraw.schedule == "cycle"):
             raise PydanticCustomError(
                 "redraw",

@@ -303,7 +303,7 @@ def write_plan(
 ) -> FreezePlan:
     """The plan by which these parameters train, those of `directions` and `columns` in a part of theirs."""
     # What holds weights back, or how, is no part of which they are.
-    rule = rule.model_copy(update={"pull": None, "interpolate": 1.0})
+    rule = rule.model_copy(update={"pull": None, "average": None, "interpolate": 1.0})
     parts: dict[str, Part] = {**(directions or {}), **(columns or {})}
     parameters = [parameter for unit in units for parameter in unit.parameters]
     inside = [unit for unit in units if unit.layer is not None]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from hftcli.methods.adalora import AdaLora
 from hftcli.methods.agem import Agem
 from hftcli.methods.anchor import Anchor
+from hftcli.methods.average import Average
 from hftcli.methods.ewc import Ewc
 from hftcli.methods.gem import Gem
 from hftcli.methods.ia3 import Ia3
@@ -33,6 +34,7 @@ def make_methods(spec: RoundSpec) -> list[Method]:
         *methods,
         *([Redraw(spec, rule.redraw)] if rule.redraw is not None else []),
         *([Pull(spec, rule.pull)] if rule.pull is not None else []),
+        *([Average(spec, rule.average)] if rule.average is not None else []),
         *([Interpolation(spec, rule.interpolate)] if rule.interpolate < 1 else []),
     ]
 

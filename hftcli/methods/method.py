@@ -8,7 +8,7 @@ expect            what a step checkpoint keeps, before there is an optimizer   r
 prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, peft, quiet, anchor
 laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
-start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull, anchor
+start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull, average, anchor
 read_start        before the forward pass of a micro-batch                     anchor, token_weights
 penalize_tokens   a term of each token's loss, by the whole distribution       anchor
 count_own_rows    rows that the start writes, to be trained on                 self_replay
@@ -16,9 +16,9 @@ weigh_tokens      what a token counts in the loss                              t
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
-recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull, redraw
+recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull, average, redraw
 end_step          after a step of the optimizer                                quiet, peft, redraw
-finish            after the last step, before the checkpoint is written        ewc, adapters, quiet, redraw, interpolation
+finish            after the last step, before the checkpoint is written        ewc, adapters, and all of `freeze` but pull
 list_merged       after `finish`: what was merged, where the model rounds it   adapters, quiet, redraw, interpolation
 """
 

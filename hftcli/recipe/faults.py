@@ -253,18 +253,21 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
 def _check_holds(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """What holds weights to the start, where other things train, or what trains is not the weights themselves."""
     rule, adapters = recipe.freeze, [name for name in recipe.method.names if name in ADAPTERS]
-    given = {"pull": rule.pull is not None, "interpolate": rule.interpolate < 1}
+    given = {"pull": rule.pull is not None, "average": rule.average is not None, "interpolate": rule.interpolate < 1}
     for key in (key for key, is_on in given.items() if is_on):
         place = source.place(("freeze", key))
         if adapters:
             yield f"{place}: freeze.{key} holds the weights of the model, and {adapters[0]} trains others: drop one of the two"
-        if key == "pull" and recipe.train.fit == "auto":
-            yield f"{place}: train.fit does not count the copy that freeze.pull holds: drop one of the two"
-    if rule.interpolate < 1 and rule.divides:
-        yield (
-            f"{source.place(('freeze', 'interpolate'))}: freeze.interpolate goes by whole matrices, and freeze.grain is "
-            f"{rule.grain_name}: drop one of the two, or interpolate the finished model with `hft merge --interpolate`"
-        )
+        if key != "interpolate" and recipe.train.fit == "auto":
+            yield f"{place}: train.fit does not count the copy that freeze.{key} holds: drop one of the two"
+        if key != "pull" and rule.divides:
+            yield (
+                f"{place}: freeze.{key} goes by whole matrices, and freeze.grain is {rule.grain_name}: drop one of the two, or "
+                "interpolate the finished model with `hft merge --interpolate`"
+            )
+    if rule.average is not None and recipe.launch.offload == "optimizer":
+        place = source.place(("freeze", "average"))
+        yield f"{place}: freeze.average keeps its copy on the device, and launch.offload what trains on the host: drop one"
     if rule.pull is not None and rule.pull.selective and recipe.launch.offload == "optimizer":
         yield (
             f"{source.place(('freeze', 'pull', 'selective'))}: freeze.pull.selective reads gradients before the step, and "

@@ -25,7 +25,7 @@ GIVEN = {
         ((GIVEN["redraw"], "method.l2sp.strength=1"), "freeze.redraw does not go with method.l2sp"),
         ((GIVEN["redraw"], "launch.offload=optimizer"), "freeze.redraw does not go with launch.offload"),
         ((GIVEN["redraw"], "eval.num_points=3"), "freeze.redraw does not go with eval.every_steps and eval.num_points"),
-        ((GIVEN["redraw"], GIVEN["pull"]), "pull and interpolate go with one draw for a round"),
+        ((GIVEN["redraw"], GIVEN["pull"]), "pull, average and interpolate go with one draw a round"),
         (
             ("freeze.group=layer", GIVEN["redraw"], "freeze.redraw.order=cyclic", "freeze.redraw.schedule=cycle"),
             "the whole first cycle would have a learning rate of 0",

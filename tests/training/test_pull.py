@@ -90,16 +90,19 @@ def test_a_round_that_was_killed_ends_in_the_same_bits(start: Path, plain: Round
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_pieces_are_pulled_as_the_whole_is(start: Path, tmp_path: Path, stage: int):
-    spec = make_spec(start, PULL, launch=LaunchSection(num_processes=2, zero_stage=stage))
+@pytest.mark.parametrize(
+    ("stage", "rule"), [(1, PULL), (2, PULL), (3, PULL), (2, {"average": 0.7}), (3, {"average": 0.7})],
+    ids=["1 pull", "2 pull", "3 pull", "2 average", "3 average"],
+)  # fmt: skip
+def test_pieces_are_held_as_the_whole_is(start: Path, tmp_path: Path, stage: int, rule: dict):
+    spec = make_spec(start, rule, launch=LaunchSection(num_processes=2, zero_stage=stage))
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"per_device_train_batch_size": 4})})
     round_ = Round(tmp_path / "01")
     round_.folder.mkdir()
     write_model(round_.spec_path, spec)
     launch_round(round_, spec.launch, lambda progress: None)
     assert verify_round(round_).passed
-    alone, pieces = read_weights(run(tmp_path / "00", make_spec(start, PULL))), read_weights(round_)
+    alone, pieces = read_weights(run(tmp_path / "00", make_spec(start, rule))), read_weights(round_)
     assert max((alone[name] - pieces[name]).abs().max().item() for name in alone) < 2e-5
 
 
@@ -109,6 +112,26 @@ def test_a_part_of_the_way_is_kept(start: Path, plain: Round, tmp_path: Path):
     for name in begun:
         assert torch.allclose(found[name], 0.7 * begun[name] + 0.3 * ended[name], rtol=0, atol=1e-6), name
     assert verify_round(round_).passed
+
+
+def test_the_moving_average_is_left_and_goes_on(start: Path, tmp_path: Path):
+    """By hand, out of the weights that step checkpoints hold; killed and resumed, the same bits."""
+    policy = CheckpointSection(save_steps=1, keep=9)
+    done = run(tmp_path / "00", make_spec(start, {"average": 0.7}, checkpoint=policy))
+    begun, found = load_file(start / "model.safetensors"), read_weights(done)
+    steps = [load_file(done.steps / str(step) / "trained.safetensors") for step in (1, 2, 3, 4)]
+    for name in done.read_plan().trained:
+        mean = begun[name].double()
+        for weights in steps:
+            mean = 0.7 * mean + 0.3 * weights[name].double()
+        assert torch.allclose(found[name].double(), mean, rtol=0, atol=1e-6), name
+    assert verify_round(done).passed
+    for step in (2, 4):
+        resumed = go_back(done, step, tmp_path / str(step))
+        run_round(resumed, StopRequest(resumed))
+        assert resumed.read_result().resumed_from == step
+        weights = read_weights(resumed)
+        assert all(torch.equal(found[name], weights[name]) for name in found)
 
 
 def test_selection_by_whole_tensors_is_refused_for_pieces(start: Path):

@@ -156,7 +156,7 @@ def test_layers_are_drawn_as_often_as_lisa_says():
         ({"redraw": {"every": "auto"}}, "count blocks in turns"),
         ({"redraw": {"every": 5, "order": "cyclic"}}, "set group: layer"),
         ({"redraw": {"every": 5}, "grain": "columns"}, "draws whole matrices"),
-        ({"redraw": {"every": 5}, "pull": {"strength": 1}}, "one draw for a round"),
+        ({"redraw": {"every": 5}, "pull": {"strength": 1}}, "one draw a round"),
         ({"redraw": {"every": 0}}, "greater than or equal to 1"),
     ],
 )
