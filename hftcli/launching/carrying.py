@@ -45,6 +45,12 @@ def check_method(spec: RoundSpec) -> None:
         find_benchmark(spec.method.replay.extra, "method.replay.extra")
         find_rows(spec.method.replay.extra, spec.data.root, "train")
     num_processes, zero_stage = spec.launch.num_ranks, spec.launch.zero_stage
+    if spec.method.peft is not None and (readers := spec.method.start_readers):
+        raise InputError(
+            f"method.{readers[0]} asks the model as it was when the round began, and an adapter of method.peft may begin "
+            "elsewhere than the model does",
+            f"drop one of the two; method.lora goes with method.{readers[0]}",
+        )
     whole = NEEDS_WHOLE_WEIGHTS | dict.fromkeys(spec.method.start_readers, "lays the start in for a pass of its own")
     for name in spec.method.names:
         if name in ("gem", "agem") and num_processes > 1:

@@ -94,6 +94,7 @@ def test_no_strength_is_plain_training_and_the_first_step_has_no_penalty(hft, se
         ("dpo", {}, "a reference of its own"),
         ("sft", {"train.loss_kernel": "chunked"}, "never has all"),
         ("sft", {"train.label_smoothing_factor": 0.1}, "would have no effect beside train.label_smoothing_factor"),
+        ("sft", {"method.peft.type": "OFT"}, "may begin elsewhere"),
         ("sft", {"launch.num_processes": 2, "launch.zero_stage": 3}, "holds only pieces"),
         ("sft", {"method.anchor.strength": -1}, "greater than or equal to 0"),
     ],
