@@ -294,7 +294,9 @@ def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     if redraw is None:
         return
     others = {
-        f"method.{name}": True for name in recipe.method.names if name not in ROW_METHODS
+        f"method.{name}": True
+        for name in recipe.method.names
+        if name not in ROW_METHODS or name in recipe.method.start_readers
     } | {
         "launch.offload": recipe.launch.offload != "none",
         "reference: shared": recipe.reference == "shared",
