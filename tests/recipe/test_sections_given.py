@@ -55,7 +55,9 @@ def test_every_section_can_be_opened_by_a_dotted_key(key, section, tmp_path):
     path.write_text(dump_recipe(load_recipe(None, BASE)))
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, [f"{key}.no_such_key=1"])
-    assert f"unknown key 'no_such_key' under {key}" in caught.value.message
+    # Which other keys an adapter of PEFT's takes is PEFT's to say, by its type.
+    expected = "method.peft.type is missing" if key == "method.peft" else f"unknown key 'no_such_key' under {key}"
+    assert expected in caught.value.message
 
 
 def test_an_adapter_is_asked_for_over_a_resolved_recipe(tmp_path):
