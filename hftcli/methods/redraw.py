@@ -37,6 +37,7 @@ class Redraw(Method):
         self.num_done = 0
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.waiting: list[str] = []  # whatever counts as trained for the moment
         self.masters: dict[str, torch.Tensor] = {}  # of what waits and is held rounded
         self.moments: dict[str, Moments] = {}  # of what waits, where they are kept
         self.largest_bytes = 0
@@ -58,9 +59,7 @@ class Redraw(Method):
 
     def list_waiting(self) -> Mapping[str, tuple[torch.nn.Parameter, torch.Tensor]]:
         """What trains in other draws: the parameter, and the tensor that has its exact values."""
-        return {
-            name: (value, self.masters.get(name, value)) for name, value in self.parameters.items() if not value.requires_grad
-        }
+        return {name: (self.parameters[name], self.masters.get(name, self.parameters[name])) for name in self.waiting}
 
     def start(self, trainer: Trainer) -> None:
         """Know the optimizer."""
@@ -88,6 +87,7 @@ class Redraw(Method):
         """All that trained counts as trained."""
         for value in self.parameters.values():
             value.requires_grad_(True)
+        self.waiting.clear()
 
     def list_merged(self) -> dict[str, torch.Tensor]:
         """The masters of what waits, which the model holds rounded."""
@@ -114,6 +114,7 @@ class Redraw(Method):
     @torch.no_grad()
     def _rest(self, name: str) -> None:
         value = self.parameters[name]
+        self.waiting.append(name)
         value.requires_grad_(False)
         value.grad = None
         if self.optimizer is not None:
@@ -127,6 +128,7 @@ class Redraw(Method):
     @torch.no_grad()
     def _wake(self, name: str) -> None:
         value = self.parameters[name]
+        self.waiting.remove(name)
         if name in self.masters:
             value.data = self.masters.pop(name).to(value.device)
         value.requires_grad_(True)

@@ -17,7 +17,7 @@ def round_of(run: Path) -> Round:
 def test_a_round_leaves_a_delta_that_verifies(hft, settings, small, tmp_path):
     shown = hft("sft", "--output", tmp_path / "run", *settings(small | {"checkpoint.format": "delta"})).stdout
     round_ = round_of(tmp_path / "run")
-    assert f"hft merge --delta {round_.checkpoint} --output FOLDER" in shown
+    assert f"merge --delta {round_.checkpoint} --output FOLDER" in shown
     assert load_file(round_.checkpoint / "delta.safetensors").keys() == set(round_.read_plan().trained)
     assert round_.read_result().verification.passed
     assert verify_round(round_).passed
