@@ -82,6 +82,7 @@ def read_losses(run) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "rounds" / "00-sft" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_no_strength_is_plain_training_and_every_kind_acts(hft, settings, tmp_path):
     short = {"train.max_steps": 2, "train.logging_steps": 1, "eval.tasks": "[]", "train.learning_rate": 3e-4}
     given = {
