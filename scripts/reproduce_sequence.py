@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FULL = {"freeze.trainable_fraction": 1.0}
-EMBEDDINGS_FROZEN = {"freeze.embeddings": "freeze", "freeze.head": "freeze"}  # tied, so that the prefix freezes both
 SEEDS = 3
 SETTINGS: dict[str, dict[str, object]] = {
     "full": FULL,
@@ -26,8 +25,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "full, EWC": FULL | {"method.ewc.strength": 4e6},  # of 4e2, 4e4, 4e6, on two of the tasks with another seed
     "full, GEM": FULL | {"method.gem": "{}"},
     "full, A-GEM": FULL | {"method.agem": "{}"},
-    "half, embeddings frozen": EMBEDDINGS_FROZEN,
-    "half, prefix 0.25": EMBEDDINGS_FROZEN | {"freeze.frozen_prefix": 0.25},
 }
 T_QUANTILE = 4.303  # two-sided 95 %, three seeds
 METRICS = {"op": "OP", "bwt": "BWT", "forgetting": "forgetting", "plasticity": "learned"}
