@@ -22,6 +22,7 @@ from hftcli.errors import DataError, ModelError
 from hftcli.measuring.asking import generate_answers, predict_answers
 from hftcli.measuring.evaluation import Drift
 from hftcli.measuring.questions import Row, TokenizedTask, tokenize_task
+from hftcli.models.deltas import hash_checkpoint
 from hftcli.tasks import load_task
 from hftcli.tasks.examples import Example, Task
 from hftcli.tasks.folder import read_json
@@ -127,13 +128,24 @@ def draw_texts(
     Raises:
         ModelError: the tokenizer has no token to begin a text with.
     """
-    encoding = get_backend(tokenizer).encode("a")
-    beginning = encoding.ids[: encoding.special_tokens_mask.index(0)]
-    if not beginning:  # the tokenizer puts nothing before a text, so the base writes what comes after one
-        beginning = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    beginning = find_beginning(tokenizer)
     if not beginning:
         raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no token to begin a text with", "give --text")
     return draw_answers(base, [beginning] * num_texts, tokenizer, device, num_tokens)
+
+
+def find_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a text begins with; none where the tokenizer has nothing that could be one."""
+    encoding = get_backend(tokenizer).encode("a")
+    if beginning := encoding.ids[: encoding.special_tokens_mask.index(0)]:
+        return beginning
+    # It puts nothing before a text, so the base writes what comes after one.
+    return [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+
+
+def identify_writer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """What decides which texts a model writes from nothing: its files, and the tokens with which a text begins and ends."""
+    return {"files": hash_checkpoint(folder), "beginning": find_beginning(tokenizer), "end": tokenizer.eos_token_id}
 
 
 def draw_answers(

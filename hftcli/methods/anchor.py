@@ -27,6 +27,7 @@ class Anchor(Method):
 
     section: AnchorSection
     reads_distributions = True
+    asks_start = True
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains: a step checkpoint has moved from there."""

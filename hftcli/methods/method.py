@@ -48,6 +48,7 @@ class Method:
 
     Attributes:
         leaves_another_model: whether `finish` changes the model, so that it can train no more.
+        asks_start: whether the start of the round is to read every micro-batch as well.
         reads_distributions: whether it needs all log-probabilities of a token's place, which the plain loss kernel alone has.
         adapters: what trains in place of the weights, where that was counted.
         num_adapter_weights: of what it adds to the model, those that train; known once that is loaded.
@@ -55,6 +56,7 @@ class Method:
 
     leaves_another_model = False
     reads_distributions = False
+    asks_start = False
     adapters: Adapters | None = None
     num_adapter_weights = 0
     cycle_steps = 1  # from one change of the learning rate to the next
@@ -126,7 +128,7 @@ class Method:
         """Called once by all ranks before the first step, or before going on from a step checkpoint."""
 
     def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
-        """Called before the model reads a micro-batch, on all ranks alike.
+        """Called before the model reads a micro-batch, on all ranks alike, where the method's `asks_start` is true.
 
         Args:
             columns_N: places before tokens that some row of it trains on.

@@ -23,6 +23,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
 from hftcli.models.start_copy import StartCopy
 from hftcli.recipe.methods import TokenWeightsSection
+from hftcli.runs.spec import RoundSpec
 
 EAFT_TOKENS = 20  # of arXiv 2601.02151: their largest entropy is a weight of 1
 
@@ -33,9 +34,13 @@ class TokenWeights(Method):
     section: TokenWeightsSection
     copy: StartCopy | None = None
 
+    def __init__(self, spec: RoundSpec, section: TokenWeightsSection):
+        super().__init__(spec, section)
+        self.asks_start = section.asks_start
+
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains, where the start is asked: a step checkpoint has moved from there."""
-        if self.section.asks_start:
+        if self.asks_start:
             self.copy = StartCopy(model)
 
     def start(self, trainer: Trainer) -> None:
@@ -45,9 +50,8 @@ class TokenWeights(Method):
 
     @torch.no_grad()
     def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
-        """How likely the start finds the tokens of a batch, where it is asked."""
-        if self.copy is None:
-            return
+        """How likely the start finds the tokens of a batch."""
+        assert self.copy is not None
         targets_BT = inputs["labels"][:, 1:].clamp(min=0)
         log_probs_BNV = self.copy.ask(model, inputs, columns_N)
         known_BN = log_probs_BNV.gather(-1, targets_BT[:, columns_N].unsqueeze(-1)).squeeze(-1)

@@ -19,12 +19,11 @@ from hftcli.data.cache import default_cache
 from hftcli.errors import InputError
 from hftcli.freezing.directions import Columns, list_coordinates, list_inputs
 from hftcli.freezing.selection import FreezePlan, complete_plan
-from hftcli.measuring.drift import NUM_SAMPLES, SAMPLE_TOKENS, draw_texts
+from hftcli.measuring.drift import NUM_SAMPLES, SAMPLE_TOKENS, draw_texts, identify_writer
 from hftcli.measuring.moments import Inputs, Moments, add_source, measure_moments, read_moments, write_moments
 from hftcli.methods.method import draw_rows
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.columned import find_columns, score_columns
-from hftcli.models.deltas import hash_checkpoint
 from hftcli.models.device import is_mixed
 from hftcli.models.directed import find_basis
 from hftcli.models.division import draw_choices, read_bases, read_origin, write_bases
@@ -101,7 +100,7 @@ def make_key(task: Assignment, rows: Rows, last: Path | None) -> str:
     """A hash of all that the moments, and the directions or columns, come from."""
     freeze = task.spec.freeze
     shaping = {
-        "start": hash_checkpoint(task.start),
+        "start": identify_writer(task.start, task.tokenizer),
         "last": last and seal_file(last).sha256,
         "keep": rows.kept_digest,
         "samples": SAMPLES,
@@ -126,7 +125,7 @@ def gather_moments(task: Assignment, rows: Rows, inputs: Inputs, last: Path | No
 def measure_own(task: Assignment, inputs: Inputs) -> dict[str, torch.Tensor]:
     """The moments of what the start writes of itself, which are kept for other rounds from it."""
     device, dtype = find_device(), torch.bfloat16 if is_mixed(task.spec) else torch.float32
-    identity = {"start": hash_checkpoint(task.start), "samples": SAMPLES, "inputs": inputs, "dtype": str(dtype)}
+    identity = {"start": identify_writer(task.start, task.tokenizer), "samples": SAMPLES, "inputs": inputs, "dtype": str(dtype)}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = default_cache("moments") / f"{name}.safetensors"
     if not path.exists():

@@ -15,9 +15,8 @@ from filelock import FileLock
 
 from hftcli.data.cache import default_cache, hash_tokens
 from hftcli.errors import ModelError
-from hftcli.measuring.drift import draw_texts
+from hftcli.measuring.drift import draw_texts, identify_writer
 from hftcli.models.checkpoint import load_finished
-from hftcli.models.deltas import hash_checkpoint
 from hftcli.models.device import is_mixed
 from hftcli.training.stages import Assignment, Attempt, Rows
 
@@ -55,8 +54,8 @@ def write_rows(task: Assignment, rows: Rows, num_rows: int) -> Dataset:
     assert section is not None  # it asks for rows
     length = min(section.max_tokens, task.spec.data.max_length)
     identity = {
-        "start": hash_checkpoint(task.start), "num_rows": num_rows, "length": length, "mixed": is_mixed(task.spec),
-        "model": task.spec.model.model_dump(include={"dtype"}),
+        "start": identify_writer(task.start, task.tokenizer), "num_rows": num_rows, "length": length,
+        "mixed": is_mixed(task.spec), "model": task.spec.model.model_dump(include={"dtype"}),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = default_cache("own-rows") / f"{name}.json"

@@ -18,7 +18,7 @@ from hftcli.data.tokens import IGNORED
 from hftcli.freezing.directions import list_coordinates
 from hftcli.freezing.rule import ImportanceRule
 from hftcli.freezing.selection import RANKINGS, complete_plan, make_plan
-from hftcli.measuring.drift import draw_texts
+from hftcli.measuring.drift import draw_texts, identify_writer
 from hftcli.measuring.importance import (
     Lesson,
     score_fisher,
@@ -29,7 +29,6 @@ from hftcli.measuring.importance import (
 )  # fmt: skip
 from hftcli.methods.method import draw_rows
 from hftcli.models.checkpoint import load_finished
-from hftcli.models.deltas import hash_checkpoint
 from hftcli.models.device import is_mixed
 from hftcli.models.reader import Start
 from hftcli.runs.files import read_model, write_model
@@ -62,7 +61,7 @@ def make_key(task: Assignment, rows: Rows) -> str:
     freeze = task.spec.freeze
     importance = freeze.importance or ImportanceRule()
     shaping = {
-        "start": hash_checkpoint(task.start),
+        "start": identify_writer(task.start, task.tokenizer),
         "rank": freeze.rank,
         "samples": rows.scored_digest or SAMPLES,
         "new": (rows.tokens_digest, importance.samples) if freeze.rank == "gradient" else None,

@@ -242,8 +242,10 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's loss; what has to know what the start expects asks it first."""
-        for method in self.methods:
-            method.read_start(self.model, inputs, find_columns(inputs["labels"]))
+        if readers := [method for method in self.methods if method.asks_start]:
+            columns_N = find_columns(inputs["labels"])
+            for method in readers:
+                method.read_start(self.model, inputs, columns_N)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 

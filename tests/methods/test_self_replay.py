@@ -9,6 +9,8 @@ from end_to_end.running import assert_same
 from transformers import AutoModelForCausalLM
 
 from hftcli import PACKAGE
+from hftcli.measuring.drift import identify_writer
+from hftcli.models.description import load_tokenizer
 from hftcli.runs.run import Run
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
@@ -46,6 +48,13 @@ def test_a_dry_run_says_the_same_number_of_steps(hft, settings, tmp_path, own_ca
     epochs = SHORT | {"train.max_steps": -1, "train.num_train_epochs": 1}
     said = hft("sft", "--output", tmp_path / "dry", "--dry-run", *settings(epochs))
     assert "8 of 8 sequences out of 60" in said.stdout + said.stderr  # 40 rows and 20 texts in batches of 8
+
+
+def test_a_tokenizer_that_begins_otherwise_writes_other_texts():
+    tokenizer = load_tokenizer(EMBEDDED)
+    first = identify_writer(EMBEDDED, tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+    assert identify_writer(EMBEDDED, tokenizer) != first
 
 
 @pytest.mark.slow
