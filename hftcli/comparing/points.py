@@ -256,8 +256,9 @@ def _name_method(recipe: Recipe) -> str:
     names = tuple(method.peft.type.lower() if name == "peft" and method.peft else name for name in method.names)
     if share == 1 and method.adapter is not None:
         return " + ".join(names)
-    name = {1.0: FULL, 0.5: "half"}.get(share, f"share {share:g}")
-    return " + ".join((name + rule.variant * (share < 1), *names))
+    is_full = share == 1 and rule.grain != "biases"
+    name = {1.0: FULL if is_full else "all", 0.5: "half"}.get(share, f"share {share:g}")
+    return " + ".join((name + rule.variant * (not is_full), *names))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

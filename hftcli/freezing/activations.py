@@ -198,6 +198,10 @@ class Ledger:
         """Whether a unit's weight trains."""
         return self.adapters is None and unit.parameters[0].name in self.trained
 
+    def moves(self, unit: Unit) -> bool:
+        """Whether something of a unit trains, be it the bias alone."""
+        return self.adapters is None and any(parameter.name in self.trained for parameter in unit.parameters)
+
     def adapts(self, unit: Unit) -> bool:
         """Whether an adapter of a unit's weight trains in its place."""
         return self.adapters is not None and unit.parameters[0].name in self.trained
@@ -248,7 +252,7 @@ class Ledger:
         if self.adapters is not None and self.adapts(unit):
             self.adapt(self.adapters, width, num_inputs, value)
             return self.make(width, value.item_bytes, True)
-        return self.make(width, value.item_bytes, value.has_gradient or trains)
+        return self.make(width, value.item_bytes, value.has_gradient or self.moves(unit))
 
     def multiply_part(self, part: Part, given: Value) -> Value:
         """A linear layer of which a part trains: what is kept of its input is kept once for all that read it so."""

@@ -10,10 +10,10 @@ from pydantic_core import PydanticCustomError
 from hftcli.freezing.directions import KeepRule
 from hftcli.freezing.roles import OUTSIDE_ROLES, Role, compile_pattern, list_patterns
 
-Grain = Literal["matrices", "directions", "columns"]
+Grain = Literal["matrices", "biases", "directions", "columns"]
 Choice = Literal["quiet", "random", "ssu", "ssu-code"]
 Rank = Literal["random", "magnitude", "wanda", "fisher", "gradient", "spectrum"]
-GRAINS: tuple[Grain | tuple[Grain, ...], ...] = ("matrices", "directions", "columns", ("matrices", "directions"))
+GRAINS: tuple[Grain | tuple[Grain, ...], ...] = ("matrices", "biases", "directions", "columns", ("matrices", "directions"))
 QUIET: dict[str, Any] = {"grain": ("matrices", "directions"), "blocks": 32}  # what `freeze: quiet` is short for
 
 
@@ -118,7 +118,9 @@ class FreezeRule(BaseModel):
     """In what pieces the layers' matrices are halved: `matrices`, each trains or is frozen as a whole, as in the paper;
     `directions`, each trains in that share of its input space which the inputs of earlier data use least, and stays what it is
     in the rest; `columns`, each trains in that share of its input columns, and the others are frozen bit for bit; `[matrices,
-    directions]`, directions within the paper's half, which takes the share twice."""
+    directions]`, directions within the paper's half, which takes the share twice. `biases`, no matrix trains and no norm's
+    weight, but of the modules that have a bias that share of the biases: all of them, `trainable_fraction: 1`, is BitFit
+    (arXiv 2106.10199), which freezes `embeddings` and `head` too."""
 
     part: Annotated[Choice | None, Field(exclude_if=lambda value: value is None)] = None
     """With directions or columns: which of them train. `quiet`, those in which the inputs of earlier data have least energy;
@@ -164,7 +166,7 @@ class FreezeRule(BaseModel):
     @property
     def divides(self) -> bool:
         """Whether matrices train in a part of their directions or columns."""
-        return self.grain != "matrices"
+        return self.grain not in ("matrices", "biases")
 
     @property
     def grain_name(self) -> str:
@@ -175,6 +177,8 @@ class FreezeRule(BaseModel):
     def variant(self) -> str:
         """What a share is of and by what it is ranked, in words that follow it; nothing where that is the paper's."""
         ranked = "" if self.rank == "random" else f" by {self.rank}{'' if self.freezes_most else ', the least frozen'}"
+        if self.grain == "biases":
+            return " of biases"
         return f" of {self.grain_name} ({self.choice}){ranked}" if self.divides else ranked
 
     @property
@@ -251,7 +255,7 @@ class FreezeRule(BaseModel):
     def _check_grain(self) -> "FreezeRule":
         if self.grain not in GRAINS:
             raise PydanticCustomError(
-                "grain", f"grain is {self.grain_name}: give matrices, directions, columns, or [matrices, directions]"
+                "grain", f"grain is {self.grain_name}: give matrices, biases, directions, columns, or [matrices, directions]"
             )
         if self.blocks is not None and self.grain == "columns":
             raise PydanticCustomError(
@@ -268,9 +272,10 @@ class FreezeRule(BaseModel):
             if given is not None:
                 raise PydanticCustomError("rank", "importance would have no effect beside rank random: drop it, or set rank")
             return self
-        if self.grain in ("directions", "columns"):
+        if self.grain in ("biases", "directions", "columns"):
+            trained = "no matrix" if self.grain == "biases" else "a part of each"
             raise PydanticCustomError(
-                "rank", f"rank {self.rank} ranks whole matrices, and grain {self.grain_name} trains a part of each: drop one"
+                "rank", f"rank {self.rank} ranks whole matrices, and grain {self.grain_name} trains {trained}: drop one"
             )
         if self.group == "model" and self.rank in ("wanda", "spectrum"):
             raise PydanticCustomError(

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import Annotated, Any
@@ -133,11 +134,13 @@ def make_plan(
 
     Raises:
         ModelError: nothing would train, tied embeddings are to be frozen and trained at once, `frozen_prefix` is less than a
-            layer or all of them, the model's matrices do not come apart into directions, or what they read is not known.
+            layer or all of them, the model's matrices do not come apart into directions, what they read is not known, or biases
+            are to train and the layers have none.
     """
-    inside = [unit for unit in units if unit.layer is not None]
-    outside = [unit for unit in units if unit.layer is None]
-    num_frozen_layers = count_frozen_layers(inside, rule)
+    num_frozen_layers = count_frozen_layers(units, rule)
+    drawn = keep_biases(units) if rule.grain == "biases" else units
+    inside = [unit for unit in drawn if unit.layer is not None]
+    outside = [unit for unit in drawn if unit.layer is None]
     if rule.rank == "wanda" and (unread := [unit for unit in inside if unit.role != "norm" and find_input(unit) is None]):
         raise ModelError(
             f"freeze.rank: wanda does not know what {unread[0].name} reads", "take another, such as magnitude or fisher"
@@ -170,6 +173,28 @@ def complete_plan(plan: FreezePlan, **hashes: str) -> FreezePlan:
     """A plan with the hashes of what its units, directions or columns were chosen by, and of what these are."""
     content = {name: value for name, value in plan if name != "fingerprint"} | hashes
     return FreezePlan(**content, fingerprint=_hash_content(content))
+
+
+def keep_biases(units: Iterable[Unit]) -> list[Unit]:
+    """What units have of biases, without those that have none; embeddings and head, which have keys of their own, are whole.
+
+    Raises:
+        ModelError: no unit in the layers has one.
+    """
+    found = []
+    for unit in units:
+        own = tuple(parameter for parameter in unit.parameters if parameter.name.endswith("bias"))
+        if unit.role in ("embedding", "head"):
+            found.append(unit)
+        elif own:
+            found.append(replace(unit, parameters=own))
+    if all(unit.layer is None for unit in found):
+        raise ModelError(
+            "freeze.grain: biases would train nothing in the layers: this model's modules have no biases, like those of most "
+            "models of Llama's kind",
+            "to train few weights, take method.peft: {type: LN_TUNING} for the norms, method.ia3, or method.lora",
+        )
+    return found
 
 
 def count_frozen_layers(units: Iterable[Unit], rule: FreezeRule) -> int:

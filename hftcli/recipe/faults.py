@@ -235,6 +235,11 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{recipe.freeze.grain_name} trains a part: drop one of the two; {' and '.join(GRAINLESS_METHODS)} go with both"
                 + (", and method.lora.quiet is LoRA in directions" if name == "lora" else "")
             )
+        if name in ADAPTERS and recipe.freeze.grain == "biases":
+            yield (
+                f"{source.place(('method', name))}: method.{name} trains adapters of whole matrices, and freeze.grain: biases "
+                "trains no matrix: drop one of the two"
+            )
     yield from _check_holds(recipe, source)
     yield from _check_anchor(recipe, objective, source)
     yield from _check_redraw(recipe, source)
@@ -243,9 +248,9 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
         yield from _check_token_weights(recipe, objective, source)
     for key in ("blocks", "keep", "part"):
         if getattr(recipe.freeze, key) is not None and not (recipe.freeze.divides or recipe.method.open_fraction):
-            others = "directions" if key == "blocks" else "directions or columns"
+            others, grain = "directions" if key == "blocks" else "directions or columns", recipe.freeze.grain_name
             yield (
-                f"{source.place(('freeze', key))}: freeze.{key} would have no effect beside freeze.grain matrices: drop it, or "
+                f"{source.place(('freeze', key))}: freeze.{key} would have no effect beside freeze.grain {grain}: drop it, or "
                 f"set freeze.grain: {others}, or method.lora.quiet: true"
             )
 

@@ -264,7 +264,7 @@ def _draw_plan(round_: Round, plan: FreezePlan) -> Picture:
     trained = set(plan.trained)
 
     def trains(unit: Unit) -> bool:
-        return unit.parameters[0].name in trained
+        return any(parameter.name in trained for parameter in unit.parameters)
 
     layers = sorted({unit.layer for unit in units if unit.layer is not None})
     rows: dict[int | None, int] = {layer: row for row, layer in enumerate(layers)}

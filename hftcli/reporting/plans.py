@@ -119,6 +119,8 @@ def describe_imbalance(budget: Budget) -> str | None:
     plan, rule = budget.plan, budget.plan.rule
     if rule.redraw is not None and rule.redraw.order != "random":
         return None  # blocks in turns have no share to keep
+    if rule.grain == "biases":
+        return None  # they are a small part of the layers, whatever their share
     share = measure_layer_share(plan.roles)
     asked = rule.layer_fraction
     if budget.adapters is not None or abs(share - asked) <= MOST_IMBALANCE:

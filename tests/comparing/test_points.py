@@ -105,6 +105,8 @@ def test_made_model_that_is_not_scored_as_its_run_is_refused(tmp_path):
     ("override", "title"),
     [
         ("freeze.seed=1", "half"),
+        ("freeze={grain: biases}", "half of biases"),
+        ("freeze={grain: biases, trainable_fraction: 1.0}", "all of biases"),
         ("freeze={grain: columns}", "half of columns (ssu)"),
         ("freeze={grain: directions, part: random}", "half of directions (random)"),
         ("freeze=quiet", "half of [matrices, directions] (quiet)"),
