@@ -20,8 +20,14 @@ def merge(
     weight: Annotated[
         float | None, typer.Option("--interpolate", min=0, max=1, metavar="A", help="Write (1 - A) base + A tuned.")
     ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            "--sparsify", min=0, max=1, metavar="DENSITY", help="Keep the largest changes: this share of all weights."
+        ),
+    ] = None,
 ) -> None:
-    """A full model out of a delta checkpoint, or the weighted mean of a model and its base.
+    """A full model out of a delta checkpoint; the mean of a model and its base, or its largest changes on its base.
 
     A delta knows its base; --base says where it is now, if it was moved.
     """
@@ -29,20 +35,29 @@ def merge(
     from hftcli.reporting.card import write_made_card
     from hftcli.reporting.terminal import print_merge
 
-    match delta, base, tuned, weight:
-        case str(), _, None, None:
+    match delta, base, tuned, weight, density:
+        case str(), _, None, None, None:
             from hftcli.models.arithmetic import merge_delta
 
             # Not fetched as a model is: the base may be found only through --base.
             folder = Path(runners.resolve_start(delta).path)
             manifest = merge_delta(folder, output, fetch_folder(base) if base is not None else None)
-        case None, str(), str(), float():
+        case None, str(), str(), None, float():
+            from hftcli.models.arithmetic import sparsify_model
+
+            manifest = sparsify_model(fetch_folder(base), fetch_folder(tuned), density, output)
+        case _, _, _, float(), float():
+            raise InputError(
+                "hft merge takes --interpolate or --sparsify: the largest changes do not depend on how far they are gone",
+                "sparsify first, and then interpolate what that gave",
+            )
+        case None, str(), str(), float(), None:
             from hftcli.models.arithmetic import interpolate_models
 
             manifest = interpolate_models(fetch_folder(base), fetch_folder(tuned), weight, output)
         case _:
             raise InputError(
-                "hft merge takes --delta, or --base with --tuned and --interpolate",
+                "hft merge takes --delta, or --base with --tuned and --interpolate or --sparsify",
                 "hft merge --base BASE --delta DELTA --output FOLDER, or "
                 "hft merge --base BASE --tuned TUNED --interpolate 0.5 --output FOLDER",
             )

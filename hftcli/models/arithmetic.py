@@ -1,4 +1,4 @@
-"""Models made out of the weights of other models: a delta laid over its base, the mean of two models, Half-Reset.
+"""Models made out of the weights of other models: a delta over its base, the mean of two, the largest changes, Half-Reset.
 
 Tensors are read, computed and written one at a time, so that a model of any size takes the memory of its largest parameter.
 The files have the tensors of the tuned model's, under their names and in their data types, what is no parameter's among them,
@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +84,72 @@ def interpolate_models(base: Path, tuned: Path, weight: float, output: Path) -> 
         return _write_manifest(folder, "interpolation", inputs, weight=weight)
 
 
+def sparsify_model(base: Path, tuned: Path, density: float, output: Path) -> MergeManifest:
+    """Write a tuned model of which the largest changes are kept, and every other weight is the base's, bit for bit.
+
+    It is diff pruning's projection by magnitude (arXiv 2012.07463) without its training: of all weights of the model together,
+    those whose difference to the base is largest, computed in float32; of equal ones the former, in the order of the files.
+
+    Args:
+        density: share of all weights that may differ from the base, in [0, 1]. At 0 and 1 the result is the base and the tuned
+            model, bit for bit.
+
+    Raises:
+        ModelError: the two have other parameters, or other data types.
+        InputError: there is something at `output`.
+    """
+    num_kept = 0
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        nonlocal num_kept, num_ties
+        bits = measure_change(first, second, name)
+        is_kept, is_tie = bits > threshold, (bits == threshold)
+        is_kept |= is_tie & (is_tie.flatten().cumsum(0).view_as(is_tie) <= num_ties)
+        num_ties = max(num_ties - int(is_tie.sum()), 0)
+        num_kept += int((is_kept & (bits > 0)).sum())
+        return cast_tensors(second.layout, name, torch.where(is_kept, second.read(name), first.read(name)), second.dtypes)
+
+    with create_folder(output) as folder:
+        first, second = _open_pair(base, tuned)
+        _check_types(first, second)
+        threshold, num_ties, num_weights = find_threshold(first, second, Fraction(str(density)))
+        copy_configs(tuned, folder)
+        forget_masters(folder)
+        write_weights(second, read, folder)
+        inputs = {"base": identify_checkpoint(base), "tuned": identify_checkpoint(tuned)}
+        return _write_manifest(folder, "sparsification", inputs, density=density, num_kept=num_kept, num_weights=num_weights)
+
+
+def measure_change(base: CheckpointReader, tuned: CheckpointReader, name: str) -> torch.Tensor:
+    """How far each weight of a parameter moved, as the bits of float32, which order as the numbers do."""
+    return (tuned.read(name).float() - base.read(name).float()).abs().view(torch.int32)
+
+
+def find_threshold(base: CheckpointReader, tuned: CheckpointReader, density: Fraction) -> tuple[int, int, int]:
+    """Which changes are among the largest: the bits above which all are, how many with these bits are too; and all weights.
+
+    By counting, first by the upper half of the bits and then, where the border runs, by the lower half: no list of all changes is
+    ever held.
+    """
+    upper, lower = torch.zeros(2**15, dtype=torch.int64), torch.zeros(2**16, dtype=torch.int64)
+    for name in tuned.layout.places:
+        upper += torch.bincount(measure_change(base, tuned, name).flatten() >> 16, minlength=len(upper))
+    num_weights = int(upper.sum())
+    place, left = _find_border(upper, int(density * num_weights + Fraction(1, 2)))
+    for name in tuned.layout.places:
+        bits = measure_change(base, tuned, name).flatten()
+        lower += torch.bincount(bits[bits >> 16 == place] & 0xFFFF, minlength=len(lower))
+    last, left = _find_border(lower, left)
+    return (place << 16) + last, left, num_weights
+
+
+def _find_border(counts: torch.Tensor, number: int) -> tuple[int, int]:
+    """From the top down, the bin in which a number of things is reached, and how many of that bin it takes."""
+    above = counts.flip(0).cumsum(0).flip(0)  # in each bin and all above it
+    place = int((above >= number).nonzero().max())
+    return place, number - int(above[place] - counts[place])
+
+
 def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> MergeManifest:
     """Write a tuned model with one half back at its base, byte for byte: Half-Reset, section 2 of arXiv 2404.18466.
 
@@ -130,6 +198,18 @@ def _open_pair(base: Path, tuned: Path) -> tuple[CheckpointReader, CheckpointRea
     for reader in readers:
         reader.layout.check_copies()
     return readers
+
+
+def _check_types(base: CheckpointReader, tuned: CheckpointReader) -> None:
+    """Raises: ModelError: a parameter has other data types in the one model than in the other."""
+    for name in tuned.layout.places:
+        found = [{reader.dtypes[place] for place in reader.layout.places[name]} for reader in (base, tuned)]
+        if found[0] != found[1]:
+            old, new = (", ".join(sorted(dtypes)) for dtypes in found)
+            raise ModelError(
+                f"{name} is {old} in {base.stack.root} and {new} in the tuned model, so that no weight can go back bit for bit",
+                "give the base in the tuned model's data type, or tune with model.dtype null",
+            )
 
 
 def _move_tensors(source: CheckpointReader, target: CheckpointReader, name: str) -> dict[str, np.ndarray]:
@@ -217,8 +297,7 @@ def _write_manifest(
     folder: Path,
     kind: str,
     inputs: dict[str, CheckpointIdentity],
-    weight: float | None = None,
-    plan: FreezePlan | None = None,
+    **made: Any,
 ) -> MergeManifest:
     manifest = MergeManifest(
         kind=kind,
@@ -226,9 +305,8 @@ def _write_manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hft_version=__version__,
         inputs=inputs,
-        weight=weight,
-        plan=plan,
         files=hash_checkpoint(folder),
+        **made,
     )
     write_model(folder / MERGE_NAME, manifest)
     return manifest

@@ -123,6 +123,9 @@ def describe_making(manifest: MergeManifest) -> str:
     """How a model was made out of others, in a sentence."""
     if manifest.kind == "interpolation":
         return f"This is the weighted mean of two models: {manifest.weight:g} of the tuned one, the rest of its base."
+    if manifest.num_kept is not None and manifest.num_weights:
+        share = f"{manifest.num_kept / manifest.num_weights:.2%}"
+        return f"This is a tuned model of which the largest changes are kept, {share} of the weights; the rest is its base's."
     if manifest.plan is None:
         return "This is a delta laid over its base."
     plan = manifest.plan

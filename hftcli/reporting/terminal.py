@@ -26,6 +26,9 @@ def print_merge(manifest: MergeManifest, output: Path) -> None:
     """What a model was made of, and where it is."""
     for role, identity in manifest.inputs.items():
         say(f"{role:<6} {show_place(identity.path)}")
+    if manifest.num_kept is not None and manifest.num_weights:
+        share = f"{manifest.num_kept / manifest.num_weights:.2%} of {manifest.num_weights:,} weights"
+        say(f"kept   {share} differ from the base, the largest changes")
     if manifest.plan is not None:
         plan = manifest.plan
         num_reset = plan.num_parameters - plan.num_trainable

@@ -317,10 +317,11 @@ class DeltaRecord(FileSection):
 class MergeManifest(FileSection):
     """How a model was made out of the weights of others."""
 
-    version: Version = 2
-    """Version of the file's form. The first has the version of hft under this name."""
-    kind: Literal["delta", "interpolation", "reset"]
-    """A delta laid over its base, the mean of two models, or a tuned model with one half back at its base."""
+    version: Version = 3
+    """Version of the file's form. The first has the version of hft under this name; the second knows no sparsification."""
+    kind: Literal["delta", "interpolation", "sparsification", "reset"]
+    """A delta laid over its base, the mean of two models, or a tuned model with the smaller of its changes, or one half of its
+    weights, back at its base."""
     command: tuple[str, ...]
     """The command line."""
     created: str
@@ -331,6 +332,12 @@ class MergeManifest(FileSection):
     """What it was made of: `base`, and `delta` or `tuned`."""
     weight: float | None = None
     """Of an interpolation: the share A of the tuned model in (1 - A) base + A tuned, in [0, 1]."""
+    density: float | None = None
+    """Of a sparsification: the share of all weights that was to differ from the base, in [0, 1]."""
+    num_kept: int | None = None
+    """Of a sparsification: the weights that differ from the base."""
+    num_weights: int | None = None
+    """Of a sparsification: all weights."""
     plan: FreezePlan | None = None
     """Of a reset: the frozen parameters are back at the base, the trained ones are the tuned model's."""
     files: dict[str, str]

@@ -87,6 +87,9 @@ def test_bad_input(hft, tmp_path):
     base = "tinyworld"
     arguments = {
         "hft merge takes --delta, or --base with --tuned": ("merge", "--base", base, "--output", tmp_path / "out"),
+        "hft merge takes --interpolate or --sparsify": tuple(
+            f"merge --base {base} --tuned {base} --interpolate 0.5 --sparsify 0.5 --output out".split()
+        ),
         "less than or equal to 1": ("merge", "--base", base, "--tuned", base, "--interpolate", 2, "--output", "out"),
         "no other keys than those of freeze": ("reset", "--base", base, "--tuned", base, "--set", "x=1", "--output", "out"),
     }

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models.small_models import SIZES, TOKENIZER, assert_same, draw, read_all, train
@@ -21,7 +22,7 @@ from transformers import (
 
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.rule import FreezeRule
-from hftcli.models.arithmetic import interpolate_models, merge_delta, reset_half, write_weights
+from hftcli.models.arithmetic import interpolate_models, merge_delta, reset_half, sparsify_model, write_weights
 from hftcli.models.reader import CheckpointReader
 
 
@@ -114,6 +115,47 @@ def test_the_ends_of_the_interpolation_are_the_two_models_bit_for_bit(base, tune
         output = tmp_path / str(weight)
         interpolate_models(tmp_path / "odd", tuned, weight, output)
         assert (output / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.005, 0.3])
+def test_the_largest_changes_are_kept_and_the_rest_is_the_base(tmp_path, dtype, density):
+    """As numpy sorts them, of all tensors together, the former of equal ones first; one tensor does not move."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype)
+    save(model, tmp_path / "base")
+    for name, parameter in model.named_parameters():
+        if not name.endswith("k_proj.weight"):
+            parameter.data += (0.1 * torch.randn_like(parameter).float() * torch.rand(1)).to(dtype)
+    save(model, tmp_path / "tuned")
+    manifest = sparsify_model(tmp_path / "base", tmp_path / "tuned", density, tmp_path / "out")
+    old, new, out = (read_all(tmp_path / folder) for folder in ("base", "tuned", "out"))
+    order = list(CheckpointReader(tmp_path / "tuned", tuple(old)).layout.places)
+    before, after, found = (np.concatenate([part[name].float().numpy().ravel() for name in order]) for part in (old, new, out))
+    changes = np.abs(after - before)
+    largest = np.argsort(-changes, kind="stable")[: round(density * len(changes))]
+    expected = before.copy()
+    expected[largest] = after[largest]
+    assert np.array_equal(found.view(np.int32), expected.view(np.int32))
+    assert (manifest.density, manifest.num_weights) == (density, len(changes))
+    assert manifest.num_kept == np.count_nonzero(found != before) == len(largest)
+    assert json.loads((tmp_path / "out" / "merge.json").read_text())["num_kept"] == len(largest)
+
+
+def test_the_ends_of_sparsification_are_the_two_models_bit_for_bit(base, tuned, tmp_path):
+    for density, expected in ((0.0, base), (1.0, tuned)):
+        sparsify_model(base, tuned, density, tmp_path / str(density))
+        assert (tmp_path / str(density) / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    train(base, tmp_path / "full", tmp_path / "delta")
+    sparsify_model(base, tmp_path / "delta", 1.0, tmp_path / "of a delta")
+    assert_same(read_all(tmp_path / "of a delta"), read_all(tmp_path / "full"))
+
+
+def test_models_of_other_data_types_are_not_sparsified(base, tmp_path):
+    save(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "wide")
+    with pytest.raises(ModelError, match="BF16 in .* and F32 in the tuned model"):
+        sparsify_model(base, tmp_path / "wide", 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_interpolation_and_reset_take_deltas(base, tuned, tmp_path):
