@@ -12,6 +12,7 @@ from hftcli.commands.options import (
     CodeOption,
     CutOption,
     Dtype,
+    GenerateOption,
     JsonOption,
     ProcessesOption,
     RecipeOption,
@@ -51,6 +52,7 @@ def evaluate(
     chat: ChatOption = None,
     shots: ShotsOption = 0,
     max_new_tokens: CutOption = None,
+    generate: GenerateOption = True,
     allow_code: CodeOption = False,
     strict: StrictOption = False,
     output: Annotated[
@@ -75,11 +77,13 @@ def evaluate(
     subject = resolve_subject(model)
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     base = resolve_subject(base).path if base else subject.base
-    check_asked(base, names, bool(text or prompts), output)
+    check_asked(base, names, bool(text or prompts), None if generate else max_new_tokens, output)
     num_ranks = resolve_launch(LaunchSection(num_processes=num_processes)).num_ranks
     from hftcli.measuring.scoring import Examination, examine_model
 
-    asking = AskingSection(chat=chat, shots=shots, max_new_tokens=max_new_tokens, strict=strict, allow_code=allow_code)
+    asking = AskingSection(
+        chat=chat, shots=shots, max_new_tokens=max_new_tokens, generate=generate, strict=strict, allow_code=allow_code
+    )
     examination = Examination(
         model=subject.path, tasks=names, base=base, root=root or subject.root, max_examples=max_examples,
         max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, asking=asking,
@@ -91,8 +95,15 @@ def evaluate(
         print(f"items  {write_evaluation(output, evaluation, items)}", file=sys.stderr)
 
 
-def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool, output: Path | None) -> None:
-    """Raises: InputError: there is nothing to measure, nothing to measure it against, or no place to write it to."""
+def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool, idle_cut: int | None, output: Path | None) -> None:
+    """What `hft eval` is asked for.
+
+    Args:
+        idle_cut: where an answer would be cut, of which none is written.
+
+    Raises:
+        InputError: there is nothing to measure, nothing to measure it against, or no place to write it to.
+    """
     from hftcli.measuring.evaluation import check_output
 
     if output:
@@ -101,6 +112,8 @@ def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool, outpu
         raise InputError("--text and --prompts compare a model with its base", "give --base")
     if base is None and not tasks:
         raise InputError("there is nothing to measure", "give --tasks, or --base")
+    if idle_cut is not None:
+        raise InputError("--max-new-tokens cuts what is written, and --no-generate writes nothing", "drop one of the two")
 
 
 @app.command()

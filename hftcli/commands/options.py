@@ -37,6 +37,10 @@ ChatOption = Annotated[
 ]
 ShotsOption = Annotated[int, typer.Option("--shots", min=0, help="Answered questions before each, of the task's own rows.")]
 CutOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Where an answer is cut; a task knows its own.")]
+GenerateOption = Annotated[
+    bool,
+    typer.Option("--generate/--no-generate", help="Let answers be written, or read the right ones alone, which is faster."),
+]
 CodeOption = Annotated[bool, typer.Option("--allow-code", help="Run what the model writes for HumanEval.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse tasks with a right answer that no model can give.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -40,8 +40,7 @@ class Point:
         learned: by task that was trained, the gain in score, a share, or the fall of its negative log-likelihood.
         lost: by task that was known, the loss in score, or the rise of its negative log-likelihood.
         alike: what has to be the same in every run that is compared with this one, by what it is called in a message.
-        trail: learning and forgetting at the steps that were measured within the run; none where nothing was, or the run has
-            several rounds.
+        trail: learning and forgetting at the places that were measured within the run; none where nothing was.
         measuring: when the recipe has it measured.
     """
 
@@ -105,6 +104,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
         raise InputError(f"{folder} is made of a run of {len(results)} rounds", "compare models that are made of runs of one")
     else:
         gains, losses, num_examples = _read_sequence(folder, results, learned, by)
+        trail = _read_trail_of_rounds(list(results), tuple(gains), tuple(losses), by)
     if not gains:
         raise InputError(
             f"{folder}: none of its tasks ({', '.join(losses) or 'none'}) asks for what was trained on",
@@ -234,6 +234,36 @@ def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: 
     losses = {name: _lose(folder, name, score, last[name], by) for name, score in before.items() if name not in rows}
     losses |= {task: _lose(folder, task, rows[task].after[task], last[task], by) for task in earlier}
     return gains, losses, {name: score.num_examples for name, score in last.items()}
+
+
+def _read_trail_of_rounds(rounds: Sequence[Round], learned: Sequence[str], lost: Sequence[str], by: By) -> Trail:
+    """Learning and forgetting by the first, second, ... point of every round of a continual run; the last is the run's end.
+
+    What a task has gained by a point is against the run's start. What is lost by a point is the sum over the rounds of what
+    each had lost by then since it began.
+    """
+    scores = [round_.read_scores() for round_ in rounds]
+    tasks = [round_.read_spec().task for round_ in rounds]
+    num_points = {len(found.points) for found in scores}
+    if len(num_points) != 1:
+        return ()  # not measured alike, as by `eval.every_steps` in rounds of unlike length
+    trail = []
+    for place in range(num_points.pop()):
+        gains, losses = dict.fromkeys(learned, 0.0), dict.fromkeys(lost, 0.0)
+        start = scores[0].before
+        for task, found in zip(tasks, scores, strict=True):
+            now = found.points[place].scores
+            for name, score in now.items():
+                change = find_gain(scores[0].before[name] if name == task else start[name], score, by)
+                if change is None:
+                    return ()
+                if name == task:
+                    gains[name] += change
+                else:
+                    losses[name] -= change
+            start = found.after
+        trail.append((fmean(gains.values()), fmean(losses.values())))
+    return tuple(trail)
 
 
 def _lose(folder: Path, task: str, before: Score, after: Score, by: By) -> float:

@@ -4,7 +4,8 @@ By likelihood, one forward pass over question and right answer. By generation, w
 writes: left-padded batches with a cache, which a row leaves once its answer has ended. By options, where a question lists what
 may be said (options.py).
 
-Shapes: B rows of a batch, T tokens, V vocabulary, N places of answers or rows of a task, S tokens that are generated.
+Shapes: B rows of a batch, T tokens, P places where a row of the batch has an answer token, V vocabulary, N places of answers or
+rows of a task, S tokens that are generated.
 """
 
 from collections.abc import Sequence
@@ -150,12 +151,13 @@ def predict_answers(
         input_ids_BT[row, : len(ids)] = torch.tensor(ids)
         labels_BT[row, : len(ids)] = torch.tensor(labels)
         mask_BT[row, : len(ids)] = 1
-    # Places before the first answer of the batch need no logits, which would take most of the time and memory.
-    first = (labels_BT != IGNORED).any(0).nonzero()[0, 0].item()
-    logits_BTV = model(
+    labels_BT[:, 0] = IGNORED  # nothing stands before it that could say it
+    # Logits where no row has an answer would take most of the time and memory.
+    wanted_P = (labels_BT != IGNORED).any(0).nonzero()[:, 0]
+    logits_BPV = model(
         input_ids=input_ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False,
-        logits_to_keep=longest - first + 1,
+        logits_to_keep=wanted_P.to(device) - 1,
     ).logits  # fmt: skip
-    targets_BT = labels_BT[:, first:].to(device)
-    is_answer_BT = targets_BT != IGNORED
-    return logits_BTV[:, :-1][is_answer_BT].float(), targets_BT[is_answer_BT], is_answer_BT
+    targets_BP = labels_BT[:, wanted_P].to(device)
+    is_answer_BP = targets_BP != IGNORED
+    return logits_BPV[is_answer_BP].float(), targets_BP[is_answer_BP], is_answer_BP

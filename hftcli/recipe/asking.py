@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from hftcli.recipe.section import Section
 
@@ -21,6 +22,10 @@ class AskingSection(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """Where an answer that has not ended is cut, in place of what each task says; null leaves that."""
 
+    generate: bool = True
+    """Whether the model writes its answers. False reads the right ones alone, which takes a fraction of the time: their
+    likelihood, and as the score, whatever the task's own is, the share that greedy decoding would give to the letter."""
+
     strict: bool = False
     """Refuse tasks with a right answer that would not count as right if a model gave it. Otherwise such questions are named and
     counted."""
@@ -28,6 +33,14 @@ class AskingSection(Section):
     allow_code: bool = False
     """Run the programs that the model writes for HumanEval: each in a process of its own, without network and files to write,
     with limits of time and memory."""
+
+    @model_validator(mode="after")
+    def _check_written(self) -> "AskingSection":
+        if not self.generate and self.max_new_tokens is not None:
+            raise PydanticCustomError(
+                "nothing_written", "max_new_tokens cuts what is written, and generate: false writes nothing"
+            )
+        return self
 
     @property
     def asking(self) -> "AskingSection":

@@ -56,6 +56,10 @@ class EvalSection(AskingSection):
     def _check_steps(self) -> "EvalSection":
         if self.every_steps is not None and self.num_points is not None:
             raise PydanticCustomError("two_ways", "every_steps and num_points both say when to measure: drop one of the two")
+        if not self.generate and self.temperature is not None:
+            raise PydanticCustomError(
+                "nothing_written", "temperature is that of what is written, and generate: false writes nothing"
+            )
         return self
 
     @property

@@ -36,6 +36,8 @@ def put_task(name: str, root: str | None, max_examples: int | None, asking: Aski
         raise ModelError(f"{name} is to be asked through the chat template, and the tokenizer has none", NO_TEMPLATE)
     if asking.max_new_tokens is not None and task.max_new_tokens is not None:
         task = replace(task, max_new_tokens=asking.max_new_tokens, is_cut_given=True)
+    if not asking.generate:
+        task = _read_only(task)
     pool: Sequence[Example] = ()
     if asking.shots:
         is_file = find_benchmark(name)[0] is FILE
@@ -44,10 +46,26 @@ def put_task(name: str, root: str | None, max_examples: int | None, asking: Aski
         _put(example, _choose(name, example, pool, asking.shots), is_chat) for example in task.examples[:max_examples]
     )
     way = "chat" if is_chat or not isinstance(task.examples[0].prompt, str) else "plain"
+    way += f", {asking.shots} shots" * bool(asking.shots) + ", nothing written" * (not asking.generate)
     bare = _say("user", task.bare_prompt) if is_chat and isinstance(task.bare_prompt, str) else task.bare_prompt
-    return replace(
-        task, examples=examples, bare_prompt=bare, way=f"{way}, {asking.shots} shots" if asking.shots else way,
-    )  # fmt: skip
+    return replace(task, examples=examples, bare_prompt=bare, way=way)
+
+
+def _read_only(task: Task) -> Task:
+    """The task by the likelihood of its right answers, the first where there are several; multiple choice stays as it is.
+
+    Raises:
+        InputError: only what a model writes can be judged.
+    """
+    if not task.has_answers or task.metric == "code":
+        raise InputError(
+            f"{task.name} has no right answers to read: only what a model writes can be judged",
+            "drop the task, or let answers be written: without --no-generate, in a recipe with eval.generate: true",
+        )
+    if task.max_new_tokens is None:
+        return task
+    examples = tuple(replace(example, options=()) for example in task.examples)
+    return replace(task, examples=examples, metric="exact_match", max_new_tokens=None)
 
 
 def _choose(name: str, example: Example, pool: Iterable[Example], num_shots: int) -> list[Example]:

@@ -6,7 +6,9 @@ from written_runs import FACTS, REWORDED, SKILL, make_score, write_made, write_r
 from hftcli.comparing.comparison import compare_runs
 from hftcli.comparing.points import read_point
 from hftcli.errors import InputError
-from hftcli.runs.scores import HELD_OUT, PairScore, PairScores
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Run
+from hftcli.runs.scores import HELD_OUT, CurvePoint, PairScore, PairScores
 
 
 def test_single_round_learns_what_it_trained_on_and_loses_the_rest(tmp_path):
@@ -78,6 +80,35 @@ def test_sequence_counts_what_each_task_gained_and_what_was_lost_since(tmp_path)
     assert point.lost == pytest.approx({topic: 0.2, FACTS: 0.3})
     with pytest.raises(InputError, match="no effect on a run of several tasks"):
         read_point(run, [topic])
+
+
+def test_curve_of_a_sequence_adds_up_what_each_round_lost_by_then(tmp_path):
+    """By hand. By the first points topic has gained 0.4, reverse 0.3; the facts lost 0.06 + 0.05, topic 0.15. By the second it
+    is what the run's ends say.
+    """
+    topic, reverse = "tinyworld/topic", "tinyworld/reverse"
+    rows = (
+        {topic: 0.1, reverse: 0.2, FACTS: 1.0},
+        {topic: 0.7, reverse: 0.3, FACTS: 0.9},
+        {topic: 0.5, reverse: 0.7, FACTS: 0.7},
+    )
+    run = write_run(tmp_path / "run", rows=rows, tasks=(topic, reverse), objective="continual")
+    assert read_point(run).trail == ()
+    points = (
+        ({topic: 0.5, FACTS: 0.94}, {topic: 0.7, FACTS: 0.9}),
+        ({reverse: 0.5, topic: 0.55, FACTS: 0.85}, {reverse: 0.7, topic: 0.5, FACTS: 0.7}),
+    )
+    for round_, found in zip(Run(run).rounds, points, strict=True):
+        measured = tuple(
+            CurvePoint(step=step, scores={name: make_score(value) for name, value in point.items()})
+            for step, point in enumerate(found, start=1)
+        )
+        write_model(round_.scores_path, round_.read_scores().model_copy(update={"points": measured}))
+    point = read_point(run)
+    assert point.trail == (
+        (pytest.approx((0.4 + 0.3) / 2), pytest.approx((0.06 + 0.05 + 0.15) / 2)),
+        (pytest.approx(point.learning), pytest.approx(point.forgetting)),
+    )
 
 
 def test_made_models_stand_beside_the_runs_that_they_are_made_of(tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from hftcli.data.tokens import IGNORED
 from hftcli.errors import DataError
-from hftcli.measuring.asking import choose_tokens, generate_answers
+from hftcli.measuring.asking import choose_tokens, generate_answers, read_answers
 from hftcli.measuring.grading import decode_answer
 from hftcli.measuring.questions import TokenizedTask, tokenize_task
 from hftcli.tasks import Task, load_task
@@ -82,6 +82,20 @@ def test_decoding_gives_the_answer_to_the_letter(name, shared):
     assert asked.layouts[1].lead == " "  # of `Answer: `, whose blank is the answer's first token's
     assert asked.layouts[0].lead == ""
     assert not asked.faults
+
+
+def test_a_token_that_nothing_stands_before_is_not_read(embedded):
+    """An answer as long as all the room leaves no prompt. Beside it one with another length and place; by hand, in float64."""
+    model, tokenizer = embedded
+    ids = tokenizer("the cat sat on the mat and the dog ran")["input_ids"]
+    rows = [(ids, list(ids)), (ids[:6], [IGNORED] * 4 + ids[4:6])]
+    readings_N3 = read_answers(model, rows, CPU)
+    for (row, labels), reading in zip(rows, readings_N3.tolist(), strict=True):
+        with torch.no_grad():
+            log_TV = model(input_ids=torch.tensor([row])).logits[0].double().log_softmax(-1)
+        places = [place for place in range(1, len(row)) if labels[place] != IGNORED]
+        assert reading[0] == pytest.approx(-sum(log_TV[place - 1, row[place]].item() for place in places), rel=1e-5)
+        assert reading[1] == len(places)
 
 
 def test_draws_follow_the_distribution():

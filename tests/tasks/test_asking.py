@@ -74,3 +74,27 @@ def test_programs_need_leave(shared):
     with pytest.raises(InputError, match="runs the programs that the model writes"):
         put_task(path, None, None, AskingSection(), has_template=True)
     assert put_task(path, None, 1, AskingSection(allow_code=True), has_template=True).way == "plain"
+
+
+def test_where_nothing_is_written_the_right_answers_are_read(tmp_path, planets):
+    """Of a task with a metric of its own the letter counts, of several right answers the first; choices are as they were."""
+    known = write(tmp_path, {"question": "Which star is near?", "answers": ["The Sun", "Sun"]})
+    task = put_task(known, None, None, AskingSection(generate=False), has_template=False)
+    (example,) = task.examples
+    assert (task.metric, task.max_new_tokens, task.way) == ("exact_match", None, "plain, nothing written")
+    assert (example.answer.strip(), example.options) == ("The Sun", ())
+    (tmp_path / "more").mkdir()
+    planets = write(tmp_path / "more", {"question": "Which?", "choices": ["Mars", "Titan"], "answer": 0})
+    assert put_task(planets, None, 1, AskingSection(generate=False), False).examples[0].options == (" Mars", " Titan")
+    program = {
+        "task_id": "t",
+        "prompt": "def f():\n",
+        "entry_point": "f",
+        "canonical_solution": " pass",
+        "test": "def check(f): ...",
+    }
+    with pytest.raises(InputError, match="has no right answers to read") as caught:
+        put_task(write(tmp_path, program), None, None, AskingSection(generate=False, allow_code=True), False)
+    assert "eval.generate: true" in caught.value.fix
+    with pytest.raises(ValueError, match="generate: false writes nothing"):
+        AskingSection(generate=False, max_new_tokens=3)
