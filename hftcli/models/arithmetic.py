@@ -22,7 +22,7 @@ from hftcli import __version__
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.rule import FreezeRule
-from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.freezing.selection import make_plan
 from hftcli.models.deltas import hash_checkpoint, identify_checkpoint
 from hftcli.models.description import describe_model
 from hftcli.models.reader import CheckpointReader, cast_tensors, list_forms
@@ -128,8 +128,8 @@ def measure_change(base: CheckpointReader, tuned: CheckpointReader, name: str) -
 def find_threshold(base: CheckpointReader, tuned: CheckpointReader, density: Fraction) -> tuple[int, int, int]:
     """Which changes are among the largest: the bits above which all are, how many with these bits are too; and all weights.
 
-    By counting, first by the upper half of the bits and then, where the border runs, by the lower half: no list of all changes is
-    ever held.
+    By counting, first by the upper half of the bits and then, where the border runs, by the lower half: no list of all changes
+    is ever held.
     """
     upper, lower = torch.zeros(2**15, dtype=torch.int64), torch.zeros(2**16, dtype=torch.int64)
     for name in tuned.layout.places:
