@@ -11,7 +11,8 @@ from hftcli.freezing.selection import make_plan
 from hftcli.recipe.loading import QUICK_START_RECIPES, load_recipe
 from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model
-from hftcli.runs.records import CheckpointIdentity, DataReport, Hardware, MergeManifest, RoundResult, Source
+from hftcli.runs.made import CheckpointIdentity, MergeManifest
+from hftcli.runs.records import DataReport, Hardware, RoundResult, Source
 from hftcli.runs.run import Run
 from hftcli.runs.scores import CurvePoint, PairScores, Prediction, Score, Scores
 from hftcli.runs.spec import RoundSpec

@@ -14,7 +14,8 @@ from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import FileSection
 from hftcli.recipe.trainer_keys import TELLING_KEYS
 from hftcli.runs.files import read_model
-from hftcli.runs.records import MERGE_NAME, MergeManifest, RoundResult
+from hftcli.runs.made import MERGE_NAME, MergeManifest
+from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.scores import HELD_OUT, By, Score
 

@@ -10,7 +10,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import CheckpointSection
 from hftcli.runs.files import read_model
-from hftcli.runs.records import DELTA_NAME, DeltaRecord
+from hftcli.runs.made import DELTA_NAME, DeltaRecord
 from hftcli.runs.run import Round
 
 

@@ -29,7 +29,7 @@ from hftcli.models.reader import CheckpointReader, cast_tensors, list_forms
 from hftcli.models.tensors import CODES, MAX_SHARD_SIZE, write_shards
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.history import HISTORY_NAME, History
-from hftcli.runs.records import DELTA_NAME, MERGE_NAME, CheckpointIdentity, MergeManifest
+from hftcli.runs.made import DELTA_NAME, MERGE_NAME, CheckpointIdentity, MergeManifest
 
 Read = Callable[[str], dict[str, np.ndarray]]  # the bytes of a parameter's tensors, by its name
 

@@ -18,7 +18,7 @@ from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.files import read_model, write_model
-from hftcli.runs.records import DELTA_NAME, CheckpointIdentity, DeltaRecord
+from hftcli.runs.made import DELTA_NAME, CheckpointIdentity, DeltaRecord
 
 WEIGHTS_NAME = "delta.safetensors"
 ROWS_SUFFIX = "/rows"  # of the tensor with the numbers of the rows of another

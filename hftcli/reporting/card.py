@@ -20,7 +20,8 @@ from hftcli.reporting.headline import OBJECTIVES, list_changes, make_headline
 from hftcli.reporting.places import hide_folders
 from hftcli.reporting.share import describe_share
 from hftcli.runs.files import write_text
-from hftcli.runs.records import DELTA_NAME, MergeManifest, RoundResult
+from hftcli.runs.made import DELTA_NAME, MergeManifest
+from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.tracked import find_run
 

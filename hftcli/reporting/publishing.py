@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hftcli.errors import HftError, InputError
 from hftcli.reporting.card import CARD_NAME, find_base, make_card
 from hftcli.runs.history import HISTORY_NAME
-from hftcli.runs.records import DELTA_NAME
+from hftcli.runs.made import DELTA_NAME
 from hftcli.runs.run import Round, Run
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from hftcli.reporting.places import name_hft, show_place
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.rounding import describe_masters
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
-from hftcli.runs.records import DELTA_NAME, AnswerEnds, FitReport, RoundResult
+from hftcli.runs.made import DELTA_NAME
+from hftcli.runs.records import AnswerEnds, FitReport, RoundResult
 from hftcli.runs.run import Round, Run, find_rounds
 from hftcli.runs.scores import PairScore, PairScores
 from hftcli.runs.verification import Verification

@@ -15,7 +15,8 @@ from rich.text import Text
 from hftcli.doctor.doctor import Finding
 from hftcli.reporting.lines import fold, say
 from hftcli.reporting.places import show_place, show_places
-from hftcli.runs.records import DataReport, MergeManifest, Source
+from hftcli.runs.made import MergeManifest
+from hftcli.runs.records import DataReport, Source
 
 NUM_FILES = 10  # of a folder that are named
 

@@ -35,7 +35,7 @@ from hftcli.recipe.sections import LaunchSection
 from hftcli.recipe.slurm import SlurmSection
 from hftcli.runners import count_rounds
 from hftcli.runs.files import write_model
-from hftcli.runs.records import CheckpointIdentity, DeltaRecord
+from hftcli.runs.made import CheckpointIdentity, DeltaRecord
 
 HOST = Host("worker-1", 8, "hosts:2")
 REPORT = HostReport(versions={"hft": "1", "torch": "2"}, num_gpus=8, device_bytes=80 * 10**9, sees_file=True)

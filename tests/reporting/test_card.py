@@ -6,7 +6,7 @@ from written_runs import FACTS, SKILL, complete_round, write_made, write_run
 
 from hftcli.reporting.card import CARD_NAME, find_base, write_card, write_made_card
 from hftcli.runs.files import read_model, write_model
-from hftcli.runs.records import CheckpointIdentity, MergeManifest
+from hftcli.runs.made import CheckpointIdentity, MergeManifest
 from hftcli.runs.run import Run
 
 

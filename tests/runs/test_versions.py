@@ -14,7 +14,8 @@ from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.section import FileSection, Version
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.history import History
-from hftcli.runs.records import Checksums, DeltaRecord, Manifest, MergeManifest, Outlook, RoundResult
+from hftcli.runs.made import DeltaRecord, MergeManifest
+from hftcli.runs.records import Checksums, Manifest, Outlook, RoundResult
 from hftcli.runs.scores import Scores
 from hftcli.runs.spec import RoundSpec
 
