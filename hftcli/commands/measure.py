@@ -35,9 +35,7 @@ def evaluate(
     model: Annotated[str, typer.Option("--model", help="A folder with a config.json, a run, or a hub id.")],
     tasks: Annotated[
         str,
-        typer.Option(
-            "--tasks", help="Tasks, with commas between: tinyworld/facts, trace/FOMC, a folder, FILE.jsonl, harness:NAME."
-        ),
+        typer.Option("--tasks", help="With commas between: tinyworld/facts, trace/FOMC, a folder, FILE.jsonl, harness:NAME."),
     ] = "",
     root: Annotated[str | None, typer.Option("--root", help="Folder of the tasks' rows; a run knows its own.")] = None,
     max_examples: Annotated[int | None, typer.Option("--max-examples", min=1, help="The first so many rows of each.")] = None,
@@ -74,8 +72,7 @@ def evaluate(
     from hftcli.reporting.progress import show_counts
     from hftcli.runners import list_versions, resolve_subject
 
-    subject = resolve_subject(model)
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    subject, names = resolve_subject(model), tuple(name.strip() for name in tasks.split(",") if name.strip())
     base = resolve_subject(base).path if base else subject.base
     check_asked(base, names, bool(text or prompts), None if generate else max_new_tokens, output)
     num_ranks = resolve_launch(LaunchSection(num_processes=num_processes)).num_ranks
