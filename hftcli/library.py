@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hftcli.errors import InputError, ModelError, VerificationError
-from hftcli.freezing.directions import Columns, Directions, list_coordinates, list_inputs, open_directions
+from hftcli.freezing.directions import Columns, Directions, Entries, list_coordinates, list_inputs, open_directions
 from hftcli.freezing.roles import Parameter, Unit, assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import FreezePlan, make_plan
@@ -41,6 +41,7 @@ from hftcli.models.directed import find_basis
 from hftcli.models.division import divide_model, draw_choices
 from hftcli.models.narrow_adapter import PlainReader
 from hftcli.models.part import PartLinear
+from hftcli.models.sparse import find_entries
 from hftcli.models.tensors import CODES, get_bytes
 from hftcli.runs.verification import Verification
 
@@ -53,7 +54,7 @@ class Half:
 
     Attributes:
         plan: which parameters train.
-        digests: hashes of all of them as they were; of a matrix that trains in columns, of its frozen columns.
+        digests: hashes of all of them as they were; of a matrix that trains in columns or entries, of the frozen ones.
         layers: the matrices of which a part trains, until `finish` has put plain ones in their place.
         leaked: of these, those that moved in what was closed.
     """
@@ -88,7 +89,7 @@ class Half:
                     or not measure_leak(before, after, basis_NWR, code, code).is_rounding
                 ):
                     self.leaked.append(name)
-            elif hash_tensor(take_closed(plain.weight.detach(), self.bases[part.choice])) != self.digests[name]:
+            elif hash_tensor(take_closed(plain.weight.detach(), part, self.bases[part.choice])) != self.digests[name]:
                 self.leaked.append(name)
             model.set_submodule(name.removesuffix(".weight"), plain)
         self.layers = {}
@@ -148,7 +149,7 @@ def freeze_half(
     plan = make_plan(units, freeze, round, num_heads)
     if not plan.is_ranked:
         raise InputError(f"freeze_half has no scores to rank by {freeze.rank}", "take rank: random, or run a recipe")
-    if plan.parts and tokenizer is None and freeze.choice != "random":
+    if plan.parts and freeze.reads_earlier and tokenizer is None and freeze.choice != "random":
         raise InputError(f"grain {freeze.grain_name} goes by what the model writes of itself", "give the tokenizer")
     bases = {}
     if plan.parts:
@@ -158,7 +159,9 @@ def freeze_half(
     held = {name: value.detach() for name, value in model.named_parameters()}
     digests = {
         name: hash_tensor(
-            take_closed(value, bases[part.choice]) if isinstance(part := plan.parts.get(name), Columns) else value
+            take_closed(value, part, bases[part.choice])
+            if isinstance(part := plan.parts.get(name), Columns | Entries)
+            else value
         )
         for name, value in held.items()
     }
@@ -171,9 +174,12 @@ def freeze_half(
 def choose_parts(
     model: PreTrainedModel, plan: FreezePlan, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, keep: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """The directions or columns of a plan, by the name of the choice."""
+    """The directions, columns or entries of a plan, by the name of the choice."""
     weights = dict(model.named_parameters())
-    if tokenizer is None:
+    if plan.rule.choice == "magnitude":
+        entries = (plan.entries or {}).items()
+        return {name: find_entries(weights[name].detach().cpu(), part.num_entries) for name, part in entries}
+    if tokenizer is None or not plan.rule.reads_earlier:
         return draw_choices(plan.parts, torch.float32, plan.rule.seed, plan.round_index)
     moments, found = read_earlier(model, inputs, tokenizer, keep), {}
     for name, part in plan.parts.items():
@@ -183,7 +189,7 @@ def choose_parts(
         if isinstance(part, Columns):
             scores_I = score_columns(weights[name].detach().cpu(), own[:, 0, 0], plan.rule.choice)
             found[part.choice] = find_columns(scores_I, part.num_columns)
-        else:
+        elif isinstance(part, Directions):
             found[part.choice] = find_basis(own, part.num_open)[0].to(weights[name].dtype)
     return found
 
@@ -317,8 +323,12 @@ def list_model_units(parameters: Iterable[tuple[str, nn.Parameter]], model: PreT
     return assign_roles(model.config.model_type, described), num_heads
 
 
-def take_closed(weight_OI: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
-    """The columns of a weight that do not train."""
+def take_closed(weight_OI: torch.Tensor, part: Columns | Entries, index_C: torch.Tensor) -> torch.Tensor:
+    """The columns or entries of a weight that do not train."""
+    if isinstance(part, Entries):
+        is_frozen = torch.ones(weight_OI.numel(), dtype=torch.bool, device=weight_OI.device)
+        is_frozen[index_C.to(weight_OI.device).long()] = False
+        return weight_OI.flatten()[is_frozen]
     is_closed = torch.ones(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)
     is_closed[index_C.to(weight_OI.device)] = False
     return weight_OI[:, is_closed]

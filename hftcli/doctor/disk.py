@@ -40,7 +40,7 @@ def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int
 
 
 def count_earlier_bytes(plan: FreezePlan) -> int:
-    """Bytes of the open directions or columns that a round leaves, and of the moments of what its matrices read, in float32.
+    """Bytes of the open parts of matrices that a round leaves, and of the moments of what its matrices read, in float32.
 
     The moments of what other matrices alone read come on top: of the heads' output and the mlp's inner activations, in layers
     where the matrix that reads them is not drawn.
@@ -52,6 +52,7 @@ def count_earlier_bytes(plan: FreezePlan) -> int:
         4 * sum(part.num_blocks * part.width * (part.width + part.num_open) for part in spaces)
         + 4 * sum(part.num_inputs for part in inputs)
         + 8 * sum(part.num_columns for part in choices)
+        + sum(part.index_bytes for part in (plan.entries or {}).values())
     )
 
 

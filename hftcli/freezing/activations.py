@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hftcli.freezing.directions import Part
+from hftcli.freezing.directions import Directions, Part
 from hftcli.freezing.roles import Unit
 
 Attention = Literal["eager", "sdpa", "flash"]
@@ -154,7 +154,7 @@ class Adapters:
             if len(parameter.shape) == 2:
                 num_outputs, num_inputs = parameter.shape
                 part = parts.get(parameter.name)
-                num_read = num_inputs if part is None else part.num_columns
+                num_read = part.num_columns if isinstance(part, Directions) else num_inputs
                 found += [(self.rank, num_read), (num_outputs, self.rank)]
         return found
 
@@ -265,11 +265,14 @@ class Ledger:
         self.keep(self.taken[place])
         # The merged weight lasts, and is cast once for a step.
         item_bytes = {"float32": 4, "bfloat16": 2, "autocast": 2 + 4}[self.work.arithmetic]
-        self.gradient_bytes = max(self.gradient_bytes, item_bytes * part.num_trainable)
+        whole_bytes = (
+            part.num_computed * (4 if self.work.arithmetic == "float32" else 2) * (part.num_computed > part.num_trainable)
+        )
+        self.gradient_bytes = max(self.gradient_bytes, item_bytes * part.num_trainable + whole_bytes)
         self.last_forward = 2.0 * part.num_outputs * part.num_inputs
         self.forward += self.last_forward
         self.activation_gradient += self.last_forward * value.has_gradient
-        self.weight_gradient += 2.0 * part.num_trainable
+        self.weight_gradient += 2.0 * part.num_computed
         return self.make(part.num_outputs, value.item_bytes, True)
 
     def hold_weight(self, num_weights: int, value: Value) -> None:

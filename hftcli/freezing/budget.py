@@ -172,10 +172,11 @@ class Budget:
     def _estimate_parts(self, parts: dict[str, Part], step: tuple[Activations, Flops] | None) -> Memory:
         """What trains of matrices lies beside them, and they are held as what is frozen is.
 
-        So are the directions and, but for ZeRO 3, the matrices into which B was merged; columns are merged in their place.
+        So are the directions and, but for ZeRO 3, the matrices into which B was merged; columns and entries are merged in their
+        place, and where entries lie is held on every device.
         """
         whole = list_shapes(self.network.units, frozenset(self.plan.trained) - parts.keys())
-        shapes = [*whole, *(((part.num_outputs, part.num_columns), False) for part in parts.values())]
+        shapes = [*whole, *((part.shape, False) for part in parts.values())]
         num_whole = sum(prod(shape) for shape, _ in whole)
         directed = [part for part in parts.values() if isinstance(part, Directions)]
         is_split = self.num_processes > 1 and self.zero_stage == 3
@@ -184,6 +185,8 @@ class Budget:
             self.plan.num_trainable, self.reference, step, self._count_states(shapes, self.plan.num_trainable),
             num_frozen=self.plan.num_parameters - num_whole + count_basis(parts) + num_merged,
         )  # fmt: skip
+        num_places = sum(part.index_bytes for part in parts.values())
+        memory = replace(memory, weights_bytes=memory.weights_bytes + num_places)
         if self.reference != "shared":
             return memory
         # Where nothing is added to it, a matrix is its own reference.

@@ -1,10 +1,10 @@
-"""Which part of a matrix's input space trains, where the grain is `directions` or `columns`: how much of it, in which blocks.
+"""Which part of a matrix trains, where the grain is `directions`, `columns` or `entries`: how much of it, in which blocks.
 
 In directions, a matrix moves only by B V^T: V are the directions that are open, a share of all, and in all others the matrix
-stays what it is. In columns, a share of its input columns is open, and the others stay what they are, bit for bit. Which ones
-those are is found from the inputs of earlier data (measuring/moments.py); here it is counted. Matrices that read the same
-tensor, as queries, keys and values do, share their directions, and those of their columns that were not chosen for each by
-itself.
+stays what it is. In columns or entries, a share of its input columns or of its single weights is open, and the others stay what
+they are, bit for bit. Which directions and columns those are is found from the inputs of earlier data (measuring/moments.py);
+here it is counted. Matrices that read the same tensor, as queries, keys and values do, share their directions, and those of
+their columns that were not chosen for each by itself.
 """
 
 from collections.abc import Iterable
@@ -67,6 +67,11 @@ class Directions(BaseModel):
         return self.num_blocks * self.num_open
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what trains: of B."""
+        return (self.num_outputs, self.num_columns)
+
+    @property
     def num_trainable(self) -> int:
         """Weights that train: those of B."""
         return self.num_outputs * self.num_columns
@@ -75,6 +80,16 @@ class Directions(BaseModel):
     def num_kept(self) -> int:
         """Numbers that are kept of each input for the backward pass: x V."""
         return self.num_columns
+
+    @property
+    def num_computed(self) -> int:
+        """Weights whose gradient is computed."""
+        return self.num_trainable
+
+    @property
+    def index_bytes(self) -> int:
+        """Of the numbers that say which they are, where they count."""
+        return 0
 
     @property
     def num_basis_weights(self) -> int:
@@ -107,6 +122,11 @@ class Columns(BaseModel):
     """Whether the whole input is kept for the backward pass, once: several matrices read it, each in columns of its own."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what trains."""
+        return (self.num_outputs, self.num_columns)
+
+    @property
     def num_trainable(self) -> int:
         """Weights that train."""
         return self.num_outputs * self.num_columns
@@ -117,12 +137,73 @@ class Columns(BaseModel):
         return self.num_inputs if self.is_kept_whole else self.num_columns
 
     @property
+    def num_computed(self) -> int:
+        """Weights whose gradient is computed."""
+        return self.num_trainable
+
+    @property
+    def index_bytes(self) -> int:
+        """Of the numbers that say which they are, where they count."""
+        return 0
+
+    @property
     def num_basis_weights(self) -> int:
         """None: an index costs nothing."""
         return 0
 
 
-Part = Directions | Columns  # what of a matrix trains
+class Entries(BaseModel):
+    """Which of a matrix's entries train: how many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    input: str
+    """What the matrix reads; see `Directions`."""
+
+    choice: str
+    """Under which name the file of a round has their places in the matrix, row by row: that of the matrix."""
+
+    num_outputs: int
+    """Rows of the matrix."""
+
+    num_inputs: int
+    """Columns of the matrix."""
+
+    num_entries: int
+    """Entries that train."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what trains."""
+        return (self.num_entries,)
+
+    @property
+    def num_trainable(self) -> int:
+        """Weights that train."""
+        return self.num_entries
+
+    @property
+    def num_kept(self) -> int:
+        """Numbers that are kept of each input for the backward pass: all."""
+        return self.num_inputs
+
+    @property
+    def num_computed(self) -> int:
+        """Weights whose gradient is computed, of which the entries' is picked: all."""
+        return self.num_outputs * self.num_inputs
+
+    @property
+    def index_bytes(self) -> int:
+        """Of their places."""
+        return (4 if self.num_computed < 2**31 else 8) * self.num_entries
+
+    @property
+    def num_basis_weights(self) -> int:
+        """None: places are no weights."""
+        return 0
+
+
+Part = Directions | Columns | Entries  # what of a matrix trains
 
 
 def list_inputs(units: Iterable[Unit], blocks: int | None, num_heads: int) -> dict[str, tuple[str, int, int]]:
@@ -193,6 +274,24 @@ def open_columns(units: Iterable[Unit], share: Fraction, is_shared: bool) -> dic
     return found
 
 
+def open_entries(units: Iterable[Unit], share: Fraction) -> dict[str, Entries]:
+    """By the name of a matrix's weight, its open entries; none for a matrix whose entries are all open.
+
+    Raises:
+        ModelError: what a matrix reads is not known.
+    """
+    found = {}
+    for unit in units:
+        weight = unit.parameters[0]
+        num_entries = max(int(share * weight.num_elements + Fraction(1, 2)), 1)
+        if num_entries < weight.num_elements:
+            found[weight.name] = Entries(
+                input=name_input(unit), choice=weight.name, num_outputs=weight.shape[0], num_inputs=prod(weight.shape[1:]),
+                num_entries=num_entries,
+            )  # fmt: skip
+    return found
+
+
 def find_input(unit: Unit) -> str | None:
     """What a matrix reads, where that is known."""
     kind = READS.get(unit.role, {}).get(unit.name.rpartition(".")[2])
@@ -208,7 +307,7 @@ def name_input(unit: Unit) -> str:
     found = find_input(unit)
     if found is None:
         raise ModelError(
-            f"training in directions or columns does not know what {unit.name} reads: it is known for the linear layers of "
+            f"training in parts of matrices does not know what {unit.name} reads: it is known for the linear layers of "
             f"attention and mlp called {', '.join(name for names in READS.values() for name in names)}",
             "set freeze.grain: matrices, and no method.lora.quiet",
         )

@@ -10,10 +10,16 @@ from pydantic_core import PydanticCustomError
 from hftcli.freezing.directions import KeepRule
 from hftcli.freezing.roles import OUTSIDE_ROLES, Role, compile_pattern, list_patterns
 
-Grain = Literal["matrices", "biases", "directions", "columns"]
-Choice = Literal["quiet", "random", "ssu", "ssu-code"]
+Grain = Literal["matrices", "biases", "directions", "columns", "entries"]
+Choice = Literal["quiet", "random", "ssu", "ssu-code", "magnitude"]
 Rank = Literal["random", "magnitude", "wanda", "fisher", "gradient", "spectrum"]
-GRAINS: tuple[Grain | tuple[Grain, ...], ...] = ("matrices", "biases", "directions", "columns", ("matrices", "directions"))
+GRAINS: tuple[Grain | tuple[Grain, ...], ...] = (
+    "matrices", "biases", "directions", "columns", "entries", ("matrices", "directions"),
+)  # fmt: skip
+CHOICES: dict[str, tuple[Choice, ...]] = {  # of `part`, by grain; the first is what null means
+    "columns": ("ssu", "ssu-code", "quiet", "random"),
+    "entries": ("random", "magnitude"),
+}
 QUIET: dict[str, Any] = {"grain": ("matrices", "directions"), "blocks": 32}  # what `freeze: quiet` is short for
 
 
@@ -117,16 +123,18 @@ class FreezeRule(BaseModel):
     grain: Annotated[Grain | tuple[Grain, ...], Field(exclude_if=lambda value: value == "matrices")] = "matrices"
     """In what pieces the layers' matrices are halved: `matrices`, each trains or is frozen as a whole, as in the paper;
     `directions`, each trains in that share of its input space which the inputs of earlier data use least, and stays what it is
-    in the rest; `columns`, each trains in that share of its input columns, and the others are frozen bit for bit; `[matrices,
-    directions]`, directions within the paper's half, which takes the share twice. `biases`, no matrix trains and no norm's
+    in the rest; `columns`, each trains in that share of its input columns, and the others are frozen bit for bit; `entries`,
+    of each that share of single weights trains, and the others are frozen bit for bit; `[matrices, directions]`, directions
+    within the paper's half, which takes the share twice. `biases`, no matrix trains and no norm's
     weight, but of the modules that have a bias that share of the biases: all of them, `trainable_fraction: 1`, is BitFit
     (arXiv 2106.10199), which freezes `embeddings` and `head` too."""
 
     part: Annotated[Choice | None, Field(exclude_if=lambda value: value is None)] = None
-    """With directions or columns: which of them train. `quiet`, those in which the inputs of earlier data have least energy;
-    `random`, any, as a control; and of columns `ssu`, those with the least sum of absolute weights times the norm of the
-    column's input over earlier data (arXiv 2512.04844), or `ssu-code`, with the least norm of the column times the mean square
-    of its input, which is what that paper's published code computes. Null is `quiet` for directions and `ssu` for columns."""
+    """With directions, columns or entries: which of them train. `quiet`, those in which the inputs of earlier data have least
+    energy; `random`, any, as a control; of columns also `ssu`, those with the least sum of absolute weights times the norm of
+    the column's input over earlier data (arXiv 2512.04844), or `ssu-code`, with the least norm of the column times the mean
+    square of its input, which is what that paper's published code computes; of entries `random` or `magnitude`, the largest, as
+    another control. Null is `quiet` for directions, `ssu` for columns and `random` for entries."""
 
     blocks: Annotated[int | None, Field(ge=2, exclude_if=lambda value: value is None)] = None
     """With directions, of `grain` or of `method.lora.quiet`: they are taken within each head for the attention's output, and
@@ -165,8 +173,13 @@ class FreezeRule(BaseModel):
 
     @property
     def divides(self) -> bool:
-        """Whether matrices train in a part of their directions or columns."""
+        """Whether matrices train in a part of their directions, columns or entries."""
         return self.grain not in ("matrices", "biases")
+
+    @property
+    def reads_earlier(self) -> bool:
+        """Whether that part goes by what the inputs of earlier data were, or leaves word of its own to later rounds."""
+        return self.divides and self.grain != "entries"
 
     @property
     def grain_name(self) -> str:
@@ -183,8 +196,12 @@ class FreezeRule(BaseModel):
 
     @property
     def choice(self) -> Choice:
-        """Which directions or columns train."""
-        return self.part or ("ssu" if self.grain == "columns" else "quiet")
+        """Which directions, columns or entries train."""
+        return self.part or self._choices[0]
+
+    @property
+    def _choices(self) -> tuple[Choice, ...]:
+        return CHOICES.get(self.grain_name, ("quiet", "random"))
 
     @property
     def layer_fraction(self) -> float:
@@ -255,14 +272,21 @@ class FreezeRule(BaseModel):
     def _check_grain(self) -> "FreezeRule":
         if self.grain not in GRAINS:
             raise PydanticCustomError(
-                "grain", f"grain is {self.grain_name}: give matrices, biases, directions, columns, or [matrices, directions]"
+                "grain",
+                f"grain is {self.grain_name}: give matrices, biases, directions, columns, entries, or [matrices, directions]",
             )
-        if self.blocks is not None and self.grain == "columns":
+        if self.blocks is not None and self.grain in ("columns", "entries"):
             raise PydanticCustomError(
-                "grain", "blocks would have no effect beside grain columns: drop it, or set grain: directions"
+                "grain", f"blocks would have no effect beside grain {self.grain}: drop it, or set grain: directions"
             )
-        if self.grain != "columns" and self.choice in ("ssu", "ssu-code"):
-            raise PydanticCustomError("grain", f"part {self.part} scores columns: set grain: columns, or part: quiet or random")
+        if self.keep is not None and self.grain == "entries":
+            raise PydanticCustomError("grain", "keep would have no effect: entries do not go by earlier inputs: drop it")
+        if self.choice not in self._choices:
+            raise PydanticCustomError(
+                "grain",
+                f"part is {self.part}, and grain {self.grain_name} has {', '.join(self._choices)}: give one of these, or the "
+                "grain that has it",
+            )
         return self
 
     @model_validator(mode="after")
@@ -272,7 +296,7 @@ class FreezeRule(BaseModel):
             if given is not None:
                 raise PydanticCustomError("rank", "importance would have no effect beside rank random: drop it, or set rank")
             return self
-        if self.grain in ("biases", "directions", "columns"):
+        if self.grain in ("biases", "directions", "columns", "entries"):
             trained = "no matrix" if self.grain == "biases" else "a part of each"
             raise PydanticCustomError(
                 "rank", f"rank {self.rank} ranks whole matrices, and grain {self.grain_name} trains {trained}: drop one"

@@ -20,7 +20,17 @@ from pydantic_core import to_jsonable_python
 
 from hftcli.errors import ModelError
 from hftcli.freezing.counts import RoleCount, count_roles, count_trained, count_trained_units
-from hftcli.freezing.directions import Columns, Directions, Part, find_input, list_inputs, open_columns, open_directions
+from hftcli.freezing.directions import (
+    Columns,
+    Directions,
+    Entries,
+    Part,
+    find_input,
+    list_inputs,
+    open_columns,
+    open_directions,
+    open_entries,
+)
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.rule import FreezeRule, ImportanceRule
 
@@ -67,11 +77,14 @@ class FreezePlan(BaseModel):
     columns: Annotated[dict[str, Columns] | None, Field(exclude_if=lambda value: value is None)] = None
     """Of the trained matrices, those that train in a part of their columns; null where all train whole."""
 
+    entries: Annotated[dict[str, Entries] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Of the trained matrices, those that train in a part of their entries; null where all train whole."""
+
     moments: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
     """SHA-256 of the second moments of earlier inputs, by which these are chosen; null before they are taken."""
 
     bases: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
-    """SHA-256 of the file that says which directions or columns these are."""
+    """SHA-256 of the file that says which directions, columns or entries these are."""
 
     importance: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
     """SHA-256 of the file with the scores that rank the units; null where they are drawn, and before they are scored."""
@@ -98,7 +111,7 @@ class FreezePlan(BaseModel):
     @property
     def parts(self) -> dict[str, Part]:
         """Of the trained matrices, those of which a part trains."""
-        return {**(self.directions or {}), **(self.columns or {})}
+        return {**(self.directions or {}), **(self.columns or {}), **(self.entries or {})}
 
     @property
     def num_moving(self) -> int:
@@ -162,6 +175,8 @@ def make_plan(
     parts: dict[str, Any]
     if rule.grain == "columns":
         parts = {"columns": open_columns(matrices, share, is_shared=rule.choice == "quiet")}
+    elif rule.grain == "entries":
+        parts = {"entries": open_entries(matrices, share)}
     else:
         parts = {"directions": open_directions(matrices, share, rule.blocks, num_heads)}
     trained |= {unit.parameters[0].name for unit in matrices}
@@ -170,7 +185,7 @@ def make_plan(
 
 
 def complete_plan(plan: FreezePlan, **hashes: str) -> FreezePlan:
-    """A plan with the hashes of what its units, directions or columns were chosen by, and of what these are."""
+    """A plan with the hashes of what its units or their parts were chosen by, and of what these are."""
     content = {name: value for name, value in plan if name != "fingerprint"} | hashes
     return FreezePlan(**content, fingerprint=_hash_content(content))
 
@@ -325,11 +340,12 @@ def write_plan(
     round_index: int,
     directions: dict[str, Directions] | None = None,
     columns: dict[str, Columns] | None = None,
+    entries: dict[str, Entries] | None = None,
 ) -> FreezePlan:
-    """The plan by which these parameters train, those of `directions` and `columns` in a part of theirs."""
+    """The plan by which these parameters train, those of `directions`, `columns` and `entries` in a part of theirs."""
     # What holds weights back, or how, is no part of which they are.
     rule = rule.model_copy(update={"pull": None, "average": None, "interpolate": 1.0})
-    parts: dict[str, Part] = {**(directions or {}), **(columns or {})}
+    parts: dict[str, Part] = {**(directions or {}), **(columns or {}), **(entries or {})}
     parameters = [parameter for unit in units for parameter in unit.parameters]
     inside = [unit for unit in units if unit.layer is not None]
     content = {
@@ -344,6 +360,7 @@ def write_plan(
         "roles": count_roles(units, trained, parts),
         "directions": directions,
         "columns": columns,
+        "entries": entries,
     }
     return FreezePlan(**content, fingerprint=_hash_content(content))
 

@@ -1,8 +1,8 @@
-"""The quiet half: matrices that train only in directions, or in columns, of their inputs that earlier inputs use least.
+"""What of matrices trains: directions or columns of their inputs, as those that earlier inputs use least, or single entries.
 
-It is no method of the recipe's section `method`, but what `freeze.grain: directions` and `columns` mean: the layers of the plan
-train B of W = W0 + B V^T (models/directed.py), or some columns of W (models/columned.py). The checkpoint is a plain model with
-these merged in, rounded once to the start's data type.
+It is no method of the recipe's section `method`, but what `freeze.grain: directions`, `columns` and `entries` mean: the layers
+of the plan train B of W = W0 + B V^T (models/directed.py), some columns of W (models/columned.py) or some of its entries
+(models/sparse.py). The checkpoint is a plain model with these merged in, rounded once to the start's data type.
 """
 
 from pathlib import Path
@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, Trainer
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
 from hftcli.models.checkpoint import is_partitioned, lay_in, read_master
-from hftcli.models.columned import ColumnedLinear
 from hftcli.models.division import divide_model
-from hftcli.models.part import PartLinear
+from hftcli.models.part import LaidLinear, PartLinear
 from hftcli.models.reader import Start
 from hftcli.recipe.section import Section
 from hftcli.runs.run import Round
@@ -23,7 +22,7 @@ from hftcli.runs.spec import RoundSpec
 
 
 class Quiet(Method):
-    """Directions and columns: what trains in the plan's matrices is B, or the columns."""
+    """Directions, columns and entries: what trains in the plan's matrices is B, the columns, or the entries."""
 
     leaves_another_model = True
 
@@ -40,7 +39,7 @@ class Quiet(Method):
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Put the layers of which a part trains in place of the plan's, their weights held as what is frozen is."""
         parts = plan.parts
-        if not parts:  # all directions or columns are open
+        if not parts:  # all is open
             return
         self.stored = Start(self.spec.model, start, (*plan.trained, *plan.frozen))
         first = model.get_parameter(next(iter(parts)))
@@ -50,8 +49,8 @@ class Quiet(Method):
         if mixed and not sharded:
             for name, layer in self.layers.items():
                 is_held = self.stored.get_dtype(name) == torch.bfloat16 and name not in self.stored.masters
-                # Columns are rounded where they are laid in, and the checkpoint has the others from the start.
-                if is_held or isinstance(layer, ColumnedLinear):
+                # What is laid in is rounded there, and the checkpoint has the rest from the start.
+                if is_held or isinstance(layer, LaidLinear):
                     layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
     def start(self, trainer: Trainer) -> None:

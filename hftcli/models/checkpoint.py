@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from hftcli.errors import ModelError
 from hftcli.freezing.selection import FreezePlan
-from hftcli.models.columned import ColumnedLinear
 from hftcli.models.configs import Configs
 from hftcli.models.deltas import open_stack, write_delta
 from hftcli.models.description import describe_model, get_first_line
 from hftcli.models.layout import Layout
+from hftcli.models.part import LaidLinear
 from hftcli.models.proof import find_changed_rows, has_same_bits
 from hftcli.models.reader import CheckpointReader, Start, convert, list_forms
 from hftcli.models.tensors import StoredTensor, list_tensors, write_shards
@@ -86,9 +86,9 @@ def restore_masters(model: PreTrainedModel, section: ModelSection, folder: Path,
 
     start = Start(section, folder, plan.trained)
     for name, layer in model.named_modules():
-        if isinstance(layer, ColumnedLinear):
-            weight_OI = start.read_master(f"{name}.weight").float().to(layer.columns.device)
-            safe_set_full_fp32_param(layer.columns, weight_OI.index_select(1, layer.index_C))
+        if isinstance(layer, LaidLinear):
+            weight_OI = start.read_master(f"{name}.weight").float().to(layer.part.device)
+            safe_set_full_fp32_param(layer.part, layer.extract(weight_OI))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or name not in start.layout.places:
             continue

@@ -12,10 +12,10 @@ from torch import nn
 
 from hftcli.freezing.directions import Columns
 from hftcli.freezing.rule import Choice
-from hftcli.models.part import PartLinear, Reading, make_generator
+from hftcli.models.part import LaidLinear, Reading, make_generator
 
 
-class ColumnedLinear(PartLinear):
+class ColumnedLinear(LaidLinear):
     """A linear layer that trains in some of its columns.
 
     Args:
@@ -24,57 +24,38 @@ class ColumnedLinear(PartLinear):
         is_kept_whole: see `Columns`.
     """
 
-    index_C: torch.Tensor
-
     def __init__(
         self, layer: nn.Linear, reading: Reading, columns_OC: torch.Tensor, index_C: torch.Tensor, is_kept_whole: bool,
         keeps_merged: bool,
     ):  # fmt: skip
-        super().__init__(layer, reading, keeps_merged)
+        super().__init__(layer, reading, index_C, keeps_merged)
         self.columns = nn.Parameter(columns_OC)
-        self.register_buffer("index_C", index_C, persistent=False)
         self.is_kept_whole = is_kept_whole
-        self.laid: tuple[torch.device, int, int] | None = None
 
     @property
     def part(self) -> nn.Parameter:
         """The columns that train (O, C)."""
         return self.columns
 
-    @torch.no_grad()
-    def make_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight with its columns as they are now."""
-        weight_OI = self.weight.detach()
-        if self.is_at_start:
-            return weight_OI.to(dtype)
-        if not self.keeps_merged:  # what is gathered is given back
-            return weight_OI.to(dtype).index_copy(1, self.index_C, self.columns.detach().to(dtype))
-        # An optimizer changes a parameter in place, or, as DeepSpeed does, what it is a view of, which `refresh` is told of.
-        state = (self.columns.device, self.columns._version, self.columns.data_ptr())
-        if self.laid != state:
-            weight_OI.index_copy_(1, self.index_C, self.columns.detach().to(weight_OI.dtype))
-            self.laid = state
-        return weight_OI.to(dtype)
+    def extract(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """The columns of a weight."""
+        return weight_OI.index_select(1, self.index.to(weight_OI.device))
+
+    def lay(self, weight_OI: torch.Tensor, part: torch.Tensor) -> None:
+        """Write columns into a weight."""
+        weight_OI.index_copy_(1, self.index.to(weight_OI.device), part.to(weight_OI.dtype))
 
     def take(self, input_TI: torch.Tensor) -> torch.Tensor:
         """The inputs of the columns that train, or all."""
-        return input_TI if self.is_kept_whole else select(input_TI, self.index_C)
+        return input_TI if self.is_kept_whole else select(input_TI, self.index)
 
     def pick(self, kept_TK: torch.Tensor) -> torch.Tensor:
         """The inputs of the columns that train."""
-        return select(kept_TK, self.index_C) if self.is_kept_whole else kept_TK
-
-    def merge(self, weight_OI: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """The weight with these columns, in float32."""
-        return weight_OI.float().index_copy(1, self.index_C.to(weight_OI.device), part.float())
-
-    def refresh(self) -> None:
-        """The columns have changed."""
-        self.laid = None
+        return select(kept_TK, self.index) if self.is_kept_whole else kept_TK
 
     @property
-    def num_merged_bytes(self) -> int:
-        """None: they are laid into the weight."""
+    def num_added_bytes(self) -> int:
+        """None that count: an index, and the columns are laid into the weight."""
         return 0
 
 

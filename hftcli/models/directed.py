@@ -61,7 +61,7 @@ class DirectedLinear(PartLinear):
         return merge(weight_OI, part, self.basis)
 
     @property
-    def num_merged_bytes(self) -> int:
+    def num_added_bytes(self) -> int:
         """Bytes of the merged weight, where it is kept."""
         return 0 if self.kept is None else self.kept[1].nbytes
 

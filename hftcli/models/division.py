@@ -1,4 +1,4 @@
-"""From a plan to layers of which a part trains: which directions or columns those are, by file, and the layers in a model."""
+"""From a plan to layers of which a part trains: which directions, columns or entries, by file, and the layers in a model."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hftcli.errors import ModelError
-from hftcli.freezing.directions import Columns, Directions, Part
+from hftcli.freezing.directions import Columns, Directions, Entries, Part
 from hftcli.models.columned import ColumnedLinear, draw_columns
 from hftcli.models.directed import DirectedLinear, draw_basis
 from hftcli.models.part import PartLinear, Reading
+from hftcli.models.sparse import SparseLinear, draw_entries, pick_entries
 from hftcli.models.tensors import write_tensors
 
 
@@ -27,7 +28,7 @@ def divide_model(
     """Have a model's matrices train in these parts alone, from where they are.
 
     Args:
-        bases: V of directions, the index of columns, by the name of the choice.
+        bases: V of directions, the index of columns or entries, by the name of the choice.
         is_whole: False where ZeRO 3 holds parameters in pieces.
         dtype: of what trains.
         read_start: gives a weight (O, I) by its name, where the model does not hold it exactly or not whole.
@@ -46,7 +47,7 @@ def divide_model(
         layer = model.get_submodule(place)
         if not isinstance(layer, nn.Linear):
             raise ModelError(
-                f"{place} is a {type(layer).__name__}, and only linear layers can train in directions or columns",
+                f"{place} is a {type(layer).__name__}, and only linear layers can train in directions, columns or entries",
                 "set freeze.grain: matrices",
             )
         device, made = layer.weight.device, bases[part.choice]
@@ -56,6 +57,11 @@ def divide_model(
             basis, reading = shared[part.input]
             change = torch.zeros(part.num_outputs, part.num_columns, dtype=dtype, device=device)
             layers[name] = DirectedLinear(layer, reading, basis, change, is_whole)
+        elif isinstance(part, Entries):
+            reading = readings.setdefault(part.input, Reading())
+            weight_OI = layer.weight.detach() if read_start is None else read_start(name).to(device)
+            index_E = made.to(device)
+            layers[name] = SparseLinear(layer, reading, pick_entries(weight_OI, index_E).to(dtype), index_E, is_whole)
         else:
             reading = readings.setdefault(part.input if part.is_kept_whole else part.choice, Reading())
             weight_OI = layer.weight.detach() if read_start is None else read_start(name).to(device)
@@ -66,20 +72,22 @@ def divide_model(
 
 
 def draw_choices(parts: Mapping[str, Part], dtype: torch.dtype, seed: int = 0, round_index: int = 0) -> dict[str, torch.Tensor]:
-    """Directions and columns at random, by the name of the choice."""
+    """Directions, columns and entries at random, by the name of the choice."""
     drawn: dict[str, torch.Tensor] = {}
     for part in parts.values():
         if part.choice in drawn:
             continue
         if isinstance(part, Columns):
             drawn[part.choice] = draw_columns(part, part.choice, seed, round_index)
+        elif isinstance(part, Entries):
+            drawn[part.choice] = draw_entries(part, part.choice, seed, round_index)
         else:
             drawn[part.choice] = draw_basis(part, part.choice, seed, round_index).to(dtype)
     return drawn
 
 
 def write_bases(path: Path, bases: Mapping[str, torch.Tensor], origin: Mapping[str, str]) -> None:
-    """Keep directions or columns, whole or not at all, with what they were made of."""
+    """Keep directions, columns or entries, whole or not at all, with what they were made of."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     write_tensors(temporary, bases, origin)
@@ -87,7 +95,7 @@ def write_bases(path: Path, bases: Mapping[str, torch.Tensor], origin: Mapping[s
 
 
 def read_origin(path: Path) -> dict[str, str]:
-    """What directions or columns in a file were made of; nothing where there is none, or a damaged one."""
+    """What directions, columns or entries in a file were made of; nothing where there is none, or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -96,7 +104,7 @@ def read_origin(path: Path) -> dict[str, str]:
 
 
 def read_bases(path: Path) -> dict[str, torch.Tensor]:
-    """The directions or columns of a round, by the name of the choice.
+    """The directions, columns or entries of a round, by the name of the choice.
 
     Raises:
         ModelError: the file is missing or damaged.
@@ -104,4 +112,4 @@ def read_bases(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: the directions or columns of the round do not read: {error}") from None
+        raise ModelError(f"{path}: the directions, columns or entries of the round do not read: {error}") from None

@@ -2,7 +2,7 @@
 
 What such a layer has beside a plain one is a parameter of its own, the part, and what it keeps of its input for the part's
 gradient: so much less than the input as the part is smaller than the weight. Layers that read the same tensor keep it once.
-What the part is, and how it goes into the weight, is said by directed.py and columned.py.
+What the part is, and how it goes into the weight, is said by directed.py, columned.py and sparse.py.
 
 Shapes: T tokens, I and O inputs and outputs of a layer, P columns of the part, K numbers that are kept of a token.
 """
@@ -54,6 +54,10 @@ class PartLinear(nn.Module, ABC):
     def pick(self, kept_TK: torch.Tensor) -> torch.Tensor:
         """Of what is kept, that which the part multiplies (T, P)."""
 
+    def find_gradient(self, gradient_TO: torch.Tensor, kept_TK: torch.Tensor) -> torch.Tensor:
+        """The gradient of the part, of what was kept and the gradient of the product."""
+        return gradient_TO.T @ self.pick(kept_TK).reshape(len(gradient_TO), -1)
+
     @abstractmethod
     def merge(self, weight_OI: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """The weight in float32 where it was this and the part is that."""
@@ -64,8 +68,8 @@ class PartLinear(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def num_merged_bytes(self) -> int:
-        """Bytes of a merged weight that is held beside the layer's own."""
+    def num_added_bytes(self) -> int:
+        """Bytes of what is held beside the weight and the part: a merged weight, or where the part lies."""
 
     def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
         """The layer's product; with gradients, those of the part and of the input."""
@@ -78,6 +82,56 @@ class PartLinear(nn.Module, ABC):
             return nn.functional.linear(cast_TI, self.make_weight(dtype), bias)
         kept_TK = self.reading.take(input_TI, cast_TI, self.take)
         return PartProduct.apply(cast_TI, self.part, bias, kept_TK, self)
+
+
+class LaidLinear(PartLinear):
+    """A linear layer whose part is some of the weight's own numbers, laid into it before a product, once for a step.
+
+    Args:
+        index: where they are.
+    """
+
+    index: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, reading: "Reading", index: torch.Tensor, keeps_merged: bool):
+        super().__init__(layer, reading, keeps_merged)
+        self.register_buffer("index", index, persistent=False)
+        self.laid: tuple[torch.device, int, int] | None = None
+
+    @abstractmethod
+    def extract(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """What the part is where a weight is the start."""
+
+    @abstractmethod
+    def lay(self, weight_OI: torch.Tensor, part: torch.Tensor) -> None:
+        """Write a part into a weight, in the weight's data type."""
+
+    @torch.no_grad()
+    def make_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight with its part as it is now."""
+        weight_OI, part = self.weight.detach(), self.part.detach()
+        if self.is_at_start:
+            return weight_OI.to(dtype)
+        if not self.keeps_merged:  # what is gathered is given back
+            merged = weight_OI.to(dtype, copy=True)
+            self.lay(merged, part)
+            return merged
+        # An optimizer changes a parameter in place, or, as DeepSpeed does, what it is a view of, which `refresh` is told of.
+        state = (part.device, self.part._version, part.data_ptr())
+        if self.laid != state:
+            self.lay(weight_OI, part)
+            self.laid = state
+        return weight_OI.to(dtype)
+
+    def merge(self, weight_OI: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """The weight with this part, in float32."""
+        merged = weight_OI.to(torch.float32, copy=True)
+        self.lay(merged, part)
+        return merged
+
+    def refresh(self) -> None:
+        """The part has changed."""
+        self.laid = None
 
 
 class Reading:
@@ -137,8 +191,7 @@ class PartProduct(torch.autograd.Function):
             gradient_TI = gradient_TO @ ctx.layer.make_weight(gradient_TO.dtype)
         flat_TO = gradient_TO.reshape(-1, gradient_TO.shape[-1])
         if ctx.needs_input_grad[1]:
-            picked_TP = ctx.layer.pick(kept_TK).reshape(len(flat_TO), -1)
-            part = (flat_TO.T @ picked_TP).to(ctx.part_dtype)
+            part = ctx.layer.find_gradient(flat_TO, kept_TK).to(ctx.part_dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             bias = flat_TO.sum(0)
         return gradient_TI, part, bias, None, None

@@ -113,6 +113,7 @@ def verify_checkpoint(
     reading = find_reading(adapter, plan.directions, chosen) if adapter is not None and plan.directions else {}
     rankless = find_rankless(adapter) if adapter is not None and still else set()
     num_frozen_columns, moved_columns = compare_columns(compared, plan, chosen)
+    num_frozen_entries, moved_entries = compare_entries(compared, plan, chosen)
     return Verification(
         num_frozen=len(plan.frozen),
         num_trained=len(plan.trained),
@@ -134,6 +135,8 @@ def verify_checkpoint(
         ),
         num_frozen_columns=num_frozen_columns,
         moved_columns=moved_columns,
+        num_frozen_entries=num_frozen_entries,
+        moved_entries=moved_entries,
         converted_to=dtype if compared.expected != before.dtypes else None,
         num_masters=num_masters,
         unlike_masters=unlike_masters,
@@ -170,15 +173,15 @@ def verify_round(round_: Round) -> Verification:
 
 
 def read_choices(plan: FreezePlan, bases: Path) -> dict[str, torch.Tensor]:
-    """The directions or columns of a plan.
+    """The directions, columns or entries of a plan.
 
     Raises:
         ModelError: the file is missing, or is not that of the plan.
     """
     if not bases.exists() or seal_file(bases).sha256 != plan.bases:
         raise ModelError(
-            f"{bases} does not hold the directions or columns of plan {plan.short_fingerprint}: nothing can be said of what "
-            "moved in the others",
+            f"{bases} does not hold the parts of matrices of plan {plan.short_fingerprint}: nothing can be said of "
+            "what moved in the others",
             "restore the file",
         )
     return read_bases(bases)
@@ -215,6 +218,43 @@ def compare_columns(compared: Comparison, plan: FreezePlan, chosen: Mapping[str,
             number = sum(has_moved(closed[place : place + 1]) for place in range(len(closed)))
             moved.append(f"{name} ({number} of {len(closed)} frozen columns)")
     return num_compared, tuple(moved)
+
+
+def compare_entries(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> tuple[int, tuple[str, ...]]:
+    """How many frozen entries there are in matrices that train in others, and of which matrices some have other bits.
+
+    Raises:
+        ModelError: the file with the entries has others than the plan's number of them.
+    """
+    num_compared, moved = 0, []
+    for name, part in (plan.entries or {}).items():
+        is_closed = np.ones(part.num_outputs * part.num_inputs, dtype=bool)
+        is_closed[chosen[part.choice].numpy()] = False
+        num_closed = int(is_closed.sum())
+        if num_closed != len(is_closed) - part.num_entries:
+            raise ModelError(f"the file with the entries has {len(is_closed) - num_closed} of {name}, not {part.num_entries}")
+        num_compared += num_closed
+        place = compared.before.layout.places[name][0]
+        held, expected = compared.before.dtypes[place], compared.expected[place]
+        if compared.after.dtypes[compared.after.layout.places[name][0]] != expected:
+            continue  # which is said elsewhere
+        before, after = (
+            get_bytes(reader.read(name)).reshape(len(is_closed), -1)[is_closed].ravel()
+            for reader in (compared.before, compared.after)
+        )
+        if not is_same(before, held, after, expected):
+            moved.append(f"{name} ({count_unlike(before, held, after, expected)} of {num_closed:,} frozen entries)")
+    return num_compared, tuple(moved)
+
+
+def count_unlike(old: np.ndarray, old_dtype: str, new: np.ndarray, new_dtype: str) -> int:
+    """How many numbers are not the old ones, bit for bit, once these are converted."""
+    if old_dtype == new_dtype:
+        shape = (-1, WIDTHS[old_dtype])
+        return int((old.reshape(shape) != new.reshape(shape)).any(1).sum())
+    values = widen(old, old_dtype)
+    bits = narrow_to_bits(values, new_dtype)
+    return int(((bits != new.view(bits.dtype)) & ~(np.isnan(values) & np.isnan(widen(new, new_dtype)))).sum())
 
 
 def _find_coarser(held: str, expected: str) -> str:

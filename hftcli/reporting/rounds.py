@@ -38,6 +38,7 @@ FAULTS = {
     "moved_in_memory": "frozen, but moved in memory while training: ",
     "leaked": "trained in directions, but moved in others: ",
     "moved_columns": "trained in columns, but moved in frozen ones: ",
+    "moved_entries": "trained in entries, but moved in frozen ones: ",
     "unmoved": "trained, but did not move: ",
     "damaged": "damaged: checkpoint/",
     "unlike_masters": "not the rounding of the float32 masters: ",
@@ -207,6 +208,8 @@ def _describe_verification(verification: Verification) -> str:
         note += f"; {len(verification.closed_reading)} adapters read in these alone, but for at most {largest:.1e} of their A"
     if verification.num_frozen_columns:
         note += f"; {verification.num_frozen_columns:,} frozen columns compared bit for bit"
+    if verification.num_frozen_entries:
+        note += f"; {verification.num_frozen_entries:,} frozen entries compared bit for bit"
     return (
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
         f"bit-identical to {start}, {moved} of {verification.num_trained} trained ones moved{note}"

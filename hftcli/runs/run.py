@@ -20,8 +20,8 @@
         masters.safetensors     float32 masters of all that ever trained, where the checkpoint rounds them; the latest round's
         adapter/                the low-rank adapters, in PEFT's form, where a method trains them
         method/                 what a method leaves to the rounds that follow
-        quiet/                  with `freeze.grain: directions` or `columns`
-          bases.safetensors       the directions, or the numbers of the columns, in which the round's matrices train
+        quiet/                  with `freeze.grain: directions`, `columns` or `entries`
+          bases.safetensors       the directions, or the places of the columns or entries, in which its matrices train
           moments.safetensors     second moments of earlier inputs; when the round ends, with those of its own rows
         importance.json         UnitScores: by what `freeze.rank` ranked the units, but for `random`
         checksums.json          Checksums: size and sha256 of the checkpoint's files

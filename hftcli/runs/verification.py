@@ -45,6 +45,10 @@ class Verification(Section):
     """Frozen columns of matrices that trained in their other columns, compared."""
     moved_columns: tuple[str, ...] = ()
     """Of these matrices, those of which frozen columns have other bits, and how many: must be none."""
+    num_frozen_entries: int = 0
+    """Frozen entries of matrices that trained in their other entries, compared."""
+    moved_entries: tuple[str, ...] = ()
+    """Of these matrices, those of which frozen entries have other bits, and how many: must be none."""
     num_masters: int = 0
     """Float32 masters that were rounded anew, to be compared with the checkpoint; 0 where there are none, or no more."""
     unlike_masters: tuple[str, ...] = ()
@@ -57,7 +61,7 @@ class Verification(Section):
     def faults(self) -> tuple[str, ...]:
         """All that must not be."""
         moved = (*self.violations, *self.changed_extras, *self.moved_in_memory, *self.leaked, *self.moved_columns)
-        return (*moved, *self.unmoved, *self.retyped, *self.lost, *self.damaged, *self.unlike_masters)
+        return (*moved, *self.moved_entries, *self.unmoved, *self.retyped, *self.lost, *self.damaged, *self.unlike_masters)
 
     @property
     def passed(self) -> bool:

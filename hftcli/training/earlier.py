@@ -1,7 +1,8 @@
 """What is earlier, where matrices train in parts: the moments of earlier inputs, and the directions or columns they leave open.
 
 The inputs are those of what the model writes of itself, of rows that `freeze.keep` names, and of the rows of every round done
-so. They are taken once, by the first process that comes, before the ranks join: it loads the start by itself.
+so. They are taken once, by the first process that comes, before the ranks join: it loads the start by itself. Entries do not go
+by them.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from filelock import FileLock
 
 from hftcli.data.cache import default_cache
 from hftcli.errors import InputError
-from hftcli.freezing.directions import Columns, list_coordinates, list_inputs
+from hftcli.freezing.directions import Columns, Directions, list_coordinates, list_inputs
 from hftcli.freezing.selection import FreezePlan, complete_plan
 from hftcli.measuring.drift import NUM_SAMPLES, SAMPLE_TOKENS, draw_texts, identify_writer
 from hftcli.measuring.moments import Inputs, Moments, add_source, measure_moments, read_moments, write_moments
@@ -28,6 +29,7 @@ from hftcli.models.device import is_mixed
 from hftcli.models.directed import find_basis
 from hftcli.models.division import draw_choices, read_bases, read_origin, write_bases
 from hftcli.models.reader import Start
+from hftcli.models.sparse import find_entries
 from hftcli.runs.earlier import EarlierInputs
 from hftcli.runs.history import read_history
 from hftcli.runs.run import Round
@@ -40,7 +42,7 @@ SAMPLES = f"{NUM_SAMPLES} samples of up to {SAMPLE_TOKENS} tokens"
 
 
 def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
-    """The assignment with a plan that names its directions or columns, which lie in the round's folder.
+    """The assignment with a plan that names its directions, columns or entries, which lie in the round's folder.
 
     The first process that comes chooses them.
 
@@ -51,13 +53,17 @@ def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
         return task
     round_ = attempt.round
     attempt.reporter.report("choosing")
-    last = find_last_moments(task.start)
-    inputs = list_all_inputs(task)
+    reads_earlier = task.spec.freeze.reads_earlier
+    last = find_last_moments(task.start) if reads_earlier else None
     key = make_key(task, rows, last)
     round_.bases_path.parent.mkdir(exist_ok=True)
     with FileLock(round_.bases_path.with_suffix(".lock")):
-        if read_origin(round_.bases_path).get("key") != key:
-            moments = gather_moments(task, rows, inputs, last)
+        if read_origin(round_.bases_path).get("key") == key:
+            pass
+        elif not reads_earlier:
+            write_bases(round_.bases_path, choose_entries(task), {"key": key})
+        else:
+            moments = gather_moments(task, rows, list_all_inputs(task), last)
             write_moments(round_.moments_path, moments)
             bases = choose_bases(task, moments)
             energy = json.dumps(measure_closed_energy(task.plan, moments, bases))
@@ -66,7 +72,8 @@ def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
     bases, origin = read_bases(round_.bases_path), read_origin(round_.bases_path)
     for method in task.methods:
         method.take_bases(bases)
-    return replace(task, plan=complete_plan(task.plan, moments=origin["moments"], bases=seal_file(round_.bases_path).sha256))
+    hashes = {"moments": origin["moments"]} if reads_earlier else {}
+    return replace(task, plan=complete_plan(task.plan, **hashes, bases=seal_file(round_.bases_path).sha256))
 
 
 def list_all_inputs(task: Assignment) -> Inputs:
@@ -97,7 +104,7 @@ def find_last_moments(start: Path) -> Path | None:
 
 
 def make_key(task: Assignment, rows: Rows, last: Path | None) -> str:
-    """A hash of all that the moments, and the directions or columns, come from."""
+    """A hash of all that the moments, and the directions, columns or entries, come from."""
     freeze = task.spec.freeze
     shaping = {
         "start": identify_writer(task.start, task.tokenizer),
@@ -160,9 +167,18 @@ def choose_bases(task: Assignment, moments: Moments) -> dict[str, torch.Tensor]:
         if isinstance(part, Columns):
             scores_I = score_columns(stored.read_master(name), own[:, 0, 0], plan.rule.choice)
             found[part.choice] = find_columns(scores_I, part.num_columns)
-        else:
+        elif isinstance(part, Directions):
             found[part.choice] = find_basis(own, part.num_open)[0].to(dtype)
     return found
+
+
+def choose_entries(task: Assignment) -> dict[str, torch.Tensor]:
+    """The entries in which the plan's matrices train, by the name of the matrix."""
+    plan = task.plan
+    if plan.rule.choice != "magnitude":
+        return draw_choices(plan.parts, torch.float32, plan.rule.seed, plan.round_index)
+    stored = Start(task.spec.model, task.start, (*plan.trained, *plan.frozen))
+    return {name: find_entries(stored.read_master(name), part.num_entries) for name, part in (plan.entries or {}).items()}
 
 
 def measure_closed_energy(plan: FreezePlan, moments: Moments, bases: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -181,8 +197,8 @@ def measure_closed_energy(plan: FreezePlan, moments: Moments, bases: dict[str, t
 
 
 def describe_earlier(round_: Round, plan: FreezePlan) -> EarlierInputs | None:
-    """What was earlier than a round; None where its matrices train whole or not at all."""
-    if not plan.parts:
+    """What was earlier than a round; None where its matrices do not go by it."""
+    if plan.moments is None:
         return None
     origin = read_origin(round_.bases_path)
     return EarlierInputs(sources=json.loads(origin["sources"]), closed_energy=json.loads(origin["closed_energy"]))
@@ -212,7 +228,7 @@ def grow_moments(
     Returns:
         The hash of the file, for the checkpoint's history.
     """
-    if not task.plan.parts:
+    if task.plan.moments is None:
         return None
     path, source = attempt.round.moments_path, f"round {task.plan.fingerprint}"
     inputs = list_all_inputs(task)

@@ -125,7 +125,7 @@ def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> M
         step_s = time.perf_counter() - started
     return MeasuredStep(
         weights_bytes=sum(parameter.nbytes for parameter in model.parameters())
-        + sum(layer.num_merged_bytes for layer in layers.values()),
+        + sum(layer.num_added_bytes for layer in layers.values()),
         gradients_bytes=gradients_bytes,
         optimizer_bytes=measure_optimizer_bytes(optimizer),
         activations_bytes=activations_bytes,

@@ -32,8 +32,8 @@ def test_the_recipe_is_the_short_name_with_rows_to_keep():
         ),
         ("method.l2sp={strength: 0.1}", "method.l2sp works on whole matrices"),
         ("freeze={blocks: 32}", "freeze.blocks would have no effect beside freeze.grain matrices"),
-        ("freeze={grain: directions, part: ssu}", "part ssu scores columns: set grain: columns"),
-        ("freeze={grain: [directions, matrices]}", "give matrices, directions, columns, or"),
+        ("freeze={grain: directions, part: ssu}", "part is ssu, and grain directions has quiet, random"),
+        ("freeze={grain: [directions, matrices]}", "give matrices, biases, directions, columns, entries, or"),
     ],
 )
 def test_what_does_not_go_together_is_refused(override: str, said: str):

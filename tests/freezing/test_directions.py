@@ -53,6 +53,7 @@ RULES = {
     "quiet": FreezeRule.model_validate("quiet"),
     "columns": COLUMNS,
     "quiet columns": COLUMNS.model_copy(update={"part": "quiet"}),
+    "entries": FreezeRule(grain="entries"),
 }
 
 
@@ -68,7 +69,8 @@ def test_what_parts_hold_is_what_was_planned(rule: FreezeRule, arithmetic: str):
     assert measured.optimizer_bytes == half.optimizer_bytes
     activations, _ = budget.half_step
     assert activations.saved_bytes + activations.cast_bytes == pytest.approx(measured.activations_bytes, rel=0.02)
-    assert activations.saved_bytes < 0.95 * budget.full_step[0].saved_bytes
+    if rule.grain != "entries":  # which keep whole inputs
+        assert activations.saved_bytes < 0.95 * budget.full_step[0].saved_bytes
     assert half.gradients_bytes < 0.6 * full.gradients_bytes
     frozen = rule.model_copy(update={"embeddings": "freeze", "head": "freeze"})
     whole = FreezeRule(trainable_fraction=1.0, embeddings="freeze", head="freeze")
@@ -90,6 +92,7 @@ def test_flops_of_a_layer_beside_full_fine_tuning():
         "everywhere": (EVERYWHERE, 2.5 * (4 * square + 3 * wide) + half_basis),
         "blocks": (FreezeRule(grain="directions", blocks=32), 2.5 * (4 * square + 3 * wide) + in_blocks),
         "columns": (COLUMNS, 2.5 * (4 * square + 3 * wide)),
+        "entries": (FreezeRule(grain="entries", trainable_fraction=0.05), whole),
     }
     frozen = FreezeRule(embeddings="freeze", head="freeze")
     base = make_budget(network, FreezeRule(trainable_fraction=1.0, embeddings="freeze", head="freeze"), work).half_step[1]
@@ -99,7 +102,7 @@ def test_flops_of_a_layer_beside_full_fine_tuning():
         saved = (base.weight_gradient + base.forward - flops.weight_gradient - flops.forward) / (2 * 32)
         assert saved == pytest.approx(whole - expected, rel=1e-6), name
     shares = [expected / whole for _, expected in found.values()]
-    assert shares == pytest.approx([0.975, 0.86, 0.833], abs=0.005)
+    assert shares == pytest.approx([0.975, 0.86, 0.833, 1], abs=0.005)
     half, quiet = (make_budget(network, rule, work).half_step[1] for rule in (frozen, frozen.model_copy(update=dict(QUIET))))
     assert quiet.weight_gradient + quiet.forward < half.weight_gradient + half.forward
 
@@ -118,6 +121,9 @@ def test_the_plan_says_what_was_asked_for_and_the_disk_what_is_left():
     # For each of the 6 layers: the moments of four inputs, and the half of seven matrices' columns.
     columns = 4 * (128 + 128 + 128 + 224) + 8 * (6 * 128 + 224) // 2
     assert count_earlier_bytes(make_plan(network.units, COLUMNS, 0)) == 6 * columns
+    # A place in 32 bits for half of the entries of four square matrices and three wide ones.
+    entries = make_plan(network.units, FreezeRule(grain="entries"), 0)
+    assert count_earlier_bytes(entries) == 6 * 4 * (4 * 128 * 128 + 3 * 128 * 224) // 2
 
 
 def test_shares_of_the_input_space(llama: tuple[Unit, ...]):
@@ -207,6 +213,11 @@ def test_blocks_that_do_not_divide_name_those_that_do(llama: tuple[Unit, ...]):
         {"grain": []},
         {"grain": "rows"},
         {"grain": "columns", "blocks": 8},
+        {"grain": "columns", "part": "magnitude"},
+        {"grain": "entries", "blocks": 8},
+        {"grain": "entries", "part": "quiet"},
+        {"grain": "entries", "keep": {"path": "rows.jsonl"}},
+        {"grain": "entries", "rank": "magnitude"},
         {"grain": "directions", "part": "ssu"},
         {"grain": ["matrices", "columns"]},
     ],
