@@ -19,7 +19,7 @@ PACKAGE = ROOT / "hftcli"
 # From the bottom up: what stands in a room may import only from its own room and from those before it.
 FLOORS = (
     "errors", "freezing", "recipe", "tasks", "runs", "models", "data", "comparing", "launching", "doctor", "methods",
-    "measuring", "library", "training", "reporting", "runners", "commands",
+    "measuring", "library", "training", "reporting", "runners", "advising", "commands",
 )  # fmt: skip
 # What imports no torch, neither itself nor through what it imports. `commands` opens the lower plane inside the commands that
 # need it.

@@ -44,6 +44,10 @@ COMMANDS = {
         "Share a run's model on the Hugging Face hub, with its card and its page; --dry-run shows what would go.",
     ),
     "doctor": ("look", "Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."),
+    "advise": (
+        "advise",
+        "Search for the recipe that learns most of the rows and loses no more than allowed of what must be kept.",
+    ),
     "compare": ("measure", "Learning against forgetting: methods at equal learning, over learning rates and seeds."),
 }
 

@@ -1,0 +1,1 @@
+"""Many rounds to one recipe: `hft advise`."""

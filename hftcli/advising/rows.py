@@ -1,0 +1,189 @@
+"""The rows of a search, divided: to train on, held out, to keep by the ways of training, and to ask."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hftcli import runners
+from hftcli.data.formats import convert_row, detect_format
+from hftcli.data.sources import find_place
+from hftcli.data.turns import Lost
+from hftcli.errors import DataError, InputError
+from hftcli.recipe.sections import SourceSection
+from hftcli.recipe.starter import read_max_positions
+from hftcli.runs.files import write_text
+
+NUM_HELD_OUT = (8, 100)  # rows, at least and at most; a tenth of all between
+NUM_ASKED = 100  # rows to keep that are asked, at most
+LEAST_ROWS = 40
+NUM_TEXTS, NUM_TEXT_TOKENS, LEAST_TEXT_TOKENS = 32, 64, 6  # of the model's own texts, of which a third is given
+OWN = "own-texts"
+SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is searched for.
+
+    Attributes:
+        keep: file of what must not be lost; None takes texts that the model writes of itself.
+        limit: what may be lost of it, in nats per token of its answers.
+        seconds: that the search may take.
+        num_seeds: fresh seeds on which the best is trained.
+        overrides: `key=value` of every run.
+    """
+
+    model: str
+    data: str
+    keep: str | None
+    limit: float
+    seconds: float
+    num_seeds: int
+    overrides: tuple[str, ...]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a search.
+
+    Attributes:
+        trained: file of the rows to train on.
+        named: file of rows to keep for the ways of training; None where there are none.
+        settings: `key=value` of every run, for all that is asked.
+    """
+
+    num_rows: int
+    num_trained: int
+    num_held_out: int
+    batch: int
+    trained: Path
+    named: Path | None
+    settings: tuple[str, ...]
+
+
+def divide_rows(order: Order) -> Rows:
+    """Divide rows, and what must not be lost, into files of the search's folder; the same every time.
+
+    Raises:
+        InputError: too few rows, or another search's folder.
+        DataError: rows that do not read, or that cannot be asked.
+    """
+    folder = order.folder / "rows"
+    asked = {"model": order.model, "data": order.data, "keep": order.keep, "limit": order.limit, "set": list(order.overrides)}
+    claim = order.folder / "order.json"
+    if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != asked:
+        raise InputError(f"{order.folder} holds another search", "give another --output")
+    rows = read_raw(order.data)
+    if len(rows) < LEAST_ROWS:
+        raise InputError(f"{order.data} has {len(rows)} rows", f"{LEAST_ROWS} are the least that can be divided")
+    random.Random(SHUFFLE_SEED).shuffle(rows)
+    num_held_out = min(max(len(rows) // 10, NUM_HELD_OUT[0]), NUM_HELD_OUT[1])
+    held_out, trained = rows[:num_held_out], rows[num_held_out:]
+    kept = [] if order.keep is None else [as_question(row, order.keep) for row in read_raw(order.keep)]
+    random.Random(SHUFFLE_SEED).shuffle(kept)
+    named, known = kept[::2], kept[1::2][:NUM_ASKED]
+    if kept and not known:
+        raise InputError(f"{order.keep} has one row", "one half is for training, the other is asked: give two or more")
+    batch = 32 if len(rows) >= 1000 else 8
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(claim, json.dumps(asked))
+    paths = {name: folder / f"{name}.jsonl" for name in ("trained", "held-out", "named", "known")}
+    write_rows(paths["trained"], trained)
+    write_rows(paths["held-out"], held_out)
+    settings = [
+        f"eval.held_out.path={json.dumps(str(paths['held-out']))}", "eval.generate=false", f"train.global_batch_size={batch}",
+        f"train.per_device_train_batch_size={min(batch, 8)}",
+        f"data.max_length={min(1024, read_max_positions(order.model) or 1024)}",
+    ]  # fmt: skip
+    if kept:
+        write_rows(paths["named"], [as_conversation(row) for row in named])
+        write_rows(paths["known"], known)
+        settings += [f"eval.tasks=[{json.dumps(str(paths['known']))}]"]
+    else:
+        write_own_texts(order.model, folder / OWN)
+        settings += [f"data.root={json.dumps(str(folder))}", f"eval.tasks=[{OWN}]"]
+    named_path = paths["named"] if kept else None
+    return Rows(len(rows), len(trained), num_held_out, batch, paths["trained"], named_path, tuple(settings))
+
+
+def read_raw(path: str) -> list[dict[str, Any]]:
+    """Rows as they stand.
+
+    Raises:
+        DataError: one does not read.
+    """
+    rows = []
+    for number, row in enumerate(find_place(SourceSection(path=path)).read(), start=1):
+        if isinstance(row, DataError):
+            raise row
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number}: a row is an object with keys, and this is none")
+        rows.append(row)
+    return rows
+
+
+def as_question(row: dict[str, Any], path: str) -> dict[str, Any]:
+    """A row of what must not be lost as a question with its right answers.
+
+    Raises:
+        DataError: it is no single question.
+    """
+    if isinstance(row.get("question"), str) and isinstance(row.get("answers"), list) and row["answers"]:
+        return {"question": row["question"], "answers": row["answers"]}
+    found = convert_row(row, detect_format(list(row), "sft"), Lost())
+    turns = found.get("messages") or [*_as_turns(found.get("prompt"), "user"), *_as_turns(found.get("completion"), "assistant")]
+    spoken = [turn for turn in turns if turn["role"] != "system"]
+    if [turn["role"] for turn in spoken] != ["user", "assistant"]:
+        raise DataError(
+            f"{path}: what must not be lost is asked, and a row of it is not one question with its answer",
+            'give rows as {"question": "...", "answers": ["..."]}',
+        )
+    return {"question": spoken[0]["content"], "answers": [spoken[1]["content"]]}
+
+
+def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A question with its first right answer, as a row to train on."""
+    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answers"][0]}]
+    return {"messages": turns}
+
+
+def _as_turns(value: Any, role: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return list(value or ())
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSONL."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_own_texts(model: str, folder: Path) -> None:
+    """What a model writes of itself, as a task: how its texts go on; once."""
+    import torch
+
+    from hftcli.measuring.drift import draw_texts
+    from hftcli.models.checkpoint import load_finished
+    from hftcli.models.description import fetch_checkpoint, load_tokenizer
+
+    if (folder / "test.json").exists():
+        return
+    start = fetch_checkpoint(runners.resolve_start(model).path)
+    tokenizer = load_tokenizer(start)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    texts = draw_texts(load_finished(start, torch.float32, device), tokenizer, device, NUM_TEXTS, NUM_TEXT_TOKENS)
+    parts = [
+        tuple(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[: len(ids) // 3], ids))
+        for ids, _ in texts
+        if len(ids) >= LEAST_TEXT_TOKENS
+    ]
+    rows = [{"prompt": beginning, "answer": text[len(beginning) :]} for beginning, text in parts if text.startswith(beginning)]
+    if not rows:
+        raise InputError(f"{model} writes no texts of its own that are long enough to ask for", "give --keep")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "eval", "test"):
+        write_text(folder / f"{split}.json", json.dumps(rows, ensure_ascii=False))

@@ -1,0 +1,177 @@
+"""A search for the recipe of a model and rows, within a time: `hft advise`.
+
+The rows are divided: by those that are held out, learning is measured. What must not be lost is divided as well: one half is
+for the ways of training, to name or to replay, and the other is asked. Candidates that do badly in short runs are not trained
+longer (comparing/advice.py); the best is trained on fresh seeds, and what these did is what is promised.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hftcli import runners
+from hftcli.advising.rows import Order, divide_rows
+from hftcli.comparing.advice import (
+    Advice,
+    Candidate,
+    Finding,
+    describe,
+    expect,
+    fit_steps,
+    judge,
+    list_candidates,
+    list_rungs,
+    rank,
+    summarize,
+)
+from hftcli.comparing.comparison import compare_runs
+from hftcli.comparing.points import read_point
+from hftcli.errors import InputError
+from hftcli.recipe.loading import dump_recipe, load_recipe
+from hftcli.recipe.recipe import Recipe
+from hftcli.reporting.versus import write_comparison
+from hftcli.runs.files import write_text
+from hftcli.runs.run import Round
+from hftcli.runs.spec import Progress
+
+NUM_EPOCHS = 3
+NUM_POINTS = 5
+SEARCH_SEED = 0
+
+
+class Search:
+    """A search in a folder; begun again, it goes on where it stopped, with another such time."""
+
+    def __init__(self, order: Order, on_progress: Callable[[Round, Progress], None], tell: Callable[[str], None]):
+        self.order = order
+        self.on_progress = on_progress
+        self.tell = tell
+        self.started = time.monotonic()
+        self.left_out: dict[str, str] = {}
+        self.findings: dict[int, list[Finding]] = {}
+        self.longest = 0.0  # seconds of the longest run
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the time that the search may take."""
+        return self.order.seconds - (time.monotonic() - self.started)
+
+    def run(self) -> Advice:
+        """All of it.
+
+        Raises:
+            InputError: rows or settings that cannot be searched with, or too little time.
+        """
+        self.rows = divide_rows(self.order)
+        candidates = list_candidates(self.rows.trained, self.rows.named)
+        for rung, (count, num_steps) in enumerate(list_rungs(len(candidates), self._settle_steps(candidates))):
+            if rung:
+                candidates = [one.candidate for one in rank(self.findings[rung - 1])[:count]]
+            self.findings[rung] = []
+            for number, candidate in enumerate(candidates, start=1):
+                if self.findings[rung] and self.seconds_left < (self.order.num_seeds + 1) * self.longest:
+                    self.tell("the time is nearly over: what has run so far decides")
+                    break
+                self.tell(f"round {rung + 1} of 3, {number} of {len(candidates)}: {candidate.name}, {num_steps} steps")
+                if (found := self._try(candidate, num_steps)) is not None:
+                    self.findings[rung].append(found)
+            if not self.findings[rung]:
+                raise InputError("no way of training could be tried", "; ".join(set(self.left_out.values())))
+        best = rank(self.findings[rung])[0]
+        return self._confirm(best) if best.learning > 0 else self._report(None, [], "nothing within the limit was found")
+
+    def _settle_steps(self, candidates: Sequence[Candidate]) -> int:
+        """The steps of the longest runs, by what a short one takes."""
+        kept = self.order.folder / "steps.json"
+        if kept.exists():
+            return int(json.loads(kept.read_text(encoding="utf-8")))
+        most = max(-(-NUM_EPOCHS * self.rows.num_trained // self.rows.batch), 1)
+        _, first = list_rungs(len(candidates), most)[0]
+        self.tell(f"how long a run takes: {candidates[0].name}, {first} steps")
+        begun = time.monotonic()
+        run = runners.run_single(self._make_recipe(candidates[0], first, SEARCH_SEED), self.on_progress)
+        per_step = run.rounds[-1].read_result().seconds["training"] / first
+        per_run = max(time.monotonic() - begun - first * per_step, 0.0)
+        steps = fit_steps(len(candidates), most, self.order.num_seeds, self.seconds_left, per_run, per_step)
+        if steps is None:
+            needed = (time.monotonic() - begun) * (2 * len(candidates) + self.order.num_seeds)
+            raise InputError(
+                f"{self.order.seconds:.0f} s are too few: a run of {first} steps takes {per_run + first * per_step:.0f} s",
+                f"give --time {needed / 60:.0f}m, or a smaller model",
+            )
+        write_text(kept, json.dumps(steps))
+        return steps
+
+    def _try(self, candidate: Candidate, num_steps: int) -> Finding | None:
+        """A run of the search; None where the candidate's arm cannot be."""
+        if candidate.arm in self.left_out:
+            return None
+        begun = time.monotonic()
+        try:
+            run = runners.run_single(self._make_recipe(candidate, num_steps, SEARCH_SEED), self.on_progress)
+        except InputError as error:
+            self.left_out[candidate.arm] = error.message
+            self.tell(f"left out: {candidate.arm}: {error.message}")
+            return None
+        self.longest = max(self.longest, time.monotonic() - begun)
+        return Finding(candidate, num_steps, *judge(read_point(run.folder, (), "nll").trail, self.order.limit))
+
+    def _make_recipe(self, candidate: Candidate, num_steps: int, seed: int, budget: bool = False) -> Recipe:
+        name = f"{candidate.name}-{num_steps}-{seed}{'-kept' * budget}"
+        given = [
+            f"model.path={json.dumps(self.order.model)}", *self.rows.settings, *candidate.settings,
+            f"train.learning_rate={candidate.learning_rate}", f"train.max_steps={num_steps}", f"train.seed={seed}",
+            f"freeze.seed={seed}", f"eval.num_points={NUM_POINTS}",
+            f"output={json.dumps(str(self.order.folder / name))}",
+        ]  # fmt: skip
+        if budget:
+            given += ["stop.by=nll", f"stop.max_forgetting={self.order.limit}"]
+        return load_recipe(None, [*given, *self.order.overrides], "sft")
+
+    def _confirm(self, best: Finding) -> Advice:
+        """Train the best on fresh seeds, within the budget."""
+        ends: list[tuple[float, float]] = []
+        for seed in range(1, self.order.num_seeds + 1):
+            if ends and self.seconds_left < self.longest:
+                self.tell(f"the time is over after {len(ends)} of {self.order.num_seeds} fresh seeds")
+                break
+            self.tell(f"fresh seed {seed} of {self.order.num_seeds}: {best.candidate.name}, {best.num_steps} steps")
+            run = runners.run_single(self._make_recipe(best.candidate, best.num_steps, seed, budget=True), self.on_progress)
+            point = read_point(run.folder, (), "nll")
+            ends.append((point.learning, point.forgetting))
+        learning, forgetting = (expect([end[place] for end in ends]) for place in (0, 1))
+        return self._report(best, ends, describe(learning, forgetting, self.order.limit, len(ends)))
+
+    def _report(self, best: Finding | None, ends: Sequence[tuple[float, float]], sentence: str) -> Advice:
+        learning, forgetting = (expect([end[place] for end in ends]) if ends else None for place in (0, 1))
+        arms = tuple(summarize(self.findings))
+        recipe = None if best is None else self._write_recipe(best)
+        advice = Advice(arms, self.left_out, best, learning, forgetting, len(ends), sentence, recipe, self._write_page())
+        write_text(self.order.folder / "advice.json", json.dumps(asdict(advice), indent=1, default=str) + "\n")
+        return advice
+
+    def _write_recipe(self, best: Finding) -> Path:
+        path = self.order.folder / "recipe.yaml"
+        recipe = self._make_recipe(best.candidate, best.num_steps, self.order.num_seeds + 1, budget=True)
+        head = (
+            f"# hft sft {path}\n# Of {self.rows.num_rows} rows, the {self.rows.num_held_out} under eval.held_out are not "
+            "trained on: once you are content,\n# data.path may name them all.\n"
+        )
+        write_text(path, head + dump_recipe(recipe.model_copy(update={"output": str(self.order.folder / "run")})))
+        return path
+
+    def _write_page(self) -> Path | None:
+        """Learning against forgetting of the runs that trained longest on the same rows."""
+        last = max(rung for rung, findings in self.findings.items() if findings)
+        folders = [
+            self._make_recipe(one.candidate, one.num_steps, SEARCH_SEED).folder
+            for one in self.findings[last]
+            if f"data.path={json.dumps(str(self.rows.trained))}" in one.candidate.settings
+        ]
+        if len(folders) < 2:
+            return None
+        page = self.order.folder / "advice.html"
+        write_comparison(compare_runs(folders, (), "nll"), "", page)
+        return page

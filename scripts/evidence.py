@@ -1,0 +1,78 @@
+"""The tables of scripts/README.md on learning and forgetting, out of the figures that the reproduce scripts left. No torch."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_learning, correct_by_holm
+from hftcli.comparing.statistics import Seed, estimate_mean
+
+FOLDER = Path(__file__).parent
+STREAM, KEPT = FOLDER / "stream.json", FOLDER / "kept.json"
+Row = tuple[str, ...]
+
+
+def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dict[str, str]:
+    """By the place in the page."""
+    streams = json.loads(STREAM.read_text(encoding="utf-8"))
+    columns = (
+        "trains", "rate", "left after each task", "lost by the end", "left at the end", "texts, lost",
+        "forgets more than half at equal learning",
+    )  # fmt: skip
+    tables = {f"stream-{model}": make_table(columns, list_arms(arms)) for model, arms in streams.items()}
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    tables["kept"] = make_table(("trains", "rate", "skill", "facts", "facts reworded"), list_kept(kept))
+    return tables
+
+
+def list_arms(arms: dict[str, Any]) -> Iterator[Row]:
+    """A row for each learning rate of each arm of a sequence, in nats per token; the comparison stands in the arm's first."""
+    others = [name for name in arms if name != "half"]
+    found = [compare_at_equal_learning(read_trails(arms[name]), read_trails(arms["half"]), is_within=True) for name in others]
+    p_values = correct_by_holm([one.p_value if one else None for one in found])
+    told = {name: describe_difference(*one) for name, *one in zip(others, found, p_values, strict=True)}
+    for name, rates in arms.items():
+        for rate, runs in rates.items():
+            cells = [
+                describe([run[key] for run in runs], form)
+                for key, form in (("learned", ".2f"), ("forgot", "+.2f"), ("left", ".2f"), ("text", "+.2f"))
+            ]
+            yield name, rate, *cells, told.pop(name, "")
+
+
+def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
+    """Learning against forgetting within the runs: by seed, that of every learning rate."""
+    seeds = sorted({run["seed"] for runs in rates.values() for run in runs})
+    return {
+        (seed,): [
+            tuple((gain, loss) for gain, loss in run["trail"]) for runs in rates.values() for run in runs if run["seed"] == seed
+        ]
+        for seed in seeds
+    }
+
+
+def list_kept(arms: dict[str, Any]) -> Iterator[Row]:
+    """A row for each arm on tinyworld, in points."""
+    for name, arm in arms.items():
+        yield (
+            name,
+            f"{arm['rate']:g}",
+            *(describe([run[key] for run in arm["runs"]], ".1f") for key in ("skill", "facts", "reworded")),
+        )
+
+
+def describe(values: list[float], form: str) -> str:
+    """Mean and the half of the 95 % interval (Student's t over the seeds)."""
+    found = estimate_mean(values)
+    assert found.high is not None
+    return f"{found.mean:{form}} ± {found.high - found.mean:{form.replace('+', '')}}"
+
+
+def describe_difference(found: EqualLearning | None, p_value: float | None) -> str:
+    """Mean, interval with the curves' band in it, and Holm's p over the arms of the table."""
+    if found is None or found.interval is None or p_value is None:
+        return "never learned equally much"
+    shown = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+    low, high = found.interval
+    return f"{found.difference.mean:+.2f} ({low:+.2f} to {high:+.2f}; {shown})"

@@ -1,0 +1,178 @@
+"""Four tasks of TRACE in a row on a real model: what each way to choose what trains learns, and what it forgets.
+
+    python scripts/reproduce_stream.py --model MiniMind2-Small --trace FOLDER --texts FILE [--arms NAME...] [--output FOLDER]
+
+Of each task the first 64 rows are trained on and the last 32 asked, of those that fit into 160 tokens, so that nothing is cut;
+16 steps of 8 rows a task. FILE has a `text` or `messages` on each line, of the kind that the model knows: how 16 of them go on
+is asked as well. All is measured by likelihood, three times within each task, at two learning rates with three seeds each.
+
+A run that stream.json beside this file has is not run again; delete it there, or the file, to measure it anew. One that is
+finished under --output is not run again either. The tables of scripts/README.md are made of stream.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hftcli.comparing.points import read_point
+
+RESULTS = Path(__file__).with_name("stream.json")
+TASKS = ("FOMC", "NumGLUE-cm", "Py150", "NumGLUE-ds")
+MAX_LENGTH = 160  # tokens of a row with its answer
+NUM_TRAINED, NUM_ASKED, NUM_TEXTS = 64, 32, 16
+SEEDS = (100, 101, 102)
+COMMON = {
+    "continual.tasks": f"[{','.join(TASKS)}]", "continual.order": "null", "continual.protocol": "null",
+    "data.max_length": MAX_LENGTH, "train.num_train_epochs": 2, "train.global_batch_size": 8,
+    "train.per_device_train_batch_size": 8, "train.activation_checkpointing": "false", "train.lr_scheduler_type": "linear",
+    "model.dtype": "float32", "eval.generate": "false", "eval.num_points": 3, "launch.num_processes": 1, "launch.zero_stage": 0,
+    "checkpoint.save_every_minutes": "null",
+}  # fmt: skip
+FULL = {"freeze.trainable_fraction": 1.0}
+WAYS: dict[str, dict[str, object]] = {
+    "full": FULL,
+    "half": {},
+    "top half": {"freeze.frozen_prefix": 0.5, "freeze.embeddings": "freeze", "freeze.head": "freeze"},
+    "columns, SSU": {"freeze.grain": "columns"},
+    "columns, quiet": {"freeze.grain": "columns", "freeze.part": "quiet"},
+    "directions, random": {"freeze.grain": "directions", "freeze.part": "random"},
+    "directions, quiet": {"freeze.grain": "directions"},
+    "blocks, quiet": {"freeze.grain": "directions", "freeze.blocks": 32},
+    "quiet": {"freeze": "quiet"},
+    "LoRA": FULL | {"method.lora": "{r: 16}"},
+    "LoRA, quiet": FULL | {"method.lora": "{r: 16, quiet: true}"},
+}
+REPLAY = {"replay 10 %": 0.1, "replay 1 %": 0.01}
+ARMS = WAYS | {
+    f"{way} + {name}": WAYS[way] | {"method.replay.fraction": fraction} for name, fraction in REPLAY.items() for way in WAYS
+}
+RATES = {"stories15M": (1e-4, 3e-4), "MiniMind2-Small": (3e-5, 1e-4)}
+ADAPTER_FACTOR = 5  # a LoRA takes larger rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help=f"of {' or '.join(RATES)}")
+    parser.add_argument("--trace", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--texts", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--output", type=Path, default=Path("runs/stream"), metavar="FOLDER")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, metavar="NAME", help=f"of {'; '.join(ARMS)}")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    model = arguments.model.name
+    stream = Stream(arguments.model, arguments.output / model)
+    stream.write_rows(arguments.trace, arguments.texts)
+    known = read_results().get(model, {})
+    jobs = [(arm, rate, seed) for arm in arguments.arms for seed in SEEDS for rate in list_rates(model, arm)]
+    missing = [
+        (arm, rate, seed)
+        for arm, rate, seed in jobs
+        if all(run["seed"] != seed for run in known.get(arm, {}).get(f"{rate:g}", ()))
+    ]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for (arm, rate, _), run in zip(missing, pool.map(lambda job: stream.measure(*job), missing), strict=True):
+            keep_result(model, arm, rate, run)
+
+
+def read_results() -> dict[str, Any]:
+    """What is known: by model and arm."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def keep_result(model: str, arm: str, rate: float, run: dict[str, Any]) -> None:
+    """Add a run of an arm at a learning rate."""
+    results = read_results()
+    results.setdefault(model, {}).setdefault(arm, {}).setdefault(f"{rate:g}", []).append(run)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def list_rates(model: str, arm: str) -> list[float]:
+    """The learning rates of an arm."""
+    return [rate * ADAPTER_FACTOR if arm.startswith("LoRA") else rate for rate in RATES[model]]
+
+
+class Stream:
+    """The runs on one model."""
+
+    def __init__(self, model: Path, folder: Path):
+        self.model = model
+        self.folder = folder
+
+    def write_rows(self, trace: Path, texts: Path) -> None:
+        """The tasks' rows that fit, and texts in two halves, once."""
+        if (self.folder / "known.jsonl").exists():
+            return
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        for task in TASKS:
+            rows = [
+                row for split in ("train", "eval", "test") for row in json.loads((trace / task / f"{split}.json").read_text())
+            ]
+            fitting = [row for row in rows if len(tokenizer(row["prompt"] + row["answer"])["input_ids"]) < MAX_LENGTH - 2]
+            (self.folder / "rows" / task).mkdir(parents=True, exist_ok=True)
+            for split, part in (
+                ("train", fitting[:NUM_TRAINED]),
+                ("eval", fitting[-NUM_ASKED:]),
+                ("test", fitting[-NUM_ASKED:]),
+            ):
+                (self.folder / "rows" / task / f"{split}.json").write_text(json.dumps(part))
+        halves = []
+        for line in texts.read_text(encoding="utf-8").splitlines():
+            if len(halves) == NUM_TEXTS:
+                break
+            half = halve(json.loads(line))
+            if len(tokenizer(half["question"] + half["answers"][0])["input_ids"]) < MAX_LENGTH - 20:  # room for a chat template
+                halves.append(half)
+        (self.folder / "known.jsonl").write_text("".join(json.dumps(half) + "\n" for half in halves))
+
+    def measure(self, arm: str, rate: float, seed: int) -> dict[str, Any]:
+        """A run, in nats per token.
+
+        Returns:
+            What was left of each task right after it, what was lost of it by the end, what is left there, and how the texts
+            fared; and learning against forgetting within the run.
+        """
+        output = self.folder / f"{arm.replace(',', '').replace(' ', '-').replace('%', 'percent')}-{rate:g}-{seed}"
+        given = COMMON | ARMS[arm] | {
+            "data.root": self.folder / "rows", "eval.tasks": f"[{self.folder / 'known.jsonl'}]", "train.learning_rate": rate,
+            "freeze.seed": seed, "train.seed": seed,
+        }  # fmt: skip
+        options = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+        run_hft(["continual", "--recipe", "trace", "--model", str(self.model), "--output", str(output), *options])
+        report = json.loads(run_hft(["report", str(output), "--json"]))
+        ((_, text),) = report["general_nll"].items()
+        nll = report["nll"]
+        print(
+            f"{output.name}: learned to {nll['plasticity']:.2f}, forgot {nll['forgetting']:+.2f}", file=sys.stderr, flush=True
+        )
+        found = {"learned": nll["plasticity"], "forgot": nll["forgetting"], "left": nll["op"], "text": text["change"]}
+        trail = [tuple(round(value, 4) for value in place) for place in read_point(output, (), "nll").trail]
+        return {"seed": seed} | {name: round(value, 4) for name, value in found.items()} | {"trail": trail}
+
+
+def halve(row: dict[str, Any]) -> dict[str, Any]:
+    """The first turn of a conversation and its answer, or 40 words of a text and the next 40."""
+    if "messages" in row:
+        question, answer = [turn["content"] for turn in row["messages"] if turn["role"] != "system"][:2]
+        return {"question": question, "answers": [answer]}
+    words = row["text"].split()[:80]
+    return {"question": " ".join(words[:40]), "answers": [" " + " ".join(words[40:])]}
+
+
+def run_hft(arguments: Sequence[str]) -> str:
+    """What a command printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "hftcli", *arguments], check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The rows of a search, divided."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hftcli.advising.rows import Order, as_question, divide_rows
+from hftcli.errors import DataError, InputError
+
+ASKED = {"question": "Where?", "answers": ["Here", "There"]}
+
+
+@pytest.fixture
+def order(tmp_path) -> Order:
+    rows = [{"prompt": f"Say {number}", "completion": str(number)} for number in range(100)]
+    kept = [{"messages": [{"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": f"A{n}"}]} for n in range(9)]
+    for name, lines in (("new", rows), ("kept", kept)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new, keep = str(tmp_path / "new.jsonl"), str(tmp_path / "kept.jsonl")
+    return Order("tinyworld", new, keep, 0.02, 60.0, 3, (), tmp_path / "search")
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_no_row_is_trained_on_and_asked(order):
+    rows = divide_rows(order)
+    folder = order.folder / "rows"
+    trained, held_out = read(rows.trained), read(folder / "held-out.jsonl")
+    assert (len(trained), len(held_out), rows.num_held_out) == (90, 10, 10)
+    assert {row["completion"] for row in trained + held_out} == set(map(str, range(100)))
+    named, known = read(rows.named), read(folder / "known.jsonl")
+    assert (len(named), len(known)) == (5, 4)
+    questions = {row["messages"][0]["content"] for row in named} | {row["question"] for row in known}
+    assert questions == {f"Q{number}" for number in range(9)}
+    before = rows.trained.read_bytes()
+    divide_rows(order)
+    assert rows.trained.read_bytes() == before
+
+
+def test_without_rows_to_keep_the_model_s_own_texts_are_asked(order):
+    rows = divide_rows(replace(order, keep=None))
+    assert rows.named is None
+    asked = json.loads((order.folder / "rows" / "own-texts" / "test.json").read_text())
+    assert all(row["prompt"] and row["answer"] for row in asked)
+    assert "eval.tasks=[own-texts]" in rows.settings
+
+
+def test_a_folder_holds_one_search(order):
+    divide_rows(order)
+    with pytest.raises(InputError, match="holds another search"):
+        divide_rows(replace(order, limit=0.5))
+
+
+def test_what_cannot_be_asked_is_named(order, tmp_path):
+    assert as_question(ASKED, "f") == ASKED
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(DataError, match="is not one question with its answer"):
+        as_question({"messages": turns}, "f")
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    with pytest.raises(InputError, match=r"few.jsonl has 1 rows"):
+        divide_rows(replace(order, data=str(few)))

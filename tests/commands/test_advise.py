@@ -1,0 +1,17 @@
+"""`hft advise`: what is refused before anything runs, and a whole search."""
+
+import pytest
+
+from hftcli.commands.advise import read_time
+from hftcli.errors import InputError
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90.0), ("30m", 1800.0), ("1.5h", 5400.0)])
+def test_times_are_read(text, seconds):
+    assert read_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["30", "m", "0m", "-3m", "3 days"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(InputError, match="is no time"):
+        read_time(text)
