@@ -52,7 +52,7 @@ COMMANDS = {
 }
 
 
-KEY = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+")  # of a recipe, in a section
+KEY = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+|freeze")  # of a recipe, in a section; or the section that has a short name
 
 
 class LazyCommand(TyperCommand):

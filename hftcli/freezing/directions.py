@@ -24,8 +24,8 @@ class KeepRule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     path: str
-    """What must not be forgotten: rows, as under `data.path`, or a task whose questions are asked, as `tinyworld/facts`. The
-    model reads them, and is not trained on them."""
+    """What must not be forgotten: rows, as under `data.path`, questions, as `eval.tasks` takes them, or a task, as
+    `tinyworld/facts`. The model reads them, and is not trained on them."""
 
     samples: Annotated[int, Field(ge=1)] = 64
     """How many of the rows are read, drawn by `freeze.seed`; all where there are fewer."""

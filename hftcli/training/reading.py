@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from hftcli.data.cache import default_cache
 from hftcli.data.checks import check_positions, check_token_ids, check_tokenizer
 from hftcli.data.ends import find_trained_ends
+from hftcli.data.formats import detect_format
 from hftcli.data.prepare import prepare_dataset, prepare_pairs, prepare_task
 from hftcli.data.templates import set_chat_template
 from hftcli.data.tokens import Progress
@@ -35,12 +36,14 @@ from hftcli.models.checkpoint import WITHOUT_ROUTER_LOSS
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
+from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.scores import HELD_OUT
 from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import is_task, load_task
 from hftcli.tasks.asking import put_task
+from hftcli.tasks.general import FORMS, SUFFIX, read_lines
 from hftcli.training.stages import Assignment, Rows
 
 # What a DataError calls rows that are read as those of `data` are.
@@ -227,11 +230,29 @@ def read_named(
     data = DataSection(path=rule.path, max_length=spec.data.max_length)
     if is_task(rule.path):
         rows, report = prepare_task(load_task(rule.path, spec.data.root, "test"), data, tokenizer, default_cache())
+    elif holds_questions(Path(rule.path)):
+        asked = put_task(rule.path, None, None, AskingSection(), tokenizer.chat_template is not None)
+        rows, report = prepare_task(asked, data, tokenizer, default_cache())
     else:
         with naming(key):
             rows, report = prepare_dataset(data, TrainSection(), tokenizer, default_cache())
     name = key.rpartition(".")[2]
     return draw_rows(rows, rule.samples, name, spec.freeze.seed), f"{report.tokens_digest}/{rule.samples}/{spec.freeze.seed}"
+
+
+def holds_questions(path: Path) -> bool:
+    """Whether a file is one of those that `eval.tasks` takes, and not of rows that can be trained on."""
+    if path.suffix != SUFFIX or not path.is_file():
+        return False
+    try:
+        first = next(iter(read_lines(path).values()))
+    except DataError:
+        return False  # whoever reads the rows names what is wrong with them
+    try:
+        detect_format(list(first))
+    except DataError:
+        return any(form.key in first and form.fits(first[form.key]) for form in FORMS.values())
+    return False
 
 
 def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:
