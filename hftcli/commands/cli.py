@@ -36,7 +36,10 @@ COMMANDS = {
         "look",
         "What a run learned and lost; of a continual run, its matrix and metrics; of several runs, a line each.",
     ),
-    "merge": ("make", "A full model out of a delta checkpoint, or the weighted mean of a model and its base."),
+    "merge": (
+        "make",
+        "A full model out of a delta checkpoint; the mean of a model and its base, or its largest changes on its base.",
+    ),
     "reset": ("make", "Half-Reset: a tuned model with a random half of its weight matrices back at the base, bit for bit."),
     "paper": ("paper", "The commands of one of the paper's tables; with --table, its numbers beside those that were run."),
     "push": (

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from hftcli.data.cache import default_cache
 from hftcli.data.checks import check_positions, check_token_ids, check_tokenizer
 from hftcli.data.ends import find_trained_ends
-from hftcli.data.formats import detect_format
+from hftcli.data.formats import FORMATS
 from hftcli.data.prepare import prepare_dataset, prepare_pairs, prepare_task
 from hftcli.data.templates import set_chat_template
 from hftcli.data.tokens import Progress
@@ -248,11 +248,9 @@ def holds_questions(path: Path) -> bool:
         first = next(iter(read_lines(path).values()))
     except DataError:
         return False  # whoever reads the rows names what is wrong with them
-    try:
-        detect_format(list(first))
-    except DataError:
-        return any(form.key in first and form.fits(first[form.key]) for form in FORMS.values())
-    return False
+    trained = {column for known in FORMATS.values() for column in (*known.columns, *known.optional)}
+    forms = (form for form in FORMS.values() if form.asking.get("has_answers", True) and form.key not in trained)
+    return any(form.key in first and form.fits(first[form.key]) for form in forms)
 
 
 def prepare_rows(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase, on_progress: Progress) -> tuple[Dataset, DataReport]:
