@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from scipy.stats import t as student
+from statistics import stdev
 
 from hftcli.comparing.points import Trail
-from hftcli.comparing.statistics import CONFIDENCE, estimate_mean
+from hftcli.comparing.statistics import estimate_mean, find_t_bound
 
 RATES = (1e-5, 5e-5, 2e-4, 1e-3)
 QUIET_FACTOR = 2.0  # a smaller space takes larger rates
@@ -161,8 +160,7 @@ def expect(values: Sequence[float]) -> Expectation:
     if mean.high is None:
         return Expectation(mean.mean, None, None)
     count = len(values)
-    spread = math.sqrt(sum((value - mean.mean) ** 2 for value in values) / (count - 1) * (1 + 1 / count))
-    reach = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+    reach = find_t_bound(count - 1) * stdev(values) * math.sqrt(1 + 1 / count)
     return Expectation(mean.mean, mean.mean - reach, mean.mean + reach)
 
 
