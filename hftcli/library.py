@@ -81,9 +81,9 @@ class Half:
             plain.weight = nn.Parameter(merged.to(held_dtype), requires_grad=True)
             plain.bias = layer.bias
             if isinstance(part, Directions):
-                before, after = (value.double().cpu().numpy() for value in (start, plain.weight.detach()))
+                before, after = (value.cpu().double().numpy() for value in (start, plain.weight.detach()))
                 code = CODES[held_dtype]
-                basis_NWR = self.bases[part.choice].double().cpu().numpy()
+                basis_NWR = self.bases[part.choice].cpu().double().numpy()
                 if (
                     hash_tensor(start) != self.digests[name]
                     or not measure_leak(before, after, basis_NWR, code, code).is_rounding
@@ -228,7 +228,7 @@ class QuietLora:
         found = {}
         for name, reader in self.readers.items():
             values = reader.weight.detach()
-            weight_RI, basis_NWQ = (value.double().cpu().numpy() for value in (values, reader.basis))
+            weight_RI, basis_NWQ = (value.cpu().double().numpy() for value in (values, reader.basis))
             leak = measure_leak(np.zeros_like(weight_RI), weight_RI, basis_NWQ, "F32", CODES[values.dtype])
             found[name] = leak.fraction
             faults += [] if leak.is_rounding else [name]

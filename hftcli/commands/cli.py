@@ -6,6 +6,7 @@ alone, and torch is loaded only where a command opens a model or its data in thi
 
 import atexit
 import gc
+import os
 import re
 import sys
 from collections.abc import Collection
@@ -132,6 +133,8 @@ def main() -> None:
     """The `hft` command; an HftError becomes its message, its fix and its exit code."""
     show_traceback = "--traceback" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--traceback"]
+    if sys.platform == "darwin":  # what torch has no kernel for on a Mac's GPU goes to the processor; read as torch is imported
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     atexit.register(gc.freeze)  # where torch was imported, the interpreter's own last collection would take seconds
     stop_at_signals()
     try:

@@ -62,12 +62,14 @@ class Probe:
         num_devices: GPUs that torch can use.
         has_bfloat16: whether they compute in it.
         ops: DeepSpeed's compiled operations, and whether this machine has what it takes to build each one.
+        has_mac_gpu: whether one process computes on a Mac's GPU.
     """
 
     cuda: str | None
     num_devices: int
     has_bfloat16: bool
     ops: dict[str, bool]
+    has_mac_gpu: bool = False
 
 
 class HostReport(Section):
@@ -120,6 +122,9 @@ def find_version(package: str) -> str | None:
 def check_devices(probe: Probe, recipe: Recipe | None) -> list[Finding]:
     """GPUs that the driver lists, against those that torch can use."""
     listed = count_gpus()
+    if probe.has_mac_gpu:
+        message = f"a Mac's GPU (MPS): one process computes there, in float32; several on {os.cpu_count()} cores"
+        return [Finding("devices", "ok", message)]
     if listed == 0:
         precision = "bfloat16" if probe.has_bfloat16 else "float32"
         return [Finding("devices", "ok", f"no GPU: CPU ranks, {precision} at most, {os.cpu_count()} cores")]

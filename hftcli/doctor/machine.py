@@ -7,7 +7,7 @@ import torch
 
 from hftcli.doctor.doctor import Probe
 from hftcli.launching.packages import is_installed
-from hftcli.models.device import has_bfloat16
+from hftcli.models.device import has_bfloat16, has_mac_gpu
 
 
 def probe_machine() -> Probe:
@@ -18,6 +18,7 @@ def probe_machine() -> Probe:
         num_devices=torch.cuda.device_count() if has_gpu else 0,
         has_bfloat16=has_bfloat16(),
         ops=probe_ops(),
+        has_mac_gpu=not has_gpu and has_mac_gpu(),
     )
 
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hftcli.data.prepare import deal_rows
 from hftcli.data.tokens import IGNORED, Progress, ignore_progress
 from hftcli.measuring.questions import Row, TokenizedTask
+from hftcli.models.device import find_exact_device, make_exact
 
 BATCH_TOKENS = 8192  # padded tokens in a forward pass
 CACHED_TOKENS = 16384  # places in the cache of a batch that is generated: 8 GiB for Llama-2-7B in 16 bits
@@ -39,19 +40,20 @@ def read_answers(
     Returns:
         (N, 3) in float64, on all ranks: nats of each answer, its tokens, and 1 where greedy decoding gives it exactly.
     """
-    readings_N3 = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
+    readings_N3 = torch.zeros(len(rows), 3, dtype=torch.float64, device=find_exact_device(device))
     batches = deal_rows([len(ids) for ids, _ in rows], BATCH_TOKENS, num_ranks)
     for index, batch in enumerate(batches):
         own = batch[rank::num_ranks]
         # A rank that has no row of its own passes only so that ZeRO 3 can gather.
         logits_NV, targets_N, is_answer_BT = predict_answers(model, [rows[row] for row in own or batch[:1]], device)
         if own:
-            place_N = is_answer_BT.nonzero()[:, 0]
-            nats_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double()
+            nats_N = make_exact(torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"))
+            place_N = is_answer_BT.nonzero()[:, 0].to(nats_N.device)
             nats_B = nats_N.new_zeros(len(own)).index_add(0, place_N, nats_N)
             is_right_BT = torch.ones_like(is_answer_BT)
             is_right_BT[is_answer_BT] = logits_NV.argmax(-1) == targets_N
-            readings_N3[own] = torch.stack([nats_B, is_answer_BT.sum(-1).double(), is_right_BT.all(-1).double()], dim=-1)
+            counts_2B = [make_exact(values_B) for values_B in (is_answer_BT.sum(-1), is_right_BT.all(-1))]
+            readings_N3[own] = torch.stack([nats_B, *counts_2B], dim=-1)
         on_batch(index + 1, len(batches))
     if num_ranks > 1:
         torch.distributed.all_reduce(readings_N3)
@@ -77,12 +79,12 @@ def generate_answers(
     answers_NS = torch.zeros(len(asked.prompts), asked.num_new_tokens, dtype=torch.long, device=device)
     # One number for each place of each answer: what is drawn does not depend on the batch or the rank.
     generator = torch.Generator().manual_seed(SAMPLING_SEED)
-    uniforms_NS = torch.rand(answers_NS.shape, dtype=torch.float64, generator=generator).to(device)
+    uniforms_NS = torch.rand(answers_NS.shape, dtype=torch.float64, generator=generator).to(find_exact_device(device))
     batches = deal_rows([len(prompt) + asked.num_new_tokens for prompt in asked.prompts], CACHED_TOKENS, num_ranks)
     for index, batch in enumerate(batches):
         if own := batch[rank::num_ranks]:
             prompts = [asked.prompts[row] for row in own]
-            answers_NS[own] = _generate_batch(model, prompts, asked.end_ids, uniforms_NS[own], temperature)
+            answers_NS[own] = _generate_batch(model, prompts, asked.end_ids, uniforms_NS[own], temperature, device)
         on_batch(index + 1, len(batches))
     if num_ranks > 1:
         torch.distributed.all_reduce(answers_NS)
@@ -90,10 +92,11 @@ def generate_answers(
 
 
 def _generate_batch(
-    model: PreTrainedModel, prompts: list[list[int]], end_ids: list[int], uniforms_BS: torch.Tensor, temperature: float
-) -> torch.Tensor:
+    model: PreTrainedModel, prompts: list[list[int]], end_ids: list[int], uniforms_BS: torch.Tensor, temperature: float,
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
     """Answers (B, S): token ids, and `NOTHING` from the end token on."""
-    device, longest = uniforms_BS.device, max(map(len, prompts))
+    longest = max(map(len, prompts))
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -110,7 +113,7 @@ def _generate_batch(
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, cache=cache, use_cache=True,
             logits_to_keep=1,
         ).logits  # fmt: skip
-        tokens_B = choose_tokens(logits_BTV[:, -1].float(), uniforms_BS[going, step], temperature)
+        tokens_B = choose_tokens(logits_BTV[:, -1].float(), uniforms_BS[going.to(uniforms_BS.device), step], temperature)
         goes_on_B = ~torch.isin(tokens_B, ends)
         if not goes_on_B.all():
             going, tokens_B, mask_BT, positions_BT = (
@@ -129,14 +132,14 @@ def choose_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, temperature
     """Token ids (B,): the likeliest, or drawn by the inverse of the distribution function.
 
     Args:
-        uniforms_B: in [0, 1), float64; one number decides one draw.
+        uniforms_B: in [0, 1), float64, where the logits' float64 is computed; one number decides one draw.
         temperature: what the logits are divided by; 0 takes the likeliest.
     """
     if not temperature:
         return logits_BV.argmax(-1)
-    reached_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
+    reached_BV = (make_exact(logits_BV) / temperature).softmax(-1).cumsum(-1)
     drawn_B1 = torch.searchsorted(reached_BV, uniforms_B[:, None] * reached_BV[:, -1:], right=True)
-    return drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    return drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1).to(logits_BV.device)
 
 
 def predict_answers(

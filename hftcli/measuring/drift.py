@@ -58,7 +58,7 @@ def measure_drift(
         base_NV, model_NV = base_NV.log_softmax(-1), model_NV.log_softmax(-1)
         kl_N = torch.nn.functional.kl_div(model_NV, base_NV, log_target=True, reduction="none").sum(-1)
         nats = [-log_probs_NV.gather(-1, targets_N[:, None])[:, 0] for log_probs_NV in (base_NV, model_NV)]
-        values_N4 = torch.stack([torch.ones_like(kl_N), *nats, kl_N], dim=-1).double().cpu()
+        values_N4 = torch.stack([torch.ones_like(kl_N), *nats, kl_N], dim=-1).cpu().double()
         readings_R4[batch] = torch.zeros(len(batch), 4, dtype=torch.float64).index_add(
             0, is_measured_BT.nonzero()[:, 0].cpu(), values_N4
         )

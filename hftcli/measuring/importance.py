@@ -14,6 +14,7 @@ from hftcli.data.tokens import IGNORED
 from hftcli.freezing.directions import name_input
 from hftcli.freezing.roles import Unit
 from hftcli.methods.ewc import differentiating, draw_gradients
+from hftcli.models.device import make_exact
 
 Read = Callable[[str], torch.Tensor]  # a parameter by its name
 Lesson = tuple[float, Sequence[int], Sequence[int]]  # a sign, the ids of a row, and its labels
@@ -23,7 +24,7 @@ QUARTILES_APART = 1.349  # of a normal distribution, in standard deviations
 
 def score_magnitude(units: Iterable[Unit], read: Read) -> dict[str, float]:
     """The mean absolute weight."""
-    return average(units, lambda name: read(name).double().abs().sum().item())
+    return average(units, lambda name: make_exact(read(name)).abs().sum().item())
 
 
 def score_wanda(units: Iterable[Unit], read: Read, squares: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -35,7 +36,7 @@ def score_wanda(units: Iterable[Unit], read: Read, squares: Mapping[str, torch.T
     found = {}
     for unit in units:
         if unit.role != "norm":
-            weight_OI, squares_I = read(unit.parameters[0].name).double(), squares[name_input(unit)].double()
+            weight_OI, squares_I = make_exact(read(unit.parameters[0].name)), make_exact(squares[name_input(unit)])
             found[unit.name] = (weight_OI.abs().mean(0) * squares_I.sqrt()).mean().item()
     return found
 
@@ -53,7 +54,8 @@ def measure_signal(weight: torch.Tensor) -> float:
     """See `score_spectrum`; less noise than the rounding of the largest value counts as that."""
     if weight.ndim > 2 and weight.shape[1] == 1:  # a convolution of each channel by itself
         weight = weight.flatten(1)
-    matrices = weight.double().flatten(0, -3) if weight.ndim > 2 else weight.double()[None]
+    exact = make_exact(weight)
+    matrices = exact.flatten(0, -3) if weight.ndim > 2 else exact[None]
     found: list[float] = []
     for matrix_OI in matrices:
         values = torch.linalg.svdvals(matrix_OI)
@@ -76,7 +78,7 @@ def score_fisher(
     sums: dict[str, float] = {}
     for gradients in draw_gradients(model, batches, torch.Generator(device).manual_seed(seed)):
         for name, gradient in gradients.items():
-            sums[name] = sums.get(name, 0.0) + gradient.double().square().sum().item()
+            sums[name] = sums.get(name, 0.0) + make_exact(gradient).square().sum().item()
     return average(units, lambda name: sums[name] / len(rows))
 
 
@@ -93,7 +95,7 @@ def score_gradient(
             gradients = torch.autograd.grad(sign * nats, list(parameters.values()), materialize_grads=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient.float()
-    return average(units, lambda name: sums[name].double().abs().sum().item())
+    return average(units, lambda name: make_exact(sums[name]).abs().sum().item())
 
 
 def average(units: Iterable[Unit], add_up: Callable[[str], float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from hftcli.data.chat import Rendering
 from hftcli.data.prepare import deal_rows
 from hftcli.data.templates import find_template
 from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, label_tokens, render_prompt
+from hftcli.models.device import find_exact_device, make_exact
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def read_options(
         model: its weights are whole, and it makes passes of its own on each rank.
     """
     starts = list(accumulate((len(question.options) for question in questions), initial=0))
-    log_likelihoods_N = torch.zeros(starts[-1], dtype=torch.float64, device=device)
+    log_likelihoods_N = torch.zeros(starts[-1], dtype=torch.float64, device=find_exact_device(device))
     lengths = [len(question.options) * (len(question.prompt) + max(map(len, question.options))) for question in questions]
     batches = deal_rows(lengths, BATCH_TOKENS, num_ranks)
     for index, batch in enumerate(batches):
@@ -126,8 +127,8 @@ def _read_batch(model: PreTrainedModel, batch: list[Question], device: torch.dev
         is_scored_OS[row, : len(option) - number] = False
     # The prompt's last token predicts the first of each option, and each token of an option the next.
     logits_NV, targets_N = logits_B1V[:, 0][owner_O][is_scored_OS[:, 0]], ids_OS[:, 0][is_scored_OS[:, 0]]
-    places_N = is_scored_OS[:, 0].nonzero()[:, 0]
-    nats_N = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none").double()
+    nats_N = make_exact(torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none"))
+    places_N = is_scored_OS[:, 0].nonzero()[:, 0].to(nats_N.device)
     log_likelihoods_O = nats_N.new_zeros(len(options)).index_add(0, places_N, -nats_N)
     if ids_OS.shape[1] > 1:
         cache.reorder_cache(owner_O)
@@ -137,10 +138,11 @@ def _read_batch(model: PreTrainedModel, batch: list[Question], device: torch.dev
             position_ids=positions_OS, cache=cache, use_cache=True,
         ).logits  # fmt: skip
         is_scored_OS = is_scored_OS[:, 1:]
-        nats_N = torch.nn.functional.cross_entropy(
-            logits_OSV[is_scored_OS].float(), ids_OS[:, 1:][is_scored_OS], reduction="none"
+        nats_N = make_exact(
+            torch.nn.functional.cross_entropy(logits_OSV[is_scored_OS].float(), ids_OS[:, 1:][is_scored_OS], reduction="none")
         )
-        log_likelihoods_O = log_likelihoods_O.index_add(0, is_scored_OS.nonzero()[:, 0], -nats_N.double())
+        places_N = is_scored_OS.nonzero()[:, 0].to(nats_N.device)
+        log_likelihoods_O = log_likelihoods_O.index_add(0, places_N, -nats_N)
     return log_likelihoods_O
 
 

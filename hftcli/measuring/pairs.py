@@ -13,6 +13,7 @@ from hftcli.data.prepare import deal_pairs
 from hftcli.data.tokens import IGNORED, Progress, ignore_progress
 from hftcli.measuring.asking import BATCH_TOKENS, predict_answers
 from hftcli.measuring.questions import Row
+from hftcli.models.device import make_exact
 from hftcli.runs.scores import PairScore
 
 NUM_DRAWS = 8  # tokens that the reference draws at every place of an answer, to estimate its KL to the model
@@ -75,12 +76,13 @@ def _label_answer(pair: dict[str, list[int]], name: str) -> Row:
 def _read_batch(
     log_probs_NV: torch.Tensor, targets_N: torch.Tensor, is_answer_BT: torch.Tensor, drawn_NK: torch.Tensor | None, seed: int
 ) -> Reading:
-    picked_N = log_probs_NV.gather(-1, targets_N[:, None])[:, 0].double()
-    sums_B = picked_N.new_zeros(len(is_answer_BT)).index_add(0, is_answer_BT.nonzero()[:, 0], picked_N)
+    picked_N = make_exact(log_probs_NV.gather(-1, targets_N[:, None])[:, 0])
+    places_N = is_answer_BT.nonzero()[:, 0].to(picked_N.device)
+    sums_B = picked_N.new_zeros(len(is_answer_BT)).index_add(0, places_N, picked_N)
     if drawn_NK is None:
         generator = torch.Generator(log_probs_NV.device).manual_seed(seed)
         drawn_NK = torch.multinomial(log_probs_NV.exp(), NUM_DRAWS, replacement=True, generator=generator)
-    return Reading(sums_B.view(-1, 2).cpu(), drawn_NK.cpu(), log_probs_NV.gather(-1, drawn_NK).double().cpu())
+    return Reading(sums_B.view(-1, 2).cpu(), drawn_NK.cpu(), log_probs_NV.gather(-1, drawn_NK).cpu().double())
 
 
 def score_pairs(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hftcli.launching.command import find_free_port
+from hftcli.models.device import find_device
 
 POLL_SECONDS = 0.2
 
@@ -33,7 +34,7 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """Its own GPU, or the processor."""
-        return torch.device(f"cuda:{self.rank}" if torch.cuda.is_available() else "cpu")
+        return find_device(self.num_ranks, self.rank)
 
     def join(self, port: int) -> None:
         """Meet the others."""

@@ -21,6 +21,7 @@ from hftcli.measuring.questions import find_turn_ends
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
+from hftcli.models.device import find_device
 from hftcli.tasks.examples import Example, Task
 
 Message = dict[str, str]
@@ -103,8 +104,7 @@ class Speaker:
                 f"hft generate {path} --prompts - has it go on; model.chat_template: chatml trains one that takes turns",
             )
         self.num_places = describe_model(str(folder)).max_positions
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: PreTrainedModel = load_finished(folder, getattr(torch, dtype), device)
+        self.model: PreTrainedModel = load_finished(folder, getattr(torch, dtype), find_device())
         eos = self.tokenizer.eos_token_id
         turn_ends = find_turn_ends(Task("chat", (TURN,)), self.tokenizer) if self.has_template else []
         self.end_ids = sorted({*read_ends(folder), *turn_ends, *([eos] if eos is not None else [])})

@@ -1,6 +1,7 @@
 """What this machine computes in, and how it keeps memory."""
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -10,8 +11,47 @@ from hftcli.runs.spec import RoundSpec
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
+def has_mac_gpu() -> bool:
+    """Whether there is a Mac's GPU, which torch calls MPS, and CUDA_VISIBLE_DEVICES is not empty, which hides every GPU."""
+    return torch.backends.mps.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+
+
+def find_device(num_ranks: int | None = None, rank: int | None = None) -> torch.device:
+    """Where this process computes: on a GPU of its own, or on the processor. A Mac's GPU serves one process alone.
+
+    Args:
+        num_ranks: processes that compute together; None reads what the launcher says, and so does `rank`.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1")) if num_ranks is None else num_ranks
+    if torch.cuda.is_available():
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0') if rank is None else rank}")
+    return torch.device("mps" if num_ranks == 1 and has_mac_gpu() else "cpu")
+
+
+def name_device(device: torch.device) -> str:
+    """What the device is called; of a processor, no more than its kind."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{torch.backends.mps.get_name()} (MPS)"
+    return platform.processor() or platform.machine()
+
+
+def find_exact_device(device: torch.device) -> torch.device:
+    """Where the float64 of a device's tensors is computed: there, or on the processor, since a Mac's GPU has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def make_exact(values: torch.Tensor) -> torch.Tensor:
+    """Values in float64, on the device that computes in it."""
+    return values.to(find_exact_device(values.device)).double()
+
+
 def has_bfloat16() -> bool:
-    """Whether this machine multiplies in bfloat16: its GPU, or without one its processor. Elsewhere it would be slower."""
+    """Whether this machine multiplies in bfloat16: its NVIDIA GPU, or else its processor, which no Mac's does.
+
+    Elsewhere it would be slower; on a Mac's GPU it was never tried.
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()

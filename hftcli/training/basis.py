@@ -17,7 +17,7 @@ from hftcli.data.cache import default_cache
 from hftcli.data.tokens import get_backend
 from hftcli.measuring.questions import TokenizedTask
 from hftcli.models.deltas import hash_checkpoint
-from hftcli.models.device import is_mixed
+from hftcli.models.device import is_mixed, name_device
 from hftcli.recipe.section import FileSection
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.scores import Prediction, Score
@@ -45,7 +45,6 @@ class Basis:
     def __init__(self, task: Assignment, num_ranks: int, device: torch.device):
         spec = task.spec
         self.folder = default_cache("scores")
-        is_gpu = device.type == "cuda"
         self.shaping = {
             "start": hash_checkpoint(task.start),
             "tokenizer": hashlib.sha256(get_backend(task.tokenizer).to_str().encode()).hexdigest(),
@@ -55,7 +54,7 @@ class Basis:
             "split": spec.launch.split,
             "ranks": num_ranks,
             "temperature": spec.scoring.temperature,
-            "device": torch.cuda.get_device_name(device) if is_gpu else f"cpu, {torch.get_num_threads()} threads",
+            "device": f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else name_device(device),
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "code": hash_code(),
         }

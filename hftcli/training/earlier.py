@@ -7,7 +7,6 @@ by them.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from hftcli.measuring.moments import Inputs, Moments, add_source, measure_moment
 from hftcli.methods.method import draw_rows
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.columned import find_columns, score_columns
-from hftcli.models.device import is_mixed
+from hftcli.models.device import find_device, is_mixed
 from hftcli.models.directed import find_basis
 from hftcli.models.division import draw_choices, read_bases, read_origin, write_bases
 from hftcli.models.reader import Start
@@ -147,11 +146,6 @@ def measure_rows(task: Assignment, inputs: Inputs, rows: Dataset) -> dict[str, t
     device = find_device()
     model = load_finished(task.start, torch.bfloat16 if is_mixed(task.spec) else torch.float32, device)
     return measure_moments(model, model, inputs, list_token_ids(rows), device)
-
-
-def find_device() -> torch.device:
-    """Where a process of its own asks a model."""
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
 def choose_bases(task: Assignment, moments: Moments) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ They are written once, by the first process that comes, before the ranks join: i
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 
 import datasets
@@ -17,7 +16,7 @@ from hftcli.data.cache import default_cache, hash_tokens
 from hftcli.errors import ModelError
 from hftcli.measuring.drift import draw_texts, identify_writer
 from hftcli.models.checkpoint import load_finished
-from hftcli.models.device import is_mixed
+from hftcli.models.device import find_device, is_mixed
 from hftcli.training.stages import Assignment, Attempt, Rows
 
 
@@ -62,7 +61,7 @@ def write_rows(task: Assignment, rows: Rows, num_rows: int) -> Dataset:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+            device = find_device()
             model = load_finished(task.start, torch.bfloat16 if is_mixed(task.spec) else torch.float32, device)
             # One place is the token that a text begins with, and one the end's.
             texts = draw_texts(model, task.tokenizer, device, num_rows, length - 2)

@@ -29,12 +29,12 @@ from hftcli.measuring.importance import (
 )  # fmt: skip
 from hftcli.methods.method import draw_rows
 from hftcli.models.checkpoint import load_finished
-from hftcli.models.device import is_mixed
+from hftcli.models.device import find_device, is_mixed
 from hftcli.models.reader import Start
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.importance import UnitScores
 from hftcli.runs.seals import seal_file
-from hftcli.training.earlier import OWN, SAMPLES, find_device, list_token_ids, measure_own, measure_rows
+from hftcli.training.earlier import OWN, SAMPLES, list_token_ids, measure_own, measure_rows
 from hftcli.training.stages import Assignment, Attempt, Rows
 
 

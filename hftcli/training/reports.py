@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import platform
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from hftcli.errors import TrainingError
+from hftcli.models.device import find_device, name_device
 from hftcli.runs.files import write_model, write_text
 from hftcli.runs.records import Hardware
 from hftcli.runs.run import Round
@@ -151,18 +151,23 @@ def list_parts(value: torch.Tensor) -> list[torch.Tensor]:
 
 
 def measure_peak_memory() -> int:
-    """Peak bytes of this process: of the GPU's allocator, or its resident set where there is no GPU."""
-    if torch.cuda.is_available():
+    """Peak bytes of this process: of the GPU's allocator, or its resident set where there is no GPU.
+
+    Of a Mac's GPU, what its driver holds for the process now: about the peak, since torch keeps what it got.
+    """
+    device = find_device()
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe_hardware(num_ranks: int) -> Hardware:
     """What this rank runs on."""
-    has_gpu = torch.cuda.is_available()
     return Hardware(
-        device=torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
+        device=name_device(find_device(num_ranks)),
         num_processes=num_ranks,
         num_cores=os.cpu_count(),
         num_threads=torch.get_num_threads(),

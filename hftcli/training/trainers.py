@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from hftcli.errors import InputError
 from hftcli.freezing.activations import LossKernel
 from hftcli.methods.method import Method
-from hftcli.models.device import is_mixed, is_sharded
+from hftcli.models.device import find_device, is_mixed, is_sharded
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
 from hftcli.runs.tracked import PROJECT, find_run, list_variables
@@ -80,7 +80,7 @@ def build_arguments(spec: RoundSpec, folder: Path, **launch: Any) -> SFTConfig |
         **launch,
         "output_dir": str(folder),
         "bf16": is_mixed(spec),
-        "use_cpu": not has_gpu,
+        "use_cpu": find_device(spec.launch.num_ranks).type == "cpu",
         "gradient_accumulation_steps": spec.num_accumulation_steps,
         "max_length": spec.data.max_length,
         "dataloader_pin_memory": has_gpu,

@@ -74,6 +74,12 @@ def test_without_gpus_there_are_cpu_ranks(monkeypatch):
     assert statuses(check_devices(Probe(None, 0, False, {}), None)) == ["ok"]
 
 
+def test_the_gpu_of_a_mac_is_named(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (found,) = check_devices(Probe(None, 0, False, {}, has_mac_gpu=True), None)
+    assert (found.status, found.message.partition(":")[0]) == ("ok", "a Mac's GPU (MPS)")
+
+
 def test_launchers_that_are_missing_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     (found,) = check_launcher(LaunchSection(slurm=SlurmSection()))
