@@ -17,6 +17,7 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.reporting.logbook import Logbook, make_logbook
 from hftcli.runs.files import write_text
 from hftcli.runs.run import Run
+from hftcli.runs.tracked import MLFLOW_TAG, find_mlflow_run
 
 
 def report_to_trackers(run: Run) -> None:
@@ -106,7 +107,8 @@ def write_mlflow(logbook: Logbook, run: Run) -> None:
     import mlflow
 
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", logbook.project))
-    with mlflow.start_run(run_name=logbook.name, tags={"hft.run": logbook.key}):
+    told = find_mlflow_run(logbook.key)
+    with mlflow.start_run(run_id=told, run_name=logbook.name, tags={MLFLOW_TAG: logbook.key}):
         for step, row in enumerate(logbook.rows):
             mlflow.log_metrics(row, step=step)
         mlflow.log_metrics(logbook.summary)

@@ -1,9 +1,11 @@
 """How a run and its rounds are called in trackers: by the same name and key when they are started again."""
 
 import hashlib
+import json
 
 from hftcli.runs.run import Round, Run
 
+MLFLOW_TAG = "hft.run"  # of a run of MLflow, whose value is a key of `make_key`
 PROJECT = "hft"  # where nothing else is said: the project of wandb and trackio, the experiment of MLflow
 
 
@@ -28,4 +30,21 @@ def list_variables(round_: Round, project: str) -> dict[str, str]:
         "WANDB_RUN_ID": make_key(run, round_.name),
         "WANDB_RESUME": "allow",
         "MLFLOW_EXPERIMENT_NAME": project,
+        "MLFLOW_TAGS": json.dumps({MLFLOW_TAG: make_key(run, round_.name)}),
     }
+
+
+def find_mlflow_run(key: str) -> str | None:
+    """The id of the run of MLflow that has a key of `make_key`; None where there is none."""
+    import mlflow
+
+    search = f"tags.`{MLFLOW_TAG}` = '{key}'"
+    found = mlflow.search_runs(search_all_experiments=True, filter_string=search, max_results=1, output_format="list")
+    return str(found[0].info.run_id) if found else None
+
+
+def find_mlflow_variables(round_: Round) -> dict[str, str]:
+    """What has the callback of transformers go on in the round's run of MLflow; nothing where it has none yet."""
+    run_id = find_mlflow_run(make_key(find_run(round_), round_.name))
+    # Its parameters stand there already, and MLflow takes no others in their place, such as another `train.logging_steps`.
+    return {} if run_id is None else {"MLFLOW_RUN_ID": run_id, "MLFLOW_MAX_LOG_PARAMS": "0"}

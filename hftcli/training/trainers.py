@@ -18,11 +18,12 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hftcli.errors import InputError
 from hftcli.freezing.activations import LossKernel
+from hftcli.launching.packages import list_trackers
 from hftcli.methods.method import Method
 from hftcli.models.device import find_device, is_mixed, is_sharded
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
-from hftcli.runs.tracked import PROJECT, find_run, list_variables
+from hftcli.runs.tracked import PROJECT, find_mlflow_variables, find_run, list_variables
 from hftcli.training.dealing import DealingTrainer
 from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
 from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, find_columns, keep_logits, shape_loss
@@ -50,6 +51,9 @@ def make_training_arguments(spec: RoundSpec, folder: Path) -> SFTConfig | DPOCon
             f"{folder} is prepared for {spec.launch.num_ranks} ranks, and {num_ranks} were started",
             "start as many, or prepare it again with another launch.num_processes or launch.num_nodes",
         )
+    if "mlflow" in list_trackers(spec.train) and os.environ.get("RANK", "0") == "0":
+        for name, value in find_mlflow_variables(Round(folder.parent)).items():
+            os.environ.setdefault(name, value)
     if not is_sharded(spec):
         return build_arguments(spec, folder)
     from deepspeed import init_distributed

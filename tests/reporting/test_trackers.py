@@ -1,7 +1,10 @@
 """What trackers are told of a run: each is read back by its own means."""
 
 import json
+import re
 import sqlite3
+import sys
+from types import SimpleNamespace
 
 import pytest
 from written_runs import FACTS, complete_round, write_run
@@ -13,6 +16,7 @@ from hftcli.reporting.page import write_page
 from hftcli.reporting.trackers import report_to_trackers
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
+from hftcli.runs.tracked import find_mlflow_variables, list_variables
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trackers' own, on their own code
 
@@ -115,6 +119,34 @@ def test_mlflow_holds_the_matrix_and_the_report(tell, monkeypatch, tmp_path):
     assert [point.value for point in client.get_metric_history(found.info.run_id, "score/a")] == [0.1, 0.9, 0.5]
     names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
     assert names >= {"report.html", "matrix.json", "forgetting.json"}
+
+
+def test_mlflow_is_told_again_in_the_same_run(tell, tmp_path):
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    run = tell("mlflow")
+    run.tracked_path.unlink()  # as if it had more rounds now
+    report_to_trackers(run)
+    assert len(mlflow.search_runs(experiment_names=["hft"], output_format="list")) == 1
+
+
+def test_a_round_goes_on_in_its_run_of_mlflow(monkeypatch, tmp_path):
+    """MLflow is stood for by a search that knows runs by their tag `hft.run`; it is not asked for anything else."""
+    held: dict[str, str] = {}
+
+    def search_runs(filter_string: str, **given: object) -> list[SimpleNamespace]:
+        key = re.fullmatch(r"tags\.`hft\.run` = '(\w+)'", filter_string)[1]
+        return [SimpleNamespace(info=SimpleNamespace(run_id=held[key]))] if key in held else []
+
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(search_runs=search_runs))
+    first, second = Run(write_run(tmp_path / "mine", rows=ROWS, tasks=("a", "b"), objective="continual")).rounds
+    assert find_mlflow_variables(first) == {}
+    (key,) = json.loads(list_variables(first, "hft")["MLFLOW_TAGS"]).values()
+    held[key] = "r1"
+    assert find_mlflow_variables(first) == {"MLFLOW_RUN_ID": "r1", "MLFLOW_MAX_LOG_PARAMS": "0"}
+    assert find_mlflow_variables(second) == {}
 
 
 def test_a_tracker_is_told_once(tell):
