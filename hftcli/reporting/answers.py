@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hftcli.comparing.answers import Answers, ChangedItem, Trait, describe_behaviour, list_changed, read_answers
 from hftcli.comparing.statistics import NATS, POINTS
-from hftcli.reporting.terminal import make_number_table, print_json, print_whole
+from hftcli.reporting.terminal import make_number_table, print_measures, print_whole
 from hftcli.runs.run import Run
 from hftcli.tasks.general import SUFFIX
 
@@ -27,7 +27,7 @@ def print_lost(run: Run, as_json: bool) -> None:
     changed = list_changed(read_answers(run))
     lost, won = ([item for item in changed if item.is_lost is is_lost] for is_lost in (True, False))
     if as_json:
-        print_json({"lost": [asdict(item) for item in lost], "won": [asdict(item) for item in won]})
+        print_measures({"lost": [asdict(item) for item in lost], "won": [asdict(item) for item in won]})
         return
     console = Console()
 

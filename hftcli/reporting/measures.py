@@ -16,7 +16,7 @@ from hftcli.comparing.statistics import NATS, POINTS, Estimate, Unit
 from hftcli.measuring.evaluation import Evaluation
 from hftcli.reporting.lines import say
 from hftcli.reporting.places import show_place
-from hftcli.reporting.terminal import make_number_table, print_json, print_whole
+from hftcli.reporting.terminal import make_number_table, print_measures, print_whole
 from hftcli.runs.scores import Score
 
 ADJUSTED_HEADINGS = ("lost, less guessing", "won, less guessing")
@@ -99,7 +99,7 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
             for name, columns in (("general", matrix.general), ("general_nll", matrix.general_nll))
         }
         rounds = {"num_rounds": matrix.num_rounds, "is_finished": matrix.is_finished}
-        print_json({**rounds, **metrics["strict"].model_dump(), **others, **general})
+        print_measures({**rounds, **metrics["strict"].model_dump(), **others, **general})
         return
     console = Console()
     for name, rows, unit in kinds:
@@ -142,7 +142,7 @@ def print_comparison(comparison: Comparison, as_json: bool, tuning: str = "") ->
         tuning: how the settings were chosen; empty where all that ran are reported.
     """
     if as_json:
-        print_json({**describe_comparison(comparison), "tuning": tuning or None})
+        print_measures({**describe_comparison(comparison), "tuning": tuning or None})
         return
     if tuning:
         say(tuning)
@@ -261,7 +261,7 @@ def _make_metric_table(metrics: Mapping[str, tuple[ForgettingMetrics, Unit]]) ->
 def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     """Scores by task; beside a base, what became of the questions, and the drift from it."""
     if as_json:
-        print_json(evaluation.model_dump(mode="json"))
+        print_measures(evaluation.model_dump(mode="json"))
         return
     if evaluation.tasks:
         say(f"scores in points (0 to 100), nll in nats per token{describe_ways(evaluation.tasks)}:")

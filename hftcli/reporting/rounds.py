@@ -20,7 +20,7 @@ from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.places import name_hft, show_place
 from hftcli.reporting.plans import name_checkpointed
 from hftcli.reporting.rounding import describe_masters
-from hftcli.reporting.terminal import format_bytes, print_json, print_whole
+from hftcli.reporting.terminal import format_bytes, print_json, print_measures, print_whole
 from hftcli.runs.made import DELTA_NAME
 from hftcli.runs.records import AnswerEnds, FitReport, RoundResult
 from hftcli.runs.run import Round, Run, find_rounds
@@ -69,7 +69,7 @@ def print_run_json(run: Run) -> None:
         }
         for name, before in scores.before.items()
     }
-    print_json({"tasks": tasks, **result.model_dump(mode="json", include={"pairs", "num_steps", "train_loss", "seconds"})})
+    print_measures({"tasks": tasks, **result.model_dump(mode="json", include={"pairs", "num_steps", "train_loss", "seconds"})})
 
 
 def print_continual(run: Run, matrix: ForgettingMatrix) -> None:

@@ -18,6 +18,7 @@ from hftcli.reporting.places import show_place, show_places
 from hftcli.runs.made import MergeManifest
 from hftcli.runs.records import DataReport, Source
 
+JSON_UNITS = {"score": "a share, 0 to 1; tables show it in points, times 100", "nll": "nats per token"}
 NUM_FILES = 10  # of a folder that are named
 
 Samples = Mapping[str, list[tuple[str, bool]]]  # by name, text in pieces, each with whether it is trained
@@ -189,6 +190,11 @@ def divide_table(table: Table, width: int) -> list[Table]:
 def print_json(value: Any) -> None:
     """Print a value for other programs."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_measures(value: Mapping[str, Any]) -> None:
+    """Print scores and likelihoods for other programs, and in which units they are: tables show points, JSON has shares."""
+    print_json({**value, "units": JSON_UNITS})
 
 
 def format_bytes(count: float) -> str:

@@ -160,6 +160,7 @@ def test_command_prints_the_table_and_json(hft, tmp_path, capsys):
     found = json.loads(hft("compare", *runs, "--json", "--figure", tmp_path / "frontier.png").stdout)
     assert (tmp_path / "frontier.png").stat().st_size > 1000
     assert found["differences"][0]["found"]["difference"]["high"] < 0
+    assert found["units"]["score"].startswith("a share, 0 to 1;")
     assert "with --recipe only" in hft("compare", *runs, "--seeds", "2", "--vary", "train.seed=1", code=2).stderr
 
 

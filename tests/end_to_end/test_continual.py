@@ -54,7 +54,7 @@ def test_report_prints_the_matrix_again(hft, finished):
     shown = hft("report", finished).stdout
     assert "reverse" in shown
     found = json.loads(hft("report", finished, "--json").stdout)
-    assert {"op", "bwt", "forgetting", "fwt", "plasticity"} <= found.keys()
+    assert {"op", "bwt", "forgetting", "fwt", "plasticity", "units"} <= found.keys()
 
 
 def test_the_data_check_is_kept(finished):

@@ -34,7 +34,9 @@ def test_scores_items_and_json(hft, tmp_path):
         "--json",
     )  # fmt: skip
     evaluation = read_model(tmp_path / "x.json", Evaluation)
-    assert evaluation == Evaluation.model_validate_json(done.stdout)
+    printed = json.loads(done.stdout)
+    assert printed.pop("units") == {"score": "a share, 0 to 1; tables show it in points, times 100", "nll": "nats per token"}
+    assert evaluation == Evaluation.model_validate(printed)
     assert list(evaluation.tasks) == [str(rows), FACTS]
     assert evaluation.base_text is None
     items = [Item.model_validate_json(line) for line in (tmp_path / "x.items.jsonl").read_text().splitlines()]
