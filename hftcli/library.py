@@ -149,6 +149,8 @@ def freeze_half(
     plan = make_plan(units, freeze, round, num_heads)
     if not plan.is_ranked:
         raise InputError(f"freeze_half has no scores to rank by {freeze.rank}", "take rank: random, or run a recipe")
+    if freeze.choice == "spiel" and plan.parts:
+        raise InputError("freeze_half holds what trains the same in every step, and part spiel does not", "run a recipe")
     if plan.parts and freeze.reads_earlier and tokenizer is None and freeze.choice != "random":
         raise InputError(f"grain {freeze.grain_name} goes by what the model writes of itself", "give the tokenizer")
     bases = {}

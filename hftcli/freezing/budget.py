@@ -12,7 +12,7 @@ from math import prod
 from typing import Literal
 
 from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload
-from hftcli.freezing.directions import Directions, Part
+from hftcli.freezing.directions import Directions, Entries, Part
 from hftcli.freezing.passes import count_activations
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
@@ -28,6 +28,7 @@ IN_FLIGHT_BYTES = 2**30  # of gradients that the device still holds while they g
 # On a host of 16 cores (scripts/README.md): bytes a second over the bus, and weights a second whose gradients are added up, and
 # which are clipped and updated.
 BUS_BYTES_S, ADDED_S, UPDATED_S = 55e9, 1.9e9, 3.0e9
+MOVING_BYTES = 20  # for an entry that may give way to others: a candidate, its gradient, sums and squares of it, and an age
 SLACK_FRACTION = 0.1  # of what comes and goes within a step: rounding and holes in the allocator's blocks
 
 
@@ -186,7 +187,11 @@ class Budget:
             num_frozen=self.plan.num_parameters - num_whole + count_basis(parts) + num_merged,
         )  # fmt: skip
         num_places = sum(part.index_bytes for part in parts.values())
-        memory = replace(memory, weights_bytes=memory.weights_bytes + num_places)
+        num_moving = sum(part.num_entries for part in parts.values() if isinstance(part, Entries) and part.is_moving)
+        memory = replace(
+            memory, weights_bytes=memory.weights_bytes + num_places,
+            buffers_bytes=memory.buffers_bytes + MOVING_BYTES * num_moving,
+        )  # fmt: skip
         if self.reference != "shared":
             return memory
         # Where nothing is added to it, a matrix is its own reference.

@@ -172,6 +172,9 @@ class Entries(BaseModel):
     num_entries: int
     """Entries that train."""
 
+    is_moving: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether others train later in the round, in place of some."""
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what trains."""
@@ -194,8 +197,8 @@ class Entries(BaseModel):
 
     @property
     def index_bytes(self) -> int:
-        """Of their places."""
-        return (4 if self.num_computed < 2**31 else 8) * self.num_entries
+        """Of their places, and where these change of what they were."""
+        return ((4 if self.num_computed < 2**31 else 8) + 4 * self.is_moving) * self.num_entries
 
     @property
     def num_basis_weights(self) -> int:
@@ -274,7 +277,7 @@ def open_columns(units: Iterable[Unit], share: Fraction, is_shared: bool) -> dic
     return found
 
 
-def open_entries(units: Iterable[Unit], share: Fraction) -> dict[str, Entries]:
+def open_entries(units: Iterable[Unit], share: Fraction, is_moving: bool = False) -> dict[str, Entries]:
     """By the name of a matrix's weight, its open entries; none for a matrix whose entries are all open.
 
     Raises:
@@ -287,7 +290,7 @@ def open_entries(units: Iterable[Unit], share: Fraction) -> dict[str, Entries]:
         if num_entries < weight.num_elements:
             found[weight.name] = Entries(
                 input=name_input(unit), choice=weight.name, num_outputs=weight.shape[0], num_inputs=prod(weight.shape[1:]),
-                num_entries=num_entries,
+                num_entries=num_entries, is_moving=is_moving,
             )  # fmt: skip
     return found
 

@@ -11,14 +11,14 @@ from hftcli.freezing.directions import KeepRule
 from hftcli.freezing.roles import OUTSIDE_ROLES, Role, compile_pattern, list_patterns
 
 Grain = Literal["matrices", "biases", "directions", "columns", "entries"]
-Choice = Literal["quiet", "random", "ssu", "ssu-code", "magnitude"]
+Choice = Literal["quiet", "random", "ssu", "ssu-code", "magnitude", "spiel"]
 Rank = Literal["random", "magnitude", "wanda", "fisher", "gradient", "spectrum"]
 GRAINS: tuple[Grain | tuple[Grain, ...], ...] = (
     "matrices", "biases", "directions", "columns", "entries", ("matrices", "directions"),
 )  # fmt: skip
 CHOICES: dict[str, tuple[Choice, ...]] = {  # of `part`, by grain; the first is what null means
     "columns": ("ssu", "ssu-code", "quiet", "random"),
-    "entries": ("random", "magnitude"),
+    "entries": ("random", "magnitude", "spiel"),
 }
 QUIET: dict[str, Any] = {"grain": ("matrices", "directions"), "blocks": 32}  # what `freeze: quiet` is short for
 
@@ -133,8 +133,9 @@ class FreezeRule(BaseModel):
     """With directions, columns or entries: which of them train. `quiet`, those in which the inputs of earlier data have least
     energy; `random`, any, as a control; of columns also `ssu`, those with the least sum of absolute weights times the norm of
     the column's input over earlier data (arXiv 2512.04844), or `ssu-code`, with the least norm of the column times the mean
-    square of its input, which is what that paper's published code computes; of entries `random` or `magnitude`, the largest, as
-    another control. Null is `quiet` for directions, `ssu` for columns and `random` for entries."""
+    square of its input, which is what that paper's published code computes; of entries `random`, `magnitude`, the largest, as
+    another control, or `spiel`, which begins at random and drops and grows some every 20 steps (SpIEL-AG, arXiv 2401.16405; for
+    one process, or ZeRO 0). Null is `quiet` for directions, `ssu` for columns and `random` for entries."""
 
     blocks: Annotated[int | None, Field(ge=2, exclude_if=lambda value: value is None)] = None
     """With directions, of `grain` or of `method.lora.quiet`: they are taken within each head for the attention's output, and

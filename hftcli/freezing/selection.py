@@ -84,7 +84,7 @@ class FreezePlan(BaseModel):
     """SHA-256 of the second moments of earlier inputs, by which these are chosen; null before they are taken."""
 
     bases: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
-    """SHA-256 of the file that says which directions, columns or entries these are."""
+    """SHA-256 of the file that says which directions, columns or entries these are, or with which the round begins."""
 
     importance: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
     """SHA-256 of the file with the scores that rank the units; null where they are drawn, and before they are scored."""
@@ -176,7 +176,7 @@ def make_plan(
     if rule.grain == "columns":
         parts = {"columns": open_columns(matrices, share, is_shared=rule.choice == "quiet")}
     elif rule.grain == "entries":
-        parts = {"entries": open_entries(matrices, share)}
+        parts = {"entries": open_entries(matrices, share, is_moving=rule.choice == "spiel")}
     else:
         parts = {"directions": open_directions(matrices, share, rule.blocks, num_heads)}
     trained |= {unit.parameters[0].name for unit in matrices}

@@ -195,6 +195,12 @@ def check_pull(spec: RoundSpec) -> None:
             "gradients and states are laid out once, for all of it",
             "set launch.num_processes: 1, or launch.zero_stage: 0 with train.bf16: false, or drop freeze.redraw",
         )
+    if spec.freeze.choice == "spiel" and spec.launch.num_ranks > 1 and spec.launch.zero_stage > 0:
+        raise InputError(
+            f"freeze.part: spiel changes what trains within the round, and under launch.zero_stage {spec.launch.zero_stage} "
+            "each process steps on flat pieces of them",
+            "set launch.num_processes: 1, or launch.zero_stage: 0 with train.bf16: false, or take freeze.part: random",
+        )
     pull, launch = spec.freeze.pull, spec.launch
     if pull is not None and pull.selective and launch.num_ranks > 1 and launch.zero_stage > 0:
         raise InputError(

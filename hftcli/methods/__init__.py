@@ -20,6 +20,7 @@ from hftcli.methods.quiet import Quiet
 from hftcli.methods.redraw import Redraw
 from hftcli.methods.replay import Replay
 from hftcli.methods.self_replay import SelfReplay
+from hftcli.methods.spiel import Spiel
 from hftcli.methods.token_weights import TokenWeights
 from hftcli.recipe.methods import PeftSection
 from hftcli.runs.spec import RoundSpec
@@ -30,7 +31,7 @@ def make_methods(spec: RoundSpec) -> list[Method]:
     methods = [METHODS[name](spec, getattr(spec.method, name)) for name in spec.method.names]
     rule = spec.freeze
     return [
-        *([Quiet(spec)] if rule.divides else []),  # before what copies parameters
+        *([(Spiel if rule.choice == "spiel" else Quiet)(spec)] if rule.divides else []),  # before what copies parameters
         *methods,
         *([Redraw(spec, rule.redraw)] if rule.redraw is not None else []),
         *([Pull(spec, rule.pull)] if rule.pull is not None else []),

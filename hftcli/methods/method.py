@@ -4,7 +4,7 @@ narrow_plan       what trains, before anything is loaded                       l
 prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
 check_start       what the start cannot carry, before anything is loaded        ia3, peft
 take_bases        the directions that are open, where the plan has some        lora, quiet
-expect            what a step checkpoint keeps, before there is an optimizer   redraw
+expect            what a step checkpoint keeps, before there is an optimizer   redraw, spiel
 prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, peft, quiet, anchor
 laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
@@ -16,8 +16,8 @@ weigh_tokens      what a token counts in the loss                              t
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
-recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull, average, redraw
-end_step          after a step of the optimizer                                quiet, peft, redraw
+recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull, average, redraw, spiel
+end_step          after a step of the optimizer                                quiet, spiel, peft, redraw
 finish            after the last step, before the checkpoint is written        ewc, adapters, and all of `freeze` but pull
 list_merged       after `finish`: what was merged, where the model rounds it   adapters, quiet, redraw, interpolation
 """

@@ -16,6 +16,7 @@ from hftcli.models.checkpoint import is_partitioned, lay_in, read_master
 from hftcli.models.division import divide_model
 from hftcli.models.part import LaidLinear, PartLinear
 from hftcli.models.reader import Start
+from hftcli.models.sparse import MovingLinear
 from hftcli.recipe.section import Section
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
@@ -49,8 +50,8 @@ class Quiet(Method):
         if mixed and not sharded:
             for name, layer in self.layers.items():
                 is_held = self.stored.get_dtype(name) == torch.bfloat16 and name not in self.stored.masters
-                # What is laid in is rounded there, and the checkpoint has the rest from the start.
-                if is_held or isinstance(layer, LaidLinear):
+                # What is laid in is rounded there, and the checkpoint has the rest from the start, but where others may follow.
+                if is_held or (isinstance(layer, LaidLinear) and not isinstance(layer, MovingLinear)):
                     layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
     def start(self, trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ from hftcli.freezing.directions import Columns, Directions, Entries, Part
 from hftcli.models.columned import ColumnedLinear, draw_columns
 from hftcli.models.directed import DirectedLinear, draw_basis
 from hftcli.models.part import PartLinear, Reading
-from hftcli.models.sparse import SparseLinear, draw_entries, pick_entries
+from hftcli.models.sparse import MovingLinear, SparseLinear, draw_entries, pick_entries
 from hftcli.models.tensors import write_tensors
 
 
@@ -60,8 +60,9 @@ def divide_model(
         elif isinstance(part, Entries):
             reading = readings.setdefault(part.input, Reading())
             weight_OI = layer.weight.detach() if read_start is None else read_start(name).to(device)
-            index_E = made.to(device)
-            layers[name] = SparseLinear(layer, reading, pick_entries(weight_OI, index_E).to(dtype), index_E, is_whole)
+            index_E = made.to(device, copy=True)
+            kind = MovingLinear if part.is_moving else SparseLinear
+            layers[name] = kind(layer, reading, pick_entries(weight_OI, index_E).to(dtype), index_E, is_whole)
         else:
             reading = readings.setdefault(part.input if part.is_kept_whole else part.choice, Reading())
             weight_OI = layer.weight.detach() if read_start is None else read_start(name).to(device)

@@ -7,6 +7,7 @@ the start stores, the start counts as converted once, and what that gives is com
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +91,7 @@ def verify_checkpoint(
     moved_in_memory: tuple[str, ...] = (),
     bases: Path | None = None,
     adapter: Path | None = None,
+    entries: Path | None = None,
 ) -> Verification:
     """Compare a round's checkpoint with its start, bit for bit: frozen parameters are the same, trained ones are not.
 
@@ -100,6 +102,7 @@ def verify_checkpoint(
         moved_in_memory: what was found when training ended.
         bases: the file with the plan's directions, where it has some.
         adapter: the folder with the adapters that trained in place of the weights, where there are some.
+        entries: the file with the entries that trained at the end, where these changed.
     """
     names = (*plan.trained, *plan.frozen)
     before, after = CheckpointReader(start, names), CheckpointReader(checkpoint, names)
@@ -108,12 +111,10 @@ def verify_checkpoint(
     moved = set(compared.find_changed(plan.trained))
     still = [name for name in plan.trained if name not in moved]
     num_masters, unlike_masters = compare_masters(after, checkpoint)
-    chosen = read_choices(plan, bases) if plan.parts and bases is not None else {}
+    chosen = read_choices(plan, bases, entries) if plan.parts and bases is not None else {}
     leaks = find_leaks(compared, plan, chosen)
     reading = find_reading(adapter, plan.directions, chosen) if adapter is not None and plan.directions else {}
     rankless = find_rankless(adapter) if adapter is not None and still else set()
-    num_frozen_columns, moved_columns = compare_columns(compared, plan, chosen)
-    num_frozen_entries, moved_entries = compare_entries(compared, plan, chosen)
     return Verification(
         num_frozen=len(plan.frozen),
         num_trained=len(plan.trained),
@@ -133,10 +134,8 @@ def verify_checkpoint(
             for name, leak in (leaks | reading).items()
             if not leak.is_rounding
         ),
-        num_frozen_columns=num_frozen_columns,
-        moved_columns=moved_columns,
-        num_frozen_entries=num_frozen_entries,
-        moved_entries=moved_entries,
+        **compare_columns(compared, plan, chosen),
+        **compare_entries(compared, plan, chosen),
         converted_to=dtype if compared.expected != before.dtypes else None,
         num_masters=num_masters,
         unlike_masters=unlike_masters,
@@ -162,9 +161,12 @@ def verify_round(round_: Round) -> Verification:
         InputError: one of the files is missing or damaged.
     """
     spec, result = round_.read_spec(), round_.read_result()
+    if result.entries and not (round_.entries_path.exists() and seal_file(round_.entries_path).sha256 == result.entries):
+        raise ModelError(f"{round_.entries_path} is not the file that the round wrote", "restore the file")
     verification = verify_checkpoint(
         fetch_checkpoint(spec.model.path), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
         result.verification.moved_in_memory, round_.bases_path, round_.adapter if spec.method.adapter else None,
+        round_.entries_path if result.entries else None,
     )  # fmt: skip
     unlike = (*verification.unlike_masters, *open_masters(round_.checkpoint).find_damage())
     return verification.model_copy(
@@ -172,8 +174,11 @@ def verify_round(round_: Round) -> Verification:
     )
 
 
-def read_choices(plan: FreezePlan, bases: Path) -> dict[str, torch.Tensor]:
+def read_choices(plan: FreezePlan, bases: Path, entries: Path | None = None) -> dict[str, torch.Tensor]:
     """The directions, columns or entries of a plan.
+
+    Args:
+        entries: see `verify_checkpoint`.
 
     Raises:
         ModelError: the file is missing, or is not that of the plan.
@@ -184,7 +189,7 @@ def read_choices(plan: FreezePlan, bases: Path) -> dict[str, torch.Tensor]:
             "what moved in the others",
             "restore the file",
         )
-    return read_bases(bases)
+    return read_bases(entries or bases)
 
 
 def find_leaks(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> dict[str, Leak]:
@@ -198,7 +203,7 @@ def find_leaks(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torc
     return found
 
 
-def compare_columns(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> tuple[int, tuple[str, ...]]:
+def compare_columns(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """How many frozen columns there are in matrices that train in the others, and of which matrices some have other bits."""
     num_compared, moved = 0, []
     for name, part in (plan.columns or {}).items():
@@ -217,10 +222,10 @@ def compare_columns(compared: Comparison, plan: FreezePlan, chosen: Mapping[str,
         if has_moved(closed):
             number = sum(has_moved(closed[place : place + 1]) for place in range(len(closed)))
             moved.append(f"{name} ({number} of {len(closed)} frozen columns)")
-    return num_compared, tuple(moved)
+    return {"num_frozen_columns": num_compared, "moved_columns": tuple(moved)}
 
 
-def compare_entries(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> tuple[int, tuple[str, ...]]:
+def compare_entries(compared: Comparison, plan: FreezePlan, chosen: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """How many frozen entries there are in matrices that train in others, and of which matrices some have other bits.
 
     Raises:
@@ -244,7 +249,7 @@ def compare_entries(compared: Comparison, plan: FreezePlan, chosen: Mapping[str,
         )
         if not is_same(before, held, after, expected):
             moved.append(f"{name} ({count_unlike(before, held, after, expected)} of {num_closed:,} frozen entries)")
-    return num_compared, tuple(moved)
+    return {"num_frozen_entries": num_compared, "moved_entries": tuple(moved)}
 
 
 def count_unlike(old: np.ndarray, old_dtype: str, new: np.ndarray, new_dtype: str) -> int:

@@ -7,11 +7,13 @@ for a moment. The input is kept whole, once for all that read it.
 Shapes: T tokens, I and O inputs and outputs of a layer, E entries that train.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from hftcli.freezing.directions import Entries
-from hftcli.models.part import LaidLinear, Reading, make_generator
+from hftcli.models.part import LaidLinear, PartLinear, Reading, make_generator
 
 
 class SparseLinear(LaidLinear):
@@ -55,6 +57,59 @@ class SparseLinear(LaidLinear):
     def num_added_bytes(self) -> int:
         """Of the places."""
         return self.index.nbytes
+
+
+class MovingLinear(SparseLinear):
+    """A linear layer that trains in changes of some of its entries, of which others may take the place.
+
+    Args:
+        start_E: what these entries are at the start, exactly.
+
+    Attributes:
+        collect: is given the gradient of all entries (O I) in every backward pass, where there is one to take it.
+    """
+
+    start_E: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, reading: Reading, start_E: torch.Tensor, index_E: torch.Tensor, keeps_merged: bool):
+        super().__init__(layer, reading, torch.zeros_like(start_E), index_E, keeps_merged)
+        self.register_buffer("start_E", start_E, persistent=False)
+        self.collect: Callable[[torch.Tensor], None] | None = None
+
+    def extract(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """No change."""
+        return torch.zeros_like(self.start_E)
+
+    def lay(self, weight_OI: torch.Tensor, part: torch.Tensor) -> None:
+        """Write changed entries into a weight."""
+        super().lay(weight_OI, self.start_E.to(part.device) + part)
+
+    def find_gradient(self, gradient_TO: torch.Tensor, kept_TK: torch.Tensor) -> torch.Tensor:
+        """The entries' of the whole weight's gradient."""
+        whole = PartLinear.find_gradient(self, gradient_TO, kept_TK)
+        if self.collect is not None:
+            self.collect(whole.reshape(-1))
+        return pick_entries(whole, self.index)
+
+    @torch.no_grad()
+    def move(self, numbers_N: torch.Tensor, places_N: torch.Tensor) -> None:
+        """Let entries go back to their start, and others, which are at theirs, begin in their stead.
+
+        Args:
+            numbers_N: which of the E.
+            places_N: of the others in the weight.
+        """
+        flat, places_N = self.weight.detach().view(-1), places_N.long()
+        flat[self.index[numbers_N].long()] = self.start_E[numbers_N].to(flat.dtype)
+        self.index[numbers_N] = places_N.to(self.index.dtype)
+        self.start_E[numbers_N] = flat[places_N].to(self.start_E.dtype)
+        self.entries[numbers_N] = 0
+        self.refresh()
+
+    @property
+    def num_added_bytes(self) -> int:
+        """Of the places, and of what is there at the start."""
+        return self.index.nbytes + self.start_E.nbytes
 
 
 def pick_entries(weight_OI: torch.Tensor, index_E: torch.Tensor) -> torch.Tensor:

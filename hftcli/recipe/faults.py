@@ -295,9 +295,13 @@ def _check_anchor(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
 
 def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """What counts on one trained half for the whole round."""
-    redraw, place = recipe.freeze.redraw, source.place(("freeze", "redraw"))
-    if redraw is None:
+    redraw, optim = recipe.freeze.redraw, recipe.train.extra.get("optim", "adamw_torch_fused")
+    key = "redraw" if redraw is not None else "part"
+    name, place = f"freeze.{key}" + (": spiel" if redraw is None else ""), source.place(("freeze", key))
+    if redraw is None and recipe.freeze.part != "spiel":
         return
+    if redraw is None and optim not in ("adamw_torch", "adamw_torch_fused"):
+        yield f"{place}: freeze.part: spiel begins AdamW's moments anew, and train.optim is {optim}: drop one of the two"
     others = {
         f"method.{name}": True
         for name in recipe.method.names
@@ -310,8 +314,8 @@ def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
         "checkpoint.best": recipe.checkpoint.best is not None,
     }  # fmt: skip
     for key in (key for key, is_on in others.items() if is_on):
-        yield f"{place}: freeze.redraw does not go with {key}, which takes what trains to be the same in every step: drop one"
-    if redraw.schedule == "cycle" and recipe.train.warmup_steps:
+        yield f"{place}: {name} does not go with {key}, which takes what trains to be the same in every step: drop one"
+    if redraw is not None and redraw.schedule == "cycle" and recipe.train.warmup_steps:
         yield (
             f"{source.place(('train', 'warmup_steps'))}: train.warmup_steps is {recipe.train.warmup_steps:g}, and with "
             "freeze.redraw.schedule cycle the whole first cycle would have a learning rate of 0: set train.warmup_steps: 0"

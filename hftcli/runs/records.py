@@ -278,6 +278,8 @@ class RoundResult(FileSection):
     """The adapter that trained in place of the weights; null where they trained themselves."""
     earlier: EarlierInputs | None = None
     """What was earlier, where the grain is `directions` or `columns`; null elsewhere."""
+    entries: str | None = None
+    """SHA-256 of the file with the entries that trained at the end, with `freeze.part: spiel`; null elsewhere."""
     redraws: tuple[DrawReport, ...] = ()
     """What trained when, with `freeze.redraw`; empty elsewhere."""
     hardware: Hardware

@@ -22,6 +22,7 @@
         method/                 what a method leaves to the rounds that follow
         quiet/                  with `freeze.grain: directions`, `columns` or `entries`
           bases.safetensors       the directions, or the places of the columns or entries, in which its matrices train
+          entries.safetensors     with `freeze.part: spiel`, the places of the entries that trained at the end
           moments.safetensors     second moments of earlier inputs; when the round ends, with those of its own rows
         importance.json         UnitScores: by what `freeze.rank` ranked the units, but for `random`
         checksums.json          Checksums: size and sha256 of the checkpoint's files
@@ -97,6 +98,7 @@ class Round:
     fisher_path = Inside("method/ewc.safetensors")
     bases_path = Inside("quiet/bases.safetensors")
     moments_path = Inside("quiet/moments.safetensors")
+    entries_path = Inside("quiet/entries.safetensors")
     importance_path = Inside("importance.json")
     checksums_path = Inside("checksums.json")
     steps = Inside("steps")

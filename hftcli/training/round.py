@@ -5,6 +5,7 @@ alone, parameters are frozen before any optimizer exists, and result.json is wri
 """
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -21,6 +22,7 @@ from hftcli.runs.files import write_model
 from hftcli.runs.records import RoundResult, StepSaves
 from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
+from hftcli.runs.seals import seal_file
 from hftcli.runs.verification import Verification
 from hftcli.training.curve import Curve
 from hftcli.training.draws import report_draws, settle_draws
@@ -226,10 +228,15 @@ def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, traine
         attempt.reporter.report("verifying")
         verification = verify_checkpoint(
             task.start, round_.checkpoint, task.plan, saved.updates, task.spec.model.dtype, saved.moved_in_memory,
-            round_.bases_path, round_.adapter if task.spec.method.adapter else None,
+            round_.bases_path, round_.adapter if task.spec.method.adapter else None, find_entries_file(round_, task.plan),
         )  # fmt: skip
     write_model(round_.scores_path, Scores(before=scorer.before, after=after, points=tuple(trained.curve.points)))
     write_model(round_.result_path, make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores))
+
+
+def find_entries_file(round_: Round, plan: FreezePlan) -> Path | None:
+    """Where the entries are that trained at the end; None where these are the plan's."""
+    return round_.entries_path if any(part.is_moving for part in (plan.entries or {}).values()) else None
 
 
 def make_result(
@@ -271,6 +278,7 @@ def make_result(
         fit=task.fit,
         adapter=describe_adapter(attempt.round, task),
         earlier=describe_earlier(attempt.round, task.plan),
+        entries=seal_file(entries).sha256 if (entries := find_entries_file(attempt.round, task.plan)) else None,
         redraws=report_draws(task, trainer.state.global_step),
         hardware=describe_hardware(loaded.args.world_size),
     )

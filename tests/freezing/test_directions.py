@@ -54,6 +54,7 @@ RULES = {
     "columns": COLUMNS,
     "quiet columns": COLUMNS.model_copy(update={"part": "quiet"}),
     "entries": FreezeRule(grain="entries"),
+    "moving entries": FreezeRule(grain="entries", part="spiel", trainable_fraction=0.4),
 }
 
 
