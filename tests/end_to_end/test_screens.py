@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -85,14 +86,30 @@ def test_what_looks(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_and_its_evaluation(tmp_path, monkeypatch):
+def test_a_run_of_pairs_is_no_wider(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    short = ("--train.max_steps", "4", "--eval.max_examples", "20")
-    for objective in ("sft", "dpo"):
-        screen = show_screen(80, objective, "--output", objective, *short)
-        assert [line for line in screen if cell_len(line) > 80] == []
-    screen = show_screen(80, "eval", "--model", "sft", "--tasks", f"{FACTS},tinyworld/facts-reworded", "--max-examples", "20")
+    screen = show_screen(80, "dpo", "--output", "run", "--train.max_steps", "4", "--eval.max_examples", "20")
     assert [line for line in screen if cell_len(line) > 80] == []
+
+
+@pytest.mark.slow
+def test_a_run_and_its_evaluation(tmp_path, monkeypatch):
+    """Run twice, on a narrow and on a wide screen: times and speeds differ, so that of numbers the form alone is compared."""
+    short = ("--train.max_steps", "4", "--eval.max_examples", "20")
+    tasks = ("--tasks", f"{FACTS},tinyworld/facts-reworded", "--max-examples", "20")
+    screens = {}
+    for columns in (80, 400):
+        folder = tmp_path / str(columns)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        screens[columns] = [
+            show_screen(columns, "sft", "--output", "run", *short),
+            show_screen(columns, "eval", "--model", "run", *tasks),
+        ]
+    for narrow, wide in zip(screens[80], screens[400], strict=True):
+        assert [line for line in narrow if cell_len(line) > 80] == []
+        shown, expected = ({re.sub(r"\d+", "0", word) for word in list_words(screen)} for screen in (narrow, wide))
+        assert shown - expected - {"0", "s", "min", "h"} == set()
 
 
 @pytest.mark.slow
