@@ -26,7 +26,7 @@ def advise(
         str | None, typer.Option("--keep", help="Questions with answers that must not be lost; the model's own texts without.")
     ] = None,
     lose_at_most: Annotated[
-        float, typer.Option("--lose-at-most", min=0.0, help="What may be lost of them, in nats per token of their answers.")
+        float, typer.Option("--lose-at-most", min=1e-6, help="What may be lost of them, in nats per token of their answers.")
     ] = 0.02,
     time: Annotated[str, typer.Option("--time", help="What the search may take, such as 90s, 30m or 2h.")] = "30m",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Fresh seeds on which the best is trained.")] = 3,
