@@ -21,6 +21,9 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
         "forgets more than half at equal learning",
     )  # fmt: skip
     tables = {f"stream-{model}": make_table(columns, list_arms(arms)) for model, arms in streams.items()}
+    tables["stream-beside"] = make_table(
+        ("model", "trains", "rate", "left after each task", "lost by the end", "texts, lost"), list_differences(streams)
+    )
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
     tables["kept"] = make_table(("trains", "rate", "skill", "facts", "facts reworded"), list_kept(kept))
     return tables
@@ -39,6 +42,19 @@ def list_arms(arms: dict[str, Any]) -> Iterator[Row]:
                 for key, form in (("learned", ".2f"), ("forgot", "+.2f"), ("left", ".2f"), ("text", "+.2f"))
             ]
             yield name, rate, *cells, told.pop(name, "")
+
+
+def list_differences(streams: dict[str, Any]) -> Iterator[Row]:
+    """Every arm less half, seed by seed at the same learning rate, at the ends of the runs; in nats per token."""
+    for model, arms in streams.items():
+        for name, rates in arms.items():
+            for rate, runs in rates.items():
+                half = {run["seed"]: run for run in arms["half"].get(rate, [])}
+                if name != "half" and half:
+                    differences = {
+                        key: [run[key] - half[run["seed"]][key] for run in runs] for key in ("learned", "forgot", "text")
+                    }
+                    yield model, name, rate, *(describe(values, "+.2f") for values in differences.values())
 
 
 def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:

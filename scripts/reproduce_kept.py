@@ -5,8 +5,8 @@
 The embedded model takes the skill: 6,400 rows in batches of 32. Of the 800 facts that it knows, 200 are named: `freeze.keep`
 has the quiet half stay off the directions in which they are read; replay makes them a quarter of the rows, on top of the
 skill's. All 800 are asked, in two wordings. One seed chooses each arm's learning rate, by the mean of the skill's score and the
-facts'; three others are reported. Finished runs are not run again. Leaves kept.json beside this file, from which the table is
-made.
+facts' (with replay, the rate is that of the arm without); three others are reported. Finished runs are not run again. Leaves
+kept.json beside this file, from which the table is made.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).with_name("kept.json")
 WORLD = Path(__file__).parents[1] / "hftcli" / "tinyworld"
 NUM_KEPT = 200
-BATCH, NUM_STEPS = 32, 200
+NUM_STEPS = 200
 TUNE_SEED = 100
 SEEDS = (1, 2, 3)
 SKILL, FACTS, REWORDED = "tinyworld/skill", "tinyworld/facts", "tinyworld/facts-reworded"
@@ -32,12 +32,26 @@ FREEZES: dict[str, tuple[dict[str, object], tuple[float, ...]]] = {
     "half": ({}, (7e-4, 1e-3)),
     "quiet": (QUIET, (1.4e-3, 2e-3)),
 }
-NAMED = {"quiet"}  # which halves can be told what to keep
+
+
+class Arm(NamedTuple):
+    """What trains, whether it is told what to keep, and whether that is replayed."""
+
+    freeze: str
+    is_named: bool
+    is_replayed: bool
+
+    @property
+    def label(self) -> str:
+        """In the table."""
+        return f"{self.freeze}{', named' * self.is_named}{' + replay' * self.is_replayed}"
+
+
 ARMS = [
-    (f"{name}{', named' * named}{' + replay' * replayed}", name, named, replayed)
-    for replayed in (False, True)
+    Arm(name, is_named, is_replayed)
+    for is_replayed in (False, True)
     for name in FREEZES
-    for named in ((False, True) if name in NAMED else (False,))
+    for is_named in ((False, True) if name == "quiet" else (False,))
 ]
 
 
@@ -47,21 +61,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     write_rows(arguments.output)
-    tried = [(arm, rate, TUNE_SEED) for arm in ARMS for rate in FREEZES[arm[1]][1]]
+    alone = [arm for arm in ARMS if not arm.is_replayed]
+    tried = [(arm, rate, TUNE_SEED) for arm in alone for rate in FREEZES[arm.freeze][1]]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         scores = dict(zip(tried, pool.map(lambda job: measure(arguments.output, *job), tried), strict=True))
         value = {job: score["skill"] + score["facts"] for job, score in scores.items()}
-        chosen = {arm: max(FREEZES[arm[1]][1], key=lambda rate, arm=arm: value[arm, rate, TUNE_SEED]) for arm in ARMS}
-        jobs = [(arm, chosen[arm], seed) for arm in ARMS for seed in SEEDS]
+        best = {arm[:2]: max(FREEZES[arm.freeze][1], key=lambda rate, arm=arm: value[arm, rate, TUNE_SEED]) for arm in alone}
+        jobs = [(arm, best[arm[:2]], seed) for arm in ARMS for seed in SEEDS]
         found = dict(zip(jobs, pool.map(lambda job: measure(arguments.output, *job), jobs), strict=True))
-    results = {
-        arm[0]: {
-            "rate": chosen[arm],
-            "tried": {f"{rate:g}": scores[arm, rate, TUNE_SEED] for rate in FREEZES[arm[1]][1]},
-            "runs": [found[arm, chosen[arm], seed] for seed in SEEDS],
-        }
-        for arm in ARMS
-    }
+    results = {arm.label: {"rate": (rate := best[arm[:2]]), "runs": [found[arm, rate, seed] for seed in SEEDS]} for arm in ARMS}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
@@ -80,16 +88,15 @@ def write_rows(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def measure(folder: Path, arm: tuple[str, str, bool, bool], rate: float, seed: int) -> dict[str, Any]:
+def measure(folder: Path, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
     """Scores of a run, in points."""
-    label, name, named, replayed = arm
-    output = folder / f"{label.replace(', ', '-').replace(' + ', '-')}-{rate:g}-{seed}"
-    given: dict[str, object] = FREEZES[name][0] | {
-        "data.path": folder / "mixed.jsonl" if replayed else SKILL,
-        "train.max_steps": round(NUM_STEPS * 4 / 3) if replayed else NUM_STEPS,
+    output = folder / f"{arm.label.replace(', ', '-').replace(' + ', '-')}-{rate:g}-{seed}"
+    given: dict[str, object] = FREEZES[arm.freeze][0] | {
+        "data.path": folder / "mixed.jsonl" if arm.is_replayed else SKILL,
+        "train.max_steps": round(NUM_STEPS * 4 / 3) if arm.is_replayed else NUM_STEPS,
         "train.learning_rate": rate, "train.seed": seed, "freeze.seed": seed, "eval.generate": "false",
     }  # fmt: skip
-    if named:
+    if arm.is_named:
         given["freeze.keep"] = json.dumps({"path": str(folder / "kept.jsonl"), "samples": NUM_KEPT})
     options = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
     run_hft(["sft", "--recipe", "tinyworld", "--output", str(output), *options])

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from evidence import make_evidence_tables
 from gpu.tables import make_gpu_tables
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -48,7 +49,7 @@ def make_pages() -> dict[str, dict[str, str]]:
             "metrics": make_table(("key", "meaning"), describe_fields(ForgettingMetrics)),
             "keys": "\n\n".join(describe_sections()),
         },
-        "scripts/README.md": make_gpu_tables(make_table),
+        "scripts/README.md": make_gpu_tables(make_table) | make_evidence_tables(make_table),
         "recipes/RUNS.md": {
             "forms": make_table(("form", "a line"), ((f"`{name}`", f"`{form.shape}`") for name, form in FORMS.items())),
             "result": make_table(("key", "meaning"), describe_fields(RoundResult)),

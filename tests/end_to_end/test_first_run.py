@@ -26,8 +26,8 @@ def blocks() -> dict[str, str]:
     """What stands between the fences: rows, a try, a recipe, questions, the commands on a real model, a talk, a comparison."""
     section = re.search(r"^## Your own rows\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL).group(1)
     found = BLOCK.findall(section)
-    assert [language for language, _ in found] == ["json", "", "yaml", "json", "", "", ""]
-    names = ("my.jsonl", "try", "my.yaml", "known.jsonl", "run", "talk", "compare")
+    assert [language for language, _ in found] == ["json", "", "yaml", "json", "", "", "", "", ""]
+    names = ("my.jsonl", "try", "my.yaml", "known.jsonl", "run", "talk", "compare", "keep", "printed")
     return {name: text for name, (_, text) in zip(names, found, strict=True)}
 
 
