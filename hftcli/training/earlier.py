@@ -52,7 +52,7 @@ def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
         return task
     round_ = attempt.round
     attempt.reporter.report("choosing")
-    reads_earlier = task.spec.freeze.reads_earlier
+    reads_earlier = task.plan.entries is None  # a quiet adapter's directions are in the plan, and not in `freeze`
     last = find_last_moments(task.start) if reads_earlier else None
     key = make_key(task, rows, last)
     round_.bases_path.parent.mkdir(exist_ok=True)

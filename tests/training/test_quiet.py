@@ -224,7 +224,7 @@ def test_a_bases_file_of_another_plan_is_refused(done: Round, tmp_path: Path):
     run_round(other, StopRequest(other))
     parts = {"x.weight": Directions(input="x", num_outputs=2, num_blocks=1, width=4, num_open=2)}
     write_bases(other.bases_path, draw_choices(parts, torch.float32), {})
-    with pytest.raises(ModelError, match="does not hold the directions or columns of plan"):
+    with pytest.raises(ModelError, match="does not hold the parts of matrices of plan"):
         verify_round(other)
 
 
