@@ -14,6 +14,7 @@ from pathlib import Path
 from hftcli import runners
 from hftcli.advising.rows import Order, divide_rows
 from hftcli.comparing.advice import (
+    LEAST_STEPS,
     Advice,
     Candidate,
     Finding,
@@ -37,7 +38,6 @@ from hftcli.runs.run import Round
 from hftcli.runs.spec import Progress
 
 NUM_EPOCHS = 3
-NUM_POINTS = 5
 SEARCH_SEED = 0
 
 
@@ -87,7 +87,7 @@ class Search:
         kept = self.order.folder / "steps.json"
         if kept.exists():
             return int(json.loads(kept.read_text(encoding="utf-8")))
-        most = max(-(-NUM_EPOCHS * self.rows.num_trained // self.rows.batch), 1)
+        most = max(-(-NUM_EPOCHS * self.rows.num_trained // self.rows.batch), LEAST_STEPS)
         _, first = list_rungs(len(candidates), most)[0]
         self.tell(f"how long a run takes: {candidates[0].name}, {first} steps")
         begun = time.monotonic()
@@ -123,7 +123,7 @@ class Search:
         given = [
             f"model.path={json.dumps(self.order.model)}", *self.rows.settings, *candidate.settings,
             f"train.learning_rate={candidate.learning_rate}", f"train.max_steps={num_steps}", f"train.seed={seed}",
-            f"freeze.seed={seed}", f"eval.num_points={NUM_POINTS}",
+            f"freeze.seed={seed}", f"eval.num_points={LEAST_STEPS}",
             f"output={json.dumps(str(self.order.folder / name))}",
         ]  # fmt: skip
         if budget:
@@ -163,15 +163,16 @@ class Search:
         return path
 
     def _write_page(self) -> Path | None:
-        """Learning against forgetting of the runs that trained longest on the same rows."""
-        last = max(rung for rung, findings in self.findings.items() if findings)
-        folders = [
-            self._make_recipe(one.candidate, one.num_steps, SEARCH_SEED).folder
-            for one in self.findings[last]
-            if f"data.path={json.dumps(str(self.rows.trained))}" in one.candidate.settings
-        ]
-        if len(folders) < 2:
-            return None
-        page = self.order.folder / "advice.html"
-        write_comparison(compare_runs(folders, (), "nll"), "", page)
-        return page
+        """Learning against forgetting of the runs that trained longest, of at least two on the same rows."""
+        alone = f"data.path={json.dumps(str(self.rows.trained))}"
+        for findings in reversed(self.findings.values()):
+            folders = [
+                self._make_recipe(one.candidate, one.num_steps, SEARCH_SEED).folder
+                for one in findings
+                if alone in one.candidate.settings
+            ]
+            if len(folders) > 1:
+                page = self.order.folder / "advice.html"
+                write_comparison(compare_runs(folders, (), "nll"), "", page)
+                return page
+        return None

@@ -18,7 +18,7 @@ RATES = (1e-5, 5e-5, 2e-4, 1e-3)
 QUIET_FACTOR = 2.0  # a smaller space takes larger rates
 KEPT = 3  # of so many candidates one goes on, and trains so many times as long
 NUM_RUNGS = 3
-LEAST_STEPS = 4  # of the first rung: fewer say nothing
+LEAST_STEPS = 5  # of a run, which is measured so many times
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def fit_steps(
         per_run, per_step: seconds.
     """
     steps = num_steps
-    while steps >= LEAST_STEPS * KEPT ** (NUM_RUNGS - 1):
+    while steps >= LEAST_STEPS:
         rungs = [*list_rungs(num_candidates, steps), (num_seeds, steps)]
         if sum(count * (per_run + length * per_step) for count, length in rungs) <= seconds:
             return steps

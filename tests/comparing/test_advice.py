@@ -37,7 +37,7 @@ def test_the_better_learn_more_and_of_equals_forget_less():
 
 def test_a_third_goes_on_and_trains_three_times_as_long():
     assert list_rungs(20, 90) == [(20, 10), (6, 30), (2, 90)]
-    assert list_rungs(4, 20) == [(4, 4), (2, 6), (2, 20)]
+    assert list_rungs(4, 20) == [(4, 5), (2, 6), (2, 20)]
 
 
 def test_steps_fit_into_the_time():
