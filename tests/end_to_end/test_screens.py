@@ -21,6 +21,7 @@ from hftcli.runs.run import Run
 from hftcli.runs.scores import PairScore, PairScores
 
 TASKS = ("tinyworld/topic", "tinyworld/reverse", SKILL)
+SHORT = ("--train.max_steps", "4", "--eval.max_examples", "20")
 
 
 def check_screen(*arguments: object, code: int = 0) -> list[str]:
@@ -86,26 +87,26 @@ def test_what_looks(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_of_pairs_is_no_wider(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    screen = show_screen(80, "dpo", "--output", "run", "--train.max_steps", "4", "--eval.max_examples", "20")
-    assert [line for line in screen if cell_len(line) > 80] == []
-
-
-@pytest.mark.slow
-def test_a_run_and_its_evaluation(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [
+            ("sft", "--output", "run", *SHORT),
+            ("eval", "--model", "run", "--tasks", f"{FACTS},tinyworld/facts-reworded", "--max-examples", "20"),
+        ],
+        [("dpo", "--output", "run", *SHORT)],
+        [("continual", "--output", "run", "--continual.tasks", f"[{TASKS[0]}, {TASKS[1]}]", *SHORT)],
+    ],
+    ids=["sft and eval", "dpo", "continual"],
+)
+def test_a_run_and_its_evaluation(tmp_path, monkeypatch, commands):
     """Run twice, on a narrow and on a wide screen: times and speeds differ, so that of numbers the form alone is compared."""
-    short = ("--train.max_steps", "4", "--eval.max_examples", "20")
-    tasks = ("--tasks", f"{FACTS},tinyworld/facts-reworded", "--max-examples", "20")
     screens = {}
     for columns in (80, 400):
         folder = tmp_path / str(columns)
         folder.mkdir()
         monkeypatch.chdir(folder)
-        screens[columns] = [
-            show_screen(columns, "sft", "--output", "run", *short),
-            show_screen(columns, "eval", "--model", "run", *tasks),
-        ]
+        screens[columns] = [show_screen(columns, *command) for command in commands]
     for narrow, wide in zip(screens[80], screens[400], strict=True):
         assert [line for line in narrow if cell_len(line) > 80] == []
         shown, expected = ({re.sub(r"\d+", "0", word) for word in list_words(screen)} for screen in (narrow, wide))
