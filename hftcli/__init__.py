@@ -1,8 +1,8 @@
 """Half Fine-Tuning: fine-tune half of a language model, freeze the other half, and see what it forgot."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # type checkers take it for typing's, which a file of the user's may be called as, too
 if TYPE_CHECKING:
     from hftcli.library import Half, HalfCallback, QuietLora, freeze_half, quiet_lora
 
