@@ -11,13 +11,13 @@ kept.json beside this file, from which the table is made.
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from reproduce_stream import run_hft
 
 RESULTS = Path(__file__).with_name("kept.json")
 WORLD = Path(__file__).parents[1] / "hftcli" / "tinyworld"
@@ -104,14 +104,6 @@ def measure(folder: Path, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
     points = {task: 100 * after[task]["score"] for task in (SKILL, FACTS, REWORDED)}
     print(f"{output.name}: skill {points[SKILL]:.1f}, facts {points[FACTS]:.1f}", file=sys.stderr, flush=True)
     return {"seed": seed, "skill": points[SKILL], "facts": points[FACTS], "reworded": points[REWORDED]}
-
-
-def run_hft(arguments: list[str]) -> str:
-    """What a command printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "hftcli", *arguments], check=True, capture_output=True, text=True, env=environment
-    ).stdout
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     model = arguments.model.name
+    if model not in RATES:
+        parser.error(f"--model {arguments.model}: learning rates are known for {' and '.join(RATES)}")
     stream = Stream(arguments.model, arguments.output / model)
     stream.write_rows(arguments.trace, arguments.texts)
     known = read_results().get(model, {})

@@ -1,5 +1,6 @@
 """The rows of a search, divided: to train on, held out, to keep by the ways of training, and to ask."""
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ NUM_HELD_OUT = (8, 100)  # rows, at least and at most; a tenth of all between
 NUM_ASKED = 100  # rows to keep that are asked, at most
 LEAST_ROWS = 40
 NUM_TEXTS, NUM_TEXT_TOKENS, LEAST_TEXT_TOKENS = 32, 64, 6  # of the model's own texts, of which a third is given
-OWN = "own-texts"
 SHUFFLE_SEED = 0
 
 
@@ -59,7 +59,6 @@ class Rows:
     num_rows: int
     num_trained: int
     num_held_out: int
-    batch: int
     trained: Path
     named: Path | None
     settings: tuple[str, ...]
@@ -73,17 +72,20 @@ def divide_rows(order: Order) -> Rows:
         DataError: rows that do not read, or that cannot be asked.
     """
     folder = order.folder / "rows"
-    asked = {"model": order.model, "data": order.data, "keep": order.keep, "limit": order.limit, "set": list(order.overrides)}
-    claim = order.folder / "order.json"
-    if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != asked:
-        raise InputError(f"{order.folder} holds another search", "give another --output")
     rows = read_raw(order.data)
     if len(rows) < LEAST_ROWS:
         raise InputError(f"{order.data} has {len(rows)} rows", f"{LEAST_ROWS} are the least that can be divided")
+    kept = [] if order.keep is None else [as_question(row, order.keep) for row in read_raw(order.keep)]
+    asked = {
+        "model": order.model, "data": order.data, "keep": order.keep, "limit": order.limit, "set": list(order.overrides),
+        "rows": hashlib.sha256(json.dumps([rows, kept]).encode()).hexdigest(),
+    }  # fmt: skip
+    claim = order.folder / "order.json"
+    if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != asked:
+        raise InputError(f"{order.folder} holds another search, or one with other rows", "give another --output")
     random.Random(SHUFFLE_SEED).shuffle(rows)
     num_held_out = min(max(len(rows) // 10, NUM_HELD_OUT[0]), NUM_HELD_OUT[1])
     held_out, trained = rows[:num_held_out], rows[num_held_out:]
-    kept = [] if order.keep is None else [as_question(row, order.keep) for row in read_raw(order.keep)]
     random.Random(SHUFFLE_SEED).shuffle(kept)
     named, known = kept[::2], kept[1::2][:NUM_ASKED]
     if kept and not known:
@@ -99,15 +101,14 @@ def divide_rows(order: Order) -> Rows:
         f"train.per_device_train_batch_size={min(batch, 8)}",
         f"data.max_length={min(1024, read_max_positions(order.model) or 1024)}",
     ]  # fmt: skip
+    settings.append(f"eval.tasks=[{json.dumps(str(paths['known']))}]")
     if kept:
         write_rows(paths["named"], [as_conversation(row) for row in named])
         write_rows(paths["known"], known)
-        settings += [f"eval.tasks=[{json.dumps(str(paths['known']))}]"]
     else:
-        write_own_texts(order.model, folder / OWN)
-        settings += [f"data.root={json.dumps(str(folder))}", f"eval.tasks=[{OWN}]"]
-    named_path = paths["named"] if kept else None
-    return Rows(len(rows), len(trained), num_held_out, batch, paths["trained"], named_path, tuple(settings))
+        write_own_texts(order.model, paths["known"])
+        settings.append("eval.chat=false")
+    return Rows(len(rows), len(trained), num_held_out, paths["trained"], paths["named"] if kept else None, tuple(settings))
 
 
 def read_raw(path: str) -> list[dict[str, Any]]:
@@ -162,28 +163,30 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_own_texts(model: str, folder: Path) -> None:
-    """What a model writes of itself, as a task: how its texts go on; once."""
+def write_own_texts(model: str, path: Path) -> None:
+    """What a model writes of itself, a third of each text as a question and the rest as its answer; once."""
     import torch
 
     from hftcli.measuring.drift import draw_texts
     from hftcli.models.checkpoint import load_finished
     from hftcli.models.description import fetch_checkpoint, load_tokenizer
+    from hftcli.models.device import find_device
 
-    if (folder / "test.json").exists():
+    if path.exists():
         return
-    start = fetch_checkpoint(runners.resolve_start(model).path)
+    start, device = fetch_checkpoint(runners.resolve_start(model).path), find_device(num_ranks=1, rank=0)
     tokenizer = load_tokenizer(start)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = draw_texts(load_finished(start, torch.float32, device), tokenizer, device, NUM_TEXTS, NUM_TEXT_TOKENS)
     parts = [
         tuple(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[: len(ids) // 3], ids))
         for ids, _ in texts
         if len(ids) >= LEAST_TEXT_TOKENS
     ]
-    rows = [{"prompt": beginning, "answer": text[len(beginning) :]} for beginning, text in parts if text.startswith(beginning)]
+    rows = [
+        {"question": beginning, "answers": [rest]}
+        for beginning, text in parts
+        if text.startswith(beginning) and beginning.strip() and (rest := text.removeprefix(beginning)).strip()
+    ]
     if not rows:
         raise InputError(f"{model} writes no texts of its own that are long enough to ask for", "give --keep")
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "eval", "test"):
-        write_text(folder / f"{split}.json", json.dumps(rows, ensure_ascii=False))
+    write_rows(path, rows)

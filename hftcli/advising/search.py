@@ -87,7 +87,8 @@ class Search:
         kept = self.order.folder / "steps.json"
         if kept.exists():
             return int(json.loads(kept.read_text(encoding="utf-8")))
-        most = max(-(-NUM_EPOCHS * self.rows.num_trained // self.rows.batch), LEAST_STEPS)
+        batch = self._make_recipe(candidates[0], LEAST_STEPS, SEARCH_SEED).train.global_batch_size
+        most = max(-(-NUM_EPOCHS * self.rows.num_trained // batch), LEAST_STEPS)
         _, first = list_rungs(len(candidates), most)[0]
         self.tell(f"how long a run takes: {candidates[0].name}, {first} steps")
         begun = time.monotonic()

@@ -13,8 +13,8 @@ from hftcli.errors import InputError
 app = typer.Typer()
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 OWN_KEYS = (
-    "model", "data.path", "data.sources", "data.root", "freeze", "train.learning_rate", "train.max_steps", "eval", "stop",
-    "output",
+    "model.path", "data.path", "data.sources", "data.root", "freeze", "method.self_replay", "train.learning_rate",
+    "train.max_steps", "train.num_train_epochs", "train.seed", "eval", "stop", "checkpoint.best", "output",
 )  # fmt: skip
 
 
@@ -40,9 +40,11 @@ def advise(
     in short runs, the best in longer ones (successive halving), and the very best on fresh seeds. Given again, it goes on.
     """
     seconds = read_time(time)
-    given = [override.partition("=")[0] for override in overrides or ()]
-    if own := [key for key in given if key.startswith(OWN_KEYS)]:
-        raise InputError(f"--set {own[0]}: hft advise chooses it itself", "drop it")
+    for key in (override.partition("=")[0] for override in overrides or ()):
+        if any(f"{key}.".startswith(f"{own}.") or own.startswith(f"{key}.") for own in OWN_KEYS):
+            raise InputError(
+                f"--set {key}: hft advise sets it, or a key in it, itself", "drop it, or name one that it leaves alone"
+            )
     from hftcli.advising.rows import Order
     from hftcli.advising.search import Search
     from hftcli.reporting.advice import print_advice

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.comparing.items import compare_items
 from hftcli.data.tokens import Progress
-from hftcli.errors import ModelError
+from hftcli.errors import InputError, ModelError
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, read_prompts, read_texts
 from hftcli.measuring.evaluation import Drift, Evaluation, Item
 from hftcli.measuring.harness import PREFIX, HarnessTask, find_harness_tasks, score_harness
@@ -134,7 +134,10 @@ def prepare_exam(asked: Examination) -> Exam:
         task = put_task(name, asked.root, asked.max_examples, asked.asking, tokenizer.chat_template is not None)
         own[name] = add_ends(tokenize_task(task, max_length, tokenizer), ends, tokenizer)
         report_faults(own[name], asked.asking.strict)
-    foreign = find_harness_tasks([name for name in asked.tasks if name.startswith(PREFIX)])
+    named = [name for name in asked.tasks if name.startswith(PREFIX)]
+    if named and not asked.asking.generate:
+        raise InputError(f"{named[0]} is asked as lm-evaluation-harness asks it, which may write", "drop it, or --no-generate")
+    foreign = find_harness_tasks(named)
     texts = prompts = None
     if base_folder is not None:
         check_vocabulary(base_folder, tokenizer)

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from hftcli.advising.rows import Order, as_question, divide_rows
+from hftcli.comparing.advice import list_candidates
 from hftcli.errors import DataError, InputError
+from hftcli.recipe.loading import load_recipe
 
 ASKED = {"question": "Where?", "answers": ["Here", "There"]}
 
@@ -43,15 +45,27 @@ def test_no_row_is_trained_on_and_asked(order):
 def test_without_rows_to_keep_the_model_s_own_texts_are_asked(order):
     rows = divide_rows(replace(order, keep=None))
     assert rows.named is None
-    asked = json.loads((order.folder / "rows" / "own-texts" / "test.json").read_text())
-    assert all(row["prompt"] and row["answer"] for row in asked)
-    assert "eval.tasks=[own-texts]" in rows.settings
+    asked = read(order.folder / "rows" / "known.jsonl")
+    assert asked
+    assert all(row["question"].strip() and row["answers"][0].strip() for row in asked)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_asked_goes_into_every_recipe(order, keep):
+    rows = divide_rows(order if keep else replace(order, keep=None))
+    for candidate in list_candidates(rows.trained, rows.named):
+        recipe = load_recipe(None, ["model.path=tinyworld", *rows.settings, *candidate.settings, "train.max_steps=5"], "sft")
+        assert recipe.eval.tasks == (str(order.folder / "rows" / "known.jsonl"),)
 
 
 def test_a_folder_holds_one_search(order):
     divide_rows(order)
     with pytest.raises(InputError, match="holds another search"):
         divide_rows(replace(order, limit=0.5))
+    with open(order.data, "a") as file:
+        file.write(json.dumps({"prompt": "Say more", "completion": "more"}) + "\n")
+    with pytest.raises(InputError, match="or one with other rows"):
+        divide_rows(order)
 
 
 def test_what_cannot_be_asked_is_named(order, tmp_path):

@@ -35,7 +35,9 @@ def files(tmp_path, monkeypatch):
     ("given", "said"),
     [
         (["--time", "never"], "--time never is no time"),
-        (["--set", "freeze.seed=1"], "--set freeze.seed: hft advise chooses it itself"),
+        (["--set", "freeze.seed=1"], "--set freeze.seed: hft advise sets it"),
+        (["--set", "train.seed=1"], "--set train.seed: hft advise sets it"),
+        (["--set", "train={bf16: false}"], "--set train: hft advise sets it, or a key in it"),
         (["--keep", "missing.jsonl"], "missing.jsonl: no such file"),
     ],
 )

@@ -43,6 +43,7 @@ def train_on_gpu(hft, settings, tmp_path):
     return train
 
 
+@pytest.mark.slow
 def test_a_round_is_that_of_the_processor(hft, settings, tmp_path, train_on_gpu):
     on_gpu = train_on_gpu("gpu", "sft")
     hft("sft", "--output", tmp_path / "cpu", *settings({**BRIEF, "train.bf16": False}))

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hftcli import PACKAGE
-from hftcli.errors import ModelError
+from hftcli.commands.measure import check_asked
+from hftcli.errors import InputError, ModelError
 from hftcli.measuring.evaluation import Evaluation, Item
 from hftcli.measuring.scoring import Examination, examine_model
 from hftcli.models.checkpoint import load_finished
+from hftcli.recipe.asking import AskingSection
 from hftcli.runs.files import read_model
 from hftcli.runs.run import Run
 
@@ -193,3 +195,13 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert "rank 1 of 2 ended with code 1" in done.stderr
+
+
+def test_a_foreign_task_may_write_and_is_refused_where_nothing_shall_be_written():
+    with pytest.raises(InputError, match="harness:arc_easy is asked as lm-evaluation-harness asks it"):
+        examine(tasks=("harness:arc_easy",), asking=AskingSection(generate=False))
+
+
+def test_a_cut_of_what_is_not_written_is_refused():
+    with pytest.raises(InputError, match="--no-generate writes nothing"):
+        check_asked(None, (FACTS,), False, 3, None)
