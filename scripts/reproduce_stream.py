@@ -33,7 +33,8 @@ COMMON = {
     "continual.tasks": f"[{','.join(TASKS)}]", "continual.order": "null", "continual.protocol": "null",
     "data.max_length": MAX_LENGTH, "train.num_train_epochs": 2, "train.global_batch_size": 8,
     "train.per_device_train_batch_size": 8, "train.activation_checkpointing": "false", "train.lr_scheduler_type": "linear",
-    "model.dtype": "float32", "eval.generate": "false", "eval.num_points": 3, "launch.num_processes": 1, "launch.zero_stage": 0,
+    "model.dtype": "float32", "train.bf16": "false",
+    "eval.generate": "false", "eval.num_points": 3, "launch.num_processes": 1, "launch.zero_stage": 0,
     "checkpoint.save_every_minutes": "null",
 }  # fmt: skip
 FULL = {"freeze.trainable_fraction": 1.0}

@@ -16,9 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from hftcli.data.prepare import deal_rows
 from hftcli.data.tokens import IGNORED, Progress, ignore_progress
 from hftcli.measuring.questions import Row, TokenizedTask
-from hftcli.models.device import find_exact_device, make_exact
+from hftcli.models.device import count_batch_tokens, find_exact_device, make_exact
 
-BATCH_TOKENS = 8192  # padded tokens in a forward pass
 CACHED_TOKENS = 16384  # places in the cache of a batch that is generated: 8 GiB for Llama-2-7B in 16 bits
 SAMPLING_SEED = 0  # of the draws of answers: a temperature gives the same answers every time
 NOTHING = -1  # where an answer has ended
@@ -41,7 +40,7 @@ def read_answers(
         (N, 3) in float64, on all ranks: nats of each answer, its tokens, and 1 where greedy decoding gives it exactly.
     """
     readings_N3 = torch.zeros(len(rows), 3, dtype=torch.float64, device=find_exact_device(device))
-    batches = deal_rows([len(ids) for ids, _ in rows], BATCH_TOKENS, num_ranks)
+    batches = deal_rows([len(ids) for ids, _ in rows], count_batch_tokens(device), num_ranks)
     for index, batch in enumerate(batches):
         own = batch[rank::num_ranks]
         # A rank that has no row of its own passes only so that ZeRO 3 can gather.

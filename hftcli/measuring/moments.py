@@ -20,9 +20,8 @@ from torch import nn
 from hftcli.data.prepare import deal_rows
 from hftcli.data.tokens import Progress, ignore_progress
 from hftcli.errors import ModelError
+from hftcli.models.device import count_batch_tokens
 from hftcli.models.tensors import write_tensors
-
-BATCH_TOKENS = 8192  # padded tokens in a forward pass
 
 Inputs = Mapping[str, tuple[str, int, int]]  # by input: a module that reads it, blocks, their width
 
@@ -94,7 +93,7 @@ def measure_moments(
         The moments on the CPU, the same on all ranks.
     """
     meter = Meter()
-    batches = deal_rows([len(ids) for ids in rows], BATCH_TOKENS, num_ranks)
+    batches = deal_rows([len(ids) for ids in rows], count_batch_tokens(device), num_ranks)
     was_training = watched.training
     watched.eval()
     with meter.watch(watched, inputs):

@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from hftcli.data.prepare import deal_pairs
 from hftcli.data.tokens import IGNORED, Progress, ignore_progress
-from hftcli.measuring.asking import BATCH_TOKENS, predict_answers
+from hftcli.measuring.asking import predict_answers
 from hftcli.measuring.questions import Row
-from hftcli.models.device import make_exact
+from hftcli.models.device import count_batch_tokens, make_exact
 from hftcli.runs.scores import PairScore
 
 NUM_DRAWS = 8  # tokens that the reference draws at every place of an answer, to estimate its KL to the model
@@ -53,7 +53,7 @@ def read_pairs(
     Returns:
         The readings of this rank's pairs.
     """
-    batches = [[pairs[row] for row in rows] for rows in deal_pairs(pairs, BATCH_TOKENS, num_ranks)]
+    batches = [[pairs[row] for row in rows] for rows in deal_pairs(pairs, count_batch_tokens(device), num_ranks)]
     readings: list[Reading] = []
     was_training = model.training
     model.eval()

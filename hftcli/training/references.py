@@ -25,12 +25,11 @@ from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
 from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.description import identify_start
+from hftcli.models.device import count_batch_tokens
 from hftcli.models.start_copy import StartCopy, evaluating
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.records import ReferenceReport
 from hftcli.runs.spec import RoundSpec
-
-BATCH_TOKENS = 16384  # padded tokens, both answers counted, in a pass without a graph
 
 Inputs = dict[str, torch.Tensor]
 LogProbs = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected answers, each (B,)
@@ -155,7 +154,7 @@ class SharedReference:
 def compute_log_probs(trainer: DPOTrainer, on_batch: Progress) -> torch.Tensor:
     """Log-probabilities of every pair's answers (P, 2), float32 on the CPU; the ranks share the pairs and all get the whole."""
     args = trainer.args
-    batches = deal_pairs(trainer.train_dataset, BATCH_TOKENS, args.world_size)
+    batches = deal_pairs(trainer.train_dataset, 2 * count_batch_tokens(args.device), args.world_size)
     log_probs_P2 = torch.zeros(len(trainer.train_dataset), 2)
     with evaluating(trainer.model_wrapped):
         for index, batch in enumerate(batches):
