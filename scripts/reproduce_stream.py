@@ -1,6 +1,6 @@
 """Four tasks of TRACE in a row on a real model: what each way to choose what trains learns, and what it forgets.
 
-    python scripts/reproduce_stream.py --model MiniMind2-Small --trace FOLDER --texts FILE [--arms NAME...] [--output FOLDER]
+    python scripts/reproduce_stream.py --model MiniMind2-Small --trace FOLDER --texts FILE [--bench NAME] [--arms NAME...]
 
 Of each task the first 64 rows are trained on and the last 32 asked, of those that fit into 160 tokens, so that nothing is cut;
 16 steps of 8 rows a task. FILE has a `text` or `messages` on each line, of the kind that the model knows: how 16 of them go on
@@ -38,25 +38,52 @@ COMMON = {
     "checkpoint.save_every_minutes": "null",
 }  # fmt: skip
 FULL = {"freeze.trainable_fraction": 1.0}
+QUIET = {"freeze": "quiet"}
 WAYS: dict[str, dict[str, object]] = {
     "full": FULL,
     "half": {},
+    "quiet": QUIET,
     "top half": {"freeze.frozen_prefix": 0.5, "freeze.embeddings": "freeze", "freeze.head": "freeze"},
     "columns, SSU": {"freeze.grain": "columns"},
     "columns, quiet": {"freeze.grain": "columns", "freeze.part": "quiet"},
     "directions, random": {"freeze.grain": "directions", "freeze.part": "random"},
     "directions, quiet": {"freeze.grain": "directions"},
     "blocks, quiet": {"freeze.grain": "directions", "freeze.blocks": 32},
-    "quiet": {"freeze": "quiet"},
     "LoRA": FULL | {"method.lora": "{r: 16}"},
     "LoRA, quiet": FULL | {"method.lora": "{r: 16, quiet: true}"},
 }
-REPLAY = {"replay 10 %": 0.1, "replay 1 %": 0.01}
-ARMS = WAYS | {
-    f"{way} + {name}": WAYS[way] | {"method.replay.fraction": fraction} for name, fraction in REPLAY.items() for way in WAYS
+BLOCKS = {"freeze.group": "layer", "freeze.trainable_fraction": 0.125, "eval.num_points": "null"}  # a layer or two
+FAMILY: dict[str, dict[str, object]] = {
+    "entries, random": {"freeze.grain": "entries", "freeze.part": "random"},
+    "entries, largest": {"freeze.grain": "entries", "freeze.part": "magnitude"},
+    "SpIEL": {"freeze.grain": "entries", "freeze.part": "spiel", "freeze.trainable_fraction": 0.05, "eval.num_points": "null"},
+    "half, redrawn": {"freeze.redraw": "{every: 4}", "eval.num_points": "null"},
+    "LISA": BLOCKS | {"freeze.trainable_fraction": 0.25, "freeze.redraw": "{every: 4}"},
+    "BAdam": BLOCKS | {
+        "freeze.redraw": "{every: 2, order: cyclic}", "freeze.embeddings": "freeze", "freeze.head": "freeze",
+    },
+    "HiFT": BLOCKS | {"freeze.redraw": "{every: 1, order: ascending, states: keep, schedule: cycle}"},
+    "DoRA": FULL | {"method.peft": "{type: LORA, r: 16, use_dora: true}"},
+    "IA3": FULL | {"method.ia3": "{}"},
+    "OSF": FULL | {"method.peft": "{type: OSF}"},
+    "decay to the start": FULL | {"freeze.pull.strength": 100},
+}  # fmt: skip
+DEFENDED = {"full + ": FULL, "half + ": {}, "quiet + ": QUIET}
+DEFENCES: dict[str, dict[str, object]] = {
+    "replay 10 %": {"method.replay.fraction": 0.1},
+    "replay 1 %": {"method.replay.fraction": 0.01},
+    "self-replay": {"method.self_replay.fraction": 0.25},
+    "anchor": {"method.anchor.strength": 1.0},
+    "DFT": {"method.token_weights.kind": "dft"},
+    "TALR": {"method.token_weights.kind": "talr"},
+    "EAFT": {"method.token_weights.kind": "eaft"},
+    "STM": {"method.token_weights.kind": "stm"},
 }
+LEVERS = {f"{way}{name}": DEFENDED[way] | given for name, given in DEFENCES.items() for way in DEFENDED}
+ARMS = WAYS | FAMILY | LEVERS
+BENCHES = {"ways": WAYS, "family": {name: WAYS[name] for name in ("full", "half", "quiet", "LoRA")} | FAMILY, "levers": LEVERS}
 RATES = {"stories15M": (1e-4, 3e-4), "MiniMind2-Small": (3e-5, 1e-4)}
-ADAPTER_FACTOR = 5  # a LoRA takes larger rates
+FACTORS = {"LoRA": 5, "LoRA, quiet": 5, "DoRA": 5, "SpIEL": 5, "IA3": 50}  # fewer weights take larger rates
 
 
 def main() -> None:
@@ -65,7 +92,8 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, default=Path("runs/stream"), metavar="FOLDER")
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, metavar="NAME", help=f"of {'; '.join(ARMS)}")
+    parser.add_argument("--bench", choices=BENCHES, default="ways", help="arms that are compared with one another")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, metavar="NAME", help=f"those alone, of {'; '.join(ARMS)}")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     model = arguments.model.name
@@ -74,7 +102,12 @@ def main() -> None:
     stream = Stream(arguments.model, arguments.output / model)
     stream.write_rows(arguments.trace, arguments.texts)
     known = read_results().get(model, {})
-    jobs = [(arm, rate, seed) for arm in arguments.arms for seed in SEEDS for rate in list_rates(model, arm)]
+    jobs = [
+        (arm, rate, seed)
+        for arm in arguments.arms or BENCHES[arguments.bench]
+        for seed in SEEDS
+        for rate in list_rates(model, arm)
+    ]
     missing = [
         (arm, rate, seed)
         for arm, rate, seed in jobs
@@ -99,7 +132,7 @@ def keep_result(model: str, arm: str, rate: float, run: dict[str, Any]) -> None:
 
 def list_rates(model: str, arm: str) -> list[float]:
     """The learning rates of an arm."""
-    return [rate * ADAPTER_FACTOR if arm.startswith("LoRA") else rate for rate in RATES[model]]
+    return [rate * FACTORS.get(arm, 1) for rate in RATES[model]]
 
 
 class Stream:
