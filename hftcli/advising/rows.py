@@ -74,7 +74,7 @@ def divide_rows(order: Order) -> Rows:
     folder = order.folder / "rows"
     rows = read_raw(order.data)
     if len(rows) < LEAST_ROWS:
-        raise InputError(f"{order.data} has {len(rows)} rows", f"{LEAST_ROWS} are the least that can be divided")
+        raise InputError(f"{order.data}: too few rows, {len(rows)}", f"{LEAST_ROWS} are the least that can be divided")
     kept = [] if order.keep is None else [as_question(row, order.keep) for row in read_raw(order.keep)]
     asked = {
         "model": order.model, "data": order.data, "keep": order.keep, "limit": order.limit, "set": list(order.overrides),

@@ -75,5 +75,5 @@ def test_what_cannot_be_asked_is_named(order, tmp_path):
         as_question({"messages": turns}, "f")
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    with pytest.raises(InputError, match=r"few.jsonl has 1 rows"):
+    with pytest.raises(InputError, match=r"few.jsonl: too few rows, 1"):
         divide_rows(replace(order, data=str(few)))
