@@ -1,15 +1,21 @@
-"""What the tests of directions and columns share: a model of two layers, and short rounds from it, in this process."""
+"""What the tests of what trains share: a model of two layers, short rounds from it, and what must be true of them alike."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hftcli import PACKAGE
 from hftcli.freezing.rule import FreezeRule
 from hftcli.launching.processes import StopRequest
+from hftcli.launching.watch import launch_round
+from hftcli.models.proof import verify_round
+from hftcli.models.reader import CheckpointReader
 from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
@@ -19,6 +25,16 @@ from hftcli.training.round import run_round
 
 TINYWORLD = PACKAGE / "tinyworld" / "model"
 LEARNING_RATE = 3e-3
+OTHER_WAYS = pytest.mark.parametrize(
+    "values",
+    [
+        {"train": {"activation_checkpointing": True}},
+        pytest.param({"train": {"per_device_train_batch_size": 4}}, marks=pytest.mark.slow),
+        pytest.param({"checkpoint": CheckpointSection(format="delta")}, marks=pytest.mark.slow),
+        {"launch": LaunchSection(num_processes=1, offload="optimizer")},
+    ],
+    ids=["checkpointed", "accumulated", "delta", "offloaded"],
+)
 
 
 def make_start(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -53,6 +69,21 @@ def run(folder: Path, spec: RoundSpec) -> Round:
     folder.mkdir(parents=True, exist_ok=True)
     write_model(round_.spec_path, spec)
     run_round(round_, StopRequest(round_))
+    return round_
+
+
+def run_with_steps(folder: Path, start: Path, freeze: dict) -> Round:
+    """A round with all its step checkpoints."""
+    return run(folder, make_spec(start, freeze, checkpoint=CheckpointSection(save_steps=1, keep=9)))
+
+
+def launch(folder: Path, spec: RoundSpec) -> Round:
+    """A round in processes of its own, and proved."""
+    round_ = Round(folder)
+    folder.mkdir(parents=True)
+    write_model(round_.spec_path, spec)
+    launch_round(round_, spec.launch, lambda progress: None)
+    assert verify_round(round_).passed
     return round_
 
 
@@ -102,3 +133,72 @@ def read_batch(round_: Round) -> dict[str, torch.Tensor]:
     padded = {key: [[*row, *[value] * (longest - len(row))] for row in rows[key]] for key, value in fill.items()}
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows["input_ids"]]
     return {key: torch.tensor(value) for key, value in (padded | {"attention_mask": mask}).items()}
+
+
+def train_by_hand(round_: Round, own: dict[str, tuple], decay: float) -> None:
+    """Insist that a round of two steps on one batch left what AdamW leaves, in float64: what is frozen does not decay either.
+
+    Args:
+        own: by parameter of which a part trains, its index; others of the plan train whole.
+    """
+    plan, batch = round_.read_plan(), read_batch(round_)
+    model = read_model(Path(round_.read_spec().model.path))
+    states: dict[str, list[np.ndarray]] = {}
+    for step in (1, 2):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, value in model.named_parameters():
+            if name not in plan.trained:
+                continue
+            part = own.get(name, ...)
+            gradient = value.grad.double().numpy()[part]
+            first, second = states.setdefault(name, [np.zeros_like(gradient) for _ in range(2)])
+            first += 0.1 * (gradient - first)
+            second += 0.001 * (gradient**2 - second)
+            values = value.detach().double().numpy()
+            if not name.endswith(("bias", "norm.weight")):
+                values[part] *= 1 - LEARNING_RATE * decay
+            values[part] -= LEARNING_RATE * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            value.data = torch.from_numpy(values).float()
+    compare_weights(round_, dict(model.named_parameters()), 2e-5)
+
+
+def read_losses(round_: Round) -> list[float]:
+    """Of its steps, in their order."""
+    return [row["loss"] for row in round_.read_metrics()]
+
+
+def read_all_losses(folder: Path, start: Path, *freezes: dict) -> list[list[float]]:
+    """Of every step of rounds that choose what trains in other ways."""
+    specs = [make_spec(start, freeze, train={"logging_steps": 1}) for freeze in freezes]
+    return [read_losses(run(folder / str(place), spec)) for place, spec in enumerate(specs)]
+
+
+def compare_weights(round_: Round, expected: Mapping[str, torch.Tensor], most: float) -> None:
+    """Insist on the weights of a round's checkpoint, full or a delta."""
+    reader = CheckpointReader(round_.checkpoint, tuple(expected))
+    for name, value in expected.items():
+        largest = (reader.read(name).double() - value.detach().double()).abs().max()
+        assert largest < most, (name, largest)
+
+
+def read_weights(round_: Round) -> dict[str, torch.Tensor]:
+    """Those of a full checkpoint."""
+    return load_file(round_.checkpoint / "model.safetensors")
+
+
+def assert_goes_on(done: Round, step: int, folder: Path, *paths: str) -> None:
+    """Insist that a round which was killed after a step ends in the same bits, in its checkpoint and in other files."""
+    round_ = go_back(done, step, folder)
+    run_round(round_, StopRequest(round_))
+    assert round_.read_result().resumed_from == step
+    for path in ("checkpoint/model.safetensors", *paths):
+        assert (round_.folder / path).read_bytes() == (done.folder / path).read_bytes(), path
+    assert round_.read_plan() == done.read_plan()
+
+
+def compare_references(folder: Path, start: Path, freeze: dict) -> Round:
+    """Insist that every reference of preferences gives the same losses; the round with the shared one, which copies weights."""
+    rounds = [run(folder / name, make_pairs_spec(start, freeze, name)) for name in ("precompute", "shared")]
+    assert read_losses(rounds[1]) == pytest.approx(read_losses(rounds[0]), abs=1e-5)
+    return rounds[1]

@@ -7,27 +7,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training.quiet_rounds import (
-    LEARNING_RATE,
-    go_back,
-    make_pairs_spec,
+    OTHER_WAYS,
+    assert_goes_on,
+    compare_references,
+    compare_weights,
     make_spec,
     make_start,
+    read_all_losses,
     read_batch,
     read_inputs,
     read_model,
+    read_weights,
     run,
+    run_with_steps,
+    train_by_hand,
 )  # fmt: skip
 
 from hftcli.errors import ModelError
-from hftcli.launching.processes import StopRequest
 from hftcli.measuring.drift import draw_texts
 from hftcli.models.description import load_tokenizer
 from hftcli.models.division import draw_choices
 from hftcli.models.proof import verify_round
-from hftcli.models.reader import CheckpointReader
-from hftcli.recipe.sections import CheckpointSection, LaunchSection
 from hftcli.runs.run import Round
-from hftcli.training.round import run_round
 
 COLUMNS = {"grain": "columns"}
 READERS = {
@@ -45,9 +46,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
-    """A round with all its step checkpoints."""
-    policy = CheckpointSection(save_steps=1, keep=9)
-    return run(tmp_path_factory.mktemp("columns") / "00", make_spec(start, COLUMNS, checkpoint=policy))
+    return run_with_steps(tmp_path_factory.mktemp("columns") / "00", start, COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -105,40 +104,16 @@ def test_columns_at_random_are_others_for_every_seed(start: Path, tmp_path: Path
 
 
 def test_two_steps_by_hand(start: Path, tmp_path: Path):
-    """AdamW on the columns alone: what is frozen does not decay either."""
-    decay = 0.1
-    values = {"max_steps": 2, "global_batch_size": 16, "per_device_train_batch_size": 16, "weight_decay": decay}
+    values = {"max_steps": 2, "global_batch_size": 16, "per_device_train_batch_size": 16, "weight_decay": 0.1}
     round_ = run(tmp_path / "00", make_spec(start, COLUMNS, train=values))
-    plan, chosen, model = round_.read_plan(), load_file(round_.bases_path), read_model(start)
-    batch = read_batch(round_)
-    states: dict[str, list[np.ndarray]] = {}
-    for step in (1, 2):
-        model.zero_grad()
-        model(**batch).loss.backward()
-        for name, value in model.named_parameters():
-            if name not in plan.trained:
-                continue
-            own = slice(None) if name not in plan.columns else (slice(None), chosen[plan.columns[name].choice].numpy())
-            gradient = value.grad.double().numpy()[own]
-            first, second = states.setdefault(name, [np.zeros_like(gradient) for _ in range(2)])
-            first += 0.1 * (gradient - first)
-            second += 0.001 * (gradient**2 - second)
-            values = value.detach().double().numpy()
-            if not name.endswith(("bias", "norm.weight")):
-                values[own] *= 1 - LEARNING_RATE * decay
-            values[own] -= LEARNING_RATE * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
-            value.data = torch.from_numpy(values).float()
-    after = load_file(round_.checkpoint / "model.safetensors")
-    for name, value in model.named_parameters():
-        largest = np.abs(after[name].double().numpy() - value.detach().double().numpy()).max()
-        assert largest < 2e-5, (name, largest)
+    chosen = load_file(round_.bases_path)
+    columns = round_.read_plan().columns
+    train_by_hand(round_, {name: (slice(None), chosen[part.choice].numpy()) for name, part in columns.items()}, 0.1)
 
 
 def test_the_whole_share_is_full_fine_tuning(start: Path, tmp_path: Path):
-    losses = []
-    for place, rule in enumerate(({}, COLUMNS)):
-        spec = make_spec(start, {"trainable_fraction": 1.0} | rule, train={"logging_steps": 1})
-        losses.append([row["loss"] for row in run(tmp_path / str(place), spec).read_metrics()])
+    full = {"trainable_fraction": 1.0}
+    losses = read_all_losses(tmp_path, start, full, COLUMNS | full)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -156,32 +131,15 @@ def test_a_planted_change_is_found(tmp_path: Path, dtype: torch.dtype):
     assert verify_round(round_).moved_columns == (f"{name} (1 of 16 frozen columns)",)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"train": {"activation_checkpointing": True}},
-        pytest.param({"train": {"per_device_train_batch_size": 4}}, marks=pytest.mark.slow),
-        pytest.param({"checkpoint": CheckpointSection(format="delta")}, marks=pytest.mark.slow),
-        {"launch": LaunchSection(num_processes=1, offload="optimizer")},
-    ],
-    ids=["checkpointed", "accumulated", "delta", "offloaded"],
-)
+@OTHER_WAYS
 def test_other_ways_end_in_the_same_weights(done: Round, start: Path, tmp_path: Path, values: dict):
     round_ = run(tmp_path / "00", make_spec(start, COLUMNS, **values))
     assert verify_round(round_).passed
-    expected = load_file(done.checkpoint / "model.safetensors")
-    reader = CheckpointReader(round_.checkpoint, tuple(expected))
-    for name, value in expected.items():
-        assert torch.allclose(reader.read(name), value, rtol=0, atol=2e-6), (name, (reader.read(name) - value).abs().max())
+    compare_weights(round_, read_weights(done), 2e-6)
 
 
 def test_a_round_that_was_killed_ends_in_the_same_bits(done: Round, tmp_path: Path):
-    round_ = go_back(done, 2, tmp_path / "00")
-    run_round(round_, StopRequest(round_))
-    assert round_.read_result().resumed_from == 2
-    for path in ("checkpoint/model.safetensors", "quiet/bases.safetensors", "quiet/moments.safetensors"):
-        assert (round_.folder / path).read_bytes() == (done.folder / path).read_bytes(), path
-    assert round_.read_plan() == done.read_plan()
+    assert_goes_on(done, 2, tmp_path / "00", "quiet/bases.safetensors", "quiet/moments.safetensors")
 
 
 def test_a_round_goes_on_from_what_the_last_one_read(done: Round, squares: dict, tmp_path: Path):
@@ -197,10 +155,6 @@ def test_a_round_goes_on_from_what_the_last_one_read(done: Round, squares: dict,
 
 
 def test_preferences_refer_to_the_start(start: Path, tmp_path: Path):
-    """Every reference gives the same losses; the shared one copies what trains."""
-    losses = []
-    for reference in ("precompute", "shared"):
-        round_ = run(tmp_path / reference, make_pairs_spec(start, COLUMNS, reference))
-        losses.append([row["loss"] for row in round_.read_metrics()])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    """The shared reference copies what trains."""
+    round_ = compare_references(tmp_path, start, COLUMNS)
     assert round_.read_result().reference.num_bytes == 4 * round_.read_plan().num_trainable

@@ -7,24 +7,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training.quiet_rounds import (
-    LEARNING_RATE,
-    go_back,
-    make_pairs_spec,
+    OTHER_WAYS,
+    assert_goes_on,
+    compare_references,
+    compare_weights,
+    launch,
     make_spec,
     make_start,
-    read_batch,
-    read_model,
+    read_all_losses,
+    read_weights,
     run,
+    run_with_steps,
+    train_by_hand,
 )  # fmt: skip
 
-from hftcli.launching.processes import StopRequest
-from hftcli.launching.watch import launch_round
+from hftcli.errors import ModelError
+from hftcli.models.arithmetic import merge_delta
 from hftcli.models.proof import verify_round
-from hftcli.models.reader import CheckpointReader
 from hftcli.recipe.sections import CheckpointSection, LaunchSection, ModelSection
-from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
-from hftcli.training.round import run_round
+from hftcli.training.reading import read_assignment
 
 ENTRIES = {"grain": "entries", "trainable_fraction": 0.1}
 MATRICES = 2 * 7
@@ -37,9 +39,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
-    """A round with all its step checkpoints."""
-    policy = CheckpointSection(save_steps=1, keep=9)
-    return run(tmp_path_factory.mktemp("entries") / "00", make_spec(start, ENTRIES, checkpoint=policy))
+    return run_with_steps(tmp_path_factory.mktemp("entries") / "00", start, ENTRIES)
 
 
 def find_open(round_: Round) -> dict[str, np.ndarray]:
@@ -88,41 +88,17 @@ def test_entries_at_random_are_others_for_every_seed_and_round(start: Path, done
 
 
 def test_two_steps_by_hand(start: Path, tmp_path: Path):
-    """AdamW on the entries alone: what is frozen does not decay either."""
-    decay = 0.1
-    values = {"max_steps": 2, "global_batch_size": 16, "per_device_train_batch_size": 16, "weight_decay": decay}
+    values = {"max_steps": 2, "global_batch_size": 16, "per_device_train_batch_size": 16, "weight_decay": 0.1}
     round_ = run(tmp_path / "00", make_spec(start, ENTRIES, train=values))
-    plan, places, model = round_.read_plan(), find_open(round_), read_model(start)
-    batch = read_batch(round_)
-    states: dict[str, list[np.ndarray]] = {}
-    for step in (1, 2):
-        model.zero_grad()
-        model(**batch).loss.backward()
-        for name, value in model.named_parameters():
-            if name not in plan.trained:
-                continue
-            own = places.get(name, slice(None))
-            gradient = value.grad.double().numpy().ravel()[own]
-            first, second = states.setdefault(name, [np.zeros_like(gradient) for _ in range(2)])
-            first += 0.1 * (gradient - first)
-            second += 0.001 * (gradient**2 - second)
-            values = value.detach().double().numpy().ravel()
-            if not name.endswith(("bias", "norm.weight")):
-                values[own] *= 1 - LEARNING_RATE * decay
-            values[own] -= LEARNING_RATE * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
-            value.data = torch.from_numpy(values).float().view_as(value)
-    after = load_file(round_.checkpoint / "model.safetensors")
-    for name, value in model.named_parameters():
-        largest = np.abs(after[name].double().numpy() - value.detach().double().numpy()).max()
-        assert largest < 2e-5, (name, largest)
+    parts = round_.read_plan().entries
+    shapes = {name: (part.num_outputs, part.num_inputs) for name, part in parts.items()}
+    train_by_hand(round_, {name: np.unravel_index(places, shapes[name]) for name, places in find_open(round_).items()}, 0.1)
 
 
 def test_the_whole_share_is_full_fine_tuning(start: Path, tmp_path: Path):
     """At 1, matrices train whole; a little below, one entry in a thousand stays and all others are laid in."""
-    losses = []
-    for place, rule in enumerate(({}, ENTRIES, ENTRIES)):
-        spec = make_spec(start, rule | {"trainable_fraction": (1.0, 1.0, 0.999)[place]}, train={"logging_steps": 1})
-        losses.append([row["loss"] for row in run(tmp_path / str(place), spec).read_metrics()])
+    full = {"trainable_fraction": 1.0}
+    losses = read_all_losses(tmp_path, start, full, ENTRIES | full, ENTRIES | {"trainable_fraction": 0.999})
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0] == pytest.approx(losses[2], abs=2e-3)
 
@@ -154,54 +130,45 @@ def test_a_start_of_another_data_type_counts_as_converted_once(start: Path, tmp_
     assert verify_round(round_).passed
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"train": {"activation_checkpointing": True}},
-        pytest.param({"train": {"per_device_train_batch_size": 4}}, marks=pytest.mark.slow),
-        pytest.param({"checkpoint": CheckpointSection(format="delta")}, marks=pytest.mark.slow),
-        {"launch": LaunchSection(num_processes=1, offload="optimizer")},
-    ],
-    ids=["checkpointed", "accumulated", "delta", "offloaded"],
-)
+@OTHER_WAYS
 def test_other_ways_end_in_the_same_weights(done: Round, start: Path, tmp_path: Path, values: dict):
     round_ = run(tmp_path / "00", make_spec(start, ENTRIES, **values))
     assert verify_round(round_).passed
-    expected = load_file(done.checkpoint / "model.safetensors")
-    reader = CheckpointReader(round_.checkpoint, tuple(expected))
-    for name, value in expected.items():
-        assert torch.allclose(reader.read(name), value, rtol=0, atol=2e-6), (name, (reader.read(name) - value).abs().max())
+    compare_weights(round_, read_weights(done), 2e-6)
 
 
 def test_a_round_that_was_killed_ends_in_the_same_bits(done: Round, tmp_path: Path):
-    round_ = go_back(done, 2, tmp_path / "00")
-    run_round(round_, StopRequest(round_))
-    assert round_.read_result().resumed_from == 2
-    for path in ("checkpoint/model.safetensors", "quiet/bases.safetensors"):
-        assert (round_.folder / path).read_bytes() == (done.folder / path).read_bytes(), path
-    assert round_.read_plan() == done.read_plan()
+    assert_goes_on(done, 2, tmp_path / "00", "quiet/bases.safetensors")
 
 
 def test_preferences_refer_to_the_start(start: Path, tmp_path: Path):
-    """Every reference gives the same losses; the shared one copies what trains."""
-    losses = []
-    for reference in ("precompute", "shared"):
-        round_ = run(tmp_path / reference, make_pairs_spec(start, ENTRIES, reference))
-        losses.append([row["loss"] for row in round_.read_metrics()])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    """The shared reference copies what trains."""
+    round_ = compare_references(tmp_path, start, ENTRIES)
     assert round_.read_result().reference.num_bytes == 4 * round_.read_plan().num_trainable
+
+
+def test_a_delta_goes_on_no_other_base(tmp_path: Path):
+    """One weight of the base in another bit, frozen as it is: neither merged nor trained on."""
+    start = make_start(tmp_path / "start")
+    round_ = run(
+        tmp_path / "00", make_spec(start, ENTRIES, train={"max_steps": 1}, checkpoint=CheckpointSection(format="delta"))
+    )
+    weights = load_file(start / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].view(torch.int32)[0, 0] ^= 1
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    for use in (
+        lambda: merge_delta(round_.checkpoint, tmp_path / "merged"),
+        lambda: read_assignment(make_spec(round_.checkpoint, {})),
+    ):
+        with pytest.raises(ModelError, match=r"is not the base .* model.safetensors has other bytes") as caught:
+            use()
+        assert "bring the base back" in caught.value.fix
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_what_one_does(done: Round, start: Path, tmp_path: Path, stage: int):
-    launch = LaunchSection(num_processes=2, zero_stage=stage)
-    spec = make_spec(start, ENTRIES, launch=launch, train={"per_device_train_batch_size": 4})
-    round_ = Round(tmp_path / "00")
-    round_.folder.mkdir()
-    write_model(round_.spec_path, spec)
-    launch_round(round_, spec.launch, lambda progress: None)
-    assert verify_round(round_).passed
-    alone, both = (load_file(folder / "model.safetensors") for folder in (done.checkpoint, round_.checkpoint))
-    for name, value in alone.items():
-        assert torch.allclose(both[name], value, rtol=0, atol=2e-5), (name, (both[name] - value).abs().max())
+    ranks = LaunchSection(num_processes=2, zero_stage=stage)
+    spec = make_spec(start, ENTRIES, launch=ranks, train={"per_device_train_batch_size": 4})
+    compare_weights(launch(tmp_path / "00", spec), read_weights(done), 2e-5)

@@ -8,14 +8,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from training.quiet_rounds import (
     LEARNING_RATE,
+    OTHER_WAYS,
+    assert_goes_on,
+    compare_references,
+    compare_weights,
     go_back,
-    make_pairs_spec,
     make_spec,
     make_start,
+    read_all_losses,
     read_batch,
     read_inputs,
     read_model,
+    read_weights,
     run,
+    run_with_steps,
 )  # fmt: skip
 
 from hftcli.errors import InputError, ModelError
@@ -25,8 +31,6 @@ from hftcli.measuring.drift import draw_texts
 from hftcli.models.description import load_tokenizer
 from hftcli.models.division import draw_choices, write_bases
 from hftcli.models.proof import verify_round
-from hftcli.models.reader import CheckpointReader
-from hftcli.recipe.sections import CheckpointSection, LaunchSection
 from hftcli.runs.history import read_history
 from hftcli.runs.run import Round
 from hftcli.training.round import run_round
@@ -45,9 +49,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
-    """A round in blocks, within the matrix half, with all its step checkpoints."""
-    policy = CheckpointSection(save_steps=1, keep=9)
-    return run(tmp_path_factory.mktemp("quiet") / "00", make_spec(start, IN_BLOCKS, checkpoint=policy))
+    """In blocks, within the matrix half."""
+    return run_with_steps(tmp_path_factory.mktemp("quiet") / "00", start, IN_BLOCKS)
 
 
 def test_what_is_open_is_what_earlier_inputs_use_least(done: Round, start: Path):
@@ -116,10 +119,8 @@ def block_diagonal(basis_NWR: np.ndarray) -> np.ndarray:
     "grain", ["directions", pytest.param(["matrices", "directions"], marks=pytest.mark.slow)], ids=["directions", "both"]
 )
 def test_the_whole_share_is_full_fine_tuning(start: Path, tmp_path: Path, grain: object):
-    losses = []
-    for place, rule in enumerate(({}, {"grain": grain, "blocks": 16})):
-        spec = make_spec(start, {"trainable_fraction": 1.0} | rule, train={"logging_steps": 1})
-        losses.append([row["loss"] for row in run(tmp_path / str(place), spec).read_metrics()])
+    full = {"trainable_fraction": 1.0}
+    losses = read_all_losses(tmp_path, start, full, full | {"grain": grain, "blocks": 16})
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -158,33 +159,16 @@ def test_a_planted_change_is_found(tmp_path: Path, dtype: torch.dtype):
     assert [leaked.partition(" ")[0] for leaked in verify_round(round_).leaked] == [name]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"train": {"activation_checkpointing": True}},
-        {"train": {"per_device_train_batch_size": 4}},
-        {"checkpoint": CheckpointSection(format="delta")},
-        {"launch": LaunchSection(num_processes=1, offload="optimizer")},
-    ],
-    ids=["checkpointed", "accumulated", "delta", "offloaded"],
-)
+@OTHER_WAYS
 def test_other_ways_end_in_the_same_weights(done: Round, start: Path, tmp_path: Path, values: dict):
     round_ = run(tmp_path / "00", make_spec(start, IN_BLOCKS, **values))
     assert verify_round(round_).passed
-    expected = load_file(done.checkpoint / "model.safetensors")
-    reader = CheckpointReader(round_.checkpoint, tuple(expected))
-    for name, value in expected.items():
-        assert torch.allclose(reader.read(name), value, rtol=0, atol=2e-6), (name, (reader.read(name) - value).abs().max())
+    compare_weights(round_, read_weights(done), 2e-6)
 
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_round_that_was_killed_ends_in_the_same_bits(done: Round, tmp_path: Path, step: int):
-    round_ = go_back(done, step, tmp_path / "00")
-    run_round(round_, StopRequest(round_))
-    assert round_.read_result().resumed_from == step
-    for path in ("checkpoint/model.safetensors", "quiet/bases.safetensors", "quiet/moments.safetensors"):
-        assert (round_.folder / path).read_bytes() == (done.folder / path).read_bytes(), path
-    assert round_.read_plan() == done.read_plan()
+    assert_goes_on(done, step, tmp_path / "00", "quiet/bases.safetensors", "quiet/moments.safetensors")
 
 
 def test_rounds_add_what_they_read(done: Round, start: Path, tmp_path: Path):
@@ -229,16 +213,11 @@ def test_a_bases_file_of_another_plan_is_refused(done: Round, tmp_path: Path):
 
 
 def test_preferences_refer_to_the_start(start: Path, tmp_path: Path):
-    """Every reference gives the same losses; the shared one copies only what trains whole."""
-    losses, copied = [], {}
-    for reference in ("precompute", "shared"):
-        round_ = run(tmp_path / reference, make_pairs_spec(start, IN_BLOCKS, reference))
-        losses.append([row["loss"] for row in round_.read_metrics()])
-        copied[reference] = round_.read_result().reference.num_bytes
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    """The shared reference copies only what trains whole."""
+    round_ = compare_references(tmp_path, start, IN_BLOCKS)
     plan = round_.read_plan()
     directed = sum(parts.num_trainable for parts in plan.directions.values())
-    assert copied["shared"] == 4 * (plan.num_trainable - directed)
+    assert round_.read_result().reference.num_bytes == 4 * (plan.num_trainable - directed)
 
 
 def test_directions_at_random_are_a_control(start: Path, tmp_path: Path):

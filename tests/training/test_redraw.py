@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 import torch
 from freezing.families import CONFIGS, build_units
-from safetensors.torch import load_file
-from training.quiet_rounds import LEARNING_RATE, go_back, make_spec, make_start, read_batch, read_model, run
+from training.quiet_rounds import (
+    LEARNING_RATE,
+    go_back,
+    launch,
+    make_spec,
+    make_start,
+    read_all_losses,
+    read_batch,
+    read_model,
+    read_weights,
+    run,
+)  # fmt: skip
 
 from hftcli.errors import InputError
 from hftcli.freezing.redrawing import list_blocks, list_draws, plan_largest, settle_every
@@ -19,8 +29,6 @@ from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
-from hftcli.runs.files import write_model
-from hftcli.runs.run import Round
 from hftcli.training.reading import read_assignment
 from hftcli.training.round import run_round
 
@@ -30,10 +38,6 @@ LAYERS = {"group": "layer", "embeddings": "freeze", "head": "freeze"}  # of two:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_start(tmp_path_factory.mktemp("redraw") / "start")
-
-
-def read_weights(round_: Round) -> dict[str, torch.Tensor]:
-    return load_file(round_.checkpoint / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -74,10 +78,8 @@ def test_four_steps_by_hand(start: Path, tmp_path: Path, every: int, states: str
 
 @pytest.mark.parametrize("rule", [{"redraw": {"every": 1}}, {"group": "layer", "redraw": {"every": 2, "order": "cyclic"}}])
 def test_all_at_once_is_full_fine_tuning(start: Path, tmp_path: Path, rule: dict):
-    losses = []
-    for place, redrawn in enumerate(({}, rule)):
-        spec = make_spec(start, {"trainable_fraction": 1.0} | redrawn, train={"logging_steps": 1})
-        losses.append([row["loss"] for row in run(tmp_path / str(place), spec).read_metrics()])
+    full = {"trainable_fraction": 1.0}
+    losses = read_all_losses(tmp_path, start, full, full | rule)
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -178,11 +180,7 @@ def test_two_processes_train_what_one_does_and_go_on(start: Path, tmp_path: Path
         start, rule, launch=LaunchSection(num_processes=2, zero_stage=0), train={"per_device_train_batch_size": 4},
         checkpoint=policy,
     )  # fmt: skip
-    round_ = Round(tmp_path / "01")
-    round_.folder.mkdir()
-    write_model(round_.spec_path, spec)
-    launch_round(round_, spec.launch, lambda progress: None)
-    assert verify_round(round_).passed
+    round_ = launch(tmp_path / "01", spec)
     alone, both = read_weights(run(tmp_path / "00", make_spec(start, rule))), read_weights(round_)
     assert max((alone[name] - both[name]).abs().max().item() for name in alone) < 2e-5
     resumed = go_back(round_, 2, tmp_path / "02")

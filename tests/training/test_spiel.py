@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.quiet_rounds import LEARNING_RATE, go_back, make_spec, make_start, read_batch, read_model, run
+from training.quiet_rounds import LEARNING_RATE, go_back, launch, make_spec, make_start, read_batch, read_model, run
 
 from hftcli.errors import InputError, RecipeError
 from hftcli.launching.planning import check_pull
 from hftcli.launching.processes import StopRequest
-from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
-from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
 from hftcli.training.round import run_round
 
@@ -191,13 +189,8 @@ def test_two_ranks_train_what_one_does(start: Path, tmp_path: Path):
     """Data parallel, without pieces, through one exchange; of places on a border, rounding may decide a few."""
     train = TRAIN | {"max_steps": 8}
     alone = run(tmp_path / "00", make_spec(start, SPIEL, train=train))
-    launch = LaunchSection(num_processes=2, zero_stage=0)
-    spec = make_spec(start, SPIEL, launch=launch, train=train | {"per_device_train_batch_size": 8})
-    round_ = Round(tmp_path / "01")
-    round_.folder.mkdir()
-    write_model(round_.spec_path, spec)
-    launch_round(round_, spec.launch, lambda progress: None)
-    assert verify_round(round_).passed
+    ranks = LaunchSection(num_processes=2, zero_stage=0)
+    round_ = launch(tmp_path / "01", make_spec(start, SPIEL, launch=ranks, train=train | {"per_device_train_batch_size": 8}))
     first, second = (load_file(own.checkpoint / "model.safetensors") for own in (alone, round_))
     places = [load_file(own.entries_path) for own in (alone, round_)]
     unlike = [len(set(own.tolist()) - set(places[1][name].tolist())) / len(own) for name, own in places[0].items()]
