@@ -17,15 +17,18 @@ PeftKind = Literal[
     "UNILORA", "VBLORA", "VERA", "WAVEFT",
 ]  # fmt: skip
 # Others that are asked for, and why they are not carried.
-PROMPTS = "adds tokens or states, which no weights can hold: a round leaves a plain model, and there is nothing to merge"
+PROMPTS = (
+    "adds tokens or states, which no weights can hold: a round leaves a plain model, and there is nothing to merge: take LORA, "
+    "or for as few weights VERA, IA3 or LN_TUNING"
+)
 OTHER_KINDS = {
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "CARTRIDGE"), PROMPTS),
     "ADAPTION_PROMPT": PROMPTS,
     "QLORA": "holds the weights in 4 bits, and hft merges into the start's own weights and proves the others bit for bit: take "
     "LORA, whose frozen weights are held in bfloat16",
-    "XLORA": "mixes adapters by the input, so that they cannot be merged",
-    "POLY": "mixes adapters by the task, so that they cannot be merged",
-    "LILY": "does not merge",
+    "XLORA": "mixes adapters by the input, so that they cannot be merged: take LORA",
+    "POLY": "mixes adapters by the task, so that they cannot be merged: take LORA",
+    "LILY": "shares factors between layers and does not merge in PEFT: take LORA, or VERA, which shares them and merges",
 }
 
 

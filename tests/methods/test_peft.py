@@ -162,8 +162,9 @@ def test_keys_that_peft_does_not_take_are_named(given: dict, said: str):
     ("given", "said"),
     [
         ("{type: LORRA}", "did you mean LORA"),
-        ("{type: prompt-tuning}", "PROMPT_TUNING adds tokens or states, which no weights can hold"),
-        ("{type: QLORA}", "QLORA holds the weights in 4 bits"),
+        ("{type: prompt-tuning}", "PROMPT_TUNING adds tokens or states, which no weights can hold.*: take LORA"),
+        ("{type: LILY}", "does not merge in PEFT: take LORA"),
+        ("{type: QLORA}", "QLORA holds the weights in 4 bits.*: take LORA"),
         ("{}", "method.peft.type is missing"),
         ("{type: LORA}', 'method.ia3={}", "each trains something of its own"),
     ],
