@@ -164,9 +164,13 @@ class FreezeRule(BaseModel):
     """Decay to the start, in every step of the optimizer (L2-SP as AdamW does it). Keeps a float32 copy of what trains, which
     `hft plan` does not count; step checkpoints hold it as well."""
 
-    average: Annotated[float | None, Field(gt=0, lt=1, exclude_if=lambda value: value is None)] = None
+    average: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | Literal["dynamic"] | None, Field(exclude_if=lambda value: value is None)
+    ] = None
     """Leave the exponential moving average of what trained, from the start on, with this share of the old average in every
-    step, such as 0.99. Keeps a float32 copy, as `freeze.pull` does."""
+    step, such as 0.99. `dynamic` measures each tensor's share anew in every step, by slope and curvature of the loss, as LCIA
+    (arXiv 2410.10868) means it, but alike for tensors of any size; 0.99 is its control. Keeps a float32 copy, as `freeze.pull`
+    does; `dynamic`, for one process or ZeRO 0, also one of the gradients, and for a moment a third."""
 
     interpolate: Annotated[float, Field(gt=0, le=1, exclude_if=lambda value: value == 1)] = 1.0
     """Share of its way from the start that what trained keeps at the end of a round (WiSE-FT, arXiv 2109.01903). A next round

@@ -188,7 +188,7 @@ def list_checkpointing(num_layers: int) -> Iterator[int | None]:
 
 
 def check_pull(spec: RoundSpec) -> None:
-    """Raises: InputError: several processes cannot pull whole tensors, or redraw what trains."""
+    """Raises: InputError: several processes cannot pull or average by whole tensors, or redraw what trains."""
     if spec.freeze.redraw is not None and spec.launch.num_ranks > 1 and spec.launch.zero_stage > 0:
         raise InputError(
             f"freeze.redraw changes what trains within the round, and under launch.zero_stage {spec.launch.zero_stage} "
@@ -207,6 +207,12 @@ def check_pull(spec: RoundSpec) -> None:
             f"freeze.pull.selective looks at whole tensors, and under launch.zero_stage {launch.zero_stage} each process steps "
             "on flat pieces of them",
             "set freeze.pull.selective: false, which goes with every stage, or launch.zero_stage: 0 with train.bf16: false",
+        )
+    if spec.freeze.average == "dynamic" and launch.num_ranks > 1 and launch.zero_stage > 0:
+        raise InputError(
+            f"freeze.average: dynamic measures whole tensors, and under launch.zero_stage {launch.zero_stage} each process "
+            "steps on flat pieces of them",
+            "set freeze.average: 0.99, which goes with every stage, or launch.zero_stage: 0 with train.bf16: false",
         )
 
 

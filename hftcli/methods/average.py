@@ -1,13 +1,22 @@
 """The exponential moving average of a round: what it leaves is the mean of the weights on their way, newest first.
 
-theta* <- decay theta* + (1 - decay) theta after every step of the optimizer, from the round's start, in float32; at the end
-theta* takes the place of theta. It is no method of the recipe's section `method`, but what `freeze.average` means. TRL's own
-callback averages all parameters of a model or none, and so fails where some are frozen.
+theta* <- (1 - a) theta* + a theta after every step of the optimizer, from the round's start, in float32; at the end theta*
+takes the place of theta. It is no method of the recipe's section `method`, but what `freeze.average` means: with a number, a is
+one less it. TRL's own callback averages all parameters of a model or none, and so fails where some are frozen.
+
+With `dynamic`, each tensor has an a of its own in every step, after LCIA (arXiv 2410.10868): how far the loss's curvature lets
+theta* go towards theta,
+
+    a = |g| |theta - theta_before| / (|theta - theta*| |g - g_before|)    where that lies between 0 and 1, and else 0.01
+
+with sums of sizes |.|, g the gradient of the step and g_before that of the one before. The paper has slope and curvature in the
+same places, but takes 2 (1 + |g|) / (|theta - theta*| |g - g_before|), whose curvature is not divided by the step that it was
+seen over: that falls with the number of a tensor's weights, and leaves (0, 1) where these are few.
 
 The average is of what the optimizer steps on: whole tensors, or a rank's flat pieces under DeepSpeed. Step checkpoints hold it.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer
@@ -19,17 +28,21 @@ from hftcli.recipe.section import Section
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
 
+LEAST_SHARE = 0.01  # what a step counts where nothing says more
+
 
 class Average(Method):
     """All that trains ends as its moving average."""
 
     leaves_another_model = True
 
-    def __init__(self, spec: RoundSpec, decay: float):
+    def __init__(self, spec: RoundSpec, decay: float | Literal["dynamic"]):
         super().__init__(spec, Section())
         self.decay = decay
         self.means: dict[torch.Tensor, torch.Tensor] = {}  # by what the optimizer steps on, in its order
-        self.remembered: list[torch.Tensor] = []  # of a step checkpoint, in the same order
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}  # of the step before, where the share is dynamic
+        self.before: dict[torch.Tensor, torch.Tensor] = {}  # what there was before the step that is on its way
+        self.remembered: list[tuple[torch.Tensor, ...]] = []  # of a step checkpoint, in the same order: of both
 
     def start(self, trainer: Trainer) -> None:
         """Have the optimizer call before and after its steps: under DeepSpeed it takes one for each piece."""
@@ -42,22 +55,41 @@ class Average(Method):
         """Before the first step the average is what there is; going on, what was remembered."""
         for values in (values for group in optimizer.param_groups for values in group["params"]):
             if values not in self.means:
-                mean = self.remembered.pop(0).to(values.device) if self.remembered else values.detach().clone()
-                self.means[values] = mean
+                mean, *gradient = self.remembered.pop(0) if self.remembered else (values.detach().clone(),)
+                self.means[values] = mean.to(values.device)
+                self.gradients.update((values, earlier.to(values.device)) for earlier in gradient)
+            if self.decay == "dynamic":
+                self.before[values] = values.detach().clone()
 
     @torch.no_grad()
     def go_on(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step: take its weights in."""
         for values in (values for group in optimizer.param_groups for values in group["params"]):
-            self.means[values].lerp_(values, 1 - self.decay)
+            share = self._find_share(values) if self.decay == "dynamic" else 1 - self.decay
+            self.means[values].lerp_(values, share)
 
-    def recall(self) -> list[torch.Tensor]:
-        """The average so far."""
-        return [mean.cpu() for mean in self.means.values()]
+    def _find_share(self, values: torch.Tensor) -> float:
+        """What the step of a tensor counts, by how the gradient changed over the step before."""
+        before, earlier = self.before.pop(values), self.gradients.get(values)
+        if values.grad is None:
+            return LEAST_SHARE
+        gradient = self.gradients[values] = values.grad.detach().float().clone()
+        if earlier is None:
+            return LEAST_SHARE
+        slope, change = gradient.abs().sum(), (gradient - earlier).abs().sum()
+        moved, distance = (values - before).abs().sum(), (values - self.means[values]).abs().sum()
+        share = float(slope * moved / (distance * change))
+        return share if 0 < share < 1 else LEAST_SHARE  # and where it is no number
+
+    def recall(self) -> list[torch.Tensor] | list[tuple[torch.Tensor, ...]]:
+        """The average so far, and what the next share is measured by."""
+        if self.decay != "dynamic":
+            return [mean.cpu() for mean in self.means.values()]
+        return [tuple(kept[values].cpu() for kept in (self.means, self.gradients) if values in kept) for values in self.means]
 
     def restore(self, recalled: Any) -> None:
         """Take it up again."""
-        self.remembered = list(recalled)
+        self.remembered = [kept if isinstance(kept, tuple) else (kept,) for kept in recalled]
 
     @torch.no_grad()
     def finish(self, trainer: Trainer, round_: Round) -> None:

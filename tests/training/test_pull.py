@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.quiet_rounds import LEARNING_RATE, go_back, make_spec, make_start, read_batch, read_model, run
+from training.quiet_rounds import (
+    LEARNING_RATE,
+    compare_weights,
+    go_back,
+    launch,
+    make_spec,
+    make_start,
+    read_batch,
+    read_model,
+    read_weights,
+    run,
+)  # fmt: skip
 
 from hftcli.errors import InputError
 from hftcli.launching.planning import check_pull
 from hftcli.launching.processes import StopRequest
-from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
-from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
 from hftcli.training.round import run_round
 
@@ -29,10 +38,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Round:
     return run(tmp_path_factory.mktemp("plain") / "00", make_spec(start, {}))
-
-
-def read_weights(round_: Round) -> dict[str, torch.Tensor]:
-    return load_file(round_.checkpoint / "model.safetensors")
 
 
 @pytest.mark.parametrize("selective", [False, True])
@@ -97,13 +102,7 @@ def test_a_round_that_was_killed_ends_in_the_same_bits(start: Path, plain: Round
 def test_pieces_are_held_as_the_whole_is(start: Path, tmp_path: Path, stage: int, rule: dict):
     spec = make_spec(start, rule, launch=LaunchSection(num_processes=2, zero_stage=stage))
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"per_device_train_batch_size": 4})})
-    round_ = Round(tmp_path / "01")
-    round_.folder.mkdir()
-    write_model(round_.spec_path, spec)
-    launch_round(round_, spec.launch, lambda progress: None)
-    assert verify_round(round_).passed
-    alone, pieces = read_weights(run(tmp_path / "00", make_spec(start, rule))), read_weights(round_)
-    assert max((alone[name] - pieces[name]).abs().max().item() for name in alone) < 2e-5
+    compare_weights(launch(tmp_path / "01", spec), read_weights(run(tmp_path / "00", make_spec(start, rule))), 2e-5)
 
 
 def test_a_part_of_the_way_is_kept(start: Path, plain: Round, tmp_path: Path):
@@ -132,6 +131,52 @@ def test_the_moving_average_is_left_and_goes_on(start: Path, tmp_path: Path):
         assert resumed.read_result().resumed_from == step
         weights = read_weights(resumed)
         assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_an_average_whose_share_is_measured(start: Path, tmp_path: Path):
+    """By hand in float64, with Adam's steps; both kinds of share are met; killed and resumed, the same bits."""
+    policy = CheckpointSection(save_steps=1, keep=9)
+    values = {"max_steps": 5, "global_batch_size": 16, "per_device_train_batch_size": 16}
+    done = run(tmp_path / "00", make_spec(start, {"average": "dynamic"}, checkpoint=policy, train=values))
+    model, batch = read_model(start), read_batch(done)
+    named = {name: value for name, value in model.named_parameters() if name in done.read_plan().trained}
+    means = {name: value.detach().double().numpy().copy() for name, value in named.items()}
+    states = {name: [np.zeros_like(mean) for _ in range(2)] for name, mean in means.items()}
+    earlier, shares = {}, []
+    for step in range(1, 6):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, value in named.items():
+            gradient, before = value.grad.double().numpy().copy(), value.detach().double().numpy()
+            first, second = states[name]
+            first += 0.1 * (gradient - first)
+            second += 0.001 * (gradient**2 - second)
+            after = before - LEARNING_RATE * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            share = 0.01
+            if name in earlier:
+                slope, curvature = np.abs(gradient).sum(), np.abs(gradient - earlier[name]).sum() / np.abs(after - before).sum()
+                shares.append(slope / (curvature * np.abs(after - means[name]).sum()))
+                share = shares[-1] if shares[-1] < 1 else 0.01
+            means[name] += share * (after - means[name])
+            earlier[name], value.data = gradient, torch.from_numpy(after).float()
+    assert min(shares) < 0.7 < 1 < max(shares)
+    found = read_weights(done)
+    for name, mean in means.items():
+        assert np.abs(found[name].double().numpy() - mean).max() < 2e-5, name
+    assert verify_round(done).passed
+    for step in (1, 3, 5):
+        resumed = go_back(done, step, tmp_path / str(step))
+        run_round(resumed, StopRequest(resumed))
+        assert resumed.read_result().resumed_from == step
+        weights = read_weights(resumed)
+        assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_shares_of_whole_tensors_are_refused_for_pieces(start: Path):
+    for stage in (1, 2, 3):
+        with pytest.raises(InputError, match="freeze.average: dynamic measures whole tensors"):
+            check_pull(make_spec(start, {"average": "dynamic"}, launch=LaunchSection(num_processes=2, zero_stage=stage)))
+    check_pull(make_spec(start, {"average": 0.9}, launch=LaunchSection(num_processes=2, zero_stage=3)))
 
 
 def test_selection_by_whole_tensors_is_refused_for_pieces(start: Path):
