@@ -16,8 +16,8 @@ weigh_tokens      what a token counts in the loss                              t
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
-recall, restore   what a step checkpoint keeps                                 gem, agem, peft, pull, average, redraw, spiel
-end_step          after a step of the optimizer                                quiet, spiel, peft, redraw
+recall, restore   what a step checkpoint keeps            gem, agem, peft, pull, average, redraw, spiel, token_weights
+end_step          after a step of the optimizer                                quiet, spiel, peft, redraw, token_weights
 finish            after the last step, before the checkpoint is written        ewc, adapters, and all of `freeze` but pull
 list_merged       after `finish`: what was merged, where the model rounds it   adapters, quiet, redraw, interpolation
 """

@@ -5,16 +5,24 @@
     eaft    H / ln 20, at most 1 the entropy of what could stand there (arXiv 2601.02151, which takes it over the 20 likeliest
                                  tokens; here it is over all)
     stm     1 or 0               whether the start of the round found it likely enough: 1 / p at most 2.5 (arXiv 2501.14315)
+    psft    p / q, or 0          q, its probability up to 8 steps before; 0 where p / q is above 1.28 (arXiv 2508.17784)
 
 Each with `strength` as an exponent: 0 is plain training. A weight has no gradient, and the loss stays a sum over the trained
-tokens of a step divided by their number, so that weights below 1 make a step smaller. For `stm` the start reads every batch
-once more: the model itself, with a copy of what trains laid in.
+tokens of a step divided by their number, so that weights below 1 make a step smaller.
+
+Proximal SFT maximizes min(p / q, clip(p / q, 1 - 0.2, 1 + 0.28)), PPO's objective with an advantage of 1, of which the lower
+bound never binds. Its gradient is that of log p with the weight above, so that the loss that is shown is comparable with the
+others', and its step is the paper's. In the authors' code (zwhong714/PSFT) q is taken anew for every 256 rows, on which 8 steps
+are taken.
+
+For `stm` and `psft` the model as it was reads every batch once more: the model itself, with a copy of what trained laid in.
 
 Shapes: B rows of a micro-batch, T tokens but for the first, N of them that some row trains on.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer
@@ -33,6 +41,7 @@ class TokenWeights(Method):
 
     section: TokenWeightsSection
     copy: StartCopy | None = None
+    num_steps = 0
 
     def __init__(self, spec: RoundSpec, section: TokenWeightsSection):
         super().__init__(spec, section)
@@ -41,16 +50,37 @@ class TokenWeights(Method):
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains, where the start is asked: a step checkpoint has moved from there."""
         if self.asks_start:
-            self.copy = StartCopy(model)
+            self.copy = StartCopy(model, moves=self.renews)
+
+    @property
+    def renews(self) -> bool:
+        """Whether the copy does not stay at the start of the round."""
+        return self.section.kind == "psft" and self.section.snapshot_steps is not None
+
+    def recall(self) -> Any:
+        """The copy, where it is no more the start, and the steps so far."""
+        return {"num_steps": self.num_steps, "copy": self.copy.recall()} if self.renews and self.copy is not None else None
+
+    def restore(self, recalled: Any) -> None:
+        """Take the copy of the stopped round."""
+        if recalled is not None and self.copy is not None:
+            self.num_steps = recalled["num_steps"]
+            self.copy.restore(recalled["copy"])
 
     def start(self, trainer: Trainer) -> None:
         """Take the copy to where the model trains."""
         if self.copy is not None:
             self.copy.move()
 
+    def end_step(self) -> None:
+        """Copy the model anew after every so many steps."""
+        self.num_steps += 1
+        if self.renews and self.copy is not None and self.num_steps % (self.section.snapshot_steps or 1) == 0:
+            self.copy.renew()
+
     @torch.no_grad()
     def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
-        """How likely the start finds the tokens of a batch."""
+        """How likely the model as it was finds the tokens of a batch."""
         assert self.copy is not None
         targets_BT = inputs["labels"][:, 1:].clamp(min=0)
         log_probs_BNV = self.copy.ask(model, inputs, columns_N)
@@ -60,9 +90,14 @@ class TokenWeights(Method):
     def weigh_tokens(self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:
         """What each trained token counts, (B, T); anything where none is trained."""
         log_probs_BT = log_probs_BT.detach().float()
+        if self.section.kind in ("stm", "psft") and not self.section.strength:
+            return torch.ones_like(log_probs_BT)
+        if self.section.kind == "psft":
+            ratios_BT = (log_probs_BT - self.start_log_probs_BT).exp()
+            return torch.where(ratios_BT <= 1 + self.section.clip, ratios_BT.pow(self.section.strength), 0)
         if self.section.kind == "stm":
             is_known_BT = -self.start_log_probs_BT <= math.log(self.section.max_perplexity)
-            return is_known_BT.float() if self.section.strength else torch.ones_like(log_probs_BT)
+            return is_known_BT.float()
         if self.section.kind == "dft":
             logs_BT = log_probs_BT
         elif self.section.kind == "talr":

@@ -15,11 +15,12 @@ from hftcli.models.directed import DirectedLinear
 class StartCopy:
     """What trains of a model as it is now. Every rank must hold whole parameters: not ZeRO 3.
 
-    What trains in directions has its start beside it, and is not copied.
+    Args:
+        moves: whether the copy is to be renewed; else what trains in directions has its start beside it, and is not copied.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        self.directed = [layer for layer in model.modules() if isinstance(layer, DirectedLinear)]
+    def __init__(self, model: torch.nn.Module, moves: bool = False):
+        self.directed = [layer for layer in model.modules() if isinstance(layer, DirectedLinear) and not moves]
         held = {layer.change for layer in self.directed}
         trained = [value for value in model.parameters() if value.requires_grad and value not in held]
         self.copies = [(value, value.detach().clone()) for value in trained]
@@ -32,6 +33,20 @@ class StartCopy:
     def move(self) -> None:
         """Take the copy to where the model trains, in its data type there."""
         self.copies = [(value, copy.to(value.device, value.dtype)) for value, copy in self.copies]
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Copy the model as it is by now."""
+        for value, copy in self.copies:
+            copy.copy_(value)
+
+    def recall(self) -> list[torch.Tensor]:
+        """The copy, on the CPU."""
+        return [copy.cpu() for _, copy in self.copies]
+
+    def restore(self, recalled: list[torch.Tensor]) -> None:
+        """Take up what `recall` gave, of a model of the same plan."""
+        self.copies = [(value, copy.clone()) for (value, _), copy in zip(self.copies, recalled, strict=True)]
 
     def ask(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the start at some places of a batch, (B, N, V) in float32.

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from hftcli.recipe.levers import check_levers
 from hftcli.recipe.methods import ADAPTERS, GRAINLESS_METHODS, ROW_METHODS, SEQUENCE_METHODS
 from hftcli.recipe.recipe import Objective, Recipe
 from hftcli.recipe.section import list_kinds, open_section
@@ -241,11 +242,8 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 "trains no matrix: drop one of the two"
             )
     yield from _check_holds(recipe, source)
-    yield from _check_anchor(recipe, objective, source)
     yield from _check_redraw(recipe, source)
-    yield from _check_self_replay(recipe, objective, source)
-    if recipe.method.token_weights is not None:
-        yield from _check_token_weights(recipe, objective, source)
+    yield from check_levers(recipe, objective, source)
     for key in ("blocks", "keep", "part"):
         if getattr(recipe.freeze, key) is not None and not (recipe.freeze.divides or recipe.method.open_fraction):
             others, grain = "directions" if key == "blocks" else "directions or columns", recipe.freeze.grain_name
@@ -280,19 +278,6 @@ def _check_holds(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
         )
 
 
-def _check_anchor(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
-    """Settings with which the start cannot be laid in, or not be compared."""
-    place, train = source.place(("method", "anchor")), recipe.train
-    if recipe.method.anchor is None:
-        return
-    if objective == "dpo":
-        yield f"{place}: method.anchor holds what rows are taught on, and `hft dpo` has a reference of its own: drop it"
-    if train.loss_kernel == "chunked":
-        yield f"{place}: method.anchor reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
-    if train.extra.get("label_smoothing_factor"):
-        yield f"{place}: method.anchor would have no effect beside train.label_smoothing_factor: drop one of the two"
-
-
 def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """What counts on one trained half for the whole round."""
     redraw, optim = recipe.freeze.redraw, recipe.train.extra.get("optim", "adamw_torch_fused")
@@ -319,36 +304,6 @@ def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
         yield (
             f"{source.place(('train', 'warmup_steps'))}: train.warmup_steps is {recipe.train.warmup_steps:g}, and with "
             "freeze.redraw.schedule cycle the whole first cycle would have a learning rate of 0: set train.warmup_steps: 0"
-        )
-
-
-def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
-    """Rows that texts cannot stand among."""
-    place, replay = source.place(("method", "self_replay")), recipe.method.replay
-    if recipe.method.self_replay is None:
-        return
-    if objective == "dpo":
-        yield f"{place}: method.self_replay adds texts, and `hft dpo` trains on pairs: drop it"
-    if replay is not None and replay.when == "after":
-        yield f"{place}: method.self_replay mixes texts in, and method.replay.when: after lays rows in order: drop one"
-
-
-def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
-    """Losses that are no sum over tokens which could count more or less."""
-    place, extra = source.place(("method", "token_weights")), recipe.train.extra
-    section = recipe.method.token_weights
-    is_default = section is None or section.max_perplexity == type(section).model_fields["max_perplexity"].default
-    if section and not is_default and not section.asks_start:
-        yield f"{place}: method.token_weights.max_perplexity would have no effect beside kind {section.kind}: drop it"
-    if objective == "dpo":
-        yield f"{place}: method.token_weights weighs the tokens of answers, and `hft dpo` compares whole answers: drop it"
-    if extra.get("loss_type", "nll") != "nll":
-        other = f"train.loss_type {extra['loss_type']}"
-        yield f"{place}: method.token_weights and {other} both weigh the tokens: drop one of the two"
-    if extra.get("label_smoothing_factor"):
-        yield (
-            f"{place}: method.token_weights would have no effect beside train.label_smoothing_factor, whose loss is TRL's own: "
-            "drop one of the two"
         )
 
 

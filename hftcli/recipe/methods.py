@@ -157,11 +157,12 @@ class Ia3Section(Section):
 class TokenWeightsSection(Section):
     """Tokens that contradict what the model knows count less in the loss."""
 
-    kind: Literal["dft", "talr", "eaft", "stm"]
+    kind: Literal["dft", "talr", "eaft", "stm", "psft"]
     """By what a token counts: `dft` its probability (arXiv 2508.05629); `talr` its probability to the power of one over the
     median of the mean losses of a micro-batch's rows (arXiv 2509.20758); `eaft` the entropy of what could stand in its place as
     a share of that of 20 equally likely tokens, at most 1 (arXiv 2601.02151); `stm` not at all where the start of the round
-    finds it too surprising (arXiv 2501.14315)."""
+    finds it too surprising (arXiv 2501.14315); `psft` the ratio of its probability to that some steps before, and not at all
+    once that has grown enough, as PPO clips it (arXiv 2508.17784)."""
 
     strength: Annotated[float, Field(ge=0)] = 1.0
     """Exponent of the weights; 0 is plain training."""
@@ -169,10 +170,17 @@ class TokenWeightsSection(Section):
     max_perplexity: Annotated[float, Field(gt=1)] = 2.5
     """For `stm`: the largest 1 / p of a token that is trained."""
 
+    clip: Annotated[float, Field(gt=0)] = 0.28
+    """For `psft`: a token is trained until its probability has grown by this share; the upper clip of the authors' runs."""
+
+    snapshot_steps: Annotated[int, Field(ge=1)] | None = 8
+    """For `psft`: optimizer steps after which the probabilities to which others are compared are taken anew; in the authors'
+    runs 256 rows in 8 steps of 32. With 1, training is plain; null leaves them at the start of the round."""
+
     @property
     def asks_start(self) -> bool:
-        """Whether the start of the round reads every batch as well."""
-        return self.kind == "stm"
+        """Whether the model as it was reads every batch as well."""
+        return self.kind in ("stm", "psft")
 
 
 class SelfReplaySection(Section):
@@ -237,7 +245,7 @@ class MethodSection(Section):
     """A penalty on the divergence from what the start of the round expects, token by token (arXiv 2509.23753)."""
 
     token_weights: TokenWeightsSection | None = None
-    """Tokens that contradict what the model knows count less: DFT, TALR or EAFT."""
+    """Tokens that contradict what the model knows count less: DFT, TALR, EAFT, STM or Proximal SFT."""
 
     peft: PeftSection | None = None
     """Any adapter of PEFT's that merges: `{type: LORA, use_dora: true}`."""

@@ -6,15 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from end_to_end.running import assert_same
 from methods.rounds import START, make_spec
+from training.quiet_rounds import go_back, make_start, run
+from training.quiet_rounds import make_spec as make_round_spec
 from transformers import AutoModelForCausalLM
 
 from hftcli import PACKAGE
+from hftcli.launching.processes import StopRequest
 from hftcli.methods.token_weights import TokenWeights
-from hftcli.recipe.methods import TokenWeightsSection
+from hftcli.recipe.methods import MethodSection, TokenWeightsSection
+from hftcli.recipe.sections import CheckpointSection
 from hftcli.training.loss import find_columns, set_loss_kernel, shape_loss
+from hftcli.training.round import run_round
 
-KINDS = ("dft", "talr", "eaft", "stm")
+KINDS = ("dft", "talr", "eaft", "stm", "psft")
 EMBEDDED = PACKAGE / "tinyworld" / "model"
 
 
@@ -23,8 +29,12 @@ def make_method(kind: str, strength: float = 1.0) -> TokenWeights:
     return TokenWeights(make_spec({"token_weights": section}), TokenWeightsSection(**section))
 
 
-def weigh_by_hand(kind: str, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Weights of the papers, token by token; 0 where nothing is trained."""
+def weigh_by_hand(kind: str, logits_BTV: torch.Tensor, labels_BT: torch.Tensor, then_BTV: torch.Tensor) -> torch.Tensor:
+    """Weights of the papers, token by token; 0 where nothing is trained.
+
+    Args:
+        then_BTV: logits of the model as it was.
+    """
     weights = torch.zeros(labels_BT.shape, dtype=torch.float64)
     means = []
     for row, labels in zip(logits_BTV, labels_BT, strict=True):
@@ -35,7 +45,11 @@ def weigh_by_hand(kind: str, logits_BTV: torch.Tensor, labels_BT: torch.Tensor) 
         probabilities = logits_BTV[b, t].softmax(-1)
         p = probabilities[labels_BT[b, t]].item()
         entropy = -sum(value * math.log(value) for value in probabilities.tolist() if value > 0)
-        all_kinds = {"dft": p, "talr": p ** (1 / tau), "eaft": min(entropy / math.log(20), 1), "stm": float(1 / p <= 2.5)}
+        q = then_BTV[b, t].softmax(-1)[labels_BT[b, t]].item()
+        all_kinds = {
+            "dft": p, "talr": p ** (1 / tau), "eaft": min(entropy / math.log(20), 1), "stm": float(1 / q <= 2.5),
+            "psft": p / q if p / q <= 1.28 else 0,
+        }  # fmt: skip
         weights[b, t] = all_kinds[kind]
     return weights
 
@@ -52,18 +66,18 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     labels[:, :5] = -100
     labels[1, 9:] = -100
     exact = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64)
-    logits = exact(ids).logits[:, :-1]
+    then = logits = exact(ids).logits[:, :-1]
     targets = labels[:, 1:]
-    weights = weigh_by_hand(kind, logits.detach(), targets)
     method = make_method(kind)
     method.prepare_model(model, None, START, mixed=False, sharded=False)
     method.start(SimpleNamespace(model=model))
-    if kind == "stm":  # what the model has become since then must not count
+    if kind in ("stm", "psft"):  # what the model has become since then must not count, or is compared
         with torch.no_grad():
             for own, other in zip(model.parameters(), exact.parameters(), strict=True):
                 own.mul_(1.01)
                 other.mul_(1.01)
         logits = exact(ids).logits[:, :-1]
+    weights = weigh_by_hand(kind, logits.detach(), targets, then.detach())
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
     expected = (weights.flatten() * losses).sum() / (targets != -100).sum()
     expected.backward()
@@ -77,6 +91,20 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for (name, own), other in zip(model.named_parameters(), exact.parameters(), strict=True):
         assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
+
+
+def test_psft_has_the_gradient_of_the_clipped_ratio():
+    """As in PPO with an advantage of 1, the bounds being 1 - 0.2 and 1 + 0.28."""
+    now, then = torch.tensor([[0.1, 0.3, 0.05, 0.5], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log()
+    now = now.detach().requires_grad_()
+    ratios = (now - then).exp()
+    objective = torch.minimum(ratios, ratios.clamp(0.8, 1.28)).mean()
+    (expected,) = torch.autograd.grad(objective, now)
+    assert expected.tolist() == pytest.approx([1 / 4, 0, 1 / 24, 1.25 / 4])
+    method = make_method("psft")
+    method.start_log_probs_BT = then[None].float()
+    weights = method.weigh_tokens(now[None], None, torch.ones(1, 4, dtype=torch.bool))
+    assert (weights[0] / 4).tolist() == pytest.approx(expected.tolist())
 
 
 def read_losses(run) -> list[float]:
@@ -107,6 +135,13 @@ def test_no_strength_is_plain_training_and_every_kind_acts(hft, settings, tmp_pa
         ("sft", {"train.loss_type": "dft"}, "both weigh the tokens"),
         ("sft", {"train.label_smoothing_factor": 0.1}, "would have no effect beside train.label_smoothing_factor"),
         ("sft", {"method.token_weights.max_perplexity": 3}, "would have no effect beside kind eaft"),
+        ("sft", {"method.token_weights.snapshot_steps": "null"}, "snapshot_steps would have no effect beside kind eaft"),
+        ("sft", {"method.token_weights": "{kind: psft, clip: 0}"}, "greater than 0"),
+        (
+            "sft",
+            {"method.token_weights": "{kind: psft}", "launch.num_processes": 2, "launch.zero_stage": 3},
+            "holds only pieces",
+        ),
         ("sft", {"method.token_weights.strength": -1}, "greater than or equal to 0"),
     ],
 )
@@ -115,13 +150,47 @@ def test_what_they_do_not_go_with_is_said(hft, settings, command, values, said):
     assert said in hft(command, "--dry-run", *settings(given), code=2).stderr
 
 
+def test_psft_is_plain_training_without_strength_and_beside_a_copy_that_does_not_lag(tmp_path):
+    start, losses = make_start(tmp_path / "start"), {}
+    given = {
+        "plain": None,
+        "none": {"strength": 0},
+        "anew": {"snapshot_steps": 1},
+        "psft": {},
+        "held": {"snapshot_steps": None},
+    }
+    for name, values in given.items():
+        section = values if values is None else {"kind": "psft", "clip": 0.001} | values
+        method = MethodSection.model_validate({"token_weights": section})
+        spec = make_round_spec(start, {}, method=method, train={"logging_steps": 1, "max_steps": 3})
+        losses[name] = [row["loss"] for row in run(tmp_path / name / "00", spec).read_metrics()]
+    assert losses["none"] == pytest.approx(losses["plain"], abs=1e-6)
+    assert losses["anew"] == pytest.approx(losses["plain"], abs=1e-5)
+    for name in ("psft", "held"):  # most tokens have grown likelier in the first step
+        assert losses[name][0] == pytest.approx(losses["plain"][0], abs=1e-5)
+        assert losses[name][1] < losses["plain"][1] - 1
+
+
+@pytest.mark.parametrize("grain", ["matrices", "directions", "columns"])
+def test_a_round_that_was_killed_goes_on_beside_the_same_copy(tmp_path, grain):
+    start = make_start(tmp_path / "start")
+    section = TokenWeightsSection(kind="psft", snapshot_steps=2, clip=0.001)
+    kept = {"checkpoint": CheckpointSection(save_steps=1, keep=9), "method": MethodSection(token_weights=section)}
+    done = run(tmp_path / "done" / "00", make_round_spec(start, {"grain": grain}, train={"max_steps": 5}, **kept))
+    resumed = go_back(done, 3, tmp_path / "resumed" / "00")  # the copy is neither the start nor the step's own weights
+    run_round(resumed, StopRequest(resumed))
+    assert resumed.read_result().resumed_from == 3
+    assert_same(done, resumed)
+
+
 @pytest.mark.slow
-def test_two_ranks_equal_one_process(hft, settings, tmp_path):
+@pytest.mark.parametrize(("kind", "stages"), [("eaft", (2, 3)), ("psft", (1, 2))])
+def test_two_ranks_equal_one_process(hft, settings, tmp_path, kind, stages):
     short = {
-        "train.max_steps": 3, "train.logging_steps": 1, "eval.tasks": "[]", "method.token_weights.kind": "eaft",
+        "train.max_steps": 5, "train.logging_steps": 1, "eval.tasks": "[]", "method.token_weights.kind": kind,
         "train.global_batch_size": 8, "train.per_device_train_batch_size": 4, "train.bf16": False,
-    }  # fmt: skip
-    for stage in (2, 3):
+    } | ({"method.token_weights.snapshot_steps": 2, "train.learning_rate": 1e-3} if kind == "psft" else {})  # fmt: skip
+    for stage in stages:
         for num in (1, 2):
             launch = {"launch.num_processes": num, "launch.zero_stage": stage}
             hft("sft", "--output", tmp_path / f"{stage}-{num}", *settings(short | launch))

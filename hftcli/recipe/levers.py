@@ -1,0 +1,62 @@
+"""What is wrong with the methods that change what is trained on and what it counts: self-replay, anchor, token weights."""
+
+from collections.abc import Iterator
+
+from hftcli.recipe.recipe import Objective, Recipe
+from hftcli.recipe.source import RecipeFile
+
+# Keys of token weights, and the only kind that each counts for.
+KINDS_KEYS = {"max_perplexity": "stm", "clip": "psft", "snapshot_steps": "psft"}
+
+
+def check_levers(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Settings with which one of them would have no effect, or would not be what its name says."""
+    yield from _check_anchor(recipe, objective, source)
+    yield from _check_self_replay(recipe, objective, source)
+    yield from _check_token_weights(recipe, objective, source)
+
+
+def _check_anchor(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Settings with which the start cannot be laid in, or not be compared."""
+    place, train = source.place(("method", "anchor")), recipe.train
+    if recipe.method.anchor is None:
+        return
+    if objective == "dpo":
+        yield f"{place}: method.anchor holds what rows are taught on, and `hft dpo` has a reference of its own: drop it"
+    if train.loss_kernel == "chunked":
+        yield f"{place}: method.anchor reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
+    if train.extra.get("label_smoothing_factor"):
+        yield f"{place}: method.anchor would have no effect beside train.label_smoothing_factor: drop one of the two"
+
+
+def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Rows that texts cannot stand among."""
+    place, replay = source.place(("method", "self_replay")), recipe.method.replay
+    if recipe.method.self_replay is None:
+        return
+    if objective == "dpo":
+        yield f"{place}: method.self_replay adds texts, and `hft dpo` trains on pairs: drop it"
+    if replay is not None and replay.when == "after":
+        yield f"{place}: method.self_replay mixes texts in, and method.replay.when: after lays rows in order: drop one"
+
+
+def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """Losses that are no sum over tokens which could count more or less."""
+    place, extra = source.place(("method", "token_weights")), recipe.train.extra
+    section = recipe.method.token_weights
+    if section is None:
+        return
+    for key, kind in KINDS_KEYS.items():
+        if section.kind != kind and getattr(section, key) != type(section).model_fields[key].default:
+            place_of_key = source.place(("method", "token_weights", key))
+            yield f"{place_of_key}: method.token_weights.{key} would have no effect beside kind {section.kind}: drop it"
+    if objective == "dpo":
+        yield f"{place}: method.token_weights weighs the tokens of answers, and `hft dpo` compares whole answers: drop it"
+    if extra.get("loss_type", "nll") != "nll":
+        other = f"train.loss_type {extra['loss_type']}"
+        yield f"{place}: method.token_weights and {other} both weigh the tokens: drop one of the two"
+    if extra.get("label_smoothing_factor"):
+        yield (
+            f"{place}: method.token_weights would have no effect beside train.label_smoothing_factor, whose loss is TRL's own: "
+            "drop one of the two"
+        )
