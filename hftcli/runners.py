@@ -273,11 +273,18 @@ def resolve_subject(path: str) -> Subject:
     return Subject(last, spec.model.path, spec.data.root, spec.data.max_length)
 
 
-def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int) -> Budget:
+def plan_recipe(
+    recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int,
+    is_faster_in_bfloat16: bool = True,
+) -> Budget:  # fmt: skip
     """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's.
 
     They are taken for GPUs. With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's
     memory is to decide, that which is given.
+
+    Args:
+        is_faster_in_bfloat16: whether this machine computes in bfloat16 where `train.bf16` leaves it to the device; of the
+            devices of others it says nothing, and they are taken to.
     """
     units = assign_roles(model_type, parameters, recipe.freeze.roles)
     plan = choose_plan(units, recipe.freeze, start.num_rounds, num_heads)
@@ -286,11 +293,12 @@ def plan_recipe(recipe: Recipe, start: Start, model_type: str, parameters: Seque
     num_processes = count_ranks(recipe.launch)
     recipe = recipe.model_copy(update={"train": bound_batch(recipe.train, num_processes)})
     network = Network(model_type, units, num_heads)
-    budget = make_budget(recipe, network, plan, num_processes, recipe.train.bf16)
+    mixed = recipe.train.bf16 if recipe.train.bf16 is not None else is_faster_in_bfloat16 or recipe.launch.is_elsewhere
+    budget = make_budget(recipe, network, plan, num_processes, mixed)
     if recipe.train.fit is None or recipe.train.memory_bytes is None:
         return budget
     train = apply_fit(recipe.train, choose_fit(recipe, budget, recipe.train.memory_bytes))
-    return make_budget(recipe.model_copy(update={"train": train}), network, plan, num_processes, recipe.train.bf16)
+    return make_budget(recipe.model_copy(update={"train": train}), network, plan, num_processes, mixed)
 
 
 def count_rounds(recipe: Recipe) -> int:

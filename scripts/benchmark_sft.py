@@ -52,7 +52,7 @@ def main() -> None:
     if arguments.bare:
         run_bare(arguments)
         return
-    arguments.float32 |= not has_bfloat16()
+    arguments.float32 |= not is_faster_in_bfloat16()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.shape:
             arguments.model = make_random_model(arguments.shape, Path(folder) / "model")
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--float32", action="store_true", help="also where the device has bfloat16")
+    parser.add_argument("--float32", action="store_true", help="also where the device is faster in bfloat16")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this file runs itself with it
     return parser.parse_args()
 
@@ -127,10 +127,10 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def has_bfloat16() -> bool:
-    from hftcli.models.device import has_bfloat16
+def is_faster_in_bfloat16() -> bool:
+    from hftcli.models.device import is_faster_in_bfloat16
 
-    return has_bfloat16()
+    return is_faster_in_bfloat16()
 
 
 def plan_share(arguments: argparse.Namespace) -> float:

@@ -34,7 +34,7 @@ from hftcli.freezing.selection import make_plan
 from hftcli.launching.planning import find_arithmetic, list_kernels, list_works
 from hftcli.models.checkpoint import freeze_model
 from hftcli.models.description import describe_model
-from hftcli.models.device import has_bfloat16, keep_freed_memory
+from hftcli.models.device import is_faster_in_bfloat16, keep_freed_memory
 from hftcli.models.division import divide_model, draw_choices
 from hftcli.recipe.sections import TrainSection
 from hftcli.training.loss import SFT_OUTPUTS, keep_logits, set_loss_kernel
@@ -138,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the CPU's seconds: on one thread of a machine that others use as well"
     )
-    parser.add_argument("--float32", action="store_true", help="also where the device has bfloat16")
+    parser.add_argument("--float32", action="store_true", help="also where the device is faster in bfloat16")
     return parser.parse_args()
 
 
@@ -164,7 +164,7 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
         # Its activations pass gradients on as if all layers trained.
         LORA: FreezeRule(trainable_fraction=1, embeddings="freeze", head="freeze"),
     }
-    mixed = has_bfloat16() and not arguments.float32
+    mixed = is_faster_in_bfloat16() and not arguments.float32
     kernels = list_kernels(TrainSection(), torch.cuda.is_available())
     work = Workload(arguments.micro_batch, arguments.tokens, loss=kernels[0], arithmetic=find_arithmetic(mixed, 1))
     network = Network(described.model_type, units, described.num_heads)

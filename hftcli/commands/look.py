@@ -60,7 +60,7 @@ def plan(
         from hftcli.training.probe import check_budget
 
         budget, checked = check_budget(resolved, start.path, budget)
-    print_plan(budget, checked, as_json)
+    print_plan(budget, checked, resolved.train.bf16 is None, as_json)
     _show_next(recipe, resolved.objective, as_json)
 
 
@@ -281,8 +281,8 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     try:
         start = runners.resolve_start(recipe.model.place)
         described = describe_model(start.path)
-        budget = runners.plan_recipe(recipe, start, described.model_type, described.parameters, described.num_heads)
-        budget = _count_adapters(budget, recipe, start.path)
+        shape = described.model_type, described.parameters, described.num_heads
+        budget = _count_adapters(runners.plan_recipe(recipe, start, *shape, probe.is_faster_in_bfloat16), recipe, start.path)
     except InputError as error:
         return [*findings, Finding("model", "fault", error.message, error.fix)]
     try:

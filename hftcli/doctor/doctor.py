@@ -34,6 +34,8 @@ ALIKE = ("torch", "transformers", "trl", "deepspeed", "accelerate", "datasets") 
 MIN_SHARED_MEMORY_BYTES = 512 * 2**20  # below this, NCCL between the GPUs of a machine may fail
 MAX_FILLED_FRACTION = 0.8  # of a disk
 
+WITHOUT_AMX = "this processor has no matrix units for bfloat16 (AMX), without which it was slower than float32 where measured"
+
 Status = Literal["ok", "warning", "fault"]
 
 
@@ -60,14 +62,14 @@ class Probe:
     Attributes:
         cuda: version of CUDA that torch is built for; None for a CPU build.
         num_devices: GPUs that torch can use.
-        has_bfloat16: whether they compute in it.
+        is_faster_in_bfloat16: whether they, or without one the processor, multiply faster in bfloat16.
         ops: DeepSpeed's compiled operations, and whether this machine has what it takes to build each one.
         has_mac_gpu: whether one process computes on a Mac's GPU.
     """
 
     cuda: str | None
     num_devices: int
-    has_bfloat16: bool
+    is_faster_in_bfloat16: bool
     ops: dict[str, bool]
     has_mac_gpu: bool = False
 
@@ -122,12 +124,17 @@ def find_version(package: str) -> str | None:
 def check_devices(probe: Probe, recipe: Recipe | None) -> list[Finding]:
     """GPUs that the driver lists, against those that torch can use."""
     listed = count_gpus()
-    if probe.has_mac_gpu:
-        message = f"a Mac's GPU (MPS): one process computes there, in float32; several on {os.cpu_count()} cores"
-        return [Finding("devices", "ok", message)]
-    if listed == 0:
-        precision = "bfloat16" if probe.has_bfloat16 else "float32"
-        return [Finding("devices", "ok", f"no GPU: CPU ranks, {precision} at most, {os.cpu_count()} cores")]
+    asked = None if recipe is None else recipe.train.bf16
+    precision = "bfloat16" if asked or (asked is None and probe.is_faster_in_bfloat16) else "float32"
+    if probe.has_mac_gpu or listed == 0:
+        message = f"no GPU: CPU ranks, {precision}, {os.cpu_count()} cores"
+        if probe.has_mac_gpu:
+            message = f"a Mac's GPU (MPS): one process computes there, in {precision}; several on {os.cpu_count()} cores"
+        findings = [Finding("devices", "ok", message)]
+        if asked and not probe.is_faster_in_bfloat16 and recipe is not None and not recipe.launch.is_elsewhere:
+            what = "a Mac's GPU has never been tried in bfloat16" if probe.has_mac_gpu else WITHOUT_AMX
+            findings.append(Finding("devices", "warning", what, "drop train.bf16: true, and it computes in float32"))
+        return findings
     if probe.cuda is None:
         message = f"{listed} GPUs, but this torch is a CPU build"
         return [Finding("devices", "fault", message, "install the CUDA build of torch (https://pytorch.org)")]
@@ -136,7 +143,10 @@ def check_devices(probe: Probe, recipe: Recipe | None) -> list[Finding]:
         return [Finding("devices", "fault", message, "install a driver as new as that CUDA, or a torch for an older one")]
     names = ", ".join(sorted({name for name, _ in list_gpus()})) or "unnamed"
     findings = [Finding("devices", "ok", f"{listed} GPUs ({names}), CUDA {probe.cuda}")]
-    if not probe.has_bfloat16 and (recipe is None or recipe.train.bf16):
+    if not probe.is_faster_in_bfloat16 and asked:
+        message = "these GPUs do not compute in bfloat16, and imitate it slowly"
+        findings.append(Finding("devices", "warning", message, "drop train.bf16: true, and they compute in float32"))
+    elif not probe.is_faster_in_bfloat16 and asked is None:
         message = "these GPUs do not compute in bfloat16: rounds run in float32, with twice the memory"
         findings.append(Finding("devices", "warning", message, "set train.bf16: false, to say so"))
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0

@@ -7,7 +7,7 @@ import torch
 
 from hftcli.doctor.doctor import Probe
 from hftcli.launching.packages import is_installed
-from hftcli.models.device import has_bfloat16, has_mac_gpu
+from hftcli.models.device import has_mac_gpu, is_faster_in_bfloat16
 
 
 def probe_machine() -> Probe:
@@ -16,7 +16,7 @@ def probe_machine() -> Probe:
     return Probe(
         cuda=torch.version.cuda,
         num_devices=torch.cuda.device_count() if has_gpu else 0,
-        has_bfloat16=has_bfloat16(),
+        is_faster_in_bfloat16=is_faster_in_bfloat16(),
         ops=probe_ops(),
         has_mac_gpu=not has_gpu and has_mac_gpu(),
     )

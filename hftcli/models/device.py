@@ -6,6 +6,7 @@ import platform
 
 import torch
 
+from hftcli.runs.records import Precision
 from hftcli.runs.spec import RoundSpec
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
@@ -52,7 +53,7 @@ def count_batch_tokens(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 8192
 
 
-def has_bfloat16() -> bool:
+def is_faster_in_bfloat16() -> bool:
     """Whether this machine multiplies faster in bfloat16: its NVIDIA GPU, or else its processor's matrix units (AMX).
 
     AVX-512 alone multiplies no faster so, and converts besides: half as fast as float32 was measured. On a Mac's GPU it was
@@ -78,7 +79,18 @@ def keep_freed_memory() -> None:
 
 def is_mixed(spec: RoundSpec) -> bool:
     """Whether this process computes in bfloat16."""
-    return spec.train.bf16 and has_bfloat16()
+    asked = spec.train.bf16
+    return takes_bfloat16(None if asked and spec.version < 3 else asked)  # there, true is what null is now
+
+
+def takes_bfloat16(asked: bool | None) -> bool:
+    """Whether this machine computes in bfloat16 under `train.bf16`."""
+    return is_faster_in_bfloat16() if asked is None else asked
+
+
+def name_precision(spec: RoundSpec) -> Precision:
+    """What this process computes in."""
+    return "bfloat16" if is_mixed(spec) else "float32"
 
 
 def is_offloaded(spec: RoundSpec) -> bool:

@@ -55,6 +55,7 @@ def load_recipe(
     found = find_base(path, overrides, objective or "sft")
     source = RecipeFile(found)
     values = source.values
+    _raise_form(values)
     if isinstance(values.get("data"), list):  # short for its sources alone
         values["data"] = {"sources": values["data"]}
     for override in overrides:
@@ -79,6 +80,15 @@ def load_recipe(
     if faults:
         raise RecipeError("\n".join(faults))
     return _resolve(recipe, objective, found.stem if found else objective)
+
+
+def _raise_form(values: dict[str, Any]) -> None:
+    """Say in this form, in place, what a file of the first one says: there, true left it to the device as null does now."""
+    if type(values.get("version")) is not int or values["version"] != 1:
+        return
+    values["version"] = 2
+    if isinstance(train := values.get("train"), dict) and train.get("bf16") is True:
+        train["bf16"] = None
 
 
 def find_base(path: Path | str | None, overrides: Iterable[str], objective: Objective) -> Path | None:

@@ -7,7 +7,7 @@ from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.evaluation import EvalSection, StopSection
 from hftcli.recipe.methods import MethodSection
-from hftcli.recipe.section import FileSection
+from hftcli.recipe.section import FileSection, Version
 from hftcli.recipe.sections import (
     CheckpointSection,
     ContinualSection,
@@ -24,6 +24,8 @@ Objective = Literal["sft", "dpo", "continual"]
 class Recipe(FileSection):
     """One YAML file, resolved."""
 
+    version: Version = 2
+    """Version of the file's form; a file without one is of this one. In the first, `train.bf16: true` is what null is now."""
     model: ModelSection
     data: DataSection = DataSection()
     freeze: FreezeRule = FreezeRule()

@@ -242,9 +242,10 @@ class TrainSection(OpenSection):
     The losses are the same up to rounding. Null is `chunked` on a GPU, and elsewhere `plain`, which is faster there, unless
     the logits of a micro-batch may come to more than a gibibyte."""
 
-    bf16: bool = True
-    """Compute in bfloat16 where the GPU, or without one the processor, has it, with float32 masters for what trains; elsewhere
-    in float32."""
+    bf16: bool | None = None
+    """Compute in bfloat16, with float32 masters for what trains (true), or in float32 (false). Null takes bfloat16 where it is
+    faster: on an NVIDIA GPU that has it, or without one on a processor with matrix units for it (AMX). True acts everywhere,
+    and elsewhere takes longer: on a processor with AVX-512 alone, float32 took 0.67 of its time."""
 
     seed: Seed = 42
     """Order of the data, dropout. The halves have a seed of their own, `freeze.seed`."""
@@ -311,6 +312,11 @@ class LaunchSection(Section):
     def num_ranks(self) -> int:
         """Processes on all machines, once they are resolved."""
         return math.prod(self.shape)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether ranks may run on other machines, of whose devices this one says nothing."""
+        return bool(self.hostfile or self.slurm) or (self.num_nodes or 1) > 1
 
     @property
     def split(self) -> dict[str, int | str | None]:

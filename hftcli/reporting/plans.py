@@ -27,11 +27,12 @@ def print_proposal(model_type: str, parameters: Sequence[Parameter], as_json: bo
         print(write_proposal(model_type, parameters))
 
 
-def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_json: bool) -> None:
+def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, is_left_to_device: bool, as_json: bool) -> None:
     """Units and parameters per role, and memory per device and FLOPs per token beside full fine-tuning.
 
     Args:
         checked: a measurement and the budget that it belongs to, where one was made.
+        is_left_to_device: whether the device decides what is computed in.
     """
     if as_json:
         print_json(_describe_plan(budget, checked))
@@ -55,6 +56,8 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, as_j
         f"{work.attention} attention, {name_checkpointed(work.checkpoint_every)} checkpointed, {work.loss} loss"
     )
     print_whole(_make_memory_table(budget))
+    if is_left_to_device:
+        say("train.bf16 is null: in bfloat16, as on GPUs; a processor without matrix units for it (AMX) computes in float32.")
     if (host := budget.host) is not None:
         say(_describe_host(host))
     if budget.optimizer.is_paged:

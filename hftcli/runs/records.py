@@ -15,6 +15,8 @@ from hftcli.runs.spec import RoundSpec
 from hftcli.runs.verification import Verification
 from hftcli.tasks.check import SequenceReport
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class ReferenceReport(Section):
     """What the reference of preference optimization was."""
@@ -223,8 +225,8 @@ class RoundResult(FileSection):
     """Of the freeze plan."""
     rank_fingerprints: tuple[str, ...]
     """The plan's fingerprint as each rank computed it."""
-    precision: Literal["float32", "bfloat16"]
-    """What the round computed in; bfloat16 only where `train.bf16` asks for it and the device has it."""
+    precision: Precision
+    """What the round computed in: what `train.bf16` asks for, or what it leaves to the device."""
     loss_kernel: LossKernel = "chunked"
     """Whether the logits were kept (`plain`) or computed again."""
     attention: str | None = None
@@ -296,8 +298,8 @@ class Checksums(FileSection):
 class StepManifest(FileSection):
     """A step checkpoint: what it holds, and what it may be resumed with. Written last; a folder without it is no checkpoint."""
 
-    version: Version = 2
-    """Version of the file's form. The first has `data_key`, and no `tokens_digest`."""
+    version: Version = 3
+    """Version of the file's form. The first has `data_key`, and no `tokens_digest`; the first two have no `precision`."""
     step: int
     """Optimizer steps taken."""
     spec: RoundSpec
@@ -311,6 +313,8 @@ class StepManifest(FileSection):
     the same tokens another name."""
     start_key: str
     """Hash of the start's weights, of which the frozen half is not stored again."""
+    precision: Precision | None = None
+    """What its steps were computed in; null in a file of an earlier hft."""
     files: dict[str, FileSeal]
     """Size and hash of every other file."""
     digest: str = ""

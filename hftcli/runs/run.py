@@ -270,6 +270,10 @@ class Run:
         keys = find_differences(held, recipe.model_dump(mode="json"))
         # The output is this folder, by whatever name; and a tracker may come and go.
         untold = ("version", "output", *TELLING_KEYS)
+        # A run's own recipe without a version is of the first form, in which true left it to the device as null does now.
+        is_first_form = RecipeFile(self.recipe_path).values.get("version", 1) == 1
+        if is_first_form and (held.get("train") or {}).get("bf16") is not False and recipe.train.bf16 is not False:
+            untold += ("train.bf16",)
         differences = [key for key in keys if key not in untold and not key.startswith("launch.")]
         differences += find_differences(self.rounds[0].read_spec().launch.split, launch.split)
         if differences:

@@ -61,8 +61,9 @@ class Scoring(Section):
 class RoundSpec(FileSection):
     """One training pass: one objective, one dataset, one starting checkpoint, one freeze rule."""
 
-    version: Version = 2
-    """Version of the file's form. The first has no `launch.offload`."""
+    version: Version = 3
+    """Version of the file's form. The first has no `launch.offload`; in the first two, `train.bf16: true` is what null is
+    now."""
     objective: Objective
     """What is optimized."""
     index: int

@@ -18,7 +18,7 @@ from hftcli.freezing.budget import Budget, MeasuredStep
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.planning import find_arithmetic
 from hftcli.models.checkpoint import freeze_model, halve_frozen
-from hftcli.models.device import has_bfloat16
+from hftcli.models.device import takes_bfloat16
 from hftcli.models.division import divide_model, draw_choices
 from hftcli.recipe.recipe import Recipe
 from hftcli.training.loss import set_loss_kernel
@@ -65,7 +65,7 @@ def check_budget(recipe: Recipe, path: str, budget: Budget) -> tuple[Budget, tup
     Returns:
         The budget, corrected, and the measurement with the budget that it belongs to: one process on this machine.
     """
-    mixed = recipe.train.bf16 and has_bfloat16()
+    mixed = takes_bfloat16(recipe.train.bf16)
     work = replace(budget.work, arithmetic=find_arithmetic(mixed, 1))
     here = replace(budget, precision="mixed" if mixed else "float32", num_processes=1, reference=None, work=work)
     model = make_random_model(path, recipe.model.attn_implementation)

@@ -118,7 +118,7 @@ def check_kernel(spec: RoundSpec, start: Path) -> None:
     if "flash" in kernel and not is_mixed(spec):
         raise ModelError(
             f"model.attn_implementation {kernel} computes in bfloat16 alone, and this round computes in float32",
-            "take sdpa, or set train.bf16: true on a machine that has it",
+            "take sdpa, or set train.bf16: true",
         )
 
 

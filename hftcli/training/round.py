@@ -15,7 +15,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
 from hftcli.models.checkpoint import load_model, restore_masters
 from hftcli.models.description import make_start_key
-from hftcli.models.device import is_mixed, is_offloaded, is_sharded
+from hftcli.models.device import is_mixed, is_offloaded, is_sharded, name_precision
 from hftcli.models.proof import verify_checkpoint
 from hftcli.models.reader import Start
 from hftcli.runs.files import write_model
@@ -248,7 +248,7 @@ def make_result(
     return RoundResult(
         fingerprint=task.plan.fingerprint,
         rank_fingerprints=loaded.fingerprints,
-        precision="bfloat16" if is_mixed(spec) else "float32",
+        precision=name_precision(spec),
         loss_kernel=spec.train.loss_kernel,
         attention=trainer.attention,
         num_steps=trainer.state.global_step,

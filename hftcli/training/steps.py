@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hftcli.errors import InputError, Interrupted, NewerFile
 from hftcli.launching.processes import StopRequest, make_interrupted
+from hftcli.models.device import name_precision
 from hftcli.recipe.trainer_keys import TELLING_KEYS
 from hftcli.runs.records import StepManifest
 from hftcli.runs.run import Round, find_differences
@@ -228,7 +229,7 @@ def read_memory(folder: Path, args: TrainingArguments) -> Memory:
 
 def write_step(unfinished: Path, origin: Origin, step: int, seals: dict[str, FileSeal]) -> None:
     """Complete a step checkpoint whose files are on the disk."""
-    manifest = StepManifest(step=step, files=seals, **vars(origin))
+    manifest = StepManifest(step=step, files=seals, precision=name_precision(origin.spec), **vars(origin))
     (unfinished / MANIFEST_NAME).write_text(_dump_manifest(manifest), encoding="utf-8")
     flush_files(unfinished, [MANIFEST_NAME])
     folder = unfinished.with_name(str(step))
@@ -265,6 +266,8 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
     # Where the ranks are, how they are reached, and who is told of them changes nothing that they compute.
     specs = [spec.model_dump(mode="json", exclude={"version", "launch"}) for spec in (manifest.spec, origin.spec)]
     differences = [key for key in find_differences(*specs) if key not in TELLING_KEYS]
+    if manifest.spec.version < 3 and manifest.spec.train.bf16 and origin.spec.train.bf16 is not False:
+        differences = [key for key in differences if key != "train.bf16"]  # true was what null is now
     named = {"fingerprint": "the freeze plan", "tokens_digest": "the rows", "start_key": "the start's weights"}
     if manifest.version == 1:
         del named["tokens_digest"]
@@ -275,6 +278,12 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
         raise InputError(
             f"{folder} was written by another round; it differs in {', '.join(differences)}",
             "give back what was changed, or begin again in another --output",
+        )
+    if manifest.precision not in (None, precision := name_precision(origin.spec)):
+        raise InputError(
+            f"{folder} was computed in {manifest.precision}, and this start computes in {precision}: train.bf16 leaves it to "
+            "the device, which is another",
+            f"start it where it computes in {manifest.precision}, or begin again in another --output",
         )
     if manifest.version == 1:
         logger.warning("%s was written by an hft that kept no hash of the tokens: they could not be compared", folder)

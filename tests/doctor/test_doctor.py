@@ -55,7 +55,7 @@ def test_installed_packages_are_held_against_those_that_hft_asks_for(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("cuda", "num_devices", "has_bfloat16", "expected"),
+    ("cuda", "num_devices", "is_faster", "expected"),
     [
         ("12.8", 2, True, ("ok", "2 GPUs")),
         (None, 0, False, ("fault", "CPU build")),
@@ -63,15 +63,41 @@ def test_installed_packages_are_held_against_those_that_hft_asks_for(monkeypatch
         ("12.8", 2, False, ("warning", "bfloat16")),
     ],
 )
-def test_gpus_that_torch_cannot_use_are_a_fault(monkeypatch, cuda, num_devices, has_bfloat16, expected):
+def test_gpus_that_torch_cannot_use_are_a_fault(monkeypatch, cuda, num_devices, is_faster, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    findings = check_devices(Probe(cuda, num_devices, has_bfloat16, {}), None)
+    findings = check_devices(Probe(cuda, num_devices, is_faster, {}), None)
     assert any(found.status == expected[0] and expected[1] in found.message for found in findings), findings
 
 
 def test_without_gpus_there_are_cpu_ranks(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert statuses(check_devices(Probe(None, 0, False, {}), None)) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "is_faster", "has_mac_gpu", "said"),
+    [
+        ("", "null", False, False, ["CPU ranks, float32"]),
+        ("", "null", True, False, ["CPU ranks, bfloat16"]),
+        ("", "false", True, False, ["CPU ranks, float32"]),
+        ("", "true", True, False, ["CPU ranks, bfloat16"]),
+        ("", "true", False, False, ["CPU ranks, bfloat16", "this processor has no matrix units for bfloat16 (AMX)"]),
+        ("", "true", False, True, ["computes there, in bfloat16", "a Mac's GPU has never been tried in bfloat16"]),
+        ("0", "null", False, False, ["1 GPUs", "rounds run in float32"]),
+        ("0", "false", False, False, ["1 GPUs"]),
+        ("0", "true", False, False, ["1 GPUs", "imitate it slowly"]),
+    ],
+)
+def test_what_bfloat16_is_on_a_device_is_said(monkeypatch, gpus, asked, is_faster, has_mac_gpu, said):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    recipe = load_recipe(None, [f"train.bf16={asked}"])
+    findings = check_devices(Probe("12.8" if gpus else None, len(gpus), is_faster, {}, has_mac_gpu), recipe)
+    assert statuses(findings) == ["ok", "warning"][: len(said)]
+    for found, words in zip(findings, said, strict=True):
+        assert words in found.message
+    elsewhere = load_recipe(None, [f"train.bf16={asked}", "launch.hostfile=hosts"])
+    if not gpus:  # of the machines that it launches to, this one says nothing
+        assert statuses(check_devices(Probe(None, 0, is_faster, {}, has_mac_gpu), elsewhere)) == ["ok"]
 
 
 def test_the_gpu_of_a_mac_is_named(monkeypatch):

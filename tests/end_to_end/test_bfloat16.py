@@ -1,4 +1,4 @@
-"""Where the device has bfloat16: compute in it, float32 masters for what trains, and the memory that was planned."""
+"""In bfloat16, on any device: float32 masters for what trains, and the memory that was planned."""
 
 from pathlib import Path
 
@@ -7,10 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from hftcli import PACKAGE
-from hftcli.models.device import has_bfloat16
 from hftcli.runs.run import Round
-
-pytestmark = pytest.mark.skipif(not has_bfloat16(), reason="neither a GPU nor this processor has bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +74,16 @@ def test_ranks_sum_their_gradients_in_float32_as_one_process_does(hft, settings,
         distance = sum((found[name] - start[name].bfloat16().float() - one[name]).square().sum() for name in one)
         # Summed in bfloat16, it is half a per cent and more.
         assert (distance / sum(update.square().sum() for update in one.values())).sqrt() < 1e-5
+
+
+@pytest.mark.parametrize("asked", ["null", "true"])
+def test_true_acts_on_every_device_and_null_leaves_it_to_the_device(hft, settings, tmp_path, asked):
+    change = {"train.bf16": asked, "train.max_steps": 1, "train.global_batch_size": 2, "eval.tasks": "[]"}
+    hft("sft", "--output", tmp_path / "run", *settings(change | {"train.per_device_train_batch_size": 2}))
+    is_faster = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_faster |= not torch.cuda.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
+    expected = "bfloat16" if asked == "true" or is_faster else "float32"
+    assert Round(tmp_path / "run" / "rounds" / "00-sft").read_result().precision == expected
 
 
 def test_deepspeed_may_not_round_what_an_adapter_is_merged_into(hft, settings, tmp_path):

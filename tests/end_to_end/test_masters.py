@@ -11,7 +11,6 @@ from end_to_end.plain_scorer import PlainModel
 from safetensors.torch import load_file, save_file
 
 from hftcli import PACKAGE
-from hftcli.models.device import has_bfloat16
 from hftcli.models.proof import verify_round
 from hftcli.runs.run import Round, Run
 from hftcli.runs.scores import HELD_OUT, Score
@@ -28,11 +27,7 @@ SHORT = {
     "launch.num_processes": 1,
     "eval.max_examples": NUM_ROWS,
 }
-mixed_or_not = pytest.mark.parametrize(
-    "mixed",
-    [False, pytest.param(True, marks=pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16"))],
-    ids=["float32", "bfloat16"],
-)
+mixed_or_not = pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16"])
 
 
 def list_rows(task: str) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ from raw_weights import flip_bit, mix_types, read_raw
 from safetensors.torch import load_file, save_file
 
 from hftcli import PACKAGE
-from hftcli.models.device import has_bfloat16
 from hftcli.models.proof import verify_round
 from hftcli.runs.files import write_model
 from hftcli.runs.records import Checksums
@@ -46,9 +45,8 @@ def start(tmp_path_factory) -> Path:
 def runs(hft, settings, start, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, (command, change) in RUNS.items():
-        if name != "autocast" or has_bfloat16():
-            where = ("--recipe", RECIPES[command], "--output", folder / name)
-            hft(command, *where, *settings({"model.path": start, **SHORT, **change}))
+        where = ("--recipe", RECIPES[command], "--output", folder / name)
+        hft(command, *where, *settings({"model.path": start, **SHORT, **change}))
     return folder
 
 
@@ -141,15 +139,15 @@ def test_two_ranks_keep_them_in_bfloat16_where_deepspeed_holds_all_in_bfloat16(h
     """And what trains has the start's own values as its masters: no update is larger than the steps together."""
     change = {"launch.num_processes": 2, "launch.zero_stage": stage, "train.per_device_train_batch_size": 16}
     rate = {"train.learning_rate": 1e-6, "train.lr_scheduler_type": "constant", "train.warmup_steps": 0}
-    precision = {"train.bf16": "true" if has_bfloat16() else "false"}
     where = ("--recipe", "tinyworld", "--output", tmp_path / "run")
-    hft("sft", *where, *settings({"model.path": start, **SHORT, **change, **rate, **precision}))
+    hft("sft", *where, *settings({"model.path": start, **SHORT, **change, **rate, "train.bf16": "true"}))
     round_ = Round(tmp_path / "run" / "rounds" / "00-sft")
     before, after, frozen = read_raw(start), read_raw(round_.checkpoint), round_.read_plan().frozen
     assert {name: tensor[:2] for name, tensor in before.items()} == {name: tensor[:2] for name, tensor in after.items()}
     assert all(before[name] == after[name] for name in (*frozen, "mask", "model.rotary_emb.inv_freq"))
     result = round_.read_result()
     assert result.verification.passed
+    assert result.precision == "bfloat16"
     assert all(0 < update <= 3.1e-6 for update in result.updates.values())
 
 

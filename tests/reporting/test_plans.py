@@ -45,7 +45,9 @@ def test_where_no_choice_comes_closer_none_is_offered():
 
 def test_a_draw_that_stands_in_for_scores_is_said(capsys: pytest.CaptureFixture[str]):
     budget = make_budget((100, 100), FreezeRule(rank="fisher"))
-    print_plan(budget, None, as_json=False)
-    assert "freeze.rank: fisher: a round scores its start first; until then, a draw stands in" in capsys.readouterr().out
-    print_plan(budget, None, as_json=True)
+    print_plan(budget, None, is_left_to_device=True, as_json=False)
+    shown = capsys.readouterr().out
+    assert "train.bf16 is null: in bfloat16, as on GPUs; a processor without matrix units for it (AMX) computes in" in shown
+    assert "freeze.rank: fisher: a round scores its start first; until then, a draw stands in" in shown
+    print_plan(budget, None, is_left_to_device=True, as_json=True)
     assert json.loads(capsys.readouterr().out)["is_ranked"] is False

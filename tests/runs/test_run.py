@@ -173,6 +173,26 @@ def test_trained_run_refuses_a_key_that_has_another_value_than_the_default_left_
         claim_again(trained, "train.weight_decay=0.1")
 
 
+@pytest.mark.parametrize("names_its_form", [True, False])
+def test_trained_run_of_the_first_form_whose_true_left_bfloat16_to_the_device_goes_on(trained, names_its_form):
+    def write_first_form(values: dict) -> None:
+        values.pop("version")
+        values["train"]["bf16"] = True
+
+    edit_recipe(trained, write_first_form)
+    if names_its_form:
+        edit_recipe(trained, lambda values: values.update(version=1))
+    held = trained.recipe_path.read_text()
+    with pytest.raises(InputError, match=r"differs in train\.bf16\)"):
+        claim_again(trained, "train.bf16=false")
+    for override, taken in (("train.bf16=null", None), ("train.bf16=true", True)):
+        trained.recipe_path.write_text(held)
+        claim_again(trained, override)
+        assert yaml.safe_load(trained.recipe_path.read_text())["train"]["bf16"] is taken
+    with pytest.raises(InputError, match=r"differs in train\.bf16\)"):
+        claim_again(trained, "train.bf16=null")  # in this form, true is another recipe
+
+
 def test_recipe_that_no_longer_reads_is_compared_as_text(trained):
     edit_recipe(trained, lambda values: values["train"].update(momentum=0.9))
     with pytest.raises(InputError, match=r"differs in train\.momentum\); compared as text, because") as caught:
@@ -181,8 +201,8 @@ def test_recipe_that_no_longer_reads_is_compared_as_text(trained):
 
 
 def test_recipe_of_a_newer_hft_is_left_alone(trained):
-    edit_recipe(trained, lambda values: values.update(version=2))
+    edit_recipe(trained, lambda values: values.update(version=3))
     written = trained.recipe_path.read_text()
-    with pytest.raises(NewerFile, match=r"recipe\.yaml was written by a newer hft: its form has version 2"):
+    with pytest.raises(NewerFile, match=r"recipe\.yaml was written by a newer hft: its form has version 3"):
         claim_again(trained)
     assert trained.recipe_path.read_text() == written

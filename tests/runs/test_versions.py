@@ -102,9 +102,9 @@ def test_matrix_file_of_the_users_own_needs_no_version(tmp_path):
 
 def test_recipe_on_disk_names_its_version(tmp_path):
     (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe(None)))
-    assert (tmp_path / "recipe.yaml").read_text().startswith("version: 1\n")
+    assert (tmp_path / "recipe.yaml").read_text().startswith("version: 2\n")
     assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(None)
-    (tmp_path / "recipe.yaml").write_text("version: 2\ncolour: green\n")
+    (tmp_path / "recipe.yaml").write_text("version: 3\ncolour: green\n")
     with pytest.raises(NewerFile, match=r"recipe\.yaml was written by a newer hft"):
         load_recipe(tmp_path / "recipe.yaml")
 

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from training.quiet_rounds import make_spec, make_start, run
 
 from hftcli.launching.watch import launch_round
-from hftcli.models.device import has_bfloat16
 from hftcli.recipe.sections import LaunchSection
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
@@ -35,8 +34,6 @@ def alone(start: Path, rule: dict, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "dtype"), [(2, torch.bfloat16), (3, torch.bfloat16), (3, torch.float32)])
 def test_two_ranks_in_bfloat16(tmp_path: Path, rule: dict, stage: int, dtype: torch.dtype):
-    if not has_bfloat16():
-        pytest.skip("this machine does not compute in bfloat16")
     launch, train = LaunchSection(num_processes=2, zero_stage=stage), {"bf16": True, "per_device_train_batch_size": 4}
     spec = make_spec(make_start(tmp_path / "start", dtype), rule, launch=launch, train=train)
     round_ = Round(tmp_path / "00")

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 from hftcli.errors import InputError, NewerFile
 from hftcli.launching.command import worker_environment
+from hftcli.models import device
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
 from hftcli.runs.run import Round
 from hftcli.runs.seals import list_files
+from hftcli.runs.spec import RoundSpec
 from hftcli.training.steps import MANIFEST_NAME, Origin, choose_step, clear_remains, read_step, remove_steps
 from hftcli.training.worker import explain_failure
 
@@ -146,6 +148,38 @@ def test_another_recipe_or_number_of_ranks_is_refused_with_the_reason(round_, or
         choose_step(round_, replace(origin, spec=origin.spec.model_copy(update={"launch": launch})))
 
 
+@pytest.mark.parametrize(("held", "taken"), [(True, (None, True)), (False, (False,))])
+def test_a_step_of_the_first_forms_whose_true_left_bfloat16_to_the_device_is_taken(round_, origin, held, taken):
+    spec = json.loads((round_.steps / "4" / MANIFEST_NAME).read_text())["spec"]
+    spec["version"], spec["train"]["bf16"] = 2, held
+    rewrite_manifest(round_.steps / "4", spec=spec, version=2, precision=None)
+    for asked in (None, True, False):
+        given = replace(origin, spec=change_train(origin.spec, bf16=asked))
+        if asked in taken:
+            assert choose_step(round_, given) == round_.steps / "4"
+        else:
+            with pytest.raises(InputError, match=r"it differs in train\.bf16"):
+                choose_step(round_, given)
+
+
+def test_a_step_is_not_gone_on_from_in_another_precision(round_, origin, monkeypatch):
+    """The quick start's steps are in float32; a device that is faster in bfloat16 would go on in that."""
+    spec = json.loads((round_.steps / "4" / MANIFEST_NAME).read_text())["spec"]
+    spec["train"]["bf16"] = None
+    rewrite_manifest(round_.steps / "4", spec=spec)
+    given = replace(origin, spec=change_train(origin.spec, bf16=None))
+    monkeypatch.setattr(device, "is_faster_in_bfloat16", lambda: False)
+    assert choose_step(round_, given) == round_.steps / "4"
+    monkeypatch.setattr(device, "is_faster_in_bfloat16", lambda: True)
+    with pytest.raises(InputError, match="was computed in float32, and this start computes in bfloat16") as caught:
+        choose_step(round_, given)
+    assert caught.value.fix == "start it where it computes in float32, or begin again in another --output"
+
+
+def change_train(spec: RoundSpec, **changes: object) -> RoundSpec:
+    return spec.model_copy(update={"train": spec.train.model_copy(update=changes)})
+
+
 def rewrite_manifest(folder: Path, **changes: object) -> None:
     """A manifest with other content, and the hash of that content."""
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
@@ -171,10 +205,10 @@ def test_a_checkpoint_that_lacks_a_key_with_a_default_is_taken(round_, origin):
 
 
 def test_a_checkpoint_of_a_newer_hft_is_refused_and_none_before_it_taken(round_, origin):
-    rewrite_manifest(round_.steps / "4", version=3, colour="green")
-    with pytest.raises(NewerFile, match=r"4/step\.json was written by a newer hft: its form has version 3"):
+    rewrite_manifest(round_.steps / "4", version=4, colour="green")
+    with pytest.raises(NewerFile, match=r"4/step\.json was written by a newer hft: its form has version 4"):
         choose_step(round_, origin)
-    rewrite_manifest(round_.steps / "4", version=2)
+    rewrite_manifest(round_.steps / "4", version=3)
     with pytest.raises(InputError, match=r"4/step\.json is of another version of hft: Extra inputs"):
         read_step(round_.steps / "4")
 
