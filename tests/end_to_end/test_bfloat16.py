@@ -86,6 +86,7 @@ def test_true_acts_on_every_device_and_null_leaves_it_to_the_device(hft, setting
     assert Round(tmp_path / "run" / "rounds" / "00-sft").read_result().precision == expected
 
 
+@pytest.mark.slow
 def test_deepspeed_may_not_round_what_an_adapter_is_merged_into(hft, settings, tmp_path):
     change = {
         "train.bf16": "true", "train.per_device_train_batch_size": 16, "model.dtype": "float32", "method.lora": "{}",
