@@ -130,9 +130,9 @@ class Adapters:
     """LoRA on every matrix that a plan trains, in place of the matrix: what trains are its two factors.
 
     Attributes:
-        rank: the inner width of the factors.
+        rank: the inner width of the factors; 0 of a type of PEFT's that has none such, of which the weights alone are counted.
         has_dropout: whether their inputs are thinned out.
-        name: LoRA's, or that of another of PEFT's types, of which the weights alone are counted.
+        name: LoRA's, or that of another of PEFT's types.
         shapes: what trains with these.
     """
 
@@ -140,6 +140,11 @@ class Adapters:
     has_dropout: bool = False
     name: str = "LoRA"
     shapes: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether what they compute and keep is counted, and not their weights alone."""
+        return self.rank > 0
 
     def list_shapes(self, units: Iterable[Unit], trained: Collection[str], parts: Mapping[str, Part]) -> list[tuple[int, ...]]:
         """The shapes of what trains.
@@ -231,7 +236,7 @@ class Ledger:
 
     def embed(self, unit: Unit) -> Value:
         """Look the tokens up: hidden states of the weight's own type."""
-        trains = self.trains(unit)
+        trains = self.trains(unit) or self.adapts(unit)
         self.keep_if(trains, self.make(1, 8, False))  # the tokens themselves
         return self.make(unit.parameters[0].shape[1], self.weight_item_bytes(unit), trains)
 
@@ -299,7 +304,7 @@ class Ledger:
 
     def normalize(self, unit: Unit, value: Value, num_rows: int = 1) -> Value:
         """Root mean square normalization, in float32, of so many rows in each token."""
-        trains = self.trains(unit)
+        trains = self.trains(unit) or self.adapts(unit)  # an adapter of a norm is another weight of it
         exact = value if value.item_bytes == 4 else Value(value.num_elements, 4, value.has_gradient)
         self.keep_if(value.has_gradient, exact, self.make(num_rows, 4, False))
         self.keep_if(trains, Value(value.num_elements, value.item_bytes, value.has_gradient))

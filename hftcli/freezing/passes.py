@@ -96,7 +96,8 @@ def count_activations(
         "the loss": saved + sum(bill.cached_bytes for bill in bills) + loss.forward_bytes,
         "the loss's backward pass": saved + lasting_casts + loss.backward_bytes,
         "a layer's backward pass": peak + casts + waiting + walk.working_bytes,
-        "the embeddings' backward pass": (waiting + own + walk.value.num_bytes) * walk.bottom.trains(embedding),
+        "the embeddings' backward pass": (waiting + own + walk.value.num_bytes)
+        * (walk.bottom.trains(embedding) or walk.bottom.adapts(embedding)),
     }
     activations = Activations(
         saved_bytes=saved,

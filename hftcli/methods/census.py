@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from hftcli.freezing.activations import Adapters
 from hftcli.freezing.budget import Budget
 from hftcli.methods.ia3 import choose_scaled
-from hftcli.methods.peft import choose_targets, count_shapes, narrow_to
+from hftcli.methods.peft import choose_targets, narrow_to
+from hftcli.methods.peft import count_adapters as count_peft
 from hftcli.recipe.methods import MethodSection
 
 
@@ -26,5 +26,5 @@ def count_adapters(budget: Budget, method: MethodSection, path: str) -> Budget:
         kind, given, targets = "IA3", {}, choose_scaled(plan, units)
     else:
         return budget
-    adapters = Adapters(0, name=kind, shapes=count_shapes(kind, given, targets, path))
+    adapters = count_peft(kind, given, targets, path)
     return replace(budget, plan=narrow_to(kind, targets, plan, units), adapters=adapters)

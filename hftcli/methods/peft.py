@@ -43,6 +43,7 @@ ROLES = {"LN_TUNING": ("norm", "final_norm"), "TRAINABLE_TOKENS": ("embedding",)
 MATRICES = ("attention", "mlp")
 BIASED = ("IA3", "GLORA")  # which change the biases of what they adapt, IA3 but for the mlp's last layer
 FEEDFORWARD = ("down_proj", "dense_4h_to_h", "c_proj")  # of which IA3 scales the inputs
+RANKS = {"LORA": "r", "ADALORA": "init_r"}  # which multiply by two factors of this rank, and where the rank stands
 # Keys of PEFT's classes that are not taken, and why.
 REFUSED = {
     **dict.fromkeys(
@@ -90,8 +91,7 @@ class Peft(Method):
 
     def check_start(self, start: Path, plan: FreezePlan) -> None:
         """Lay the adapters over the start without its weights, and count theirs."""
-        shapes = count_shapes(self.type, self.given, self.targets, str(start))
-        self.adapters = Adapters(0, name=self.type, shapes=shapes)
+        self.adapters = count_adapters(self.type, self.given, self.targets, str(start))
 
     def make_config(self, model: PreTrainedModel) -> PeftConfig:
         """PEFT's config for these layers."""
@@ -273,6 +273,18 @@ def narrow_to(kind: str, targets: Sequence[str], plan: FreezePlan, units: Sequen
         scaled = [name for name in targets if kind != "IA3" or get_last(name) not in FEEDFORWARD]
         names |= {f"{name}.bias" for name in scaled} & {value.name for unit in units for value in unit.parameters}
     return restrict_plan(plan, units, names)
+
+
+def count_adapters(kind: str, given: dict[str, Any], targets: Sequence[str], path: str) -> Adapters:
+    """What a budget has to know of them; of low-rank ones that are alike, also what they compute.
+
+    Raises:
+        InputError: PEFT refuses them there.
+    """
+    shapes, config = count_shapes(kind, given, targets, path), build_config(kind, given, targets)
+    if kind not in RANKS or config.rank_pattern:
+        return Adapters(0, name=kind, shapes=shapes)
+    return Adapters(getattr(config, RANKS[kind]), has_dropout=config.lora_dropout > 0, name=kind, shapes=shapes)
 
 
 def count_shapes(kind: str, given: dict[str, Any], targets: Sequence[str], path: str) -> tuple[tuple[int, ...], ...]:

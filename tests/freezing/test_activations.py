@@ -13,7 +13,7 @@ from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 from trl.trainer.utils import add_fused_lm_head
 
 from hftcli import PACKAGE
-from hftcli.freezing.activations import Network, Workload
+from hftcli.freezing.activations import Adapters, Network, Workload
 from hftcli.freezing.budget import estimate_memory
 from hftcli.freezing.passes import count_activations
 from hftcli.freezing.roles import assign_roles
@@ -71,6 +71,22 @@ def test_activations_of_wholly_checkpointed_layers():
     """The hooks do not see the rotary angles, which the layers' recomputation holds."""
     work = Workload(2, 96, checkpoint_every=1)
     assert 1 <= check_measured(EMBEDDED, FreezeRule(), work) < 1.05
+
+
+@pytest.mark.parametrize("role", ["norm", "embedding"])
+def test_adapters_of_norms_and_embeddings_pass_gradients_down_to_them(role: str):
+    """As deep as full fine-tuning's, but without a gradient of any matrix."""
+    network, plan = describe(EMBEDDED, FreezeRule(trainable_fraction=1))
+    adapted = {unit.parameters[0].name for unit in network.units if unit.role == role}
+    work, adapters = Workload(2, 96), Adapters(0, name="PEFT's", shapes=((8,),))
+    kept, flops = count_activations(network, adapted, work, adapters)
+    full_kept, full = count_activations(network, frozenset(plan.trained), work)
+    assert (flops.forward, flops.activation_gradient) == (full.forward, full.activation_gradient)
+    assert flops.weight_gradient == 0
+    assert 0.5 * full_kept.saved_bytes < kept.saved_bytes < full_kept.saved_bytes
+    low_rank = {unit.parameters[0].name for unit in network.units if unit.role in ("attention", "mlp")}
+    _, own = count_activations(network, low_rank, work, Adapters(8))
+    assert own == count_activations(network, low_rank, work, Adapters(8, name="LORA", shapes=((8,),)))[1]
 
 
 SETTINGS = [
