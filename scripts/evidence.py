@@ -1,4 +1,4 @@
-"""The tables of scripts/README.md on learning and forgetting, out of the figures that the reproduce scripts left. No torch."""
+"""Tables of scripts/README.md on learning, forgetting and what trains, out of the figures that scripts left. No torch."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,8 @@ from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_le
 from hftcli.comparing.statistics import Seed, estimate_mean
 
 FOLDER = Path(__file__).parent
-STREAM, KEPT = FOLDER / "stream.json", FOLDER / "kept.json"
+STREAM, KEPT, WAYS = FOLDER / "stream.json", FOLDER / "kept.json", FOLDER / "ways.json"
+STAGES = {"one": "one process", "0": "ZeRO 0", "1": "1", "2": "2", "3": "3"}
 Row = tuple[str, ...]
 
 
@@ -26,7 +27,24 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
     )
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
     tables["kept"] = make_table(("trains", "rate", "skill", "facts", "facts reworded"), list_kept(kept))
+    ways = json.loads(WAYS.read_text(encoding="utf-8"))
+    for model, known in ways.items():
+        columns = ("trains", "share", "gradients", "states", "FLOPs", "frozen, as verified", "launches")
+        has_times = any("time" in way for way in known.values())
+        tables[f"ways-{model}"] = make_table((*columns, *(["step"] * has_times)), list_ways(known, has_times))
     return tables
+
+
+def list_ways(known: dict[str, Any], has_times: bool) -> Iterator[Row]:
+    """A row for each way to choose what trains: bytes as planned, and as measured where these are others."""
+    for name, way in known.items():
+        cells = [f"{way['trained'] / way['parameters']:.2%}"]
+        for planned, measured in (way[key].values() for key in ("gradient_bytes", "state_bytes")):
+            cells.append(f"{planned:,}" + ("" if planned == measured else f" (measured {measured:,})"))
+        cells.append(f"{way['flops']:.3f}" + " + adapter" * (not way["counts_adapter"]))
+        cells += [way["frozen"] if way["passed"] else "**does not hold**"]
+        cells.append(", ".join(STAGES[launch] for launch, refusal in way["launches"].items() if refusal is None))
+        yield name, *cells, *([f"{way['time']['median']:.3f}" if "time" in way else ""] * has_times)
 
 
 def list_arms(arms: dict[str, Any]) -> Iterator[Row]:

@@ -122,7 +122,7 @@ def fill_page(page: str, text: str, tables: dict[str, str]) -> str:
     """The page's text with what belongs at its places."""
     for name, table in tables.items():
         first, last = f"<!-- {name} -->\n\n", f"\n\n<!-- /{name} -->"
-        if text.count(first) != 1 or text.count(last) != 1:
+        if text.count(first) != 1 or text.partition(first)[2].count(last) != 1:
             sys.exit(f"{page} must have <!-- {name} --> and <!-- /{name} --> once each, with empty lines between them")
         head, _, rest = text.partition(first)
         text = f"{head}{first}{table}{last}{rest.partition(last)[2]}"
