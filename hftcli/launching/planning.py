@@ -75,7 +75,7 @@ def make_workload(source: Recipe | RoundSpec, network: Network, arithmetic: Arit
         checkpoint_every=every if train.activation_checkpointing else None,
     )
     is_small = 4 * work.num_tokens * network.vocabulary <= PLAIN_BYTES
-    kernels = list_kernels(train, has_gpu, source.method.anchor is not None)
+    kernels = list_kernels(train, has_gpu, source.method.needs_logits)
     return replace(work, loss=kernels[0] if is_small else kernels[-1])
 
 
@@ -131,7 +131,7 @@ def choose_fit(source: Recipe | RoundSpec, budget: Budget, memory_bytes: int, ha
     most = min(per_process, source.train.per_device_train_batch_size)
     sizes = [size for size in range(most, 0, -1) if per_process % size == 0]
     needed = 0
-    for work in list_works(budget, list_kernels(source.train, has_gpu, source.method.anchor is not None)):
+    for work in list_works(budget, list_kernels(source.train, has_gpu, source.method.needs_logits)):
         for size in sizes:
             sized = replace(work, num_sequences=size * count_sequences(source))
             needed = replace(budget, work=sized).half.high_bytes

@@ -6,9 +6,11 @@ from hftcli.methods.adalora import AdaLora
 from hftcli.methods.agem import Agem
 from hftcli.methods.anchor import Anchor
 from hftcli.methods.average import Average
+from hftcli.methods.distill import Distill
 from hftcli.methods.ewc import Ewc
 from hftcli.methods.gem import Gem
 from hftcli.methods.ia3 import Ia3
+from hftcli.methods.ift import Ift
 from hftcli.methods.interpolation import Interpolation
 from hftcli.methods.l2sp import L2sp
 from hftcli.methods.lora import Lora
@@ -58,5 +60,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "self_replay": SelfReplay,
     "anchor": Anchor,
     "token_weights": TokenWeights,
+    "ift": Ift,
+    "distill": Distill,
     "peft": make_peft,
 }

@@ -27,7 +27,7 @@ class Anchor(Method):
 
     section: AnchorSection
     reads_distributions = True
-    asks_start = True
+    reads_ahead = True
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains: a step checkpoint has moved from there."""
@@ -38,7 +38,7 @@ class Anchor(Method):
         self.copy.move()
 
     @torch.no_grad()
-    def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
+    def read_ahead(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
         """What the start expects at the places of a batch before its trained tokens."""
         self.expected_BNV = self.copy.ask(model, inputs, columns_N)
 

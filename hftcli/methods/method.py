@@ -1,24 +1,24 @@
 """What a method may do in a round. Every hook does nothing here; a method overrides those that it needs.
 
 narrow_plan       what trains, before anything is loaded                       lora, olora, ia3, peft
-prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem
-check_start       what the start cannot carry, before anything is loaded        ia3, peft
+prepare_rows      the rows that are trained on, and those that are kept        replay, ewc, gem, agem, distill
+check_start       what the start cannot carry, before anything is loaded        ia3, peft, distill
 take_bases        the directions that are open, where the plan has some        lora, quiet
 expect            what a step checkpoint keeps, before there is an optimizer   redraw, spiel
-prepare_model     the loaded model, before any optimizer exists                ewc, l2sp, lora, olora, ia3, peft, quiet, anchor
+prepare_model     the loaded model, before any optimizer exists                all that hold a start, adapters, quiet
 laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
-start             the model is where it trains                                 ewc, l2sp, olora, quiet, pull, average, anchor
-read_start        before the forward pass of a micro-batch                     anchor, token_weights
-penalize_tokens   a term of each token's loss, by the whole distribution       anchor
+start             the model is where it trains                                 all that hold a start, olora, quiet, average, ift
+read_ahead        before the forward pass of a micro-batch                     anchor, distill, token_weights, ift
+penalize_tokens   a term of each token's loss, by the whole distribution       anchor, distill
 count_own_rows    rows that the start writes, to be trained on                 self_replay
-weigh_tokens      what a token counts in the loss                              token_weights
+weigh_tokens      what a token counts in the loss                              token_weights, ift
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
 recall, restore   what a step checkpoint keeps            gem, agem, peft, pull, average, redraw, spiel, token_weights
 end_step          after a step of the optimizer                                quiet, spiel, peft, redraw, token_weights
-finish            after the last step, before the checkpoint is written        ewc, adapters, and all of `freeze` but pull
+finish            after the last step, before the checkpoint is written        ewc, ift, adapters, and all of `freeze` but pull
 list_merged       after `finish`: what was merged, where the model rounds it   adapters, quiet, redraw, interpolation
 """
 
@@ -48,7 +48,8 @@ class Method:
 
     Attributes:
         leaves_another_model: whether `finish` changes the model, so that it can train no more.
-        asks_start: whether the start of the round is to read every micro-batch as well.
+        reads_ahead: whether something reads every micro-batch before the model is trained on it: the start of the round, or the
+            model as it is.
         reads_distributions: whether it needs all log-probabilities of a token's place, which the plain loss kernel alone has.
         adapters: what trains in place of the weights, where that was counted.
         num_adapter_weights: of what it adds to the model, those that train; known once that is loaded.
@@ -56,7 +57,7 @@ class Method:
 
     leaves_another_model = False
     reads_distributions = False
-    asks_start = False
+    reads_ahead = False
     adapters: Adapters | None = None
     num_adapter_weights = 0
     cycle_steps = 1  # from one change of the learning rate to the next
@@ -127,8 +128,8 @@ class Method:
     def start(self, trainer: Trainer) -> None:
         """Called once by all ranks before the first step, or before going on from a step checkpoint."""
 
-    def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
-        """Called before the model reads a micro-batch, on all ranks alike, where the method's `asks_start` is true.
+    def read_ahead(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
+        """Called before the model reads a micro-batch, on all ranks alike, where the method's `reads_ahead` is true.
 
         Args:
             columns_N: places before tokens that some row of it trains on.
@@ -148,7 +149,9 @@ class Method:
     def weigh_tokens(
         self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor
     ) -> torch.Tensor | None:
-        """What each trained token of a micro-batch counts in the loss, (B, T) without a gradient; None for all the same.
+        """What each trained token of a micro-batch counts in the loss, (B, T); None for all the same.
+
+        A weight with a gradient is trained through; anything may stand where no token is trained, but a finite number.
 
         Args:
             log_probs_BT: of the tokens, but for the first of each row.

@@ -45,11 +45,11 @@ class TokenWeights(Method):
 
     def __init__(self, spec: RoundSpec, section: TokenWeightsSection):
         super().__init__(spec, section)
-        self.asks_start = section.asks_start
+        self.reads_ahead = section.asks_start
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains, where the start is asked: a step checkpoint has moved from there."""
-        if self.asks_start:
+        if self.reads_ahead:
             self.copy = StartCopy(model, moves=self.renews)
 
     @property
@@ -79,7 +79,7 @@ class TokenWeights(Method):
             self.copy.renew()
 
     @torch.no_grad()
-    def read_start(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
+    def read_ahead(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
         """How likely the model as it was finds the tokens of a batch."""
         assert self.copy is not None
         targets_BT = inputs["labels"][:, 1:].clamp(min=0)

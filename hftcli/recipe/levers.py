@@ -1,4 +1,4 @@
-"""What is wrong with the methods that change what is trained on and what it counts: self-replay, anchor, token weights."""
+"""What is wrong with the methods that change what is trained on and what it counts: self-replay, anchor, token weights, ..."""
 
 from collections.abc import Iterator
 
@@ -11,22 +11,27 @@ KINDS_KEYS = {"max_perplexity": "stm", "clip": "psft", "snapshot_steps": "psft"}
 
 def check_levers(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Settings with which one of them would have no effect, or would not be what its name says."""
-    yield from _check_anchor(recipe, objective, source)
+    yield from _check_start_readers(recipe, objective, source)
     yield from _check_self_replay(recipe, objective, source)
     yield from _check_token_weights(recipe, objective, source)
 
 
-def _check_anchor(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+def _check_start_readers(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Settings with which the start cannot be laid in, or not be compared."""
-    place, train = source.place(("method", "anchor")), recipe.train
-    if recipe.method.anchor is None:
-        return
-    if objective == "dpo":
-        yield f"{place}: method.anchor holds what rows are taught on, and `hft dpo` has a reference of its own: drop it"
-    if train.loss_kernel == "chunked":
-        yield f"{place}: method.anchor reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
-    if train.extra.get("label_smoothing_factor"):
-        yield f"{place}: method.anchor would have no effect beside train.label_smoothing_factor: drop one of the two"
+    train = recipe.train
+    for name in (name for name in ("anchor", "distill") if name in recipe.method.names):
+        place = source.place(("method", name))
+        if objective == "dpo":
+            yield f"{place}: method.{name} holds what rows are taught on, and `hft dpo` has a reference of its own: drop it"
+        if train.loss_kernel == "chunked":
+            yield f"{place}: method.{name} reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
+        if train.extra.get("label_smoothing_factor"):
+            yield f"{place}: method.{name} would have no effect beside train.label_smoothing_factor: drop one of the two"
+    if recipe.method.distill is not None and train.packing:
+        yield (
+            f"{source.place(('method', 'distill'))}: method.distill lays rows before each row, and train.packing lays several "
+            "into one sequence: set train.packing: false"
+        )
 
 
 def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
@@ -42,21 +47,25 @@ def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile)
 
 def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Losses that are no sum over tokens which could count more or less."""
-    place, extra = source.place(("method", "token_weights")), recipe.train.extra
-    section = recipe.method.token_weights
-    if section is None:
-        return
+    section, extra = recipe.method.token_weights, recipe.train.extra
     for key, kind in KINDS_KEYS.items():
-        if section.kind != kind and getattr(section, key) != type(section).model_fields[key].default:
-            place_of_key = source.place(("method", "token_weights", key))
-            yield f"{place_of_key}: method.token_weights.{key} would have no effect beside kind {section.kind}: drop it"
-    if objective == "dpo":
-        yield f"{place}: method.token_weights weighs the tokens of answers, and `hft dpo` compares whole answers: drop it"
-    if extra.get("loss_type", "nll") != "nll":
-        other = f"train.loss_type {extra['loss_type']}"
-        yield f"{place}: method.token_weights and {other} both weigh the tokens: drop one of the two"
-    if extra.get("label_smoothing_factor"):
+        if section and section.kind != kind and getattr(section, key) != type(section).model_fields[key].default:
+            place = source.place(("method", "token_weights", key))
+            yield f"{place}: method.token_weights.{key} would have no effect beside kind {section.kind}: drop it"
+    if section and section.kind == "psft" and recipe.method.ift:
         yield (
-            f"{place}: method.token_weights would have no effect beside train.label_smoothing_factor, whose loss is TRL's own: "
-            "drop one of the two"
+            f"{source.place(('method', 'ift'))}: method.ift has the model read tokens of its own, and token_weights: psft "
+            "compares it with a copy that reads the rows': drop one of the two"
         )
+    for name in (name for name in ("token_weights", "ift") if name in recipe.method.names):
+        place = source.place(("method", name))
+        if objective == "dpo":
+            yield f"{place}: method.{name} weighs the tokens of answers, and `hft dpo` compares whole answers: drop it"
+        if extra.get("loss_type", "nll") != "nll":
+            other = f"train.loss_type {extra['loss_type']}"
+            yield f"{place}: method.{name} and {other} both weigh the tokens: drop one of the two"
+        if extra.get("label_smoothing_factor"):
+            yield (
+                f"{place}: method.{name} would have no effect beside train.label_smoothing_factor, whose loss is TRL's own: "
+                "drop one of the two"
+            )

@@ -203,6 +203,43 @@ class AnchorSection(Section):
     """KL(start || model), KL(model || start), or the first over all tokens but the one that is taught (arXiv 2605.29498)."""
 
 
+class IftSection(Section):
+    """Intuitive fine-tuning (arXiv 2405.11870): answers are learned after what the model itself would have said."""
+
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Lambda of the paper: how much of an answer's token, as the model reads it, is the one that it would have put there. 0
+    mixes nothing in."""
+
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Gamma of the paper: a token counts by the losses from it to the end of its row, each this times the one before; 0 counts
+    all alike."""
+
+
+class DistillSection(Section):
+    """What the start of the round expects of an answer with answered rows before the question is learned without them."""
+
+    demonstrations: Annotated[int, Field(ge=1)] = 4
+    """Other rows of the task that stand before each row where the start reads it."""
+
+    strength: Annotated[float, Field(ge=0)] = 1.0
+    """What the divergence from the start counts beside the loss, nat for nat."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that they may have together: those are drawn among the rows of no more than their share of it. Null is 1024, or
+    what the model has places for beside `data.max_length`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_on_policy(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "on_policy" in values:
+            raise PydanticCustomError(
+                "on_policy",
+                "on_policy is not taken: the student would write answers while it trains, which is another trainer, TRL's "
+                "SDFTTrainer, and hft trains on rows: drop it",
+            )
+        return values
+
+
 class PeftSection(OpenSection):
     """Any adapter of PEFT's that merges, with the keys of PEFT's own config class beside the type."""
 
@@ -247,6 +284,12 @@ class MethodSection(Section):
     token_weights: TokenWeightsSection | None = None
     """Tokens that contradict what the model knows count less: DFT, TALR, EAFT, STM or Proximal SFT."""
 
+    ift: IftSection | None = None
+    """Read each answer with what the model would have said mixed in, and count early mistakes more (IFT, arXiv 2405.11870)."""
+
+    distill: DistillSection | None = None
+    """Learn to answer alone as the start of the round does after answered rows: context distillation (arXiv 2305.16938)."""
+
     peft: PeftSection | None = None
     """Any adapter of PEFT's that merges: `{type: LORA, use_dora: true}`."""
 
@@ -267,9 +310,15 @@ class MethodSection(Section):
         """The methods for which the start of the round reads every batch, laid into the model."""
         asks_start = {
             "anchor": self.anchor is not None,
+            "distill": self.distill is not None,
             "token_weights": bool(self.token_weights and self.token_weights.asks_start),
         }
         return tuple(name for name, asks in asks_start.items() if asks)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether something compares all that could stand in a token's place."""
+        return self.anchor is not None or self.distill is not None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -289,13 +338,17 @@ ADAPTERS = ("lora", "olora", "ia3", "peft")
 # Methods that defend the tasks of earlier rounds, and do nothing in a run of one.
 SEQUENCE_METHODS = ("replay", "ewc", "gem", "agem", "olora")
 # Methods that change rows and what they count, and leave the weights alone.
-ROW_METHODS = ("replay", "self_replay", "token_weights")
+ROW_METHODS = ("replay", "self_replay", "token_weights", "ift")
 # Methods that go with matrices of which a part trains: they change no weight by themselves.
-GRAINLESS_METHODS = ("replay", "self_replay", "anchor", "token_weights")
+GRAINLESS_METHODS = ("replay", "self_replay", "anchor", "distill", "token_weights", "ift")
 # Pairs of methods that contradict each other, and why.
 CLASHING_METHODS = (
     ("gem", "agem", "agem is gem with one constraint in place of one for each task"),
     ("anchor", "peft", "anchor lays what trains back to where it was, and an adapter may begin elsewhere than the model does"),
+    *(
+        (holder, "ift", f"ift has the model read tokens of its own, and the start, to which {holder} holds it, reads the rows'")
+        for holder in ("anchor", "distill")
+    ),
     *(
         (first, second, "each trains something of its own in place of the weights")
         for first, second in combinations(ADAPTERS, 2)

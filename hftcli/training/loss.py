@@ -23,7 +23,7 @@ from hftcli.freezing.activations import LossKernel
 SFT_OUTPUTS = ("log_probs", "entropy", "is_top1")
 DPO_OUTPUTS = (*SFT_OUTPUTS, "mean_logits", "log_sum_sq_probs")
 
-# What each token counts, without a gradient, by its log-probability, its entropy and whether it is trained; None: all the same.
+# What each token counts, by its log-probability, its entropy and whether it is trained; None: all the same.
 Weighing = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 # What each token has on top of its loss (B, N), by the log-probabilities at its place (B, N, V) and the token (B, N);
 # None: nothing.

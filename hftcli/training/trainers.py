@@ -245,11 +245,11 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
         shape_loss(model, [method.weigh_tokens for method in methods])
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's loss; what has to know what the start expects asks it first."""
-        if readers := [method for method in self.methods if method.asks_start]:
+        """TRL's loss; what has to know what the start, or the model, expects asks it first."""
+        if readers := [method for method in self.methods if method.reads_ahead]:
             columns_N = find_columns(inputs["labels"])
             for method in readers:
-                method.read_start(self.model, inputs, columns_N)
+                method.read_ahead(self.model, inputs, columns_N)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 

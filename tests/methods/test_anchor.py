@@ -66,7 +66,7 @@ def test_loss_and_gradient_are_those_of_float64(kind):
     keep_logits(model, SFT_OUTPUTS, [method.penalize_tokens])
     shape_loss(model, [])
     inputs = {"input_ids": ids, "labels": labels}
-    method.read_start(model, inputs, find_columns(labels))
+    method.read_ahead(model, inputs, find_columns(labels))
     found = model(**inputs, use_cache=False, fused_lm_head=True)
     own_loss = -found.log_probs.sum() / found.label_mask.sum()
     own_loss.backward()

@@ -83,8 +83,8 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     expected.backward()
     set_loss_kernel(model, kernel)
     shape_loss(model, [method.weigh_tokens])
-    if method.asks_start:
-        method.read_start(model, {"input_ids": ids, "labels": labels}, find_columns(labels))
+    if method.reads_ahead:
+        method.read_ahead(model, {"input_ids": ids, "labels": labels}, find_columns(labels))
     found = model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True)
     loss = -found.log_probs.sum() / found.label_mask.sum()
     loss.backward()
