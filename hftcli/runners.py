@@ -196,7 +196,7 @@ def make_held_out_section(recipe: Recipe) -> DataSection | None:
     held_out = recipe.eval.held_out
     if held_out.path is None:
         return None
-    shared = recipe.data.model_dump(include={"max_length", "bad_rows", "special_tokens_in_text", "ignore_columns"})
+    shared = recipe.data.model_dump(include={"max_length", "bad_rows", "special_tokens_in_text", "ignore_columns", "pattern"})
     return DataSection(**held_out.model_dump() | shared | {"path": _make_absolute(held_out.path)})
 
 

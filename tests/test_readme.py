@@ -131,10 +131,12 @@ def test_every_key_that_is_named_exists(page: Path):
 
 @pytest.mark.parametrize("name", ["README.md", "recipes/README.md"])
 def test_the_recipes_that_are_shown_load(name: str, tmp_path: Path):
-    (text,) = find_blocks(ROOT / name, "yaml")
-    path = tmp_path / "my.yaml"
-    path.write_text(text, encoding="utf-8")
-    assert load_recipe(path, (), "sft").data.path == "my.jsonl"
+    texts = find_blocks(ROOT / name, "yaml")
+    assert texts
+    for text in texts:
+        path = tmp_path / "my.yaml"
+        path.write_text(text, encoding="utf-8")
+        assert load_recipe(path, (), "sft").data.path == "my.jsonl"
 
 
 def test_the_rows_that_are_shown_are_of_the_known_formats():

@@ -189,6 +189,8 @@ def _read_single(
     scores = round_.read_scores()
     before, after = scores.before, made.after if made else scores.after
     before = {name: score for name, score in before.items() if getattr(score, by) is not None}
+    if made and by == "score":
+        before.pop(HELD_OUT, None)  # of multiple choice (data.pattern)
     if made and HELD_OUT in before:
         raise InputError(f"{folder} is made of a run's model, which hft eval asks no held-out rows", "compare it by score")
     for name, score in before.items():

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from itertools import islice
 
 from hftcli.data.formats import FORMATS, Row, convert_row, detect_format, is_conversation
+from hftcli.data.patterns import PATTERN, convert_labelled, make_choices
 from hftcli.data.sources import Place, find_places
 from hftcli.data.turns import Lost, check_type
 from hftcli.errors import DataError
+from hftcli.recipe.pattern import PatternSection
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.sections import DataSection
+from hftcli.tasks.examples import Task
 
 NUM_NAMED = 10  # bad rows that a message names
 
@@ -24,6 +27,8 @@ def detect_objective(data: DataSection) -> Objective:
     Raises:
         DataError: there are no rows, or they are of no format.
     """
+    if data.pattern is not None:
+        return "sft"
     place = find_places(data)[0]
     first = next((row for row in place.read() if isinstance(row, dict)), None)
     if first is None:
@@ -79,12 +84,13 @@ class RowReader:
         num_rows: rows read, bad ones too.
     """
 
-    def __init__(self, place: Place, objective: Objective, faults: Faults, lost: Lost):
+    def __init__(self, place: Place, objective: Objective, faults: Faults, lost: Lost, pattern: PatternSection | None = None):
+        self.pattern = pattern
         self.place = place
         self.objective = objective
         self.faults = faults
         self.lost = lost
-        self.format = ""
+        self.format = PATTERN if pattern is not None else ""
         self.num_rows = 0
 
     def __iter__(self) -> Iterator[tuple[int, Row]]:
@@ -116,5 +122,26 @@ class RowReader:
                 raise DataError(f"{self.place.name}: row {number}: {error.message}", error.fix) from None
         with self.faults.catching(number):
             check_type(found, dict, "a row")
+            if self.pattern is not None:
+                return convert_labelled(found, self.pattern, self.lost)
             return convert_row(found, self.format, self.lost)
         return None
+
+
+def read_choices(name: str, data: DataSection) -> Task:
+    """The rows of all sources as multiple choice between the words of the labels of `data.pattern`.
+
+    Raises:
+        DataError: rows are bad and `data.bad_rows` does not drop them, or none is left.
+    """
+    assert data.pattern is not None
+    rows: list[Row] = []
+    for place in find_places(data):
+        faults = Faults(place.name)
+        reader = RowReader(place, "sft", faults, Lost(data.ignore_columns), data.pattern)
+        rows += [row for _, row in reader]
+        if data.bad_rows == "refuse":
+            faults.refuse(reader.num_rows)
+    if not rows:
+        raise DataError(f"{data.path}: none of the rows can be asked: {faults.named[0].message}")
+    return make_choices(name, rows, data.pattern)

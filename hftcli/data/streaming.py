@@ -57,7 +57,7 @@ def tokenize_source(
         DataError: rows are bad and `data.bad_rows` does not drop them, or none is left.
     """
     tally, faults, lost = Tally(), Faults(place.name), Lost(data.ignore_columns)
-    reader = RowReader(place, objective, faults, lost)
+    reader = RowReader(place, objective, faults, lost, data.pattern)
     encoder = RowEncoder(tokenizer, data, train, faults)
     is_pairs = objective == "dpo"
     writer = ShardWriter(folder, PAIR_FEATURES if is_pairs else TOKEN_FEATURES)

@@ -14,7 +14,8 @@ class HeldOutSection(Section):
 
     path: str | None = None
     """Held-out rows, as under `data.path`, to measure before and after each round: by the likelihood of what would be trained;
-    with DPO, by reward accuracy, margin and KL to the reference. Null measures none."""
+    with `data.pattern`, as multiple choice too; with DPO, by reward accuracy, margin and KL to the reference. Null measures
+    none."""
 
     name: str | None = None
     """Configuration of a hub dataset."""

@@ -31,6 +31,7 @@ FOREIGN_KEYS = {
         "train.assistant_only_loss",
         "train.completion_only_loss",
         "data.root",
+        "data.pattern",
         "continual",
     ),
     "continual": (
@@ -44,6 +45,7 @@ FOREIGN_KEYS = {
         "data.bad_rows",
         "data.special_tokens_in_text",
         "data.ignore_columns",
+        "data.pattern",
         "data.seed",
         "data.drop_identical",
         "eval.held_out",
@@ -121,7 +123,8 @@ def list_keys(keys: Keys = ()) -> Iterator[str]:
 
 def check_secrets(values: dict[str, Any], source: RecipeFile, keys: Keys = ()) -> Iterator[str]:
     """What nobody else may read: a recipe is written into its run."""
-    for key, value in values.items():
+    for given, value in values.items():
+        key = str(given)  # YAML reads a label of 0 as a number
         place, name = source.place((*keys, key)), ".".join((*keys, key))
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
@@ -313,7 +316,7 @@ def check_measuring(recipe: Recipe, objective: Objective, source: RecipeFile) ->
     trained = {recipe.data.path, *(part.path for part in recipe.data.sources)} if objective != "continual" else set()
     has_known = any(name not in trained for name in asked.tasks)
     has_pairs = objective == "dpo" and asked.held_out.path is not None and stop.by == "score"
-    has_rows = objective == "sft" and asked.held_out.path is not None and stop.by == "nll"
+    has_rows = objective == "sft" and asked.held_out.path is not None and (stop.by == "nll" or recipe.data.pattern is not None)
     learns = objective == "continual" or has_pairs or has_rows or any(name in trained for name in asked.tasks)
     if asked.measures_within and not (asked.tasks or asked.held_out.path or objective == "continual"):
         key = "every_steps" if asked.every_steps is not None else "num_points"

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic_core import PydanticCustomError
 
 from hftcli.freezing.activations import LossKernel
+from hftcli.recipe.pattern import PatternSection
 from hftcli.recipe.section import Section
 from hftcli.recipe.slurm import SlurmSection
 from hftcli.recipe.trainer_keys import Seed
@@ -114,6 +115,10 @@ class DataSection(Section):
 
     ignore_columns: tuple[str, ...] = ()
     """Columns, or keys of a message, that are left out whatever they mean, such as `images`."""
+
+    pattern: PatternSection | None = None
+    """Rows with a label become questions with an answer, in plain text; `eval.held_out` then is multiple choice between the
+    words of all labels. Null takes rows of a known format."""
 
     seed: Seed = 42
     """Which rows of a source with a `weight` are drawn, and the order in which sources are mixed."""

@@ -18,6 +18,7 @@ from hftcli.data.checks import check_positions, check_token_ids, check_tokenizer
 from hftcli.data.ends import find_trained_ends
 from hftcli.data.formats import FORMATS
 from hftcli.data.prepare import prepare_dataset, prepare_pairs, prepare_task
+from hftcli.data.rows import read_choices
 from hftcli.data.templates import set_chat_template
 from hftcli.data.tokens import Progress
 from hftcli.errors import DataError, InputError, ModelError
@@ -210,6 +211,8 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
         if spec.held_out and spec.objective == "dpo":
             pairs, held_out = prepare_pairs(spec.held_out, tokenizer, cache)
             check_token_ids(held_out, tokenizer, task.num_embeddings)
+        elif spec.held_out and spec.held_out.pattern is not None:
+            asked[HELD_OUT] = tokenize_task(read_choices(HELD_OUT, spec.held_out), spec.data.max_length, tokenizer)
         elif spec.held_out:
             unpacked = spec.train.model_copy(update={"packing": False})
             sequences, held_out = prepare_dataset(spec.held_out, unpacked, tokenizer, cache)

@@ -30,7 +30,9 @@ class Scorer:
         self.task = task
         self.spec = task.spec
         self.rows = rows
-        self.held_out = (HELD_OUT,) if HELD_OUT in rows.asked else ()
+        held_out: tuple[str, ...] = (HELD_OUT,) if HELD_OUT in rows.asked else ()
+        self.choices = tuple(name for name in held_out if rows.asked[name].bare_questions)  # which have a score
+        self.held_out = tuple(name for name in held_out if name not in self.choices)
         self.before: dict[str, Score] = {}
         self.reused: list[str] = []  # of what was asked before, what an earlier run had asked already
         self.read_before: list[Reading] = []
@@ -43,7 +45,7 @@ class Scorer:
 
     def measure_before(self) -> None:
         """Ask the untouched model, as the start's files hold it; all ranks together."""
-        if not (self.spec.scoring.before or self.held_out or self.rows.pairs is not None):
+        if not (self.spec.scoring.before or self.held_out or self.choices or self.rows.pairs is not None):
             return
         with holding_file(self.trainer.model, self.stored.folder, self.stored.masters):
             self.before.update(self._recall_before())
@@ -53,7 +55,7 @@ class Scorer:
     def _recall_before(self) -> dict[str, Score]:
         """Scores of the untouched model: those that an earlier run kept, and of the others anew."""
         asked, args, is_first = self.rows.asked, self.trainer.args, self.attempt.reporter.is_first
-        names = {name: name in self.held_out for name in (*self.spec.scoring.before, *self.held_out)}
+        names = {name: name in self.held_out for name in (*self.spec.scoring.before, *self.choices, *self.held_out)}
         basis = Basis(self.task, args.world_size, args.device) if is_first and names else None
         kept = {name: basis.read(asked[name], is_read_only) for name, is_read_only in names.items()} if basis else {}
         known = [[name for name, score in kept.items() if score is not None]]
@@ -79,14 +81,16 @@ class Scorer:
         if self.trainer.args.world_size > 1:
             torch.distributed.barrier()  # rank 0 has written it
         with holding_file(self.trainer.model, checkpoint, open_masters(checkpoint).tensors):
-            after = self._score("after", self.spec.scoring.after, (*self.spec.scoring.likelihood, *self.held_out)).scores
+            names, read_only = (*self.spec.scoring.after, *self.choices), (*self.spec.scoring.likelihood, *self.held_out)
+            after = self._score("after", names, read_only).scores
             before, now = self._score_pairs(self.read_before), self._score_pairs(None)
         return dict(after), PairScores(before=before, after=now) if before is not None and now is not None else None
 
     def measure_now(self, learned: tuple[str, ...], known: tuple[str, ...]) -> Standing:
         """Ask the model as it would be saved between two steps; all ranks together."""
         with holding_rounding(self.trainer.model, self.stored):
-            found = self._score(None, tuple(name for name in (*learned, *known) if name != HELD_OUT), self.held_out)
+            names = tuple(name for name in (*learned, *known) if name != HELD_OUT)
+            found = self._score(None, (*names, *self.choices), self.held_out)
             return replace(found, pairs=self._score_pairs(None))
 
     @property
