@@ -79,12 +79,12 @@ class Distill(Method):
         most = self.max_tokens // self.section.demonstrations
         self.candidates: dict[str, np.ndarray] = {}
         for task, held in self.rows.items():
-            lengths = [batch["input_ids"].combine_chunks().value_lengths().to_numpy() for batch in read_batches(held)]
-            self.candidates[task] = np.flatnonzero(np.concatenate(lengths) <= most)
+            self.candidates[task] = find_distinct(held, most)
             if len(self.candidates[task]) <= self.section.demonstrations:
                 raise DataError(
                     f"method.distill lays {self.section.demonstrations} rows before another, of at most {self.max_tokens} "
-                    f"tokens together, and {len(self.candidates[task])} of {len(held)} rows of {task} have {most} or fewer",
+                    f"tokens together; of the {len(held)} rows of {task} {len(self.candidates[task])} different ones have "
+                    f"{most} or fewer",
                     "raise method.distill.max_tokens, or lower method.distill.demonstrations",
                 )
         if len(self.rows) > 1 or self.spec.method.self_replay is not None:
@@ -106,7 +106,7 @@ class Distill(Method):
         if task is None:
             return None
         drawing, pool = random.Random(f"{self.spec.train.seed}/{digest.hex()}"), self.candidates[task]
-        places = drawing.sample(range(len(pool)), min(3 * self.section.demonstrations + 1, len(pool)))
+        places = drawing.sample(range(len(pool)), self.section.demonstrations + 1)  # one more: the row itself may be among them
         others = [held for place in places if (held := self.rows[task][int(pool[place])]["input_ids"]) != own]
         texts = [self._open(held) for held in others[: self.section.demonstrations]]
         return [*own[: len(own) - len(self._open(own))], *(token for text in texts for token in text)]
@@ -133,6 +133,16 @@ class Distill(Method):
         """What each token has on top of its loss (B, N)."""
         divergence_BN = measure_divergence(log_probs_BNV, self.expected_BNV, targets_BN, "forward")
         return self.section.strength * divergence_BN * self.has_teacher_B1
+
+
+def find_distinct(rows: Dataset, most: int) -> np.ndarray:
+    """Indices of the rows of at most so many tokens; of equal rows the first."""
+    lists = (ids for batch in read_batches(rows) for ids in batch["input_ids"].to_pylist())
+    first: dict[bytes, int] = {}
+    for place, ids in enumerate(lists):
+        if len(ids) <= most:
+            first.setdefault(hash_row(ids), place)
+    return np.array(list(first.values()), dtype=np.int64)
 
 
 def read_batches(rows: Dataset) -> Iterator[Any]:

@@ -116,13 +116,15 @@ def test_a_row_that_stands_twice_is_not_told_its_answer():
     other = {"input_ids": [BOS, 8, 9, 10], "labels": [-100, -100, 9, 10]}
     method = make_method({"new": Dataset.from_list([row, row, row, other], features=TOKEN_FEATURES)}, demonstrations=1)
     assert method.choose_context(row["input_ids"]) == [BOS, 8, 9, 10]
+    with pytest.raises(DataError, match="of the 4 rows of new 2 different ones have"):
+        make_method(method.rows, demonstrations=2)
 
 
 def test_rows_that_do_not_fit_are_said():
     torch.manual_seed(0)
     rows = {"new": draw_rows(10, True)}  # two each of 5 to 9 tokens
     assert len(make_method(rows, demonstrations=3, max_tokens=18).candidates["new"]) == 4
-    with pytest.raises(DataError, match="2 of 10 rows of new have 5 or fewer"):
+    with pytest.raises(DataError, match="of the 10 rows of new 2 different ones have 5 or fewer"):
         make_method(rows, demonstrations=3, max_tokens=17)
     with pytest.raises(ModelError, match="lays 100000 tokens or more before a row of data.max_length 32, and .* positions"):
         make_method(rows, max_tokens=100000)
