@@ -17,7 +17,10 @@ UNSUITED = ("blocks, quiet", "quiet", "VeRA", "OFT", "BOFT", "OSF", "SHiRA", "Lo
 def check_way(name: str, way: dict) -> None:
     """AdamW has two numbers for each that trains, and there is a gradient of it; and what is frozen is so."""
     for key, factor in (("gradient_bytes", 4), ("state_bytes", 8)):
-        assert way[key] == dict.fromkeys(("planned", "measured"), factor * way["trained"]), name
+        assert way[key]["planned"] == factor * way["trained"], name
+        # Until a round has scored its start, the plan is of a draw in their place, whose units are of other sizes.
+        most = 0.05 if name == "half, by Fisher" else 0
+        assert way[key]["measured"] == pytest.approx(way[key]["planned"], rel=most, abs=0), name
     assert way["passed"], name
     assert (way["frozen"] == "nothing is frozen") is (name in ("full", "redrawn: half"))  # the one after the other trains
     refused = {launch for launch, refusal in way["launches"].items() if refusal is not None}
