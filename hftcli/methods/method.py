@@ -9,10 +9,11 @@ prepare_model     the loaded model, before any optimizer exists                a
 laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 all that hold a start, olora, quiet, average, ift
-read_ahead        before the forward pass of a micro-batch                     anchor, distill, token_weights, ift
-penalize_tokens   a term of each token's loss, by the whole distribution       anchor, distill
+see_places        of which rows a micro-batch is                               self_replay
+read_ahead        before the forward pass of a micro-batch                     anchor, distill, token_weights, ift, self_replay
+penalize_tokens   a term of each token's loss, by the whole distribution       anchor, distill, self_replay
 count_own_rows    rows that the start writes, to be trained on                 self_replay
-weigh_tokens      what a token counts in the loss                              token_weights, ift
+weigh_tokens      what a token counts in the loss                              token_weights, ift, self_replay
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
@@ -50,6 +51,7 @@ class Method:
         leaves_another_model: whether `finish` changes the model, so that it can train no more.
         reads_ahead: whether something reads every micro-batch before the model is trained on it: the start of the round, or the
             model as it is.
+        asks_places: whether it needs to know of which row of the dataset a trained token is.
         reads_distributions: whether it needs all log-probabilities of a token's place, which the plain loss kernel alone has.
         adapters: what trains in place of the weights, where that was counted.
         num_adapter_weights: of what it adds to the model, those that train; known once that is loaded.
@@ -58,6 +60,7 @@ class Method:
     leaves_another_model = False
     reads_distributions = False
     reads_ahead = False
+    asks_places = False
     adapters: Adapters | None = None
     num_adapter_weights = 0
     cycle_steps = 1  # from one change of the learning rate to the next
@@ -133,6 +136,13 @@ class Method:
 
         Args:
             columns_N: places before tokens that some row of it trains on.
+        """
+
+    def see_places(self, places_BT: torch.Tensor) -> None:
+        """Called before `read_ahead`, where the method's `asks_places` is true.
+
+        Args:
+            places_BT: of the row that each trained token of a micro-batch belongs to in the dataset; -1 for the others.
         """
 
     def penalize_tokens(self, log_probs_BNV: torch.Tensor, targets_BN: torch.Tensor) -> torch.Tensor | None:

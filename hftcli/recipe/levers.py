@@ -11,26 +11,43 @@ KINDS_KEYS = {"max_perplexity": "stm", "clip": "psft", "snapshot_steps": "psft"}
 
 def check_levers(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Settings with which one of them would have no effect, or would not be what its name says."""
+    yield from _check_logits_readers(recipe, source)
     yield from _check_start_readers(recipe, objective, source)
     yield from _check_self_replay(recipe, objective, source)
     yield from _check_token_weights(recipe, objective, source)
 
 
+def _check_logits_readers(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Losses in which no divergence of whole distributions can stand."""
+    train = recipe.train
+    for name in recipe.method.logits_readers:
+        place, key = source.place(("method", name)), f"method.{name}" + (".loss: kl" if name == "self_replay" else "")
+        if train.loss_kernel == "chunked":
+            yield f"{place}: {key} reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
+        if train.extra.get("label_smoothing_factor"):
+            yield f"{place}: {key} would have no effect beside train.label_smoothing_factor: drop one of the two"
+        if train.extra.get("loss_type", "nll") != "nll":
+            yield (
+                f"{place}: {key} adds a divergence to the loss, which train.loss_type {train.extra['loss_type']} would take "
+                "for a likelihood: set method.token_weights.kind: dft, or drop one of the two"
+            )
+
+
 def _check_start_readers(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """Settings with which the start cannot be laid in, or not be compared."""
-    train = recipe.train
     for name in (name for name in ("anchor", "distill") if name in recipe.method.names):
-        place = source.place(("method", name))
         if objective == "dpo":
+            place = source.place(("method", name))
             yield f"{place}: method.{name} holds what rows are taught on, and `hft dpo` has a reference of its own: drop it"
-        if train.loss_kernel == "chunked":
-            yield f"{place}: method.{name} reads all logits of a token, and train.loss_kernel chunked never has all: set plain"
-        if train.extra.get("label_smoothing_factor"):
-            yield f"{place}: method.{name} would have no effect beside train.label_smoothing_factor: drop one of the two"
-    if recipe.method.distill is not None and train.packing:
+    if recipe.method.distill is not None and recipe.train.packing:
         yield (
             f"{source.place(('method', 'distill'))}: method.distill lays rows before each row, and train.packing lays several "
             "into one sequence: set train.packing: false"
+        )
+    if recipe.method.ift is not None and "self_replay" in recipe.method.start_readers:
+        yield (
+            f"{source.place(('method', 'ift'))}: method.ift has the model read tokens of its own, and self_replay.loss: kl "
+            "compares it with the start, which reads the texts': drop one of the two"
         )
 
 

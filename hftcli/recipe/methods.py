@@ -187,10 +187,19 @@ class SelfReplaySection(Section):
     """The model trains on texts of its own beside the rows."""
 
     fraction: Annotated[float, Field(gt=0, le=10)] = 0.25
-    """Texts that the start of the round writes from nothing, for each row; in every epoch they stand among the rows."""
+    """Texts that the start of the round writes, for each row; in every epoch they stand among the rows."""
 
     max_tokens: Annotated[int, Field(ge=8)] = 128
     """Tokens at which a text is cut, `data.max_length` at most."""
+
+    begin: Literal["nothing", "chat"] = "nothing"
+    """What a text is written from: `nothing`, or for models that chat what the chat template prints before a user's first word,
+    so that the start writes the question as well as the answer (arXiv 2406.08464). A question that has not ended where the text
+    is cut has no answer."""
+
+    loss: Literal["ce", "kl"] = "ce"
+    """On the texts: `ce` is the likelihood of their tokens (arXiv 2505.13811); `kl` KL(start || model) at each of them, the
+    same in the mean and less noisy (arXiv 2605.26097), for which the start reads them once more."""
 
 
 class AnchorSection(Section):
@@ -309,6 +318,7 @@ class MethodSection(Section):
     def start_readers(self) -> tuple[str, ...]:
         """The methods for which the start of the round reads every batch, laid into the model."""
         asks_start = {
+            "self_replay": self.self_replay is not None and self.self_replay.loss == "kl",
             "anchor": self.anchor is not None,
             "distill": self.distill is not None,
             "token_weights": bool(self.token_weights and self.token_weights.asks_start),
@@ -316,9 +326,14 @@ class MethodSection(Section):
         return tuple(name for name, asks in asks_start.items() if asks)
 
     @property
+    def logits_readers(self) -> tuple[str, ...]:
+        """The methods that compare all that could stand in a token's place; the plain loss kernel alone has all logits."""
+        return tuple(name for name in ("self_replay", "anchor", "distill") if name in self.start_readers)
+
+    @property
     def needs_logits(self) -> bool:
-        """Whether something compares all that could stand in a token's place."""
-        return self.anchor is not None or self.distill is not None
+        """Whether there is such a method."""
+        return bool(self.logits_readers)
 
     @property
     def names(self) -> tuple[str, ...]:

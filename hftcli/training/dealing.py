@@ -19,9 +19,10 @@ from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 IGNORED = -100  # the label of a token that is not trained
-NO_ROW = -1  # the place of a pair that counts for nothing
+NO_ROW = -1  # the place of a pair that counts for nothing, and of a token that is not trained
 
 Batch = dict[str, Any]
 Example = dict[str, Any]
@@ -91,6 +92,33 @@ class FillingCollator:
     def __call__(self, examples: list[Example]) -> Batch:
         """The batch of a rank's rows, or of the one that stands in for them."""
         return self.collate(examples or [self.filler])
+
+
+@dataclass(frozen=True)
+class PlacingCollator:
+    """Says of each trained token of which row of the dataset it is, where the rows know their places.
+
+    Attributes:
+        collate: TRL's.
+    """
+
+    collate: DataCollatorForLanguageModeling
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch, with `places` (B, T), -1 where nothing is trained."""
+        batch = self.collate(examples)
+        if "place" not in examples[0]:
+            return batch
+        places_BT = torch.full_like(batch["labels"], NO_ROW)
+        first = 0
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            if self.collate.padding_free:  # all rows of the batch are laid into one sequence
+                places_BT[0, first : first + length] = example["place"]
+                first += length
+            else:
+                places_BT[row, :length] = example["place"]
+        return {**batch, "places": places_BT.masked_fill(batch["labels"] == IGNORED, NO_ROW)}
 
 
 def make_filler(example: Example) -> Example:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
-from trl import DPOTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from hftcli.errors import InputError, TrainingError
 from hftcli.models.tensors import write_tensors
@@ -205,6 +205,17 @@ class ResumableTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+
+class PreparedRows(SFTTrainer):
+    """SFTTrainer on rows that come tokenized, which may have their places in the dataset in the column `place`."""
+
+    _signature_columns: list[str]
+    data_collator: Any
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "place"]
 
 
 class PreparedPairs(DPOTrainer):

@@ -5,18 +5,21 @@ They are written once, by the first process that comes, before the ranks join: i
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import datasets
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
 
 from hftcli.data.cache import default_cache, hash_tokens
 from hftcli.errors import ModelError
 from hftcli.measuring.drift import draw_texts, identify_writer
+from hftcli.measuring.turns import BareTurn, draw_conversations, find_bare_turn
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.device import find_device, is_mixed
+from hftcli.runs.spec import RoundSpec
 from hftcli.training.stages import Assignment, Attempt, Rows
 
 
@@ -47,15 +50,34 @@ def count_own_rows(task: Assignment, rows: Rows) -> int:
     return sum(method.count_own_rows(len(rows.train)) for method in task.methods)
 
 
+def find_turn(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase) -> BareTurn | None:
+    """What texts begin with, where they are conversations.
+
+    Raises:
+        ModelError: the chat template does not say, or has no room for a word.
+    """
+    section = spec.method.self_replay
+    if section is None or section.begin == "nothing":
+        return None
+    turn, length = find_bare_turn(tokenizer), min(section.max_tokens, spec.data.max_length)
+    if len(turn.before) + len(turn.after) >= length:
+        raise ModelError(
+            f"method.self_replay.max_tokens: the chat template alone has {len(turn.before) + len(turn.after)} tokens around a "
+            f"question, and a text is cut at {length}",
+            "raise method.self_replay.max_tokens, and data.max_length where that is smaller",
+        )
+    return turn
+
+
 def write_rows(task: Assignment, rows: Rows, num_rows: int) -> Dataset:
-    """What the start writes from nothing, all of it trained on; from the cache where it has been written."""
+    """What the start writes, with labels where it chose; from the cache where it has been written."""
     section = task.spec.method.self_replay
     assert section is not None  # it asks for rows
-    length = min(section.max_tokens, task.spec.data.max_length)
+    length, turn = min(section.max_tokens, task.spec.data.max_length), find_turn(task.spec, task.tokenizer)
     identity = {
         "start": identify_writer(task.start, task.tokenizer), "num_rows": num_rows, "length": length,
         "mixed": is_mixed(task.spec), "model": task.spec.model.model_dump(include={"dtype"}),
-    }  # fmt: skip
+    } | ({"turn": asdict(turn)} if turn is not None else {})  # fmt: skip
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = default_cache("own-rows") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +85,10 @@ def write_rows(task: Assignment, rows: Rows, num_rows: int) -> Dataset:
         if not path.exists():
             device = find_device()
             model = load_finished(task.start, torch.bfloat16 if is_mixed(task.spec) else torch.float32, device)
-            # One place is the token that a text begins with, and one the end's.
-            texts = draw_texts(model, task.tokenizer, device, num_rows, length - 2)
+            if turn is not None:
+                texts = draw_conversations(model, turn, device, num_rows, length)
+            else:  # one place is the token that a text begins with, and one the end's
+                texts = draw_texts(model, task.tokenizer, device, num_rows, length - 2)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(texts), encoding="utf-8")
             temporary.replace(path)

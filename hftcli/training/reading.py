@@ -45,6 +45,7 @@ from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import is_task, load_task
 from hftcli.tasks.asking import put_task
 from hftcli.tasks.general import FORMS, SUFFIX, read_lines
+from hftcli.training.own_rows import find_turn
 from hftcli.training.stages import Assignment, Rows
 
 # What a DataError calls rows that are read as those of `data` are.
@@ -81,6 +82,7 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     tokenizer = load_tokenizer(start)
     check_tokenizer(tokenizer, description.num_embeddings)
     set_chat_template(tokenizer, spec.model.chat_template)
+    find_turn(spec, tokenizer)
     scoring = spec.scoring
     asked = {}
     for name in dict.fromkeys(scoring.before + scoring.after + scoring.likelihood):

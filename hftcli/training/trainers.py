@@ -13,7 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hftcli.errors import InputError
@@ -24,8 +24,8 @@ from hftcli.models.device import find_device, is_mixed, is_sharded
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
 from hftcli.runs.tracked import PROJECT, find_mlflow_variables, find_run, list_variables
-from hftcli.training.dealing import DealingTrainer
-from hftcli.training.internals import PreparedPairs, ResumableTrainer, forbid_shm_build
+from hftcli.training.dealing import DealingTrainer, PlacingCollator
+from hftcli.training.internals import PreparedPairs, PreparedRows, ResumableTrainer, forbid_shm_build
 from hftcli.training.loss import DPO_OUTPUTS, SFT_OUTPUTS, find_columns, keep_logits, shape_loss
 from hftcli.training.references import Reference
 
@@ -225,7 +225,7 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
         return loss
 
 
-class TaskTrainer(MethodTrainer, SFTTrainer):
+class TaskTrainer(MethodTrainer, PreparedRows):
     """TRL's SFTTrainer on rows that come tokenized."""
 
     def __init__(
@@ -238,7 +238,10 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
         methods: list[Method],
         loss_kernel: LossKernel,
     ):
+        if any(method.asks_places for method in methods):
+            dataset = dataset.add_column("place", list(range(len(dataset))))
         super().__init__(methods, args, model=model, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks)
+        self.data_collator = PlacingCollator(self.data_collator)
         if loss_kernel == "plain":
             penalties = [method.penalize_tokens for method in methods if method.reads_distributions]
             keep_logits(model, SFT_OUTPUTS, penalties)
@@ -246,6 +249,11 @@ class TaskTrainer(MethodTrainer, SFTTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's loss; what has to know what the start, or the model, expects asks it first."""
+        inputs = dict(inputs)
+        places_BT = inputs.pop("places", None)
+        for method in self.methods:
+            if method.asks_places and places_BT is not None:
+                method.see_places(places_BT)
         if readers := [method for method in self.methods if method.reads_ahead]:
             columns_N = find_columns(inputs["labels"])
             for method in readers:

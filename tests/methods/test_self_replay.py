@@ -1,22 +1,36 @@
 """Self-replay: what the start writes stands among the rows, once and the same for whoever comes."""
 
+# Tokens of the embedded model: 1 begins a text, 2 ends a turn, 5 begins a user's turn and 6 an answer.
+
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from end_to_end.running import assert_same
+from methods.rounds import make_rows, make_spec, make_trainer
+from training.quiet_rounds import go_back, make_start, run
+from training.quiet_rounds import make_spec as make_round_spec
 from transformers import AutoModelForCausalLM
 
 from hftcli import PACKAGE
+from hftcli.data.templates import set_chat_template
+from hftcli.errors import ModelError
+from hftcli.launching.processes import StopRequest
 from hftcli.measuring.drift import identify_writer
+from hftcli.measuring.turns import BareTurn, find_bare_turn
 from hftcli.models.description import load_tokenizer
+from hftcli.recipe.methods import MethodSection, SelfReplaySection
+from hftcli.recipe.sections import CheckpointSection
 from hftcli.runs.run import Run
+from hftcli.training.own_rows import write_rows
+from hftcli.training.reading import read_assignment, tokenize_rows
+from hftcli.training.round import run_round
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
 SHORT = {
     "train.max_steps": 4, "train.logging_steps": 1, "eval.tasks": "[]", "data.max_examples": 40,
-    "method.self_replay": "{fraction: 0.5, max_tokens: 24}", "train.global_batch_size": 8,
+    "method.self_replay.fraction": 0.5, "method.self_replay.max_tokens": 24, "train.global_batch_size": 8,
     "train.per_device_train_batch_size": 4, "train.learning_rate": 3e-4,
 }  # fmt: skip
 
@@ -34,20 +48,100 @@ def test_texts_of_the_start_are_trained_on_among_the_rows(hft, settings, tmp_pat
     assert Run(tmp_path / "run").rounds[0].read_outlook().num_sequences == 60
     texts = json.loads(next(own_cache.glob("*.json")).read_text())
     assert len(texts) == 20
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
-    nlls = []
     for ids, labels in texts:
         assert len(ids) <= 24
         assert labels == [-100, *ids[1:]]
-        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
-        nlls.append(loss.item())
-    assert sum(nlls) / len(nlls) < 2  # its own words: a uniform guess among its tokens has 7 nats and more
+    assert measure_nlls(texts) < 2  # its own words: a uniform guess among its tokens has 7 nats and more
 
 
 def test_a_dry_run_says_the_same_number_of_steps(hft, settings, tmp_path, own_cache):
     epochs = SHORT | {"train.max_steps": -1, "train.num_train_epochs": 1}
     said = hft("sft", "--output", tmp_path / "dry", "--dry-run", *settings(epochs))
     assert "8 of 8 sequences out of 60" in said.stdout + said.stderr  # 40 rows and 20 texts in batches of 8
+
+
+def measure_nlls(texts: list) -> float:
+    """The mean over texts of the mean nats of their labelled tokens."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    losses = [model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() for ids, labels in texts]
+    return sum(losses) / len(losses)
+
+
+def test_conversations_are_the_starts_own_words_and_every_setting_makes_others(own_cache):
+    written = {}
+    for begin, max_tokens in (("nothing", 40), ("chat", 40), ("chat", 12)):
+        section = SelfReplaySection(begin=begin, max_tokens=max_tokens)
+        task = read_assignment(make_round_spec(EMBEDDED, {}, method=MethodSection(self_replay=section)))
+        rows = tokenize_rows(task, lambda done, total: None)
+        written[begin, max_tokens] = write_rows(task, rows, 12)
+        write_rows(task, rows, 12)  # finds them
+    assert len(list(own_cache.glob("*.json"))) == 3
+    long, short = written["chat", 40], written["chat", 12]
+    assert max(map(len, short["input_ids"])) == 12
+    assert all(ids[:2] == [1, 5] for ids in (*long["input_ids"], *short["input_ids"]))
+    answered = [(ids, labels) for ids, labels in zip(long["input_ids"], long["labels"], strict=True) if 6 in ids]
+    assert len(answered) > 6
+    for ids, labels in answered:
+        border = ids.index(6)
+        assert ids[border - 1] == 2  # the question's end, which was drawn
+        assert labels == [-100, -100, *ids[2:border], -100, *ids[border + 1 :]]
+        assert ids[-1] == 2 or len(ids) == 40
+        assert 2 not in ids[border + 1 : -1]
+    assert measure_nlls(answered) < 2
+
+
+def test_what_a_template_lacks_is_said():
+    tokenizer = load_tokenizer(EMBEDDED)
+    assert find_bare_turn(tokenizer) == BareTurn((1, 5), (2, 6), 2, 2)
+    set_chat_template(tokenizer, "tulu")
+    with pytest.raises(ModelError, match="ends one with plain text"):
+        find_bare_turn(tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '<|end|>' }}{% endfor %}"
+    with pytest.raises(ModelError, match="prints nothing before one"):
+        find_bare_turn(tokenizer)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_divergence_of_own_texts_stands_in_place_of_their_likelihood(tmp_path, packing):
+    spec = make_spec({"self_replay": {"loss": "kl"}}, share=1.0, packing=packing, global_batch_size=4)
+    rows = make_rows(10, 11, 12, 13)
+    if packing:
+        rows = rows.add_column("seq_lengths", [[4]] * 4)
+    trainer = make_trainer(spec, {"new": rows}, tmp_path)
+    (method,) = trainer.methods
+    method.count_own_rows(2)  # those with 12 and 13 are own
+    method.start(trainer)
+    start, exact = (AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64) for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for own, other in zip(trainer.model.parameters(), exact.parameters(), strict=True):
+            own.add_(0.02 * torch.randn_like(own))
+            other.copy_(own)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        now, then = (model(ids).logits[0].log_softmax(-1) for model in (exact, start))
+        for place in (2, 3):
+            p, q = now[place - 1], then[place - 1].detach()
+            expected = expected + ((q.exp() * (q - p)).sum() if ids[0, 0] >= 12 else -p[ids[0, place]])
+    (expected / 8).backward()
+    (batch,) = trainer.get_train_dataloader()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item() / 8, rel=1e-5)
+    for (name, own), other in zip(trainer.model.named_parameters(), exact.parameters(), strict=True):
+        assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
+
+
+def test_a_round_that_was_killed_goes_on_against_the_same_texts_and_start(tmp_path, own_cache):
+    section = SelfReplaySection(loss="kl", begin="chat", fraction=1, max_tokens=16)
+    kept = {"checkpoint": CheckpointSection(save_steps=1, keep=9), "method": MethodSection(self_replay=section)}
+    done = run(tmp_path / "done" / "00", make_round_spec(make_start(tmp_path / "start"), {}, **kept))
+    assert done.read_metrics()[0]["loss"] < 4  # a taught token has 6.5 nats before the first step, and one of its own none
+    resumed = go_back(done, 2, tmp_path / "resumed" / "00")
+    run_round(resumed, StopRequest(resumed))
+    assert resumed.read_result().resumed_from == 2
+    assert_same(done, resumed)
 
 
 def test_a_tokenizer_that_begins_otherwise_writes_other_texts():
@@ -71,22 +165,30 @@ def test_a_second_run_finds_the_texts_and_trains_the_same(hft, settings, tmp_pat
         ("dpo", {}, "`hft dpo` trains on pairs"),
         ("continual", {"method.replay.when": "after"}, "drop one"),
         ("sft", {"method.self_replay.fraction": 0}, "greater than 0"),
+        ("sft", {"method.self_replay.loss": "kl", "train.loss_kernel": "chunked"}, "never has all"),
+        ("sft", {"method.self_replay.loss": "kl", "train.loss_type": "dft"}, "would take for a likelihood"),
+        ("sft", {"method.self_replay.loss": "kl", "launch.num_processes": 2, "launch.zero_stage": 3}, "holds only pieces"),
+        ("sft", {"method.self_replay.loss": "kl", "method.ift": "{}"}, "has the model read tokens of its own"),
+        ("sft", {"method.self_replay.begin": "chat", "model.path": "stories260K"}, "the tokenizer has none"),
     ],
 )
-def test_what_it_does_not_go_with_is_said(hft, settings, command, values, said):
+def test_what_it_does_not_go_with_is_said(hft, settings, shared, command, values, said):
+    if "model.path" in values:
+        start = shared / "models" / values["model.path"]
+        values = values | {"model.path": start, "data.path": "tinyworld/skill", "data.max_length": 64}
     assert said in hft(command, "--dry-run", *settings({"method.self_replay.max_tokens": 24} | values), code=2).stderr
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process(hft, settings, tmp_path):
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_two_ranks_equal_one_process(hft, settings, tmp_path, loss):
     losses = {}
-    for num, stage in ((1, 2), (2, 2), (2, 3)):
+    for num, stage in ((1, 2), (2, 2), *(((2, 3),) if loss == "ce" else ())):
         run = tmp_path / f"{num}-{stage}"
-        launch = {"launch.num_processes": num, "launch.zero_stage": stage, "train.bf16": False}
+        launch = {"launch.num_processes": num, "launch.zero_stage": stage, "train.bf16": False, "method.self_replay.loss": loss}
         hft("sft", "--output", run, *settings(SHORT | launch))
         losses[num, stage] = [row["loss"] for row in Run(run).rounds[0].read_metrics()]
-    assert losses[2, 2] == pytest.approx(losses[1, 2], abs=1e-5)
-    assert losses[2, 3] == pytest.approx(losses[1, 2], abs=1e-5)
+        assert losses[num, stage] == pytest.approx(losses[1, 2], abs=1e-5)
 
 
 @pytest.mark.slow
