@@ -9,7 +9,8 @@ prepare_model     the loaded model, before any optimizer exists                a
 laying_aside      while the untouched model is asked                           ia3, peft
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 all that hold a start, olora, quiet, average, ift
-see_places        of which rows a micro-batch is                               self_replay
+ask_untouched     before the first step, of the model that has not moved       anchor
+see_places        of which rows a micro-batch is                               self_replay, anchor
 read_ahead        before the forward pass of a micro-batch                     anchor, distill, token_weights, ift, self_replay
 penalize_tokens   a term of each token's loss, by the whole distribution       anchor, distill, self_replay
 count_own_rows    rows that the start writes, to be trained on                 self_replay
@@ -17,7 +18,7 @@ weigh_tokens      what a token counts in the loss                              t
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
-recall, restore   what a step checkpoint keeps            gem, agem, peft, pull, average, redraw, spiel, token_weights
+recall, restore   what a step checkpoint keeps            gem, agem, peft, pull, average, redraw, spiel, token_weights, anchor
 end_step          after a step of the optimizer                                quiet, spiel, peft, redraw, token_weights
 finish            after the last step, before the checkpoint is written        ewc, ift, adapters, and all of `freeze` but pull
 list_merged       after `finish`: what was merged, where the model rounds it   adapters, quiet, redraw, interpolation
@@ -33,6 +34,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from hftcli.data.tokens import Progress
 from hftcli.freezing.activations import Adapters
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
@@ -143,6 +145,13 @@ class Method:
 
         Args:
             places_BT: of the row that each trained token of a micro-batch belongs to in the dataset; -1 for the others.
+        """
+
+    def ask_untouched(self, trainer: Trainer, on_batch: Progress) -> None:
+        """Called once by all ranks when the model is where it trains, and untouched; not where the round goes on.
+
+        Args:
+            on_batch: called with batches done and in all.
         """
 
     def penalize_tokens(self, log_probs_BNV: torch.Tensor, targets_BN: torch.Tensor) -> torch.Tensor | None:

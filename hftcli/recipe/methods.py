@@ -211,6 +211,11 @@ class AnchorSection(Section):
     kind: Literal["forward", "reverse", "target_masked"] = "forward"
     """KL(start || model), KL(model || start), or the first over all tokens but the one that is taught (arXiv 2605.29498)."""
 
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Compare the tokens that the start finds likeliest at each place, so many of them, and all others as one, by what it was
+    asked once before the round: kept in the cache, 8 bytes for each. It then reads nothing while training, and every ZeRO stage
+    will do. Null compares the whole vocabulary, for which the start reads every batch once more."""
+
 
 class IftSection(Section):
     """Intuitive fine-tuning (arXiv 2405.11870): answers are learned after what the model itself would have said."""
@@ -319,7 +324,7 @@ class MethodSection(Section):
         """The methods for which the start of the round reads every batch, laid into the model."""
         asks_start = {
             "self_replay": self.self_replay is not None and self.self_replay.loss == "kl",
-            "anchor": self.anchor is not None,
+            "anchor": self.anchor is not None and self.anchor.top_k is None,
             "distill": self.distill is not None,
             "token_weights": bool(self.token_weights and self.token_weights.asks_start),
         }
@@ -328,7 +333,11 @@ class MethodSection(Section):
     @property
     def logits_readers(self) -> tuple[str, ...]:
         """The methods that compare all that could stand in a token's place; the plain loss kernel alone has all logits."""
-        return tuple(name for name in ("self_replay", "anchor", "distill") if name in self.start_readers)
+        reads = {
+            "self_replay": "self_replay" in self.start_readers, "anchor": self.anchor is not None,
+            "distill": self.distill is not None,
+        }  # fmt: skip
+        return tuple(name for name, reads_all in reads.items() if reads_all)
 
     @property
     def needs_logits(self) -> bool:

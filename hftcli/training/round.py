@@ -5,6 +5,7 @@ alone, parameters are frozen before any optimizer exists, and result.json is wri
 """
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -148,6 +149,9 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
                 with clock.measure("referencing"):
                     attempt.reporter.report("referencing")
                     loaded.reference.prepare(trainer)
+            with clock.measure("referencing"):
+                for method in task.methods:
+                    method.ask_untouched(trainer, partial(attempt.reporter.report, "referencing"))
 
     callback = RoundCallback(attempt.reporter, measure_start)
     curve = Curve(scorer)
