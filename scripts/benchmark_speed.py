@@ -3,14 +3,17 @@
     python scripts/benchmark_speed.py --model FOLDER                        a real model's shape, on this machine
     python scripts/benchmark_speed.py --shape 1b --tokens 2048              where a GPU is at hand
     python scripts/benchmark_speed.py --model FOLDER --grains               the grains of `freeze.grain`
+    python scripts/benchmark_speed.py --model FOLDER --levers               what `method` changes in the loss
 
 Full fine-tuning, the paper's rule, the rule with a frozen prefix of a quarter, halves of whole layers, and LoRA on all linear
 layers; each without and with activation checkpointing, and the first three once more in equal memory, with what `train.fit:
 auto` would choose in it: by default, the least in which the paper's rule computes nothing again and full fine-tuning fits at
 all (`--memory-bytes` sets another limit). With `--grains`: full fine-tuning, the paper's rule, columns, directions, directions
 in blocks, and these within the paper's half, without checkpointing; which directions and columns they are makes no difference
-to their time, so they are drawn. The settings take turns on one model, so that a machine whose speed drifts is fair to all; the
-table gives medians over the turns, and for ratios the median of those within a turn with their range. Prints Markdown.
+to their time, so they are drawn. With `--levers`: full fine-tuning, plain and with each of the methods that change the loss;
+all tokens are trained, and the last row of the batch counts as a text of the model's own. The settings take turns on one model,
+so that a machine whose speed drifts is fair to all; the table gives medians over the turns, and for ratios the median of those
+within a turn with their range. Prints Markdown.
 """
 
 import argparse
@@ -18,9 +21,10 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -32,12 +36,17 @@ from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
 from hftcli.launching.planning import find_arithmetic, list_kernels, list_works
+from hftcli.methods import make_methods
+from hftcli.methods.expectations import Expectations, read_distributions, take_likeliest
+from hftcli.methods.method import Method
 from hftcli.models.checkpoint import freeze_model
 from hftcli.models.description import describe_model
 from hftcli.models.device import is_faster_in_bfloat16, keep_freed_memory
 from hftcli.models.division import divide_model, draw_choices
-from hftcli.recipe.sections import TrainSection
-from hftcli.training.loss import SFT_OUTPUTS, keep_logits, set_loss_kernel
+from hftcli.recipe.methods import MethodSection
+from hftcli.recipe.sections import DataSection, LaunchSection, ModelSection, TrainSection
+from hftcli.runs.spec import RoundSpec
+from hftcli.training.loss import SFT_OUTPUTS, find_columns, keep_logits, set_loss_kernel, shape_loss
 from hftcli.training.probe import compute_loss, make_inputs, make_random_model
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
@@ -53,6 +62,12 @@ GRAINS = {
     "directions, blocks of 32": {"grain": "directions", "blocks": 32},
     "quiet: these within half": "quiet",
 }
+LEVERS = {
+    **{f"token_weights: {kind}": {"token_weights": {"kind": kind}} for kind in ("dft", "talr", "eaft", "stm", "psft")},
+    "anchor": {"anchor": {"strength": 1}},
+    "anchor, top_k 32": {"anchor": {"strength": 1, "top_k": 32}},
+    "self_replay: kl": {"self_replay": {"loss": "kl"}},
+}
 FULL, HALF, PREFIX, LORA = "full", "half", "half, prefix 0.25", "LoRA, r 8"
 LORA_RANK = 8
 
@@ -64,6 +79,8 @@ class Setting:
     rule: str
     checkpointing: str
     budget: Budget
+    method: MethodSection = field(default_factory=MethodSection)
+    held_bytes: list[int] = field(default_factory=list)  # beside the model by its methods, once it was timed
 
     @property
     def num_trained(self) -> int:
@@ -121,7 +138,10 @@ def main() -> None:
             times[setting] = time_setting(model, setting, arguments.steps, arguments.cpu_time)
         turns.append(times)
         print(f"turn {number + 1} of {arguments.repeats} done", file=sys.stderr, flush=True)
-    print_table(turns, settings, arguments)
+    if arguments.levers:
+        print_levers(turns, settings, arguments)
+    else:
+        print_table(turns, settings, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -135,6 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--memory-bytes", type=int, help="the limit of the last rows")
     parser.add_argument("--grains", action="store_true", help="compare the grains in place of the other rules")
+    parser.add_argument("--levers", action="store_true", help="compare what changes the loss in place of the other rules")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the CPU's seconds: on one thread of a machine that others use as well"
     )
@@ -173,6 +194,11 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
         plan = make_plan(units, rules[rule], 0, described.num_heads)
         return Budget(plan, "mixed" if mixed else "float32", 1, 0, network=network, work=replace(work, checkpoint_every=every))
 
+    if arguments.levers:
+        levers = {"plain": {}} | LEVERS
+        plain = make_budget(FULL)
+        plain = replace(plain, work=replace(plain.work, loss="plain"))  # which most of them need
+        return [Setting(name, "none", plain, MethodSection.model_validate(method)) for name, method in levers.items()]
     if arguments.grains:
         rules = {FULL: rules[FULL], HALF: rules[HALF]}
         rules |= {name: FreezeRule.model_validate(rule) for name, rule in GRAINS.items()}
@@ -220,10 +246,16 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int, is_cp
         model.disable_input_require_grads()
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-6, fused=True)
     inputs = make_inputs(model.config.vocab_size, work, device)
+    methods = prepare_methods(model, setting, inputs)
     parts = []
     for _ in range(num_steps + 1):
         times = [read_clock(device, is_cpu_time)]
         with torch.autocast(device.type, torch.bfloat16, enabled=work.arithmetic == "autocast"):
+            for method in methods:
+                if method.asks_places:
+                    method.see_places(find_places(inputs))
+                if method.reads_ahead:
+                    method.read_ahead(model, inputs, find_columns(inputs["labels"]))
             loss = compute_loss(model, inputs)
         times.append(read_clock(device, is_cpu_time))
         loss.backward()
@@ -232,6 +264,8 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int, is_cp
         optimizer.zero_grad()
         for layer in layers.values():
             layer.refresh()
+        for method in methods:
+            method.end_step()
         times.append(read_clock(device, is_cpu_time))
         parts.append([later - earlier for earlier, later in pairwise(times)])
     if tuner is not None:
@@ -241,12 +275,67 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int, is_cp
     return Seconds(*(statistics.mean(values) for values in zip(*parts[1:], strict=True)))
 
 
+def prepare_methods(model: PreTrainedModel, setting: Setting, inputs: dict[str, torch.Tensor]) -> list[Method]:
+    """What changes the loss of the setting, ready to train, with its hand on the model's forward pass."""
+    spec = RoundSpec(
+        objective="sft", index=0, model=ModelSection(path="."), data=DataSection(), train=TrainSection(), method=setting.method,
+        freeze=FreezeRule(trainable_fraction=1), launch=LaunchSection(num_processes=1),
+    )  # fmt: skip
+    methods = make_methods(spec) if setting.method.names else []
+    for method in methods:
+        method.prepare_model(model, setting.budget.plan, Path(), False, False)
+        method.start(SimpleNamespace(model=model))
+        method.count_own_rows(len(inputs["input_ids"]) - 1)
+        if setting.method.anchor is not None and setting.method.anchor.top_k is not None:
+            with torch.no_grad():
+                log_probs_NV = read_distributions(model, inputs | {"places": find_places(inputs)}, False)
+            counts = (inputs["labels"][:, 1:] >= 0).sum(1).cpu()
+            starts_R1 = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            likeliest = take_likeliest(log_probs_NV, setting.method.anchor.top_k)
+            method.expectations = Expectations(starts_R1, *(values.cpu() for values in likeliest))
+    if methods:
+        keep_logits(model, SFT_OUTPUTS, [method.penalize_tokens for method in methods if method.reads_distributions])
+        shape_loss(model, [method.weigh_tokens for method in methods])
+    setting.held_bytes[:] = [count_bytes(method) for method in methods]
+    return methods
+
+
+def count_bytes(method: Method) -> int:
+    """What a method holds beside the model while it trains."""
+    copy, expected = getattr(method, "copy", None), getattr(method, "expectations", None)
+    return (copy.num_bytes if copy else 0) + (sum(values.nbytes for values in expected.tensors.values()) if expected else 0)
+
+
+def find_places(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The rows of a batch of their own, as the trainer says them."""
+    labels_BT = inputs["labels"]
+    return torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand_as(labels_BT).masked_fill(labels_BT < 0, -1)
+
+
 def read_clock(device: torch.device, is_cpu_time: bool) -> float:
     if is_cpu_time:
         return time.process_time()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def print_levers(turns: list[dict[Setting, Seconds]], settings: list[Setting], arguments: argparse.Namespace) -> None:
+    threads = "one GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{arguments.shape or Path(arguments.model).name}, {arguments.micro_batch} x {arguments.tokens} tokens, {threads}, "
+        f"{settings[0].budget.work.arithmetic}{', CPU seconds' if arguments.cpu_time else ''}; medians of {len(turns)} "
+        f"interleaved turns of {arguments.steps} steps; ratios: median (range) within a turn, over plain training\n"
+    )
+    print("| | forward s | backward s | step s | ratio | holds MiB |\n|---|---|---|---|---|---|")
+    for setting in settings:
+        parts = ("forward", "backward", "step")
+        medians = [statistics.median(getattr(turn[setting], part) for turn in turns) for part in parts]
+        ratios = sorted(turn[setting].step / turn[settings[0]].step for turn in turns)
+        print(
+            f"| {setting.rule} | {' | '.join(f'{value:.3f}' for value in medians)} | {statistics.median(ratios):.3f} "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f}) | {sum(setting.held_bytes) / 2**20:.1f} |"
+        )
 
 
 def print_table(turns: list[dict[Setting, Seconds]], settings: list[Setting], arguments: argparse.Namespace) -> None:
