@@ -91,17 +91,20 @@ class Flops:
         activation_gradient: gradients with regard to activations.
         weight_gradient: gradients with regard to what trains.
         recompute: what the backward pass computes again: checkpointed layers, and the chunked loss's logits.
+        reading_ahead: forward passes besides, of the start or of the model itself, which a method or DPO's reference makes of
+            every micro-batch.
     """
 
     forward: float
     activation_gradient: float
     weight_gradient: float
     recompute: float
+    reading_ahead: float = 0.0
 
     @property
     def total(self) -> float:
         """Per token, forward and backward."""
-        return self.forward + self.activation_gradient + self.weight_gradient + self.recompute
+        return self.forward + self.activation_gradient + self.weight_gradient + self.recompute + self.reading_ahead
 
 
 @dataclass(frozen=True)

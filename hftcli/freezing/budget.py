@@ -122,6 +122,7 @@ class Budget:
         offload: what trains is kept and updated in host memory.
         num_accumulation_steps: micro-batches of a step.
         optimizer: what the optimizer keeps of a tensor.
+        num_readings: forward passes of every micro-batch besides the one that trains.
     """
 
     plan: FreezePlan
@@ -137,6 +138,7 @@ class Budget:
     offload: bool = False
     num_accumulation_steps: int = 1
     optimizer: StateForm = STATE_FORMS["adamw_torch_fused"]
+    num_readings: int = 0
 
     @property
     def host(self) -> HostWork | None:
@@ -229,7 +231,10 @@ class Budget:
     def _count(
         self, trained: tuple[str, ...], adapters: Adapters | None = None, parts: dict[str, Part] | None = None
     ) -> tuple[Activations, Flops] | None:
-        return count_activations(self.network, frozenset(trained), self.work, adapters, parts)
+        if (step := count_activations(self.network, frozenset(trained), self.work, adapters, parts)) is None:
+            return None
+        activations, flops = step
+        return activations, replace(flops, reading_ahead=self.num_readings * flops.forward)
 
     def _count_states(self, shapes: Iterable[tuple[tuple[int, ...], bool]], num_trainable: int) -> int:
         """Bytes of the optimizer's state before it is spread. DeepSpeed lays the tensors of what trains end to end."""

@@ -331,6 +331,11 @@ class MethodSection(Section):
         return tuple(name for name, asks in asks_start.items() if asks)
 
     @property
+    def ahead_readers(self) -> tuple[str, ...]:
+        """The methods for which every batch is read once more before the model trains on it."""
+        return (*self.start_readers, *(("ift",) if self.ift is not None and self.ift.mix > 0 else ()))
+
+    @property
     def logits_readers(self) -> tuple[str, ...]:
         """The methods that compare all that could stand in a token's place; the plain loss kernel alone has all logits."""
         reads = {

@@ -182,6 +182,8 @@ def name_checkpointed(every: int | None) -> str:
 def _make_flops_table(half: dict[str, float], full: dict[str, float]) -> Table:
     table = Table("MFLOP per token", "this plan", "full fine-tuning", "ratio")
     for name, value in half.items():
+        if name == "reading_ahead" and not value:
+            continue
         ratio = f"{value / full[name]:.3f}" if full[name] else ""
         table.add_row(name.replace("_", " "), f"{value / 1e6:,.1f}", f"{full[name] / 1e6:,.1f}", ratio)
     return table

@@ -23,6 +23,7 @@ from hftcli.launching.planning import (
     make_budget,
 )
 from hftcli.models.description import describe_model
+from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.records import FitReport
 from hftcli.runs.spec import RoundSpec
@@ -151,6 +152,32 @@ def test_the_fit_computes_the_logits_again_before_a_layer_if_they_are_the_less_w
 def test_a_pair_is_two_sequences(network):
     pairs = make_spec().model_copy(update={"objective": "dpo", "dpo": DpoSection(), "reference": "precompute"})
     assert budget_of(pairs, network).work.num_sequences == 2 * budget_of(make_spec(), network).work.num_sequences
+
+
+@pytest.mark.parametrize(
+    ("method", "num_readings"),
+    [
+        ({}, 0),
+        ({"anchor": {"strength": 1}}, 1),
+        ({"anchor": {"strength": 1, "top_k": 8}}, 0),
+        ({"ift": {"mix": 0.2}}, 1),
+        ({"ift": {"mix": 0}}, 0),
+        ({"anchor": {"strength": 1}, "self_replay": {"loss": "kl"}}, 2),
+    ],
+)
+def test_what_reads_a_batch_ahead_is_a_forward_pass_more(network, method, num_readings):
+    spec = make_spec().model_copy(update={"method": MethodSection.model_validate(method)})
+    plain, read = (budget_of(one, network).half_step[1] for one in (make_spec(), spec))
+    assert read.reading_ahead == num_readings * plain.forward
+    trained = plain.forward + plain.activation_gradient + plain.weight_gradient
+    assert read.total - read.recompute == pytest.approx(trained + num_readings * plain.forward)
+
+
+@pytest.mark.parametrize(("reference", "num_readings"), [("precompute", 0), ("shared", 1), ("full", 1)])
+def test_a_reference_that_is_asked_in_every_step_is_a_forward_pass_more(network, reference, num_readings):
+    pairs = make_spec().model_copy(update={"objective": "dpo", "dpo": DpoSection(), "reference": reference})
+    flops = budget_of(pairs, network).half_step[1]
+    assert flops.reading_ahead == num_readings * flops.forward
 
 
 def test_communication_by_hand(network):
