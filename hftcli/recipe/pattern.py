@@ -29,7 +29,7 @@ class PatternSection(Section):
             parts = list(Formatter().parse(value))
         except ValueError as error:
             raise PydanticCustomError(
-                "braces", "{reason}: write a brace that names no column twice", {"reason": str(error).lower()}
+                "braces", "{reason}: double each brace that names no column", {"reason": str(error).lower()}
             ) from None
         columns = [part for part in parts if part[1] is not None]
         if not columns:
