@@ -23,7 +23,7 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
     )  # fmt: skip
     tables = {f"stream-{model}": make_table(columns, list_arms(arms)) for model, arms in streams.items()}
     tables["stream-beside"] = make_table(
-        ("model", "trains", "rate", "left after each task", "lost by the end", "texts, lost"), list_differences(streams)
+        ("model", "trains", "less", "rate", "left after each task", "lost by the end", "texts, lost"), list_differences(streams)
     )
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
     tables["kept"] = make_table(("trains", "rate", "skill", "facts", "facts reworded"), list_kept(kept))
@@ -63,16 +63,20 @@ def list_arms(arms: dict[str, Any]) -> Iterator[Row]:
 
 
 def list_differences(streams: dict[str, Any]) -> Iterator[Row]:
-    """Every arm less half, seed by seed at the same learning rate, at the ends of the runs; in nats per token."""
+    """Every arm less another, seed by seed at the same learning rate, at the ends of the runs; in nats per token.
+
+    The other is half; of quiet adapters it is those that are not, which train at rates of their own.
+    """
     for model, arms in streams.items():
         for name, rates in arms.items():
+            other = "LoRA" if name == "LoRA, quiet" else "half"
             for rate, runs in rates.items():
-                half = {run["seed"]: run for run in arms["half"].get(rate, [])}
-                if name != "half" and half:
+                beside = {run["seed"]: run for run in arms.get(other, {}).get(rate, [])}
+                if name != other and beside:
                     differences = {
-                        key: [run[key] - half[run["seed"]][key] for run in runs] for key in ("learned", "forgot", "text")
+                        key: [run[key] - beside[run["seed"]][key] for run in runs] for key in ("learned", "forgot", "text")
                     }
-                    yield model, name, rate, *(describe(values, "+.2f") for values in differences.values())
+                    yield model, name, other, rate, *(describe(values, "+.2f") for values in differences.values())
 
 
 def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:

@@ -127,6 +127,7 @@ def keep_result(model: str, arm: str, rate: float, run: dict[str, Any]) -> None:
     """Add a run of an arm at a learning rate."""
     results = read_results()
     results.setdefault(model, {}).setdefault(arm, {}).setdefault(f"{rate:g}", []).append(run)
+    results[model] = {name: results[model][name] for name in ARMS if name in results[model]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
