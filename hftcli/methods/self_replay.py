@@ -36,7 +36,8 @@ class SelfReplay(Method):
 
     def __init__(self, spec: RoundSpec, section: SelfReplaySection):
         super().__init__(spec, section)
-        self.reads_ahead = self.reads_distributions = self.asks_places = section.loss == "kl"
+        self.reads_ahead = self.reads_distributions = section.loss == "kl"
+        self.asks_places = self.reads_ahead or section.weight != 1
 
     def count_own_rows(self, num_rows: int) -> int:
         """A share of the rows, at least one text."""
@@ -75,13 +76,16 @@ class SelfReplay(Method):
             return None
         divergence_ON = measure_divergence(log_probs_BNV[self.rows_O], self.expected_ONV, targets_BN[self.rows_O], "forward")
         divergence_BN = log_probs_BNV.new_zeros(targets_BN.shape).index_copy(0, self.rows_O, divergence_ON)
-        return divergence_BN.masked_fill(~self.is_own_BN, 0)
+        return self.section.weight * divergence_BN.masked_fill(~self.is_own_BN, 0)
 
     def weigh_tokens(
         self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor
     ) -> torch.Tensor | None:
-        """With the divergence, the likelihood of own tokens counts nothing."""
-        return (~self.is_own_BT[:, 1:]).to(log_probs_BT.dtype) if self.reads_ahead else None
+        """What the likelihood of a token counts: with the divergence, that of own tokens nothing."""
+        if not self.asks_places:
+            return None
+        own_weight = 0.0 if self.reads_ahead else self.section.weight
+        return torch.ones_like(log_probs_BT).masked_fill(self.is_own_BT[:, 1:], own_weight)
 
 
 def _is_table(values: torch.Tensor) -> bool:

@@ -201,6 +201,9 @@ class SelfReplaySection(Section):
     """On the texts: `ce` is the likelihood of their tokens (arXiv 2505.13811); `kl` KL(start || model) at each of them, the
     same in the mean and less noisy (arXiv 2605.26097), for which the start reads them once more."""
 
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """What a token of theirs counts beside one of the rows'. The sum is divided by the number of both, as with 1."""
+
 
 class AnchorSection(Section):
     """What the model expects at each trained token is held to what it expected when the round began."""

@@ -101,9 +101,12 @@ def test_what_a_template_lacks_is_said():
         find_bare_turn(tokenizer)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_divergence_of_own_texts_stands_in_place_of_their_likelihood(tmp_path, packing):
-    spec = make_spec({"self_replay": {"loss": "kl"}}, share=1.0, packing=packing, global_batch_size=4)
+@pytest.mark.parametrize(
+    ("loss", "weight", "packing"), [("kl", 1, False), ("kl", 1, True), ("kl", 0.4, False), ("ce", 0.4, False), ("ce", 3, True)]
+)
+def test_own_texts_count_by_their_divergence_or_likelihood_as_much_as_they_are_to(tmp_path, loss, weight, packing):
+    section = {"loss": loss, "weight": weight}
+    spec = make_spec({"self_replay": section}, share=1.0, packing=packing, global_batch_size=4)
     rows = make_rows(10, 11, 12, 13)
     if packing:
         rows = rows.add_column("seq_lengths", [[4]] * 4)
@@ -123,12 +126,14 @@ def test_the_divergence_of_own_texts_stands_in_place_of_their_likelihood(tmp_pat
         now, then = (model(ids).logits[0].log_softmax(-1) for model in (exact, start))
         for place in (2, 3):
             p, q = now[place - 1], then[place - 1].detach()
-            expected = expected + ((q.exp() * (q - p)).sum() if ids[0, 0] >= 12 else -p[ids[0, place]])
+            nll = -p[ids[0, place]]
+            own = (q.exp() * (q - p)).sum() if loss == "kl" else nll
+            expected = expected + (weight * own if ids[0, 0] >= 12 else nll)
     (expected / 8).backward()
     (batch,) = trainer.get_train_dataloader()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item() / 8, rel=1e-5)
+    found = trainer.compute_loss(trainer.model, batch)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item() / 8, rel=1e-5)
     for (name, own), other in zip(trainer.model.named_parameters(), exact.parameters(), strict=True):
         assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
 
@@ -168,6 +173,12 @@ def test_a_second_run_finds_the_texts_and_trains_the_same(hft, settings, tmp_pat
         ("sft", {"method.self_replay.loss": "kl", "train.loss_kernel": "chunked"}, "never has all"),
         ("sft", {"method.self_replay.loss": "kl", "train.loss_type": "dft"}, "would take for a likelihood"),
         ("sft", {"method.self_replay.loss": "kl", "launch.num_processes": 2, "launch.zero_stage": 3}, "holds only pieces"),
+        (
+            "sft",
+            {"method.self_replay.weight": 2, "train.label_smoothing_factor": 0.1},
+            "self_replay.weight would have no effect beside train.label_smoothing_factor",
+        ),
+        ("sft", {"method.self_replay.weight": 2, "train.loss_type": "dft"}, "both weigh the tokens"),
         ("sft", {"method.self_replay.loss": "kl", "method.ift": "{}"}, "has the model read tokens of its own"),
         ("sft", {"method.self_replay.begin": "chat", "model.path": "stories260K"}, "the tokenizer has none"),
     ],
