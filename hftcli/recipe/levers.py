@@ -74,7 +74,7 @@ def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFil
             f"{source.place(('method', 'ift'))}: method.ift has the model read tokens of its own, and token_weights: psft "
             "compares it with a copy that reads the rows': drop one of the two"
         )
-    weighing = [name for name in ("token_weights", "ift") if name in recipe.method.names]
+    weighing: list[str] = [name for name in ("token_weights", "ift") if name in recipe.method.names]
     if recipe.method.self_replay and recipe.method.self_replay.weight != 1 and objective != "dpo":
         weighing.append("self_replay.weight")
     for name in weighing:
