@@ -66,6 +66,7 @@ def test_a_signal_while_the_front_works_by_itself(hft, settings, start, prepared
         except OSError:  # nobody reads yet
             assert time.monotonic() < deadline
             time.sleep(0.05)
+    time.sleep(0.2)  # it reads by then: a signal between its open(2) and read(2) would be seen only after the latter
     running.front.send_signal(number)
     error = running.end(75)
     os.close(pipe)
