@@ -138,7 +138,7 @@ class Budget:
     offload: bool = False
     num_accumulation_steps: int = 1
     optimizer: StateForm = STATE_FORMS["adamw_torch_fused"]
-    num_readings: int = 0
+    num_readings: float = 0
 
     @property
     def host(self) -> HostWork | None:

@@ -43,7 +43,7 @@ def make_budget(
         offload=source.launch.offload == "optimizer",
         num_accumulation_steps=-(-source.train.global_batch_size // (source.train.per_device_train_batch_size * num_processes)),
         optimizer=find_form(source.train.extra.get("optim", "adamw_torch_fused"), source.train.extra.get("optim_args")),
-        num_readings=len(source.method.ahead_readers) + (source.dpo is not None and source.reference != "precompute"),
+        num_readings=source.method.num_readings + (source.dpo is not None and source.reference != "precompute"),
     )
 
 

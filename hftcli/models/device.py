@@ -56,8 +56,8 @@ def count_batch_tokens(device: torch.device) -> int:
 def is_faster_in_bfloat16() -> bool:
     """Whether this machine multiplies faster in bfloat16: its NVIDIA GPU, or else its processor's matrix units (AMX).
 
-    AVX-512 alone multiplies no faster so, and converts besides: half as fast as float32 was measured. On a Mac's GPU it was
-    never tried.
+    AVX-512 alone multiplies no faster so, and converts besides: a round took 1.5 times as long as in float32. On a Mac's GPU it
+    was never tried.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

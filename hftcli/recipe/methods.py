@@ -334,9 +334,12 @@ class MethodSection(Section):
         return tuple(name for name, asks in asks_start.items() if asks)
 
     @property
-    def ahead_readers(self) -> tuple[str, ...]:
-        """The methods for which every batch is read once more before the model trains on it."""
-        return (*self.start_readers, *(("ift",) if self.ift is not None and self.ift.mix > 0 else ()))
+    def num_readings(self) -> float:
+        """Forward passes over what is trained on besides the one that trains; for self-replay, over its own texts alone."""
+        num_whole = len(self.start_readers) + (self.ift is not None and self.ift.mix > 0)
+        if self.self_replay is None or "self_replay" not in self.start_readers:
+            return num_whole
+        return num_whole - 1 + self.self_replay.fraction / (1 + self.self_replay.fraction)
 
     @property
     def logits_readers(self) -> tuple[str, ...]:

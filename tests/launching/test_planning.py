@@ -162,13 +162,14 @@ def test_a_pair_is_two_sequences(network):
         ({"anchor": {"strength": 1, "top_k": 8}}, 0),
         ({"ift": {"mix": 0.2}}, 1),
         ({"ift": {"mix": 0}}, 0),
-        ({"anchor": {"strength": 1}, "self_replay": {"loss": "kl"}}, 2),
+        ({"anchor": {"strength": 1}, "self_replay": {"loss": "kl", "fraction": 0.25}}, 1.2),  # of 5 rows one is a text
+        ({"self_replay": {"loss": "ce"}}, 0),
     ],
 )
 def test_what_reads_a_batch_ahead_is_a_forward_pass_more(network, method, num_readings):
     spec = make_spec().model_copy(update={"method": MethodSection.model_validate(method)})
     plain, read = (budget_of(one, network).half_step[1] for one in (make_spec(), spec))
-    assert read.reading_ahead == num_readings * plain.forward
+    assert read.reading_ahead == pytest.approx(num_readings * plain.forward)
     trained = plain.forward + plain.activation_gradient + plain.weight_gradient
     assert read.total - read.recompute == pytest.approx(trained + num_readings * plain.forward)
 
