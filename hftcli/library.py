@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -29,7 +30,7 @@ from transformers import (
 
 from hftcli.errors import InputError, ModelError, VerificationError
 from hftcli.freezing.directions import Columns, Directions, Entries, list_coordinates, list_inputs, open_directions
-from hftcli.freezing.roles import Parameter, Unit, assign_roles
+from hftcli.freezing.roles import Parameter, Roles, Unit, assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.measuring.drift import draw_texts
@@ -56,14 +57,19 @@ class Half:
         plan: which parameters train.
         digests: hashes of all of them as they were; of a matrix that trains in columns or entries, of the frozen ones.
         layers: the matrices of which a part trains, until `finish` has put plain ones in their place.
-        leaked: of these, those that moved in what was closed.
+        bases: which part that is, by the name of the choice.
+        parts: hashes of the parts as they were.
+        leaked: of these matrices, those that moved in what was closed.
+        still: those whose part did not move.
     """
 
     plan: FreezePlan
     digests: dict[str, str]
     layers: dict[str, PartLinear] = field(default_factory=dict)
     bases: dict[str, torch.Tensor] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
     leaked: list[str] = field(default_factory=list)
+    still: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """The share, and the plan's name."""
@@ -75,6 +81,8 @@ class Half:
         """Put plain layers in the place of those of which a part trained, so that the model is saved as it came."""
         for name, layer in self.layers.items():
             part = self.plan.parts[name]
+            if hash_tensor(layer.part.detach()) == self.parts[name]:
+                self.still.append(name)
             held_dtype, start = layer.weight.dtype, layer.weight.detach().clone()
             merged = layer.merge(start, layer.part.detach())
             plain = nn.Linear(part.num_inputs, part.num_outputs, bias=layer.bias is not None, device="meta")
@@ -107,11 +115,12 @@ class Half:
                 f"the model has no {missing[0]}, which it had when it was frozen", "give the model that `freeze_half` was given"
             )
         same = {name: hash_tensor(now[name].detach()) == digest for name, digest in self.digests.items()}
+        whole = [name for name in self.plan.trained if name not in self.plan.parts]
         found = Verification(
             num_frozen=len(self.plan.frozen),
             num_trained=len(self.plan.trained),
             violations=tuple(name for name in self.plan.frozen if not same[name]),
-            unmoved=tuple(name for name in self.plan.trained if name not in self.plan.parts and same[name]),
+            unmoved=(*(name for name in whole if same[name]), *self.still),
             leaked=tuple(self.leaked),
         )
         if not found.passed:
@@ -139,13 +148,15 @@ def freeze_half(
         share: what trains in the layers; 1.0 is full fine-tuning.
         tokenizer: for the grains `directions` and `columns`, whose choice goes by what the model writes of itself.
         keep: with these grains, texts that must not be forgotten.
-        rule: more keys of the recipe's section `freeze`, as `embeddings="freeze"` or `grain="directions"`.
+        rule: more keys of the recipe's section `freeze`, as `embeddings="freeze"` or `grain="directions"`; not those that act
+            in every step, or when a round ends.
 
     Raises:
         InputError: a key or a combination that cannot be, or a model that is not known.
     """
-    units, num_heads = list_model_units(model.named_parameters(), model)
-    freeze = FreezeRule(seed=seed, trainable_fraction=share, **rule)
+    texts = tuple(keep)
+    freeze = make_rule(seed, share, rule, bool(texts))
+    units, num_heads = list_model_units(model.named_parameters(), model, freeze.roles)
     plan = make_plan(units, freeze, round, num_heads)
     if not plan.is_ranked:
         raise InputError(f"freeze_half has no scores to rank by {freeze.rank}", "take rank: random, or run a recipe")
@@ -157,7 +168,7 @@ def freeze_half(
     if plan.parts:
         is_columned = freeze.grain == "columns"
         inputs = list_coordinates(units) if is_columned else list_inputs(units, freeze.blocks, num_heads)
-        bases = choose_parts(model, plan, inputs, tokenizer, tuple(keep))
+        bases = choose_parts(model, plan, inputs, tokenizer, texts)
     held = {name: value.detach() for name, value in model.named_parameters()}
     digests = {
         name: hash_tensor(
@@ -170,7 +181,41 @@ def freeze_half(
     freeze_model(model, plan)
     dtype = torch.float32 if not plan.parts else held[next(iter(plan.parts))].dtype
     layers = divide_model(model, plan.parts, bases, True, dtype) if plan.parts else {}
-    return Half(plan, digests, layers, bases)
+    return Half(plan, digests, layers, bases, {name: hash_tensor(layer.part.detach()) for name, layer in layers.items()})
+
+
+def make_rule(seed: int, share: float, given: dict[str, Any], has_texts: bool) -> FreezeRule:
+    """The rule of these keys.
+
+    Args:
+        has_texts: whether texts are to be kept.
+
+    Raises:
+        InputError: a key or a combination that cannot be, or that would have no effect on a model that is frozen once.
+    """
+    if "trainable_fraction" in given:
+        raise InputError("freeze_half has share in place of freeze's trainable_fraction", "give share")
+    try:
+        rule = FreezeRule.model_validate({"seed": seed, "trainable_fraction": share, **given})
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'freeze'}: {fault['msg']}" for fault in error.errors())
+        fix = "give keys of a recipe's section freeze, in the form that they have there"
+        raise InputError(f"freeze_half: {faults}", fix) from None
+    acting = {
+        "redraw": rule.redraw is not None, "pull": rule.pull is not None, "average": rule.average is not None,
+        "interpolate": rule.interpolate < 1,
+    }  # fmt: skip
+    for key in (key for key, is_on in acting.items() if is_on):
+        raise InputError(f"freeze_half freezes once, and {key} acts while a round trains, or at its end", "run a recipe")
+    for key in ("blocks", "part"):
+        if getattr(rule, key) is not None and not rule.divides:
+            raise InputError(f"{key} would have no effect beside grain {rule.grain_name}", "drop it, or set grain='directions'")
+    if has_texts and not (rule.reads_earlier and rule.choice != "random"):
+        part = f" and part {rule.choice}" if rule.divides else ""
+        raise InputError(
+            f"keep would have no effect beside grain {rule.grain_name}{part}", "drop it, or set grain='directions' or 'columns'"
+        )
+    return rule
 
 
 def choose_parts(
@@ -181,7 +226,7 @@ def choose_parts(
     if plan.rule.choice == "magnitude":
         entries = (plan.entries or {}).items()
         return {name: find_entries(weights[name].detach().cpu(), part.num_entries) for name, part in entries}
-    if tokenizer is None or not plan.rule.reads_earlier:
+    if plan.rule.choice == "random" or tokenizer is None or not plan.rule.reads_earlier:
         return draw_choices(plan.parts, torch.float32, plan.rule.seed, plan.round_index)
     moments, found = read_earlier(model, inputs, tokenizer, keep), {}
     for name, part in plan.parts.items():
@@ -311,8 +356,13 @@ class HalfCallback(TrainerCallback):
         self.verification = self.half.verify(kwargs["model"])
 
 
-def list_model_units(parameters: Iterable[tuple[str, nn.Parameter]], model: PreTrainedModel) -> tuple[tuple[Unit, ...], int]:
+def list_model_units(
+    parameters: Iterable[tuple[str, nn.Parameter]], model: PreTrainedModel, roles: Roles | None = None
+) -> tuple[tuple[Unit, ...], int]:
     """The units of a model, and the heads of its attention.
+
+    Args:
+        roles: see `FreezeRule.roles`.
 
     Raises:
         ModelError: its family is not known, or ZeRO 3 holds it in pieces.
@@ -322,7 +372,7 @@ def list_model_units(parameters: Iterable[tuple[str, nn.Parameter]], model: PreT
         raise ModelError("ZeRO 3 holds the model in pieces already", "freeze it before the trainer gets it, below ZeRO 3")
     described = tuple(Parameter(name, tuple(value.shape)) for name, value in found)
     num_heads = model.config.get_text_config().to_dict().get("num_attention_heads") or 1
-    return assign_roles(model.config.model_type, described), num_heads
+    return assign_roles(model.config.model_type, described, roles), num_heads
 
 
 def take_closed(weight_OI: torch.Tensor, part: Columns | Entries, index_C: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,60 @@ def test_quiet_lora_is_a_plain_adapter(start: Path, tmp_path: Path):
     torch.testing.assert_close(merged, said, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("grain", ["directions", "columns", "entries"])
+def test_a_part_that_did_not_move_is_named(start: Path, grain: str):
+    model, _ = load(start)
+    plan = freeze_half(model, seed=1, grain=grain, part="random")
+    still = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.add_(1e-3 if value.requires_grad and still.removesuffix("weight") not in name else 0)
+    with pytest.raises(VerificationError, match=rf"0 frozen parameters moved, 1 trained ones did not.*{still}"):
+        plan.verify(model)
+
+
+@pytest.mark.parametrize("grain", ["directions", "columns"])
+def test_a_random_part_is_drawn_whoever_gives_a_tokenizer(start: Path, grain: str):
+    model, tokenizer = load(start)
+    without = freeze_half(load(start)[0], seed=1, grain=grain, part="random").bases
+    given = freeze_half(model, seed=1, grain=grain, part="random", tokenizer=tokenizer).bases
+    assert given.keys() == without.keys()
+    assert all(torch.equal(given[name], without[name]) for name in given)
+
+
+def test_roles_are_taken_in_place_of_the_familys(start: Path):
+    """The mlp's matrices among those of attention."""
+    roles = {
+        "embedding": "model.embed_tokens", "head": "lm_head", "final_norm": "model.norm",
+        "norm": "model.layers.*.(input|post_attention)_layernorm",
+        "attention": ["model.layers.*.self_attn.(q|k|v|o)_proj", "model.layers.*.mlp.(gate|up|down)_proj"],
+    }  # fmt: skip
+    found = freeze_half(load(start)[0], seed=1, roles=roles).plan.roles
+    assert (found["attention"].num_units, "mlp" in found) == (14, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"average": 0.9}, "average acts while a round trains"),
+        ({"interpolate": 0.5}, "interpolate acts while"),
+        ({"pull": {"strength": 1}}, "pull acts while"),
+        ({"redraw": {"every": 5}}, "redraw acts while"),
+        ({"blocks": 16}, "blocks would have no effect beside grain matrices"),
+        ({"part": "random"}, "part would have no effect beside grain matrices"),
+        ({"keep": ["a text"]}, "keep would have no effect beside grain matrices"),
+        ({"grain": "entries", "keep": ["a text"]}, "keep would have no effect beside grain entries and part random"),
+        ({"grain": "columns", "part": "random", "keep": ["a text"]}, "beside grain columns and part random"),
+        ({"trainable_fraction": 0.3}, "give share|has share"),
+        ({"embedings": "freeze"}, "embedings: Extra inputs"),
+        ({"part": "ssu"}, "grain matrices has quiet, random"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(start: Path, given: dict, said: str):
+    with pytest.raises(InputError, match=said):
+        freeze_half(load(start)[0], **given)
+
+
 def test_what_cannot_be_is_refused(start: Path):
     model, tokenizer = load(start)
     with pytest.raises(InputError, match="give the tokenizer|goes by what the model writes"):
