@@ -13,7 +13,7 @@ from math import ceil
 
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.rule import FreezeRule
-from hftcli.freezing.selection import FreezePlan, make_plan, rank_random, write_plan
+from hftcli.freezing.selection import FreezePlan, choose_outside_layers, make_plan, rank_random, write_plan
 
 NUM_TRIED_DRAWS = 50  # of which the largest stands for all of a round whose steps are not known yet
 LEAST_STEPS, MOST_STEPS = 50, 100  # of a block, by BAdam's rule
@@ -53,8 +53,13 @@ def derive_seed(seed: int, place: int) -> int:
 
 
 def list_blocks(units: Sequence[Unit], rule: FreezeRule) -> dict[str, frozenset[str]]:
-    """The blocks that take turns, by name, in the order of `redraw.order`: from the input up but for `descending`."""
+    """The blocks that take turns, by name, in the order of `redraw.order`: from the input up but for `descending`.
+
+    Raises:
+        ModelError: embeddings and head are one tensor, and one of them is to train and the other not.
+    """
     assert rule.redraw is not None
+    choose_outside_layers([unit for unit in units if unit.layer is None], rule)  # refuses what cannot be
     layers = sorted({unit.layer for unit in units if unit.layer is not None})
     size = max(int(Fraction(str(rule.trainable_fraction)) * len(layers) + Fraction(1, 2)), 1)
     is_tied = all(unit.role != "head" for unit in units)

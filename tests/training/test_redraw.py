@@ -20,7 +20,7 @@ from training.quiet_rounds import (
     run,
 )  # fmt: skip
 
-from hftcli.errors import InputError
+from hftcli.errors import InputError, ModelError
 from hftcli.freezing.redrawing import list_blocks, list_draws, plan_largest, settle_every
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
@@ -165,6 +165,15 @@ def test_layers_are_drawn_as_often_as_lisa_says():
 def test_rules_that_contradict_themselves_are_refused(rule: dict, expected: str):
     with pytest.raises(ValueError, match=expected):
         FreezeRule(**rule)
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "cyclic"])
+@pytest.mark.parametrize("key", ["embeddings", "head"])
+def test_tied_embeddings_and_head_train_alike_or_are_refused(order: str, key: str):
+    units = build_units("llama", **CONFIGS["llama"], tie_word_embeddings=True)
+    rule = FreezeRule(group="layer", redraw={"every": 5, "order": order}, **{key: "freeze"})
+    with pytest.raises(ModelError, match="embeddings and head are one tensor in this model"):
+        list_draws(units, rule, 0, 2)
 
 
 def test_several_processes_are_refused(start: Path):
