@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 
-from hftcli.data.cache import default_cache
+from hftcli.data.cache import default_cache, hash_tokens
 from hftcli.data.tokens import IGNORED
 from hftcli.freezing.directions import list_coordinates
 from hftcli.freezing.rule import ImportanceRule
@@ -64,7 +64,7 @@ def make_key(task: Assignment, rows: Rows) -> str:
         "start": identify_writer(task.start, task.tokenizer),
         "rank": freeze.rank,
         "samples": rows.scored_digest or SAMPLES,
-        "new": (rows.tokens_digest, importance.samples) if freeze.rank == "gradient" else None,
+        "new": (hash_tokens(rows.train), importance.samples) if freeze.rank == "gradient" else None,
         "model": task.spec.model.model_dump(include={"dtype"}),
         "seed": freeze.seed,
         "mixed": is_mixed(task.spec),

@@ -14,8 +14,12 @@ from hftcli.errors import DataError
 from hftcli.launching.processes import StopRequest
 from hftcli.measuring.drift import draw_texts
 from hftcli.models.description import load_tokenizer
+from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.sections import CheckpointSection
 from hftcli.runs.run import Round
+from hftcli.runs.spec import EarlierRound
+from hftcli.training.ranking import make_key
+from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.round import run_round
 
 MATRICES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -127,6 +131,17 @@ def test_gradient_of_the_new_rows(start: Path, weights: dict, tmp_path: Path):
         gradient = np.concatenate([model.get_parameter(name).grad.double().numpy().ravel() for name in names])
         assert scores[unit] == pytest.approx(np.abs(gradient).mean() * num_tokens, rel=1e-3)
     check_plan(round_, scores)
+
+
+def test_scores_of_the_new_rows_are_kept_by_what_replay_makes_of_them(start: Path, tmp_path: Path):
+    keys = []
+    for fraction in (0.25, 0.25, 0.5):
+        method = MethodSection.model_validate({"replay": {"fraction": fraction}})
+        spec = make_spec(start, {"rank": "gradient"}, place=1, method=method)
+        earlier = (EarlierRound(task="tinyworld/newcomers", folder=str(tmp_path)),)
+        task = read_assignment(spec.model_copy(update={"earlier": earlier}))
+        keys.append(make_key(task, tokenize_rows(task, lambda done, total: None)))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_gradient_of_pairs_is_that_of_the_preference(start: Path, tmp_path: Path):
