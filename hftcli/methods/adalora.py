@@ -22,7 +22,7 @@ class AdaLora(Peft):
     trainer: Trainer | None = None
 
     def start(self, trainer: Trainer) -> None:
-        """Tell PEFT of the round's steps.
+        """Tell PEFT of the round's steps, and take what a step checkpoint kept to where the model trains.
 
         Raises:
             InputError: the ranks would have no step to move in.
@@ -35,7 +35,11 @@ class AdaLora(Peft):
                 "lower them, or train longer",
             )
         self.config.total_step = num_steps
-        self.tuner.rankallocator.set_total_step(num_steps)
+        allocator = self.tuner.rankallocator
+        allocator.set_total_step(num_steps)
+        for name in SUMS:
+            held = vars(allocator)[name]
+            held.update({key: values.to(trainer.args.device) for key, values in held.items()})
 
     def compute_penalty(self) -> torch.Tensor | None:
         """The weight times the mean distance of the factors from orthogonal ones."""

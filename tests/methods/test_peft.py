@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -16,13 +17,16 @@ from transformers import AutoModelForCausalLM
 from hftcli.errors import InputError, RecipeError
 from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
+from hftcli.methods.adalora import SUMS
 from hftcli.methods.peft import build_config
+from hftcli.models.checkpoint import load_model
 from hftcli.models.proof import verify_round
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.methods import MethodSection, PeftKind
 from hftcli.recipe.sections import LaunchSection
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
+from hftcli.training.reading import read_assignment
 from hftcli.training.round import run_round
 
 WHOLE = {"trainable_fraction": 1.0}
@@ -102,6 +106,28 @@ def test_a_round_that_was_killed_ends_in_the_same_bits(start: Path, tmp_path: Pa
     assert round_.read_result().resumed_from == 2
     for path in ("checkpoint/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (round_.folder / path).read_bytes() == (done.folder / path).read_bytes(), path
+
+
+def test_adalora_goes_on_where_the_model_trains(start: Path):
+    """What a step checkpoint gives lies on the CPU; the device here is one that no tensor of the CPU goes with."""
+    spec = make_spec(start, WHOLE, method=make_method("ADALORA"))
+    task, device = read_assignment(spec), torch.device("meta")
+    (method,) = task.methods
+    model = load_model(spec.model, start, task.plan, mixed=False, sharded=False)
+    method.prepare_model(model, task.plan, start, mixed=False, sharded=False)
+    for value in model.parameters():
+        value.grad = torch.ones_like(value) if value.requires_grad else None
+    allocator = method.tuner.rankallocator
+    allocator.update_ipt(model)
+    recalled = method.recall()
+    allocator.reset_ipt()
+    model.to(device)
+    method.restore(recalled)
+    method.start(SimpleNamespace(args=SimpleNamespace(device=device), state=SimpleNamespace(max_steps=100)))
+    held = [values for name in SUMS for values in vars(allocator)[name].values()]
+    assert len(held) == 3 * len(recalled["ipt"]) > 0
+    assert {values.device for values in held} == {device}
+    allocator.update_ipt(model)
 
 
 @pytest.mark.slow
