@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from hftcli.errors import DataError
 from hftcli.recipe.section import Section
 from hftcli.tasks.examples import Benchmark, Cut, Example, Split, Task
+from hftcli.tasks.keys import ANSWER_KEYS, QUESTION_KEYS, refuse_keys
 from hftcli.tasks.metrics import METRICS, RULED
 
 SHEET = "task.yaml"
@@ -58,7 +59,7 @@ def read_rows(path: Path, columns: tuple[str, str] = ("prompt", "answer")) -> li
     """The question and the answer of each row of a JSON array.
 
     Raises:
-        DataError: naming the file, and the row from 1, that is something else.
+        DataError: naming the file, and the row from 1, that is something else, or says more than these two would.
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
@@ -67,6 +68,7 @@ def read_rows(path: Path, columns: tuple[str, str] = ("prompt", "answer")) -> li
         if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in columns):
             form = ", ".join(f'"{column}": "..."' for column in columns)
             raise DataError(f"{path}: row {number}: expected {{{form}}}, got {_describe(row)}")
+        refuse_keys(row, (*QUESTION_KEYS, *ANSWER_KEYS), f"{path}: row {number}")
     question, answer = columns
     return [(row[question], row[answer]) for row in rows]
 

@@ -4,9 +4,10 @@ r"""Tasks of a file, one JSON object on each line: multiple choice, closed-book 
     {"question": "who wrote hamlet", "answers": ["William Shakespeare", "Shakespeare"]}
 
 A task whose name ends in `.jsonl` is such a file; the keys of its first row tell which of FORMS it holds. Further keys are left
-alone. The prompts are those of lm-evaluation-harness's ARC and TriviaQA, `Question: ...\nAnswer:`, but a question that has its
-question mark gets no second, and of a closed-book answer the first line is kept, of which a beginning up to a full stop or
-comma counts. Chat templates and examples before a question are asking.py's.
+alone, but for those of keys.py that would be a part of the question. The prompts are those of lm-evaluation-harness's ARC and
+TriviaQA, `Question: ...\nAnswer:`, but a question that has its question mark gets no second, and of a closed-book answer the
+first line is kept, of which a beginning up to a full stop or comma counts. Chat templates and examples before a question are
+asking.py's.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any, TypeGuard
 
 from hftcli.errors import DataError
 from hftcli.tasks.examples import Benchmark, Example, Split, Task
+from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
 from hftcli.tasks.official import (
     convert_gsm8k,
     convert_humaneval,
@@ -44,6 +46,7 @@ class Form:
         asking: how its questions are asked and scored: fields of Task.
         fits: whether the key's value in the first row is such a form's.
         takes_chat: whether its questions are asked through a chat template where there is one.
+        takes: keys of QUESTION_KEYS that its questions are made of.
         sift: takes out the questions that cannot be asked here, and says how many for which reason.
     """
 
@@ -53,6 +56,7 @@ class Form:
     asking: Mapping[str, Any]
     fits: Callable[[object], bool] = lambda _: True
     takes_chat: bool = True
+    takes: tuple[str, ...] = ()
     sift: Callable[[tuple[Example, ...]], tuple[tuple[Example, ...], dict[str, int]]] | None = None
 
 
@@ -66,7 +70,12 @@ def load(task: str, path: Path) -> Task:
     rows = read_lines(path)
     first = next(iter(rows.values()))
     form = next((form for form in FORMS.values() if form.key in first and form.fits(first[form.key])), FORMS["closed_book"])
-    examples = tuple(form.convert(row, f"{path}: row {number}") for number, row in rows.items())
+    refused = [key for key in QUESTION_KEYS if key not in form.takes]
+    made = []
+    for number, row in rows.items():
+        made.append(form.convert(row, f"{path}: row {number}"))
+        refuse_keys(row, refused, f"{path}: row {number}")
+    examples = tuple(made)
     examples, left_out = form.sift(examples) if form.sift else (examples, {})
     return Task(task, examples, left_out=left_out, takes_chat=form.takes_chat, **form.asking)
 
@@ -162,12 +171,14 @@ FORMS = {
         shape='{"subject": "...", "question": "...", "choices": ["...", "..."], "answer": index from 0}',
         convert=convert_mmlu,
         asking={"metric": "choice", "cut": "start", "bare_prompt": CUE},
+        takes=("choices",),
     ),
     "choice": Form(
         key="choices",
         shape='{"question": "...", "choices": ["...", "..."], "answer": index from 0}',
         convert=convert_choice,
         asking={"metric": "choice", "cut": "start", "bare_prompt": CUE},
+        takes=("choices",),
     ),
     "gsm8k": Form(
         key="answer",

@@ -3,6 +3,7 @@
 import pytest
 from tasks.written_tasks import find, write_task
 
+from hftcli.data.formats import UNSUPPORTED_COLUMNS, UNSUPPORTED_CONTEXT
 from hftcli.errors import DataError, InputError
 from hftcli.tasks import load_task
 from hftcli.tasks.folder import TaskSheet
@@ -66,6 +67,19 @@ def test_rows_that_are_refused(text, message, tmp_path):
     with pytest.raises(DataError, match=message) as raised:
         load_task("animals", root)
     assert str(tmp_path / "animals" / "test.json") in raised.value.message
+
+
+def test_a_row_that_says_more_than_its_prompt_is_refused(tmp_path):
+    """Whatever rows to train on may not hold beside these two columns, and what a question is about; empty, it says nothing."""
+    row = {"prompt": "Who is it?", "answer": "Ann", "id": 7}
+    refused = {*UNSUPPORTED_COLUMNS, *UNSUPPORTED_CONTEXT}
+    for split in ("train", "test"):
+        for key in sorted(refused):
+            root = write_task(tmp_path / "people", **{split: [row, {**row, key: "Ann came in."}]})
+            with pytest.raises(DataError, match=rf"{split}\.json: row 2: the key '{key}' carries meaning"):
+                load_task("people", root, split)
+    root = write_task(tmp_path / "people", test=[{**row, **dict.fromkeys(refused)}, {**row, "context": " ", "tools": []}])
+    assert len(load_task("people", root).examples) == 2
 
 
 def test_folders_that_are_refused(tmp_path):

@@ -34,6 +34,7 @@ def test_closed_book(tmp_path):
     ]
     assert task.examples[0].options == (" William Shakespeare", " Shakespeare")
     assert (task.metric, task.bare_prompt) == ("closed_book", None)
+    assert load_task(write(tmp_path, {**OPEN, "id": 7, "context": "", "image": None, "reasoning": "By his name."})).examples
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,11 @@ def test_closed_book(tmp_path):
         ([OPEN, "", {"question": "who"}], "row 3: 'answers': expected 1 or more texts, got none"),
         ([OPEN, {**OPEN, "answers": "Shakespeare"}], "row 2: 'answers': expected 1 or more texts, got \"Shakespeare\""),
         ([{"passage": "It is.", "question": " ", "answer": True}], "row 1: 'question': expected a text"),
+        ([OPEN, {**OPEN, "context": "He was a poet."}], "row 2: the key 'context' carries meaning that would not be asked"),
+        ([{**OPEN, "choices": ["Marlowe", "Bacon"]}], "row 1: 'answer': expected"),
+        ([OPEN, {**OPEN, "choices": ["Marlowe", "Bacon"]}], "row 2: the key 'choices' carries meaning"),
+        ([{**CHOICE, "passage": "Titan is a moon."}], "row 1: the key 'passage' carries meaning"),
+        ([{**CHOICE, "subject": "astronomy", "system": "Be brief."}], "row 1: the key 'system' carries meaning"),
         ([CHOICE, OPEN], "row 2: 'choices': expected 2 or more texts, got none"),
         ([{**CHOICE, "choices": ["Mars"]}], "row 1: 'choices': expected 2 or more texts"),
         ([{**CHOICE, "choices": ["Mars", 4]}], "row 1: 'choices': expected 2 or more texts"),
