@@ -47,6 +47,15 @@ class Conversation:
     places: list[Span]
 
 
+def find_switches(row: Row, train: TrainSection) -> set[str]:
+    """The switches of `train` that say what is trained of a canonical row: turned round, they would train another part."""
+    found = {"assistant_only_loss"} if is_conversation(row) else set()
+    prompt = row.get("prompt", [])
+    # Of a prompt's turns, without `completion_only_loss`, only the assistant's may be trained.
+    is_reached = not found or not train.assistant_only_loss or any(turn["role"] == "assistant" for turn in prompt)
+    return found | {"completion_only_loss"} if prompt and is_reached else found
+
+
 def render_row(row: Row, tokenizer: PreTrainedTokenizerBase, template: Template | None, train: TrainSection) -> Rendering:
     """Render a canonical row.
 
@@ -94,24 +103,30 @@ def render_conversation(
         num_prompt: how many of them are the prompt's, which are not trained under `completion_only_loss`.
         untrained: those that are marked as not to be trained.
     """
-    if train.assistant_only_loss or untrained:
+    num_left_out = num_prompt if train.completion_only_loss else 0
+    marked = [
+        index
+        for index in untrained or ()
+        if index >= num_left_out and (messages[index]["role"] == "assistant" or not train.assistant_only_loss)
+    ]  # the others are not trained as it is
+    if train.assistant_only_loss or marked:
         conversation = lay_out(messages, template, tools)
     else:
         text = template.render(messages, tools)
         conversation = Conversation(text, [(0, len(text))], find_contents(text, messages, template, tools))
     text = conversation.text
     spans = conversation.spans if train.assistant_only_loss else [(0, len(text))]
-    if num_prompt and train.completion_only_loss:
+    if num_left_out:
         asked = template.render(messages[:num_prompt], tools, add_generation_prompt=True)
         border = len(asked) if text.startswith(asked) else _find_turn(conversation, num_prompt)[0]
         spans = [(max(start, border), end) for start, end in spans if end > border]
-    for index in untrained or []:
+    for index in marked:
         spans = _cut_out(spans, _find_turn(conversation, index))
     return Rendering(text, spans, is_plain=False)
 
 
 def _find_turn(conversation: Conversation, index: int) -> Span:
-    """What the assistant says in a turn.
+    """What the assistant says in a turn with its end token; of another's turn, its content.
 
     Raises:
         DataError: the template does not part it from the assistant's turn before or after it.

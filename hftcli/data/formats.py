@@ -2,8 +2,8 @@
 
 A row comes out in one of four canonical forms: `{"messages": [...]}`; `{"prompt", "completion"}`, both plain text or both
 messages; `{"text"}`; or, for preferences, `{"prompt", "chosen", "rejected"}`, all plain text or all messages. Messages may
-come with `tools`, the list of tools, and with `untrained`, the numbers of the assistant's turns that are marked as not to be
-trained, counted from 0 over the prompt and what follows it.
+come with `tools`, the list of tools, and with `untrained`, the numbers of the turns that are marked as not to be trained,
+counted from 0 over the prompt and what follows it.
 
 What a format knows is used. Of the other columns, those that are known to carry meaning are refused, and the rest is listed.
 """
@@ -181,11 +181,10 @@ def take_tools(row: Row) -> Row:
 
 
 def find_untrained(turns: Turns, num_prompt: int = 0) -> Row:
-    """The assistant's turns that are marked as not to be trained, of those after the prompt's."""
-    places = [index for index, message in enumerate(turns.messages) if message["role"] == "assistant"]
-    answers = [index for index in places if index >= num_prompt]
-    untrained = [index for index in answers if turns.marks[index] is False]
-    if untrained and len(untrained) == len(answers):
+    """The turns that are marked as not to be trained: not all of the assistant's after the prompt's."""
+    untrained = [index for index, mark in enumerate(turns.marks) if mark is False]
+    answers = {index for index, message in enumerate(turns.messages) if index >= num_prompt and message["role"] == "assistant"}
+    if answers <= set(untrained):
         raise DataError("every turn of the assistant is marked as not to be trained", "drop the row, or a mark")
     return {"untrained": untrained} if untrained else {}
 

@@ -219,6 +219,31 @@ def test_all_text_but_marked_turns_is_trained_without_assistant_only_loss(tokeni
     assert read_trained(row["input_ids"], row["labels"], tokenizer) == text.replace("A brick is a bird.<|im_end|>", "")
 
 
+@pytest.mark.parametrize("template", ["own", "chatml"])
+def test_marked_turns_stay_untrained_whatever_is_trained_around_them(
+    template: str, tokenizer: PreTrainedTokenizerBase, minimind: PreTrainedTokenizerBase, tmp_path: Path
+):
+    """Turns of a prompt, and turns that are not the assistant's; without a mark each of them is trained."""
+    speaker = minimind if template == "own" else tokenizer
+    wrong, asked = TWICE[1], {**ASK, "train": False}
+
+    def train(row: dict, **switches: bool) -> tuple[str, str]:
+        data = write_jsonl(tmp_path / "rows.jsonl", [row])
+        [made], _ = prepare_dataset(data, TrainSection(**switches), speaker, tmp_path / "cache")
+        whole = speaker.decode(made["input_ids"], skip_special_tokens=False)
+        return whole, read_trained(made["input_ids"], made["labels"], speaker)
+
+    for mark, expected in (({}, "A brick is a bird.<|im_end|>A heron.<|im_end|>"), ({"train": False}, "A heron.<|im_end|>")):
+        row = {"prompt": [ASK, {**wrong, **mark}, TWICE[2]], "completion": [REPLY]}
+        assert train(row, completion_only_loss=False)[1] == expected
+        whole, trained = train(row, completion_only_loss=False, assistant_only_loss=False)
+        assert trained == whole.replace(f"{wrong['content']}<|im_end|>", "" if mark else f"{wrong['content']}<|im_end|>")
+    whole, trained = train({"messages": [asked, REPLY]}, assistant_only_loss=False)
+    assert whole.count(ASK["content"]) == 1
+    assert trained == whole.replace(ASK["content"], "")
+    assert train({"messages": [asked, REPLY]})[1] == "A heron.<|im_end|>"
+
+
 def test_calls_of_tools_in_every_form(minimind: PreTrainedTokenizerBase, tmp_path: Path):
     thanks, result = say("assistant", "It is a bird."), say("tool", "A bird.")
     expected = render([ASK, {**say("assistant", ""), "tool_calls": [CALL]}, result, thanks], minimind, tools=[TOOL])
