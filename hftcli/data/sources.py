@@ -4,13 +4,14 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import FILES_TO_IGNORE
 
 from hftcli import PACKAGE
 from hftcli.data.fingerprints import hash_rows
@@ -21,6 +22,7 @@ from hftcli.runs.records import Source
 
 HUB_KEYS = {"name": "configuration", "revision": "revision"}
 SAVED_MARKS = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder: of one split, of several
+NUM_LISTED = 5  # files that a message names
 TYPES = ", ".join(READERS) + ", and of " + ", ".join(TEXT_READERS) + " also .gz, .bz2, .zst"
 
 
@@ -95,7 +97,7 @@ def describe_place(data: DataSection) -> str:
 
 def find_place(source: SourceSection) -> Place:
     """Where the rows of one source are; otherwise as `find_places`."""
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))  # which leaves a `~` that is nobody's as it is
     if source.path.startswith(f"{QUICK_START}/"):  # a folder of the user's own by that name is ./tinyworld
         path = PACKAGE / path
     if path.is_dir():
@@ -120,40 +122,101 @@ def _find_in_folder(source: SourceSection, folder: Path) -> Place:
     files = sorted(file for file in folder.iterdir() if is_readable(file))
     chosen = [file for file in files if file.name.partition(".")[0] == source.split]
     if source.name is not None or len(chosen) != 1:
-        # A configuration, several files, or none: as `datasets` names them, and as a snapshot's card does.
-        chosen = _ask_datasets(source, folder) or (files if len(files) == 1 and source.name is None else [])
-    if not chosen:
-        found = ", ".join(file.name for file in files) or f"none of a type that hft reads ({TYPES})"
-        raise DataError(
-            f"{folder}: not one file for data.split {source.split}, it holds: {found}", "set data.split, or give a file"
-        )
+        chosen = _choose_files(source, folder, files)
     if unread := [file for file in chosen if not is_readable(file)]:
         raise DataError(f"{unread[0]} is of no type that hft reads", f"give one of: {TYPES}")
     return Place(source, str(chosen[0] if len(chosen) == 1 else folder), files=tuple(chosen))
 
 
-def _find_saved(source: SourceSection, folder: Path) -> Place:
-    if not (folder / "dataset_dict.json").is_file():
-        return Place(source, str(folder), saved=folder)
-    splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+def _choose_files(source: SourceSection, folder: Path, files: list[Path]) -> list[Path]:
+    """The files of a split, where that is no one file by its name: as `datasets` names them, and as a snapshot's card does.
+
+    Args:
+        files: the readable ones that lie in the folder itself.
+    """
+    splits = _ask_datasets(source, folder)
+    if not splits and source.name is None and len(files) == 1:
+        splits = {"train": files}  # as `datasets` names what has no other name
+    if not splits:
+        found = ", ".join(file.name for file in files) or f"none of a type that hft reads ({TYPES})"
+        raise DataError(
+            f"{folder}: not one file for data.split {source.split}, it holds: {found}", "set data.split, or give a file"
+        )
+    if source.name is None and (left := _find_left(folder, splits)) and not _has_card(folder):
+        listed = ", ".join(os.path.relpath(file, folder) for file in left[:NUM_LISTED])
+        more = f" and {len(left) - NUM_LISTED} more" if len(left) > NUM_LISTED else ""
+        raise DataError(
+            f"{folder}: its splits ({', '.join(splits)}) leave out {listed}{more}, of another type or of no split's name",
+            "give one file, list the files under data.sources, or take away what is not to be read",
+        )
     if source.split not in splits:
-        raise DataError(f"{folder}: there is no data.split {source.split}, it holds: {', '.join(splits)}", "set data.split")
+        raise _describe_split(source, folder, splits)
+    return splits[source.split]
+
+
+def _describe_split(source: SourceSection, folder: Path, splits: Iterable[str]) -> DataError:
+    return DataError(f"{folder}: there is no data.split {source.split}, it holds: {', '.join(splits)}", "set data.split")
+
+
+def _find_saved(source: SourceSection, folder: Path) -> Place:
+    if source.name is not None:
+        raise DataError(
+            f"data.name is {source.name}, a configuration of a hub dataset, but {folder} is one that `datasets` saved",
+            "drop it",
+        )
+    if not (folder / "dataset_dict.json").is_file():
+        state = _read_mark(folder / "state.json")
+        split = state.get("_split")  # where it is known: of `train[:10%]+test`, two
+        if split and source.split not in (names := [part.partition("[")[0] for part in split.split("+")]):
+            raise _describe_split(source, folder, names)
+        return Place(source, str(folder), saved=folder)
+    splits = _read_mark(folder / "dataset_dict.json")["splits"]
+    if source.split not in splits:
+        raise _describe_split(source, folder, splits)
     return Place(source, str(folder / source.split), saved=folder / source.split)
 
 
-def _ask_datasets(source: SourceSection, folder: Path) -> list[Path]:
-    """The files of a split by the rules of `datasets`: the folder's card, or the names of files and of folders in it.
+def _read_mark(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        raise DataError(f"{path}: not what save_to_disk writes, or damaged", "write or fetch it again") from None
+    return found
+
+
+def _ask_datasets(source: SourceSection, folder: Path) -> dict[str, list[Path]]:
+    """The files of each split by the rules of `datasets`: the folder's card, or the names of files and of folders in it.
 
     Raises:
-        DataError: there is no such configuration.
+        DataError: there is no such configuration, or there are several, and none is named.
     """
     try:
         files = datasets.load_dataset_builder(str(folder.resolve()), source.name).config.data_files or {}
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if source.name is None:
-            return []
-        raise DataError(f"{folder}: data.name {source.name}: {_get_first_line(error)}", "set data.name, or drop it") from None
-    return [Path(file) for file in files.get(source.split, [])]
+        reason, *more = str(error).strip().split("\n")
+        if source.name is not None:
+            raise DataError(f"{folder}: data.name {source.name}: {reason}", "set data.name, or drop it") from None
+        if reason.startswith("Config name is missing"):
+            raise DataError(f"{folder}: {' '.join([reason, *more[:1]])}", "set data.name") from None
+        return {}
+    return {str(split): [Path(file) for file in found] for split, found in files.items() if found}
+
+
+def _find_left(folder: Path, splits: dict[str, list[Path]]) -> list[Path]:
+    """Files of a folder that could hold rows and that `datasets` puts into no split."""
+    taken = {file.resolve() for files in splits.values() for file in files}
+    found = (file for file in folder.rglob("*") if is_readable(file) and file.is_file() and file.name not in FILES_TO_IGNORE)
+    return sorted(
+        file
+        for file in found
+        if not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts) and file.resolve() not in taken
+    )
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether a snapshot's card says which files are its rows; others then are left out on purpose."""
+    module = datasets.load.dataset_module_factory(str(folder.resolve()))
+    return bool(module.builder_configs_parameters.metadata_configs)
 
 
 def _looks_local(given: str, path: Path) -> bool:

@@ -3,7 +3,9 @@
 A setting that would have no effect is refused: its user would take the result for what it is not.
 """
 
+import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,7 @@ def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
             )
     if is_given(recipe, "data.seed") and len(recipe.data.sources) < 2:
         yield f"{_place('data.seed', source)}: data.seed would have no effect without several data.sources: drop it"
+    yield from _check_length(recipe, source)
     yield from _check_places(recipe, source)
     yield from _check_optimizer_arguments(recipe, source)
     yield from _check_checkpointing(recipe, source)
@@ -129,6 +132,24 @@ def find_value(recipe: Recipe, key: str) -> Any:
     return values[name] if name in values else DEFAULTS.get(key)
 
 
+def _check_length(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Steps, epochs, and the epochs of a protocol: of two that are asked for, one would have no effect."""
+    steps, epochs, max_steps = "train.max_steps", "train.num_train_epochs", recipe.train.max_steps
+    protocol = recipe.continual.protocol if recipe.continual else None
+    is_set = source.origins.get(tuple(epochs.split(".")), "").startswith("--set ")  # be it to the default
+    asks_for_epochs = is_set or is_given(recipe, epochs)
+    if asks_for_epochs and max_steps > 0:
+        yield (
+            f"{_place(epochs, source)}: {epochs} would have no effect beside {steps} {max_steps}: drop it, or set {steps} to -1"
+        )
+    for key, is_asked in ((epochs, asks_for_epochs), (steps, max_steps > 0)):
+        if is_asked and protocol is not None:
+            yield (
+                f"{_place(key, source)}: {key} and the epochs of continual.protocol {protocol} are two lengths of a round: "
+                "drop it, or set continual.protocol to null"
+            )
+
+
 def _check_places(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """Revisions and splits of what has none."""
     model = recipe.model
@@ -142,8 +163,20 @@ def _check_places(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     for key, parts in sections.items():
         for part in parts:
             is_named = part.split != type(part).model_fields["split"].default
-            if is_named and part.path and Path(part.path).expanduser().is_file():
-                yield f"{_place(f'{key}.split', source)}: {key}.split would have no effect: {part.path} is a file, so drop it"
+            if is_named and part.path and (kind := _name_whole(Path(os.path.expanduser(part.path)))):
+                yield f"{_place(f'{key}.split', source)}: {key}.split would have no effect: {part.path} is {kind}, so drop it"
+
+
+def _name_whole(path: Path) -> str | None:
+    """What a place with no splits is; None where it may have some."""
+    if path.is_file():
+        return "a file"
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # `datasets` writes of which split rows are that it saved, where it knows it.
+    return "one dataset, saved without a split's name" if "_split" in state and state["_split"] is None else None
 
 
 def _check_optimizer_arguments(recipe: Recipe, source: RecipeFile) -> Iterator[str]:

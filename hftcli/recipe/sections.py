@@ -197,10 +197,11 @@ class TrainSection(OpenSection):
     """
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the data."""
+    """Passes over the data; with `max_steps` there are as many as these take."""
 
     max_steps: Annotated[int, AfterValidator(_refuse_no_steps)] = -1
-    """Optimizer steps; overrides `num_train_epochs` when positive."""
+    """Optimizer steps; -1 takes as many as `num_train_epochs` makes. Both together are refused; `--set` of one takes the
+    place of a file's other."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate of AdamW."""
@@ -234,10 +235,11 @@ class TrainSection(OpenSection):
     """Lay several conversations into one sequence of `data.max_length` tokens; attention never crosses their borders."""
 
     assistant_only_loss: bool = True
-    """Conversations: train on the assistant's turns and their end tokens only."""
+    """Conversations: train on the assistant's turns and their end tokens only. False is refused where no row is one."""
 
     completion_only_loss: bool = True
-    """Prompt and completion: train on the completion and its end token only."""
+    """Prompt and completion: train on the completion and its end token only. False is refused where no row has a prompt of its
+    own that it would train."""
 
     activation_checkpointing: bool = False
     """Keep fewer activations and compute them again in the backward pass: less memory, about a third more compute."""
@@ -378,4 +380,5 @@ class ContinualSection(Section):
 
     protocol: Literal["paper", "scripts"] | None = None
     """Whose epochs for each task and whose decoding: those of the benchmark's paper, or of its scripts where they differ. Null
-    takes `train.num_train_epochs` for each task, and the likeliest token at every place."""
+    takes `train.num_train_epochs` for each task, and the likeliest token at every place. To give `train.num_train_epochs` or
+    `train.max_steps` beside it is refused."""

@@ -19,6 +19,11 @@ PATH_KEYS = {
     ("data", "sources"): ("path", "name", "split", "revision"),
     ("eval", "held_out", "path"): ("name", "split", "revision"),
 }
+# Two lengths of a training, of which `--set` gives one in place of the file's other.
+LENGTH_KEYS: dict[Keys, tuple[str, ...]] = {
+    ("train", "max_steps"): ("num_train_epochs",),
+    ("train", "num_train_epochs"): ("max_steps",),
+}
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -121,7 +126,8 @@ def apply_override(values: dict[str, Any], override: str, source: RecipeFile) ->
         if not isinstance(values[part], dict):
             raise RecipeError(f"{place}: {'.'.join(keys[:depth])} is a value, not a section")
         values = values[part]
-    for other in PATH_KEYS.get(keys, ()):
+    replaced = LENGTH_KEYS if value not in (None, -1) else {}  # of which -1 asks for no length
+    for other in (*PATH_KEYS.get(keys, ()), *replaced.get(keys, ())):
         if not source.place((*keys[:-1], other)).startswith("--set "):
             values.pop(other, None)
     values[keys[-1]] = value

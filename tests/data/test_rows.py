@@ -71,11 +71,12 @@ def test_all_file_types_give_the_same_rows(tmp_path: Path):
 
 def test_folder_has_a_file_for_each_split(tmp_path: Path):
     write_jsonl(tmp_path / "train.jsonl", [ROW])
-    assert len(read_rows(DataSection(path=str(tmp_path), split="anything"))[0]) == 1  # the only file there is
+    with pytest.raises(DataError, match=r"there is no data\.split validation, it holds: train"):
+        read_rows(DataSection(path=str(tmp_path), split="validation"))
     write_jsonl(tmp_path / "test.jsonl", [ROW, ROW])
     assert len(read_rows(DataSection(path=str(tmp_path)))[0]) == 1
     assert len(read_rows(DataSection(path=str(tmp_path), split="test"))[0]) == 2
-    with pytest.raises(DataError, match=r"not one file for data\.split dev, it holds: test\.jsonl, train\.jsonl"):
+    with pytest.raises(DataError, match=r"there is no data\.split dev, it holds: train, test"):
         read_rows(DataSection(path=str(tmp_path), split="dev"))
 
 

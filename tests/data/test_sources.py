@@ -139,7 +139,7 @@ def test_folders_of_files(tmp_path: Path):
         section = DataSection(path=str(tmp_path / layout))
         assert read(read_rows(section)[0]) == EXPECTED[:9], layout
         assert read(read_rows(section.model_copy(update={"split": "test"}))[0]) == EXPECTED[9:12], layout
-        with pytest.raises(DataError, match=r"not one file for data\.split dev"):
+        with pytest.raises(DataError, match=r"there is no data\.split dev, it holds: train, test"):
             find_sources(section.model_copy(update={"split": "dev"}))
     (tmp_path / "shards").mkdir()
     for name, rows in {"one.jsonl": first, "two.jsonl": second}.items():
@@ -149,6 +149,59 @@ def test_folders_of_files(tmp_path: Path):
     assert [(source.path, source.files) for source in sources] == [(str(tmp_path / "shards"), ("one.jsonl", "two.jsonl"))]
     write_file(tmp_path / "shards" / "two.jsonl", third)
     assert find_sources(DataSection(path=str(tmp_path / "shards")))[0].fingerprint != sources[0].fingerprint
+
+
+def test_a_split_that_is_not_there_is_no_other(tmp_path: Path):
+    """The only file of a folder, or a saved dataset, is of one split: of that which its name says, or of train."""
+    for name, held in (("train.jsonl", "train"), ("my-test.jsonl", "test"), ("rows.jsonl", "train")):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_file(folder / name, ROWS)
+        for split in ("train", "test", "validation"):
+            section = DataSection(path=str(folder), split=split)
+            if split == held:
+                assert read(read_rows(section)[0]) == EXPECTED
+            else:
+                with pytest.raises(DataError, match=rf"there is no data\.split {split}, it holds: {held}$"):
+                    find_places(section)
+    rows = datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl" / "rows.jsonl"), cache_dir=str(tmp_path / "c"))
+    rows["train"].save_to_disk(tmp_path / "saved")
+    assert read(read_rows(DataSection(path=str(tmp_path / "saved")))[0]) == EXPECTED
+    with pytest.raises(DataError, match=r"there is no data\.split test, it holds: train$"):
+        find_places(DataSection(path=str(tmp_path / "saved"), split="test"))
+    with pytest.raises(DataError, match=r"data\.name is birds, a configuration of a hub dataset"):
+        find_places(DataSection(path=str(tmp_path / "saved"), name="birds"))
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (("a.jsonl", "b.csv", "c.jsonl"), "b.csv"),
+        (("chat.jsonl", "my-train.jsonl"), "chat.jsonl"),
+        (("train/a.jsonl", "more.jsonl"), "more.jsonl"),
+        (("train.jsonl", "train.csv"), r"train\.(csv|jsonl)"),
+        (("a.jsonl", *(f"{number}.tsv" for number in range(8)), *(f"b{number}.jsonl" for number in range(9))),
+         "0.tsv, 1.tsv, 2.tsv, 3.tsv, 4.tsv and 3 more"),
+    ],
+)  # fmt: skip
+def test_files_that_would_be_left_out_are_named(names: tuple, left: str, tmp_path: Path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_file(tmp_path / name, ROWS)
+    with pytest.raises(DataError, match=rf"its splits \(train\) leave out {left}, of another type"):
+        find_places(DataSection(path=str(tmp_path)))
+
+
+def test_what_is_no_file_of_rows_is_left_out(tmp_path: Path):
+    """What `datasets` keeps beside rows, hidden files, and what a snapshot's card leaves out on purpose."""
+    for name in ("my-train.jsonl", ".cache/notes.jsonl", "dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_file(tmp_path / name, ROWS)
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert read(read_rows(DataSection(path=str(tmp_path)))[0]) == EXPECTED
+    write_file(tmp_path / "others.csv", ROWS)
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- {config_name: default, data_files: my-train.jsonl}\n---\n")
+    assert read(read_rows(DataSection(path=str(tmp_path)))[0]) == EXPECTED
 
 
 def test_saved_datasets(tmp_path: Path):
@@ -184,6 +237,8 @@ def test_a_snapshot_of_the_hub(tmp_path: Path):
     assert read(read_rows(DataSection(path=path, name="birds"))[0]) == EXPECTED[:5]
     assert read(read_rows(DataSection(path=path, name="birds", split="test"))[0]) == EXPECTED[5:9]
     assert read(read_rows(DataSection(path=path, name="fruit"))[0]) == EXPECTED[9:]
+    with pytest.raises(DataError, match=r"Config name is missing.*'birds', 'fruit'"):
+        find_places(DataSection(path=path))  # fruit.csv is the only file at the top
     with pytest.raises(DataError, match=r"data\.name stones"):
         find_places(DataSection(path=path, name="stones"))
     with pytest.raises(DataError, match=r"data\.revision is main"):

@@ -25,11 +25,10 @@ def start(settings) -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture(scope="session")
 def short() -> dict[str, object]:
-    """Thirty-eight steps over four passes: no row of metrics.jsonl at the end, nor checkpoints at the ends of passes."""
+    """Thirty-eight steps over almost four passes: no row of metrics.jsonl at the end, nor checkpoints at the ends of passes."""
     return {
         "data.max_examples": 80,
         "train.max_steps": 38,
-        "train.num_train_epochs": 4,
         "train.learning_rate": 0.001,
         "train.global_batch_size": 8,
         "train.per_device_train_batch_size": 8,

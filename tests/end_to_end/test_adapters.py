@@ -49,7 +49,7 @@ def test_the_page_and_the_card_tell_of_the_adapter(hft, settings, tmp_path: Path
 def test_ten_types_in_a_sequence(hft, settings, small, shared: Path, tmp_path: Path, kind: str):
     given = {name: value for name, value in small.items() if name != "data.path"} | {
         "data.root": shared / "data" / "trace", "data.max_examples": 32, "method.peft": TYPES[kind], "eval.max_examples": 4,
-        "train.num_train_epochs": 1, "continual.tasks": "[trace/NumGLUE-cm, trace/FOMC]",
+        "continual.tasks": "[trace/NumGLUE-cm, trace/FOMC]",
     }  # fmt: skip
     hft("continual", *settings(given), "--output", tmp_path / "run")
     assert json.loads(hft("verify", tmp_path / "run", "--json").stdout)["violations"] == []

@@ -65,7 +65,7 @@ def test_a_killed_rank_is_named(start, short, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job(start, short, tmp_path):
     two = {"launch.num_processes": 2, "train.per_device_train_batch_size": 4, "launch.timeout_minutes": 0.2}
-    running = start(tmp_path / "run", short | two | {"train.max_steps": 400, "train.num_train_epochs": 40})
+    running = start(tmp_path / "run", short | two | {"train.max_steps": 400})
     running.wait_for("training", 6)
     running.find_ranks()[-1].suspend()
     error = running.end(1)

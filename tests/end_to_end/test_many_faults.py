@@ -25,7 +25,6 @@ def real(shared) -> dict[str, object]:
         "data.max_length": 64,
         "data.max_examples": 30,
         "train.max_steps": 20,
-        "train.num_train_epochs": 3,
         "train.learning_rate": 5e-5,
         "train.global_batch_size": 4,
         "train.per_device_train_batch_size": 4,

@@ -105,7 +105,7 @@ def test_a_signal_between_two_rounds_loses_nothing(start, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(start, short, tmp_path):
-    running = start(tmp_path / "run", short | {"train.max_steps": 4000, "train.num_train_epochs": 400})
+    running = start(tmp_path / "run", short | {"train.max_steps": 4000})
     running.wait_for("training", 6)
     ranks = running.find_ranks()
     for rank in ranks:

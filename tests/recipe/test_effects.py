@@ -1,5 +1,7 @@
 """A setting that would have no effect beside others is refused, and says beside which it has one."""
 
+import json
+
 import pytest
 
 from hftcli.errors import RecipeError
@@ -33,6 +35,13 @@ def fail(objective: str, *overrides: str) -> str:
         ("sft", ["train.report_to=tensorboard", "train.run_name=x"], "beside train.report_to tensorboard"),
         ("sft", ["train.dataloader_prefetch_factor=2"], "set train.dataloader_num_workers to 1 or more"),
         ("sft", ["train.dataloader_in_order=false"], "set train.dataloader_num_workers to 1 or more"),
+        ("sft", ["train.max_steps=9", "train.num_train_epochs=1"], "=1: train.num_train_epochs would have no effect beside "
+         "train.max_steps 9: drop it, or set train.max_steps to -1"),
+        ("sft", ["train={max_steps: 9, num_train_epochs: 2.5}"], "train.num_train_epochs would have no effect beside"),
+        ("continual", ["data.path=null", "continual.protocol=paper", "train.num_train_epochs=1"],
+         "train.num_train_epochs and the epochs of continual.protocol paper are two lengths"),
+        ("continual", ["data.path=null", "continual.protocol=paper", "train.max_steps=9"],
+         "train.max_steps and the epochs of continual.protocol paper are two lengths"),
         ("sft", ["data.seed=1"], "data.seed would have no effect without several data.sources"),
         ("sft", ["model.path=tinyworld", "model.revision=v1"], "model.revision would have no effect: tinyworld is a folder"),
         ("dpo", ["train.label_smoothing_factor=0.1"], "train.label_smoothing_factor would have no effect under `hft dpo`"),
@@ -53,9 +62,30 @@ def fail(objective: str, *overrides: str) -> str:
         ("dpo", ["dpo.ref_model_sync_steps=5"], "beside dpo.sync_ref_model false"),
         ("dpo", ["dpo.sync_ref_model=true"], "moves a second model: set reference: full"),
     ],
-)
+)  # fmt: skip
 def test_a_setting_without_effect_is_refused(objective, overrides, expected):
     assert expected in fail(objective, *overrides)
+
+
+def test_steps_or_epochs_of_the_command_line_take_the_place_of_the_files(tmp_path):
+    """The quick start has 200 steps, the paper's recipe 2 epochs; -1 is no length."""
+
+    def read(name, *overrides):
+        train = load_recipe(name, overrides).train
+        return train.max_steps, train.num_train_epochs
+
+    assert read(None, "data.path=my.jsonl", "train.num_train_epochs=3") == (-1, 3)
+    assert read("tinyworld", "train.num_train_epochs=1") == (-1, 1)
+    assert read("tulu", "train.max_steps=20") == (20, 1)
+    assert read("tulu", "train.max_steps=-1") == (-1, 2)
+    (file := tmp_path / "both.yaml").write_text(
+        "model: {path: m}\ndata: {path: d}\ntrain:\n  max_steps: 9\n  num_train_epochs: 2\n"
+    )
+    with pytest.raises(
+        RecipeError, match=r"both\.yaml:5: train\.num_train_epochs would have no effect beside train\.max_steps 9"
+    ):
+        load_recipe(file)
+    assert read(file, "train.num_train_epochs=4") == (-1, 4)
 
 
 def test_a_file_has_no_split(tmp_path):
@@ -68,6 +98,14 @@ def test_a_file_has_no_split(tmp_path):
         assert f"{key}.split would have no effect: {file} is a file, so drop it" in fail("sft", *given)
     load_recipe(None, [*BASE, f"data.path={file}", f"eval.held_out.path={file}"])
     load_recipe(None, [*BASE, f"data.path={tmp_path}", "data.split=test"])
+    for split in (None, "test"):  # as `datasets` leaves it
+        (tmp_path / "state.json").write_text(json.dumps({"_data_files": [], "_split": split}))
+        if split is None:
+            found = fail("sft", f"data.path={tmp_path}", "data.split=test")
+            assert "data.split would have no effect" in found
+            assert "is one dataset, saved without a split's name" in found
+        else:
+            load_recipe(None, [*BASE, f"data.path={tmp_path}", "data.split=test"])
 
 
 def test_with_what_it_needs_it_is_taken():

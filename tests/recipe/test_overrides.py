@@ -25,7 +25,7 @@ KEYS: dict[str, st.SearchStrategy[Any]] = {
     "freeze.group": st.sampled_from(["category", "layer", "model"]),
     "freeze.trainable_fraction": st.floats(0, 1, exclude_min=True),
     "freeze.seed": st.integers(),
-    "train.num_train_epochs": POSITIVE,
+    "train.warmup_steps": POSITIVE,
     "train.max_steps": st.integers(1, 10**9),
     "train.learning_rate": POSITIVE,
     "train.packing": st.booleans(),
