@@ -29,14 +29,17 @@ from hftcli.data.shards import (
     pack_shards,
 )
 from hftcli.data.sources import describe_place, find_places
-from hftcli.data.streaming import tokenize_source
+from hftcli.data.streaming import Tally, tokenize_source
 from hftcli.data.tokens import TOKEN_FEATURES, Progress, ignore_progress, measure_percentiles, tokenize_training
+from hftcli.errors import DataError
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.runs.records import DataReport, Source
 from hftcli.tasks.examples import Task
 
 logger = logging.getLogger(__name__)
+
+SWITCHES = ("assistant_only_loss", "completion_only_loss")  # of `train`: which part of a row is trained
 
 
 def prepare_dataset(
@@ -45,18 +48,22 @@ def prepare_dataset(
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
     on_progress: Progress = ignore_progress,
+    is_held_out: bool = False,
 ) -> tuple[Dataset, DataReport]:
     """Turn rows into sequences of `input_ids` and `labels` (and `seq_lengths`, when packed), or find them in the cache.
 
     Args:
         cache: folder with one folder for each key.
         on_progress: called with rows done and in all; where their number is not known, with those done twice.
+        is_held_out: other rows are trained on, and what `train` says is meant for those.
 
     Raises:
-        DataError: rows or a file are not what they should be.
+        DataError: rows or a file are not what they should be, or `train` says of them what would have no effect.
         ModelError: the tokenizer or its chat template does not serve.
     """
-    options = train.model_dump(include={"packing", "assistant_only_loss", "completion_only_loss"})
+    options = train.model_dump(include={"packing", *SWITCHES})
+    if is_held_out and not all(options[name] for name in SWITCHES):
+        options["is_held_out"] = True  # not to be found by who must be told that a switch has no effect
     return _prepare_rows(data, train, "sft", options, tokenizer, cache, on_progress)
 
 
@@ -118,6 +125,8 @@ def _prepare_rows(
             for place, part in zip(places, folders, strict=True)
         ]
         parts, tallies = zip(*made, strict=True)
+        if not options.get("is_held_out"):
+            check_switches(data, train, tallies)
         weights = [source.weight for source in data.parts]
         mixture, drawn = mix(parts, weights, data.seed) if len(parts) > 1 else (parts[0], parts)
         (folder / SAMPLES_NAME).write_text(json.dumps([part[0] for part in parts]), encoding="utf-8")
@@ -145,6 +154,19 @@ def _prepare_rows(
     dataset, report = find_or_make(sources, data, options, tokenizer, cache, make)
     _say_notes(data, report)
     return dataset, report
+
+
+def check_switches(data: DataSection, train: TrainSection, tallies: Sequence[Tally]) -> None:
+    """Raises: DataError: a switch is turned off, and no row has what it is about."""
+    found = {name for tally in tallies for name in tally.switches}
+    formats = " + ".join(dict.fromkeys(tally.format for tally in tallies))
+    for name, other in (SWITCHES, SWITCHES[::-1]):
+        if not getattr(train, name) and name not in found:
+            helps = other in found and getattr(train, other)
+            raise DataError(
+                f"{describe_place(data)}: train.{name}: false would have no effect on rows of the format {formats}",
+                f"drop it, or set train.{other}: false" if helps else "drop it",
+            )
 
 
 def _say_notes(data: DataSection, report: DataReport) -> None:

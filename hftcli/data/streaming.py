@@ -1,13 +1,16 @@
 """The rows of one source as tokens on disk: a batch at a time, so that they need not fit into memory, and counted."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hftcli.data.chat import find_switches
 from hftcli.data.encoding import EncodedRow, RowEncoder
+from hftcli.data.formats import Row
 from hftcli.data.rows import Faults, RowReader
 from hftcli.data.shards import ShardWriter, open_shards
 from hftcli.data.sources import Place
@@ -34,6 +37,13 @@ class Tally:
     bad_rows: list[str] = field(default_factory=list)
     num_bad: int = 0
     unused: list[str] = field(default_factory=list)
+    switches: set[str] = field(default_factory=set)  # of `train`, those that say what is trained of some row
+
+    def watch(self, rows: Iterable[tuple[int, Row]], train: TrainSection) -> Iterator[tuple[int, Row]]:
+        """The same numbered rows, with the switches noted that they have a use for."""
+        for number, row in rows:
+            self.switches |= find_switches(row, train)
+            yield number, row
 
     def note(self, row: EncodedRow) -> None:
         """Count what a row brought."""
@@ -63,7 +73,7 @@ def tokenize_source(
     writer = ShardWriter(folder, PAIR_FEATURES if is_pairs else TOKEN_FEATURES)
     total = place.count_rows()
     on_progress(0, total or 0)
-    for batch in encoder.encode(reader):
+    for batch in encoder.encode(tally.watch(reader, train)):
         columns: Columns = {name: [] for name in writer.features}
         for row in batch:
             tally.note(row)

@@ -217,7 +217,7 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
             asked[HELD_OUT] = tokenize_task(read_choices(HELD_OUT, spec.held_out), spec.data.max_length, tokenizer)
         elif spec.held_out:
             unpacked = spec.train.model_copy(update={"packing": False})
-            sequences, held_out = prepare_dataset(spec.held_out, unpacked, tokenizer, cache)
+            sequences, held_out = prepare_dataset(spec.held_out, unpacked, tokenizer, cache, is_held_out=True)
             check_token_ids(held_out, tokenizer, task.num_embeddings)
             asked[HELD_OUT] = hold_out(sequences)
     ends = find_trained_ends(dataset, spec.data.max_length, tokenizer)

@@ -118,8 +118,11 @@ def test_whatever_shapes_the_tokens_changes_the_key(tokenizer: PreTrainedTokeniz
     add_key(data, train)
     for change in ({"max_length": 64}, {"max_examples": 1}, {"split": "test"}):
         add_key(data.model_copy(update=change), train)
-    for name in ("packing", "assistant_only_loss", "completion_only_loss"):
+    for name in ("packing", "assistant_only_loss"):
         add_key(data, train.model_copy(update={name: not getattr(train, name)}))
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"prompt": "a", "completion": "b"}])
+    for completion_only in (True, False):
+        add_key(plain, train.model_copy(update={"completion_only_loss": completion_only}))
     add_key(write_jsonl(tmp_path / "others.jsonl", [ROW, ROW]), train)
     tokenizer.chat_template += " "
     add_key(data, train)
@@ -127,7 +130,7 @@ def test_whatever_shapes_the_tokens_changes_the_key(tokenizer: PreTrainedTokeniz
     add_key(data, train)
     tokenizer.add_tokens(["Hello"])
     add_key(data, train)
-    assert len(set(keys)) == len(keys) == 11
+    assert len(set(keys)) == len(keys) == 12
 
     add_key(data, train.model_copy(update={"learning_rate": 1.0}))
     assert keys[-1] == keys[-2]

@@ -23,8 +23,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from hftcli.data.prepare import prepare_dataset
 from hftcli.data.templates import CHAT_TEMPLATES
 from hftcli.data.tokens import IGNORED, get_backend, tokenize_examples, tokenize_prompts
-from hftcli.errors import ModelError
-from hftcli.recipe.sections import TrainSection
+from hftcli.errors import DataError, ModelError
+from hftcli.recipe.sections import DataSection, TrainSection
 from hftcli.tasks.examples import Cut, Example
 
 # What is trained
@@ -99,6 +99,55 @@ def test_characters_of_several_tokens_stay_whole_at_the_border(tokenizer: PreTra
 def test_whole_plain_text_is_trained_without_completion_only_loss(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     [(ids, labels)] = tokenize([{"prompt": "a", "completion": "b"}], tokenizer, tmp_path, completion_only_loss=False)
     assert labels == ids
+
+
+USER, REPLY = ROW["messages"]
+PLAIN = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "name", "fix"),
+    [
+        (
+            {"instruction": "Say hi", "output": "hi"},
+            {"completion_only_loss": False},
+            "completion",
+            "assistant_only_loss: false",
+        ),
+        ({"question": "Hi?", "answer": "hi"}, {"completion_only_loss": False}, "completion", "assistant_only_loss: false"),
+        (
+            {"prompt": [USER], "completion": [REPLY]},
+            {"completion_only_loss": False},
+            "completion",
+            "assistant_only_loss: false",
+        ),
+        (ROW, {"completion_only_loss": False, "assistant_only_loss": False}, "completion", "drop it"),
+        (PLAIN, {"assistant_only_loss": False}, "assistant", "completion_only_loss: false"),
+        ({"prompt": "a", "answer": "b"}, {"assistant_only_loss": False}, "assistant", "completion_only_loss: false"),
+        ({"text": "a"}, {"assistant_only_loss": False}, "assistant", "drop it"),
+        ({"text": "a"}, {"completion_only_loss": False}, "completion", "drop it"),
+    ],
+)
+def test_a_switch_without_effect_on_the_rows_is_refused(
+    row: dict, options: dict, name: str, fix: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+):
+    data, train, cache = write_jsonl(tmp_path / "rows.jsonl", [row]), TrainSection(**options), tmp_path / "cache"
+    [held_out], _ = prepare_dataset(data, train, tokenizer, cache, is_held_out=True)  # there it is said of other rows
+    for _ in range(2):  # what is held out is not found in their place
+        with pytest.raises(DataError, match=rf"train\.{name}_only_loss: false would have no effect on rows of the") as caught:
+            prepare_dataset(data, train, tokenizer, cache)
+        assert caught.value.fix.endswith(fix)
+    [(ids, labels)] = tokenize([row], tokenizer, tmp_path, **options | {f"{name}_only_loss": True})
+    assert (held_out["input_ids"], held_out["labels"]) == (ids, labels)  # so it has none
+
+
+def test_a_switch_acts_where_one_source_has_what_it_is_about(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    paths = [write_jsonl(tmp_path / f"{number}.jsonl", [row]).path for number, row in enumerate((PLAIN, ROW))]
+    data = DataSection(sources=[{"path": path} for path in paths])
+    rows, report = prepare_dataset(
+        data, TrainSection(assistant_only_loss=False, completion_only_loss=False), tokenizer, tmp_path / "cache"
+    )
+    assert report.num_trained_tokens == report.num_tokens == sum(len(row["input_ids"]) for row in rows)
 
 
 def test_end_token_of_the_tokenizer_is_not_doubled(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
