@@ -39,7 +39,7 @@ from hftcli.runs.history import read_history
 from hftcli.runs.records import Manifest, RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring, split_tasks
-from hftcli.tasks import check_tasks, find_sequence
+from hftcli.tasks import check_tasks, find_sequence, is_task
 from hftcli.tasks.check import check_sequence
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -84,13 +84,14 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     start, run = resolve_start(recipe.model.place), Run(recipe.folder)
     launch = resolve_launch(recipe.launch)
     check_start(start, recipe.freeze)
-    check_tasks(recipe.eval.tasks)
+    data = recipe.data.relocate(_make_absolute)
+    check_tasks(recipe.eval.tasks, data.root)
     spec = RoundSpec(
         objective=recipe.objective,
         index=start.num_rounds,
         model=recipe.model.model_copy(update={"path": start.path, "revision": None}),
-        data=recipe.data.relocate(_make_absolute),
-        freeze=recipe.freeze.relocate(_make_absolute),
+        data=data,
+        freeze=recipe.freeze.relocate(_settle_rows),
         train=bound_batch(recipe.train, launch.num_ranks),
         launch=launch,
         checkpoint=recipe.checkpoint,
@@ -142,7 +143,7 @@ def prepare_continual(recipe: Recipe) -> Run:
             index=start.num_rounds + place,
             model=recipe.model.model_copy(update={"path": path, "revision": None}),
             data=recipe.data.model_copy(update={"root": root}),
-            freeze=recipe.freeze.relocate(_make_absolute),
+            freeze=recipe.freeze.relocate(_settle_rows),
             train=bound_batch(recipe.train, launch.num_ranks).model_copy(update=epochs),
             launch=launch,
             checkpoint=recipe.checkpoint,
@@ -350,6 +351,11 @@ def _make_absolute(path: str) -> str:
     """A prepared round can be launched from any folder."""
     is_local = Path(path).exists() and not path.startswith(f"{QUICK_START}/")
     return str(Path(path).resolve()) if is_local else path
+
+
+def _settle_rows(path: str) -> str:
+    """Where `freeze` finds its rows; the name of a task stays, be there a folder by that name."""
+    return path if is_task(path) else _make_absolute(path)
 
 
 def _find_version(package: str) -> str:

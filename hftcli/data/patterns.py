@@ -6,6 +6,8 @@ r"""Rows with a label in canonical form, and as multiple choice: `data.pattern`.
 Both are plain text. Of a held-out row the choices are the words of all labels (measuring/options.py reads them).
 """
 
+import math
+
 from hftcli.data.turns import Lost, is_empty
 from hftcli.errors import DataError
 from hftcli.recipe.pattern import PatternSection, name_label
@@ -28,7 +30,8 @@ def convert_labelled(row: dict[str, object], pattern: PatternSection, lost: Lost
     values = {}
     for column in pattern.columns:
         value = row[column]
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or is_empty(value):
+        is_endless = isinstance(value, float) and not math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or is_endless or is_empty(value):
             raise DataError(f"column {column!r}: expected a text or a number, got {str(value)[:40]!r}")
         values[column] = str(value)
     label = name_label(row[pattern.label])

@@ -18,8 +18,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hftcli.data.asked import tidy_task
 from hftcli.data.cache import SAMPLES_NAME, find_or_make
 from hftcli.data.mixture import describe_draw, mix, sum_counts
+from hftcli.data.rows import say_left_out
 from hftcli.data.shards import (
     ShardWriter,
     count_tokens,
@@ -95,12 +97,13 @@ def prepare_task(
     source = Source(path=task.name, fingerprint=hashlib.sha256(examples.encode()).hexdigest(), num_bytes=None)
 
     def make(folder: Path) -> dict[str, Any]:
-        columns, counts = tokenize_training(task, data.max_length, tokenizer, on_progress)
+        tidied, found = tidy_task(task, tokenizer)
+        columns, counts = tokenize_training(tidied, data.max_length, tokenizer, on_progress)
         writer = ShardWriter(folder, TOKEN_FEATURES)
         writer.write(columns)
         writer.close()
         num_tokens, num_trained = count_tokens(tokens := open_shards(folder))
-        counts |= {"num_tokens": num_tokens, "num_trained_tokens": num_trained, "max_token_id": find_largest(tokens)}
+        counts |= {**found, "num_tokens": num_tokens, "num_trained_tokens": num_trained, "max_token_id": find_largest(tokens)}
         return {"format": "task", "num_rows": len(task.examples), "num_sequences": len(tokens), "sources": (source,), **counts}
 
     return find_or_make((source,), data, {"cut": task.cut}, tokenizer, cache, make)
@@ -176,7 +179,7 @@ def _say_notes(data: DataSection, report: DataReport) -> None:
     if missing := [column for column in data.ignore_columns if column not in found]:
         logger.warning("%s: no row has what data.ignore_columns names: %s", place, ", ".join(missing))
     if report.num_bad:
-        logger.warning("%s: %d bad rows are left out; the first: %s", place, report.num_bad, report.bad_rows[0])
+        say_left_out(place, report.num_bad, report.bad_rows[0])
     if report.num_special and data.special_tokens_in_text == "keep":
         logger.warning(
             "%s: special tokens stand in the text of %d rows (%s) and end or open turns there; data.special_tokens_in_text: "

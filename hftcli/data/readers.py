@@ -200,16 +200,34 @@ def _describe_damage(file: Path, kind: str, error: Exception) -> DataError:
 @contextmanager
 def _open_text(file: Path) -> Iterator[TextIO]:
     try:
-        if file.suffix in COMPRESSIONS:
-            with pyarrow.input_stream(str(file), compression=COMPRESSIONS[file.suffix]) as stream:
+        try:
+            with _open_bytes(file) as stream:
                 yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        else:
-            with file.open(encoding="utf-8-sig", newline="") as stream:
-                yield stream
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8: {error.reason} at byte {error.start}") from None
+        except UnicodeDecodeError:
+            raise _find_undecodable(file) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise _describe_damage(file, COMPRESSIONS.get(file.suffix, "readable"), error) from None
+
+
+@contextmanager
+def _open_bytes(file: Path) -> Iterator[io.BufferedReader]:
+    if file.suffix in COMPRESSIONS:
+        with pyarrow.input_stream(str(file), compression=COMPRESSIONS[file.suffix]) as stream:
+            yield io.BufferedReader(stream)
+    else:
+        with file.open("rb") as opened:
+            yield opened
+
+
+def _find_undecodable(file: Path) -> DataError:
+    """The line that is no UTF-8: a decoder counts from where its last piece of the file began."""
+    with _open_bytes(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return DataError(f"{file}:{number}: not UTF-8: {error.reason} at byte {error.start + 1} of the line")
+    raise AssertionError(f"{file} is UTF-8")
 
 
 def count_rows(file: Path) -> int | None:

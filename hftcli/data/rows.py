@@ -4,6 +4,7 @@ Every fault names the file, the row and the field. One bad row does not hide the
 named together.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,6 +18,8 @@ from hftcli.recipe.pattern import PatternSection
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.sections import DataSection
 from hftcli.tasks.examples import Task
+
+logger = logging.getLogger(__name__)
 
 NUM_NAMED = 10  # bad rows that a message names
 
@@ -40,12 +43,22 @@ def detect_objective(data: DataSection) -> Objective:
 
 
 class Faults:
-    """The bad rows of one source."""
+    """The bad rows of one source, which are numbered from 1 through all of its files."""
 
     def __init__(self, place: str):
         self.place = place
         self.rows: set[int] = set()
         self.named: list[DataError] = []
+        self.files: list[tuple[int, str]] = []  # those that are begun: the rows before each, and its name
+
+    def begin(self, file: str, num_before: int) -> None:
+        """The rows that follow are of another file."""
+        self.files.append((num_before, file))
+
+    def name(self, number: int) -> str:
+        """A row by its file and its place there, as people look it up."""
+        before, file = next(part for part in reversed(self.files or [(0, self.place)]) if part[0] < number)
+        return f"{file}: row {number - before}"
 
     def add(self, number: int, error: DataError) -> None:
         """Set a row aside."""
@@ -59,7 +72,7 @@ class Faults:
         try:
             yield
         except DataError as error:
-            self.add(number, DataError(f"{self.place}: row {number}: {error.message}", error.fix))
+            self.add(number, DataError(f"{self.name(number)}: {error.message}", error.fix))
 
     def refuse(self, num_rows: int) -> None:
         """Raises: DataError: there is a bad row; it names the first of them."""
@@ -74,6 +87,11 @@ class Faults:
             lines = [f"{self.place}: {len(self.rows):,} of {num_rows:,} rows cannot be trained on{first}:"]
             lines += [f"{error.message} ({error.fix})" if error.fix else error.message for error in self.named]
             raise DataError("\n".join(lines), "mend them, or leave them out with data.bad_rows: drop")
+
+
+def say_left_out(place: str, num_bad: int, first: str) -> None:
+    """Say how many bad rows are left out, and what is wrong with the first."""
+    logger.warning("%s: %d bad rows are left out; the first: %s", place, num_bad, first)
 
 
 class RowReader:
@@ -96,7 +114,7 @@ class RowReader:
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         """Raises: DataError: the source has no rows, they are of no known format, or it does not read."""
         first: tuple[int, bool] | None = None  # number of the first good row, and whether it is a conversation
-        for number, found in enumerate(islice(self.place.read(), self.place.source.max_examples), start=1):
+        for number, found in enumerate(islice(self._read(), self.place.source.max_examples), start=1):
             self.num_rows = number
             row = self._convert(number, found)
             if row is None:
@@ -104,12 +122,18 @@ class RowReader:
             first = first or (number, is_conversation(row))
             if is_conversation(row) != first[1]:
                 kinds = ("plain text", "messages") if first[1] else ("messages", "plain text")
-                error = DataError(f"{self.place.name}: row {number}: it holds {kinds[0]}, and row {first[0]} {kinds[1]}")
-                self.faults.add(number, error)
+                name = self.faults.name(number)
+                other = self.faults.name(first[0]).removeprefix(name.rpartition("row ")[0])  # the file, where it is the same
+                self.faults.add(number, DataError(f"{name}: it holds {kinds[0]}, and {other} {kinds[1]}"))
                 continue
             yield number, row
         if not self.num_rows:
             raise DataError(f"{self.place.name}: there are no rows in it")
+
+    def _read(self) -> Iterator[Row | DataError]:
+        for file, rows in self.place.read_parts():
+            self.faults.begin(file, self.num_rows)
+            yield from rows
 
     def _convert(self, number: int, found: Row | DataError) -> Row | None:
         if isinstance(found, DataError):
@@ -119,7 +143,7 @@ class RowReader:
             try:
                 self.format = detect_format(list(found), self.objective)
             except DataError as error:
-                raise DataError(f"{self.place.name}: row {number}: {error.message}", error.fix) from None
+                raise DataError(f"{self.faults.name(number)}: {error.message}", error.fix) from None
         with self.faults.catching(number):
             check_type(found, dict, "a row")
             if self.pattern is not None:
@@ -142,6 +166,8 @@ def read_choices(name: str, data: DataSection) -> Task:
         rows += [row for _, row in reader]
         if data.bad_rows == "refuse":
             faults.refuse(reader.num_rows)
+        if faults.rows:
+            say_left_out(place.name, len(faults.rows), faults.named[0].message)
     if not rows:
         raise DataError(f"{data.path}: none of the rows can be asked: {faults.named[0].message}")
     return make_choices(name, rows, data.pattern)

@@ -42,10 +42,15 @@ class Place:
     saved: Path | None = None
 
     def read(self) -> Iterator[Any]:
-        """Rows, and faults in place of those that do not read; no more than `max_examples` are read."""
+        """Rows, and faults in place of those that do not read."""
+        return chain.from_iterable(rows for _, rows in self.read_parts())
+
+    def read_parts(self) -> Iterator[tuple[str, Iterator[Any]]]:
+        """The rows of each file, with its name, or all of them, with that of the place; otherwise as `read`."""
         if self.files:
-            return chain.from_iterable(map(read_file, self.files))
-        return read_saved(self.saved) if self.saved else map(drop_nested_nulls, _open_hub(self.source))
+            yield from ((str(file), read_file(file)) for file in self.files)
+        else:
+            yield self.name, read_saved(self.saved) if self.saved else map(drop_nested_nulls, _open_hub(self.source))
 
     def count_rows(self) -> int | None:
         """How many rows there are to read, where that is known before they are read."""

@@ -49,7 +49,7 @@ class SpecialTokens:
         self.names = sorted(names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, self.names)) or "(?!)")
         self.end = tokenizer.eos_token or ""
-        begins = tokenizer.bos_token and tokenizer.backend_tokenizer.encode("a").ids[0] == tokenizer.bos_token_id
+        begins = tokenizer.bos_token and tokenizer.backend_tokenizer.encode("a").ids[:1] == [tokenizer.bos_token_id]
         self.beginning = tokenizer.bos_token if begins else ""
         # A token that opens every turn too, as MiniMind2's <|im_start|> does, is no beginning of the whole.
         once = printed and "".join(printed).count(tokenizer.bos_token or " ") == 1
@@ -72,10 +72,10 @@ class SpecialTokens:
             parts = {
                 name: value for name, value in row.items() if name in ("messages", "prompt", "completion", "chosen", "rejected")
             }
-            tidied = {name: self._tidy_turns(value, name in ("messages", "prompt"), findings) for name, value in parts.items()}
+            tidied = {name: self.tidy_turns(value, name in ("messages", "prompt"), findings) for name, value in parts.items()}
         else:
             tidied = self._tidy_plain(row, findings)
-        for text in _list_texts(list(tidied.values())):
+        for text in list_texts(list(tidied.values())):
             findings.special.update(self.pattern.findall(text))
         return {**row, **tidied}, findings
 
@@ -83,10 +83,7 @@ class SpecialTokens:
         row = _strip_prompt(row, findings)
         tidied = {}
         for name, text in row.items():
-            stripped = text
-            if name in ("prompt", "text") and self.beginning and text.startswith(self.beginning):
-                stripped = text.removeprefix(self.beginning)
-                findings.doubled.add("beginning")
+            stripped = self.tidy_opening(text, findings) if name in ("prompt", "text") else text
             if name != "prompt" and self.end and stripped.rstrip().endswith(self.end):
                 stripped = strip_end(stripped, self.end)
                 findings.doubled.add("end")
@@ -95,7 +92,19 @@ class SpecialTokens:
             tidied[name] = stripped
         return tidied
 
-    def _tidy_turns(self, messages: Any, opens: bool, findings: Findings) -> Any:
+    def tidy_opening(self, text: str, findings: Findings) -> str:
+        """Plain text without the beginning that the tokenizer puts before it."""
+        if not self.beginning or not text.startswith(self.beginning):
+            return text
+        findings.doubled.add("beginning")
+        return text.removeprefix(self.beginning)
+
+    def tidy_turns(self, messages: Any, opens: bool, findings: Findings) -> Any:
+        """Messages without the ends that the template prints; where they open a conversation, without its beginning.
+
+        Raises:
+            DataError: nothing else is in one of them.
+        """
         tidied = []
         for index, message in enumerate(messages):
             content = message["content"]
@@ -225,13 +234,13 @@ def _is_border(name: str, printed: Sequence[str], added: dict[str, bool]) -> boo
     return any(name in text for text in printed) and not any(other != name and other in added for other in partners)
 
 
-def _list_texts(value: Any) -> list[str]:
+def list_texts(value: Any) -> list[str]:
     """All text of a row's parts but the roles and names."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
         keys = TEXT_KEYS if "role" in value else value.keys() - {"type", "id"}
-        return [text for key in keys if key in value for text in _list_texts(value[key])]
+        return [text for key in keys if key in value for text in list_texts(value[key])]
     if isinstance(value, list):
-        return [text for item in value for text in _list_texts(item)]
+        return [text for item in value for text in list_texts(item)]
     return []

@@ -10,12 +10,15 @@ their columns that were not chosen for each by itself.
 from collections.abc import Iterable
 from fractions import Fraction
 from math import prod
+from os.path import expanduser
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Unit
+
+RowsPath = Annotated[str, AfterValidator(expanduser)]  # where rows are: `~` is the user's home
 
 
 class KeepRule(BaseModel):
@@ -23,7 +26,7 @@ class KeepRule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    path: str
+    path: RowsPath
     """What must not be forgotten: rows, as under `data.path`, questions, as `eval.tasks` takes them, or a task, as
     `tinyworld/facts`. The model reads them, and is not trained on them."""
 

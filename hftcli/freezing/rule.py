@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from hftcli.freezing.directions import KeepRule
+from hftcli.freezing.directions import KeepRule, RowsPath
 from hftcli.freezing.roles import OUTSIDE_ROLES, Role, compile_pattern, list_patterns
 
 Grain = Literal["matrices", "biases", "directions", "columns", "entries"]
@@ -32,7 +32,7 @@ class ImportanceRule(BaseModel):
     """Which units of a group are frozen: those that matter `most`, which keeps what the score says is needed; or `least`, which
     trains where the most is."""
 
-    path: str | None = None
+    path: RowsPath | None = None
     """With ranks `wanda` and `fisher`: rows, as under `data.path`, or a task, that the scores are of. Null takes texts that the
     model writes of itself: 64 from nothing, the same every time."""
 

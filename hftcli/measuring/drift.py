@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hftcli.data.asked import tidy_task
 from hftcli.data.chat import Rendering
 from hftcli.data.prepare import deal_rows
 from hftcli.data.tokens import IGNORED, Layout, Progress, get_backend, ignore_progress, label_tokens, tokenize_prompts
@@ -189,7 +190,8 @@ def read_prompts(
     if answered:
         return tokenize_task(Task(source, examples), max_length, tokenizer).rows, []
     room = max_length - SAMPLE_TOKENS
-    prompts = tokenize_prompts(examples, "middle", room, tokenizer)
+    tidied, _ = tidy_task(Task(source, examples), tokenizer)
+    prompts = tokenize_prompts(tidied.examples, "middle", room, tokenizer)
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) > room:
             raise DataError(f"{source}: prompt {number} has {len(prompt)} tokens, more than {room}", "raise --max-length")

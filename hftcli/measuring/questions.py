@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.chat import strip_end
+from hftcli.data.asked import tidy_task
 from hftcli.data.tokens import IGNORED, Layout, Tokens, get_backend, lay_out_prompts, tokenize_examples, tokenize_prompts
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.grading import find_faults, find_longest
@@ -63,10 +63,10 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
             the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most half of it.
 
     Raises:
-        DataError: a question does not fit, even without its body.
+        DataError: a question does not fit, even without its body, or an answer is nothing but special tokens.
         ModelError: the task asks in conversations, and the tokenizer has no chat template.
     """
-    task = _strip_ends(task, tokenizer)
+    task, _ = tidy_task(task, tokenizer)
     rows: list[Row] = []
     questions: list[Question] = []
     bare_questions: list[Question] = []
@@ -85,21 +85,6 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
     asked = TokenizedTask(task, rows, [], 0, end_ids, questions, bare_questions)
     asked = _lay_out(asked, max_length, tokenizer) if task.max_new_tokens else asked
     return replace(asked, faults=find_task_faults(asked, tokenizer))
-
-
-def _strip_ends(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task with answers that do not bring the end token themselves, as they are trained."""
-    if tokenizer.eos_token is None:
-        return task
-    examples = tuple(
-        replace(
-            example,
-            answer=strip_end(example.answer, tokenizer.eos_token),
-            options=tuple(strip_end(option, tokenizer.eos_token) for option in example.options),
-        )
-        for example in task.examples
-    )
-    return replace(task, examples=examples)
 
 
 def _tokenize_rows(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[int]]:

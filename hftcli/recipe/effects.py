@@ -68,6 +68,7 @@ CONDITIONS = (
     Condition("dpo.ref_model_mixup_alpha", "dpo.sync_ref_model", (True,)),
     Condition("dpo.ref_model_sync_steps", "dpo.sync_ref_model", (True,)),
 )
+ROOTED = ("standard", "trace")  # the benchmarks whose rows lie under `data.root`
 # Settings of the processes that make batches beside the training.
 OF_WORKERS = tuple(
     f"train.dataloader_{name}" for name in ("persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
@@ -96,6 +97,7 @@ def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
         yield f"{_place('data.seed', source)}: data.seed would have no effect without several data.sources: drop it"
     yield from _check_length(recipe, source)
     yield from _check_places(recipe, source)
+    yield from _check_root(recipe, objective, source)
     yield from _check_optimizer_arguments(recipe, source)
     yield from _check_checkpointing(recipe, source)
     optimizer = find_value(recipe, "train.optim")
@@ -177,6 +179,23 @@ def _name_whole(path: Path) -> str | None:
         return None
     # `datasets` writes of which split rows are that it saved, where it knows it.
     return "one dataset, saved without a split's name" if "_split" in state and state["_split"] is None else None
+
+
+def _check_root(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
+    """A folder of tasks where no task that is named lies in one."""
+    tasks, rule, replay = list(recipe.eval.tasks), recipe.freeze, recipe.method.replay
+    if objective == "continual":
+        given = recipe.continual.tasks if recipe.continual else QUICK_START
+        tasks += [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+        tasks += [replay.extra] if replay and replay.extra else []
+    rows = [part.path for part in (rule.keep, rule.importance) if part is not None and part.path is not None]
+    # What is no file and does not ship with hft lies there; of rows, only a benchmark's tasks may.
+    lie_there = [not name.endswith(".jsonl") and name.partition("/")[0] != QUICK_START for name in tasks]
+    lie_there += [path.partition("/")[0] in ROOTED for path in rows]
+    if recipe.data.root is not None and not any(lie_there):
+        keys = ("eval.tasks", "freeze.keep", "freeze.importance")
+        named = ", ".join(("continual.tasks", *keys) if objective == "continual" else keys)
+        yield f"{_place('data.root', source)}: data.root would have no effect: no task of {named} lies there, so drop it"
 
 
 def _check_optimizer_arguments(recipe: Recipe, source: RecipeFile) -> Iterator[str]:

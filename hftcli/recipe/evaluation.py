@@ -6,13 +6,13 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from hftcli.recipe.asking import AskingSection
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import HomePath, Section
 
 
 class HeldOutSection(Section):
     """Rows to measure on that are not trained on."""
 
-    path: str | None = None
+    path: HomePath | None = None
     """Held-out rows, as under `data.path`, to measure before and after each round: by the likelihood of what would be trained;
     with `data.pattern`, as multiple choice too; with DPO, by reward accuracy, margin and KL to the reference. Null measures
     none."""
@@ -29,11 +29,20 @@ class HeldOutSection(Section):
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Use the first so many rows; null uses all."""
 
+    @model_validator(mode="after")
+    def _check_path(self) -> "HeldOutSection":
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if self.path is None and given:
+            raise PydanticCustomError(
+                "no_rows", f"{' and '.join(given)} would have no effect without rows: give eval.held_out.path, or drop them"
+            )
+        return self
+
 
 class EvalSection(AskingSection):
     """What is measured before and after each round."""
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[HomePath, ...] = ()
     """Tasks to score before and after each round, such as `tinyworld/facts`. With continual learning they stand beside those of
     the sequence: what the model knew besides."""
 

@@ -25,12 +25,11 @@ OPEN_SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Fate]]] = {
 OTHER_NAMES = {"track": "train.report_to", "trackers": "train.report_to"}
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
-    "sft": ("dpo", "reference", "data.drop_identical", "data.root", "continual"),
+    "sft": ("dpo", "reference", "data.drop_identical", "continual"),
     "dpo": (
         "train.packing",
         "train.assistant_only_loss",
         "train.completion_only_loss",
-        "data.root",
         "data.pattern",
         "continual",
     ),

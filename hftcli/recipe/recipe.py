@@ -7,7 +7,7 @@ from hftcli.freezing.budget import ReferenceMode
 from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.evaluation import EvalSection, StopSection
 from hftcli.recipe.methods import MethodSection
-from hftcli.recipe.section import FileSection, Version
+from hftcli.recipe.section import FileSection, HomePath, Version
 from hftcli.recipe.sections import (
     CheckpointSection,
     ContinualSection,
@@ -44,7 +44,7 @@ class Recipe(FileSection):
     """Learning task after task. A recipe with this section is one for `hft continual`, which fills it in where it is not
     given."""
     method: MethodSection = MethodSection()
-    output: str | None = None
+    output: HomePath | None = None
     """Folder of the run; null gives `runs/<name of the recipe>`."""
 
     @property

@@ -1,12 +1,14 @@
 """A section of a recipe: a frozen model without unknown keys, in which the docstring under a field documents it."""
 
+from os.path import expanduser
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from hftcli.errors import NewerFile
 
 Version = Annotated[int, Field(strict=True, ge=1)]
+HomePath = Annotated[str, AfterValidator(expanduser)]  # a path, or a name that is none: `~` is the user's home
 
 
 class Section(BaseModel):

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from hftcli.freezing.activations import LossKernel
 from hftcli.recipe.pattern import PatternSection
-from hftcli.recipe.section import Section
+from hftcli.recipe.section import HomePath, Section
 from hftcli.recipe.slurm import SlurmSection
 from hftcli.recipe.trainer_keys import Seed
 
@@ -29,7 +29,7 @@ LossType = Literal[
 class ModelSection(Section):
     """The start: which model, and how it is loaded."""
 
-    path: str
+    path: HomePath
     """A folder with a Hugging Face checkpoint, the folder of a finished run, a hub id, or `tinyworld`."""
 
     revision: str | None = None
@@ -39,7 +39,7 @@ class ModelSection(Section):
     """Data type that the start's weights are converted to, once, and in which the checkpoint is written; null keeps that of
     each tensor. What trains has float32 masters in any case."""
 
-    chat_template: str | None = None
+    chat_template: HomePath | None = None
     """A Jinja file, or one that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the model."""
 
     attn_implementation: str | None = None
@@ -55,7 +55,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One of several places that rows come from."""
 
-    path: str
+    path: HomePath
     """As `data.path`."""
 
     name: str | None = None
@@ -78,7 +78,7 @@ class SourceSection(Section):
 class DataSection(Section):
     """Where rows come from and what becomes of them. A list in place of the section is one of `sources`."""
 
-    path: str | None = None
+    path: HomePath | None = None
     """A file (JSON, JSONL, CSV or TSV, each also as .gz, .bz2 or .zst, Parquet, Arrow), a folder of them, one that `datasets`
     saved, a snapshot of a hub dataset, a hub id, or `tinyworld/skill`."""
 
@@ -86,8 +86,9 @@ class DataSection(Section):
     """Several places instead of `path`, whose rows are mixed: each with `path`, and where needed `name`, `split`, `revision`,
     `weight` and `max_examples`. Each may have a format of its own."""
 
-    root: str | None = None
-    """Continual learning: the folder with one folder for each task, `<task>/{train,eval,test}.json`; tinyworld needs none."""
+    root: HomePath | None = None
+    """The folder with one folder for each task, `<task>/{train,eval,test}.json`: of the tasks to learn one after another, and
+    of those under `eval.tasks`, `freeze.keep` and `freeze.importance`; tinyworld needs none."""
 
     name: str | None = None
     """Configuration of a hub dataset."""
@@ -149,7 +150,8 @@ class DataSection(Section):
     def relocate(self, move: Callable[[str], str]) -> "DataSection":
         """The same rows at the places that `move` gives for their paths."""
         sources = tuple(source.model_copy(update={"path": move(source.path)}) for source in self.sources)
-        return self.model_copy(update={"path": self.path and move(self.path), "sources": sources})
+        moved = {"path": self.path and move(self.path), "root": self.root and move(self.root)}
+        return self.model_copy(update={**moved, "sources": sources})
 
     @property
     def parts(self) -> tuple[SourceSection, ...]:
@@ -291,7 +293,7 @@ class LaunchSection(Section):
     """Machines: those that Slurm gives, or on which `torchrun` starts a prepared round by hand; null takes the hostfile's, or
     one."""
 
-    hostfile: str | None = None
+    hostfile: HomePath | None = None
     """The machines, in DeepSpeed's format (`host slots=8`), each reached over ssh from this one; null runs on this machine."""
 
     slurm: SlurmSection | None = None

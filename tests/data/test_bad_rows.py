@@ -117,6 +117,28 @@ def test_bad_rows_of_every_text_file(suffix: str, tokenizer: PreTrainedTokenizer
     assert (report.num_bad, report.num_used) == (num_bad, 40 - num_bad)
 
 
+def test_a_bad_row_of_a_folder_is_named_by_its_file(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    good, turns = {"prompt": "a", "completion": "b"}, [{"role": "user", "content": "a"}]
+    talk = {"prompt": turns, "completion": [{"role": "assistant", "content": "b"}]}
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    names = [f"train-0000{number}-of-00003.jsonl" for number in range(3)]
+    for name, rows in zip(names, ([good, good], [{"prompt": "a"}, good, talk], [good, {"completion": 7}]), strict=True):
+        write_jsonl(folder / name, rows)
+    with pytest.raises(DataError) as caught:
+        prepare(DataSection(path=str(folder)), tokenizer, tmp_path)
+    assert caught.value.message.splitlines() == [
+        f"{folder}: 3 of 7 rows cannot be trained on:",
+        f"{folder / names[1]}: row 1: field 'completion' is missing",
+        f"{folder / names[1]}: row 3: it holds messages, and {folder / names[0]}: row 1 plain text",
+        f"{folder / names[2]}: row 2: field 'prompt' is missing",
+    ]
+    write_jsonl(folder / names[0], [])
+    write_jsonl(folder / names[1], [{"picture": "a"}])
+    with pytest.raises(DataError, match=f"^{folder / names[1]}: row 1: the columns picture are of no known format"):
+        prepare(DataSection(path=str(folder)), tokenizer, tmp_path)
+
+
 def test_bad_pairs_are_counted_as_rows_are(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     good = {"prompt": "Which?", "chosen": "a", "rejected": "b"}
     data = write_jsonl(tmp_path / "rows.jsonl", [good, {**good, "rejected": "a"}, {**good, "chosen": 3}, good])

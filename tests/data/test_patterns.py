@@ -77,9 +77,11 @@ def test_another_pattern_is_another_entry_of_the_cache(tmp_path):
         ({"premise": "a", "hypothesis": "b"}, "row 2: it has no column 'label'"),
         ({"premise": ["a"], "hypothesis": "b", "label": 1}, "row 2: column 'premise': expected a text or a number"),
         ({"premise": " ", "hypothesis": "b", "label": 1}, "row 2: column 'premise': expected a text or a number"),
+        ({"premise": float("nan"), "hypothesis": "b", "label": 1}, "row 2: column 'premise': expected a text or a number"),
+        ({"premise": float("inf"), "hypothesis": "b", "label": 1}, "row 2: column 'premise': expected a text or a number"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, bad, said):
+def test_bad_rows_are_named(tmp_path, caplog, bad, said):
     path = write(tmp_path, [ROWS[0], bad, ROWS[1]])
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     for read in (
@@ -92,7 +94,9 @@ def test_bad_rows_are_named(tmp_path, bad, said):
         assert raised.value.exit_code == 2
     kept = make_data(path, bad_rows="drop")
     assert len(prepare_dataset(kept, TrainSection(), tokenizer, tmp_path / "cache")[0]) == 2
+    caplog.clear()
     assert len(read_choices("held", kept).examples) == 2
+    assert f"{path}: 1 bad rows are left out; the first: {path}: {said}" in caplog.text
 
 
 @pytest.mark.parametrize(

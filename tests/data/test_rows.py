@@ -137,7 +137,13 @@ def test_unknown_columns_are_listed_with_the_known_ones(tmp_path: Path):
     [
         ("rows.jsonl", b'{"question": "a", "answer": "b"}\n\n{"question": "a",\n', ":3: not JSON: "),
         ("rows.json", b'[\n{"question": "a" "answer": "b"}]', ":2: not JSON: Expecting ',' delimiter"),
-        ("rows.jsonl", b'{"question": "\xff"}', ": not UTF-8: invalid start byte at byte 14"),
+        ("rows.jsonl", b'{"question": "\xff"}', ":1: not UTF-8: invalid start byte at byte 15 of the line"),
+        (
+            "rows.csv",
+            b"question,answer\n" + b"a,b\n" * 9000 + b"c,\xffd\n",
+            ":9002: not UTF-8: invalid start byte at byte 3",
+        ),
+        ("rows.json", b'[\n{"question": "a",\n"answer": "\xc3"}]', ":3: not UTF-8: invalid continuation byte at byte 12 of"),
         ("rows.jsonl", b"\n", ": there are no rows in it"),
         ("rows.json", b"[]", ": there are no rows in it"),
         ("rows.parquet", b"PAR", ": not a Parquet file, or a damaged one: "),

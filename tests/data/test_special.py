@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from data.written_rows import read_template, read_trained, write_jsonl
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import AddedToken, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hftcli.data.prepare import prepare_dataset, prepare_pairs
 from hftcli.data.templates import CHAT_TEMPLATES
@@ -15,10 +15,6 @@ from hftcli.errors import DataError
 from hftcli.recipe.sections import TrainSection
 from hftcli.runs.records import DataReport
 
-SPECIAL = (
-    "<s> </s> <pad> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> "
-    "<end_of_turn> <|user|> <|assistant|> <|end|> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜>"
-).split()
 # Templates with the beginning that each prints, and the token with which it ends the assistant's turn.
 TEMPLATES = {
     "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
@@ -31,19 +27,6 @@ TEMPLATES = {
     "chatml": ("", "<|im_end|>"),
     "tulu": ("<s>", "</s>"),
 }
-
-
-@pytest.fixture
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per byte, the special tokens of several families, and a beginning before every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    # DeepSeek's borders are not declared special.
-    backend.add_tokens([AddedToken(token, special="｜" not in token or "end" in token) for token in SPECIAL])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, str]:

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from hftcli.errors import RecipeError
-from hftcli.recipe.effects import CONDITIONS
+from hftcli.recipe.effects import CONDITIONS, ROOTED
 from hftcli.recipe.loading import load_recipe
+from hftcli.tasks import BENCHMARKS
 
 BASE = ("model.path=m", "data.path=d.jsonl")
 
@@ -106,6 +107,30 @@ def test_a_file_has_no_split(tmp_path):
             assert "is one dataset, saved without a split's name" in found
         else:
             load_recipe(None, [*BASE, f"data.path={tmp_path}", "data.split=test"])
+
+
+def test_a_root_needs_a_task_that_lies_there():
+    benchmarks = {name for name, benchmark in BENCHMARKS.items() if benchmark.source is not None}
+    assert set(ROOTED) == benchmarks
+    quiet = "freeze.grain=directions"
+    for given in (
+        [], ["eval.tasks=[tinyworld/facts, known.jsonl]"], [quiet, "freeze.keep.path=kept.jsonl"],
+        [quiet, "freeze.keep.path=tinyworld/facts"], ["freeze.rank=fisher"],
+    ):  # fmt: skip
+        for objective in ("sft", "dpo"):
+            message = fail(objective, "data.root=r", *given)
+            assert message.startswith("--set data.root=r: data.root would have no effect: no task of eval.tasks, freeze.keep,")
+    for given in (
+        ["eval.tasks=[tinyworld/facts, birds]"], ["eval.tasks=[standard/CB]"], [quiet, "freeze.keep.path=trace/FOMC"],
+        ["freeze.rank=fisher", "freeze.importance.path=standard/CB"],
+    ):  # fmt: skip
+        for objective in ("sft", "dpo"):
+            assert load_recipe(None, [*BASE, "data.root=r", *given], objective).data.root == "r"
+    tasks = 'continual.tasks="tinyworld/sum, tinyworld/sale"'
+    with pytest.raises(RecipeError, match="data.root would have no effect: no task of continual.tasks"):
+        load_recipe(None, ["model.path=m", "data.root=r", tasks], "continual")
+    for given in ("continual.tasks=[a, b]", "eval.tasks=[a]", "method.replay.extra=trace/Lima"):
+        load_recipe(None, ["model.path=m", "data.root=r", tasks, given], "continual")
 
 
 def test_with_what_it_needs_it_is_taken():

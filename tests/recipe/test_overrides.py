@@ -13,12 +13,13 @@ from hftcli.recipe.recipe import Recipe
 
 # With what YAML has a meaning for, and letters of several scripts.
 TEXTS = st.text("aBcno0179e.:,;-_+=/\\#&*!|>%@`'\"?~{}[]() é你🙂", min_size=1, max_size=20)
+PATHS = TEXTS.filter(lambda text: not text.startswith("~"))  # which is the user's home
 COUNTS = st.integers(1, 10**9)
 POSITIVE = st.floats(0, 1e6, exclude_min=True, allow_subnormal=False)
 KEYS: dict[str, st.SearchStrategy[Any]] = {
-    "model.path": TEXTS,
+    "model.path": PATHS,
     "model.dtype": st.sampled_from([None, "float32", "bfloat16", "float16"]),
-    "data.path": TEXTS,
+    "data.path": PATHS,
     "data.split": TEXTS,
     "data.max_length": st.integers(8, 10**9),
     "data.max_examples": st.none() | COUNTS,
@@ -32,9 +33,9 @@ KEYS: dict[str, st.SearchStrategy[Any]] = {
     "train.global_batch_size": COUNTS,
     "train.seed": st.integers(0, 2**31),
     "train.adam_beta2": st.sampled_from([0.9, 0.95, 0.999]),
-    "eval.tasks": st.lists(TEXTS).map(tuple),
+    "eval.tasks": st.lists(PATHS).map(tuple),
     "eval.max_examples": st.none() | COUNTS,
-    "output": TEXTS,
+    "output": PATHS,
 }
 CHANGES = st.sampled_from(sorted(KEYS)).flatmap(lambda key: st.tuples(st.just(key), KEYS[key]))
 

@@ -104,6 +104,40 @@ def test_a_path_of_the_users_own_takes_nothing_of_the_recipes(tmp_path):
     assert load_recipe("smollm2", ["data.path=my.jsonl"]).data.name is None
 
 
+def test_a_path_may_begin_at_the_users_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = {
+        "model.path": "model", "model.chat_template": "a.jinja", "data.path": "rows", "data.root": "tasks",
+        "output": "runs/mine", "eval.held_out.path": "h.jsonl", "launch.hostfile": "hosts", "freeze.keep.path": "kept.jsonl",
+    }  # fmt: skip
+    given = [f"{key}=~/{place}" for key, place in places.items()]
+    recipe = load_recipe(None, [*given, "eval.tasks=[~/known.jsonl, known, '~known']", "freeze.grain=directions"])
+    assert recipe.eval.tasks == (f"{tmp_path}/known.jsonl", "known", "~known")
+    for key, place in places.items():
+        value = recipe
+        for name in key.split("."):
+            value = getattr(value, name)
+        assert value == f"{tmp_path}/{place}"
+    assert recipe.folder == tmp_path / "runs" / "mine"
+    others = ["data.sources=[{path: ~/a}, {path: b}]", "freeze.rank=fisher", "freeze.importance.path=~/c"]
+    recipe = load_recipe(None, ["model.path=m", *others])
+    assert [part.path for part in recipe.data.sources] == [f"{tmp_path}/a", "b"]
+    assert recipe.freeze.importance.path == f"{tmp_path}/c"
+
+
+@pytest.mark.parametrize("key", ["name: small", "split: dev", "revision: main", "max_examples: 5"])
+def test_held_out_rows_have_a_path(key, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(f"model: {{path: m}}\ndata: {{path: d.jsonl}}\neval:\n  held_out: {{{key}}}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    expected = f"{path}:4: eval.held_out: {key.partition(':')[0]} would have no effect without rows: give eval.held_out.path"
+    assert caught.value.message.startswith(expected)
+    load_recipe(path, ["eval.held_out.path=h.jsonl"])
+    load_recipe(path, ["eval.held_out=null"])
+    load_recipe(None, [*BASE, "eval.held_out.split=test"])  # what is so without a word
+
+
 def test_a_model_and_rows_without_a_recipe_take_the_defaults():
     recipe = load_recipe(None, BASE)
     assert recipe.train == TrainSection()
