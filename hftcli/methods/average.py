@@ -16,14 +16,17 @@ seen over: that falls with the number of a tensor's weights, and leaves (0, 1) w
 The average is of what the optimizer steps on: whole tensors, or a rank's flat pieces under DeepSpeed. Step checkpoints hold it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from transformers import Trainer
 
 from hftcli.methods.method import Method
-from hftcli.methods.pull import find_optimizer
+from hftcli.methods.pull import find_optimizer, list_pieces
 from hftcli.models.checkpoint import lay_in, read_master
+from hftcli.models.keeping import keeping_trained
 from hftcli.recipe.section import Section
 from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
@@ -47,24 +50,26 @@ class Average(Method):
     def start(self, trainer: Trainer) -> None:
         """Have the optimizer call before and after its steps: under DeepSpeed it takes one for each piece."""
         optimizer = find_optimizer(trainer.optimizer)
-        optimizer.register_step_pre_hook(lambda found, args, kwargs: self.begin(found))
-        optimizer.register_step_post_hook(lambda found, args, kwargs: self.go_on(found))
+        optimizer.register_step_pre_hook(lambda found, args, kwargs: self.begin(list_pieces(found)))
+        optimizer.register_step_post_hook(lambda found, args, kwargs: self.go_on(list_pieces(found)))
 
-    @torch.no_grad()
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, pieces: list[torch.Tensor]) -> None:
+        """Before a step: know where it begins."""
+        self._take_up(pieces)
+        if self.decay == "dynamic":
+            self.before.update((values, values.detach().clone()) for values in pieces)
+
+    def _take_up(self, pieces: list[torch.Tensor]) -> None:
         """Before the first step the average is what there is; going on, what was remembered."""
-        for values in (values for group in optimizer.param_groups for values in group["params"]):
-            if values not in self.means:
-                mean, *gradient = self.remembered.pop(0) if self.remembered else (values.detach().clone(),)
-                self.means[values] = mean.to(values.device)
-                self.gradients.update((values, earlier.to(values.device)) for earlier in gradient)
-            if self.decay == "dynamic":
-                self.before[values] = values.detach().clone()
+        for values in (values for values in pieces if values not in self.means):
+            mean, *gradient = self.remembered.pop(0) if self.remembered else (values.detach().clone(),)
+            self.means[values] = mean.to(values.device)
+            self.gradients.update((values, earlier.to(values.device)) for earlier in gradient)
 
     @torch.no_grad()
-    def go_on(self, optimizer: torch.optim.Optimizer) -> None:
+    def go_on(self, pieces: list[torch.Tensor]) -> None:
         """After a step: take its weights in."""
-        for values in (values for group in optimizer.param_groups for values in group["params"]):
+        for values in pieces:
             share = self._find_share(values) if self.decay == "dynamic" else 1 - self.decay
             self.means[values].lerp_(values, share)
 
@@ -91,11 +96,27 @@ class Average(Method):
         """Take it up again."""
         self.remembered = [kept if isinstance(kept, tuple) else (kept,) for kept in recalled]
 
-    @torch.no_grad()
+    @contextmanager
+    def holding_end(self, trainer: Trainer) -> Iterator[None]:
+        """The average for a while."""
+        pieces = list_pieces(trainer.optimizer) if trainer.is_deepspeed_enabled else []  # else they are the model's own
+        kept = [values.detach().to("cpu", copy=True) for values in pieces]
+        try:
+            with keeping_trained(trainer.model):
+                self._lay_in(trainer)
+                yield
+        finally:
+            for values, before in zip(pieces, kept, strict=True):
+                values.data.copy_(before)
+
     def finish(self, trainer: Trainer, round_: Round) -> None:
-        """Put the average in the place of the weights; all ranks together."""
-        if self.remembered:  # of a round that goes on after its last step
-            self.begin(find_optimizer(trainer.optimizer))
+        """Put the average in the place of the weights."""
+        self._lay_in(trainer)
+
+    @torch.no_grad()
+    def _lay_in(self, trainer: Trainer) -> None:
+        """The average in the place of the weights; all ranks together."""
+        self._take_up(list_pieces(trainer.optimizer))  # of a round that goes on, and has made no step since
         for values, mean in self.means.items():
             values.copy_(mean)
         if trainer.is_deepspeed_enabled:

@@ -7,6 +7,7 @@ take_bases        the directions that are open, where the plan has some        l
 expect            what a step checkpoint keeps, before there is an optimizer   redraw, spiel
 prepare_model     the loaded model, before any optimizer exists                all that hold a start, adapters, quiet
 laying_aside      while the untouched model is asked                           ia3, peft
+holding_end       while the model is measured within the round                 average, interpolation
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 all that hold a start, olora, quiet, average, ift
 ask_untouched     before the first step, of the model that has not moved       anchor
@@ -125,6 +126,10 @@ class Method:
 
     def laying_aside(self) -> AbstractContextManager[None]:
         """While the untouched model is asked: what the method added is left out."""
+        return nullcontext()
+
+    def holding_end(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """While the model is measured between two steps: it is what `finish` would leave. All ranks together."""
         return nullcontext()
 
     def set_arguments(self, args: TrainingArguments) -> None:

@@ -73,6 +73,15 @@ def find_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def list_pieces(optimizer: Any) -> list[torch.Tensor]:
+    """What an optimizer steps on, in its order; that of ZeRO 3 knows all pieces, and the one below it that of its step."""
+    while isinstance(optimizer, AcceleratedOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            return list(optimizer.fp32_partitioned_groups_flat)
+        optimizer = optimizer.optimizer
+    return [values for group in optimizer.param_groups for values in group["params"]]
+
+
 def leads_back(values: torch.Tensor, start: torch.Tensor) -> bool:
     """Whether the step down the gradient leads a tensor back to its start: <-g, theta - theta_0> below 0."""
     if values.grad is None:

@@ -270,6 +270,10 @@ def _check_holds(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
                 f"{place}: freeze.{key} goes by whole matrices, and freeze.grain is {rule.grain_name}: drop one of the two, or "
                 "interpolate the finished model with `hft merge --interpolate`"
             )
+    goes_back = {"checkpoint.best": recipe.checkpoint.best, "stop.max_forgetting": recipe.stop.max_forgetting}
+    for key in (key for key, value in goes_back.items() if rule.average is not None and value is not None):
+        place = source.place(("freeze", "average"))
+        yield f"{place}: freeze.average leaves the mean of all steps, and {key} goes back to one of them: drop one of the two"
     if rule.average is not None and recipe.launch.offload == "optimizer":
         place = source.place(("freeze", "average"))
         yield f"{place}: freeze.average keeps its copy on the device, and launch.offload what trains on the host: drop one"

@@ -198,8 +198,8 @@ def save(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, trained
     with attempt.clock.measure("choosing"):
         moments = learn_inputs(attempt, task, rows, trainer)
     with attempt.clock.measure("saving"):
-        for method in task.methods:
-            method.finish(trainer, attempt.round)
+        for method in sorted(task.methods, key=lambda method: not method.leaves_another_model):
+            method.finish(trainer, attempt.round)  # those last that measure the model that is left
         merged = {name: values for method in task.methods for name, values in method.list_merged().items()}
         return save_round(attempt, task, rows, trainer.model, loaded.masters, merged, moments)
 

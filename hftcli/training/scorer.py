@@ -1,7 +1,7 @@
 """Who asks the model of a round, before it, within it and after it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -88,7 +88,10 @@ class Scorer:
 
     def measure_now(self, learned: tuple[str, ...], known: tuple[str, ...]) -> Standing:
         """Ask the model as it would be saved between two steps; all ranks together."""
-        with holding_rounding(self.trainer.model, self.stored):
+        with ExitStack() as held:
+            for method in self.task.methods:
+                held.enter_context(method.holding_end(self.trainer))
+            held.enter_context(holding_rounding(self.trainer.model, self.stored))
             names = tuple(name for name in (*learned, *known) if name != HELD_OUT)
             found = self._score(None, (*names, *self.choices), self.held_out)
             return replace(found, pairs=self._score_pairs(None))

@@ -25,6 +25,14 @@ GIVEN = {
         (("freeze.grain=biases", "freeze.rank=magnitude"), "grain biases trains no matrix: drop one"),
         ((GIVEN["pull"], "freeze.pull.selective=true", "launch.offload=optimizer"), "freeze.pull.selective reads gradients"),
         ((GIVEN["pull"], "train.fit=auto"), "train.fit does not count the copy that freeze.pull holds"),
+        (
+            ("freeze.average=0.9", "eval.num_points=3", "checkpoint.best=learning"),
+            "freeze.average leaves the mean of all steps, and checkpoint.best goes back to one",
+        ),
+        (
+            ("freeze.average=0.9", "eval.num_points=3", "stop.max_forgetting=0.1"),
+            "freeze.average leaves the mean of all steps, and stop.max_forgetting goes back to one",
+        ),
         ((GIVEN["redraw"], "method.l2sp.strength=1"), "freeze.redraw does not go with method.l2sp"),
         ((GIVEN["redraw"], "launch.offload=optimizer"), "freeze.redraw does not go with launch.offload"),
         ((GIVEN["redraw"], "eval.num_points=3"), "freeze.redraw does not go with eval.every_steps and eval.num_points"),

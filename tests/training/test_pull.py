@@ -22,12 +22,24 @@ from training.quiet_rounds import (
 from hftcli.errors import InputError
 from hftcli.launching.planning import check_pull
 from hftcli.launching.processes import StopRequest
+from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
+from hftcli.recipe.asking import AskingSection
+from hftcli.recipe.methods import EwcSection, MethodSection
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
 from hftcli.runs.run import Round
+from hftcli.runs.spec import Scoring
 from hftcli.training.round import run_round
 
 PULL = {"pull": {"strength": 20.0}}
+HELD = ({"average": 0.7}, {"average": 0.7, "interpolate": 0.5})
+WEIGHTS = "model.safetensors"
+LEARNED, KNOWN = "tinyworld/newcomers", "tinyworld/facts"
+ONCE = Scoring(
+    before=(LEARNED, KNOWN), after=(LEARNED, KNOWN), learned=(LEARNED,), known=(KNOWN,), max_examples=8,
+    asking=AskingSection(chat=False, generate=False),
+)  # fmt: skip
+TWICE = ONCE.model_copy(update={"every_steps": 2})
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +182,52 @@ def test_an_average_whose_share_is_measured(start: Path, tmp_path: Path):
         assert resumed.read_result().resumed_from == step
         weights = read_weights(resumed)
         assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+@pytest.mark.parametrize("rule", HELD, ids=["average", "both"])
+def test_what_is_measured_within_the_round_is_what_would_be_saved(start: Path, tmp_path: Path, rule: dict):
+    """And nothing of the training: the same weights, after a stop too."""
+    policy = CheckpointSection(save_steps=1, keep=9)
+    plain = run(tmp_path / "plain", make_spec(start, rule))
+    half = run(tmp_path / "half", make_spec(start, rule, scoring=ONCE, train={"max_steps": 2}))
+    done = run(tmp_path / "done", make_spec(start, rule, scoring=TWICE, checkpoint=policy))
+    resumed = go_back(done, 3, tmp_path / "resumed")
+    run_round(resumed, StopRequest(resumed))
+    for round_ in (done, resumed):
+        scores = round_.read_scores()
+        assert [point.step for point in scores.points] == [2, 4]
+        assert [point.scores for point in scores.points] == [half.read_scores().after, scores.after]
+        assert scores.points[0].scores != scores.before
+        assert (round_.checkpoint / WEIGHTS).read_bytes() == (plain.checkpoint / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_pieces_are_measured_as_they_would_be_saved(start: Path, tmp_path: Path, stage: int):
+    """As one process measures; and a round that was killed after its last step leaves the same."""
+    launched = {"launch": LaunchSection(num_processes=2, zero_stage=stage), "train": {"per_device_train_batch_size": 4}}
+    spec = make_spec(start, HELD[1], scoring=TWICE, checkpoint=CheckpointSection(save_steps=1, keep=9), **launched)
+    done, alone = launch(tmp_path / "two", spec), run(tmp_path / "one", make_spec(start, HELD[1], scoring=TWICE))
+    compare_weights(done, read_weights(alone), 2e-5)
+    for own, other in zip(done.read_scores().points, alone.read_scores().points, strict=True):
+        assert {name: score.nll for name, score in own.scores.items()} == pytest.approx(
+            {name: score.nll for name, score in other.scores.items()}, rel=1e-4
+        )
+    resumed = go_back(done, 4, tmp_path / "resumed")
+    launch_round(resumed, spec.launch, lambda progress: None)
+    assert resumed.read_result().resumed_from == 4
+    assert (resumed.checkpoint / WEIGHTS).read_bytes() == (done.checkpoint / WEIGHTS).read_bytes()
+
+
+def test_fisher_information_is_taken_of_the_model_that_is_left(start: Path, tmp_path: Path):
+    """All of the way is taken back, or none was gone."""
+    ewc = MethodSection(ewc=EwcSection(num_examples=4))
+    found = [
+        load_file(run(tmp_path / str(rate), make_spec(start, rule, method=ewc, train={"learning_rate": rate})).fisher_path)
+        for rate, rule in ((LEARNING_RATE, {"interpolate": 1e-9}), (1e-12, {}), (LEARNING_RATE / 2, {}))
+    ]
+    same, other = (max((found[0][name] - found[place][name]).abs().max() for name in found[0]) for place in (1, 2))
+    assert same < 1e-5 < 1e-3 < other
 
 
 def test_shares_of_whole_tensors_are_refused_for_pieces(start: Path):
