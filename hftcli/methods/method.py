@@ -11,10 +11,9 @@ holding_end       while the model is measured within the round                 a
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 all that hold a start, olora, quiet, average, ift
 ask_untouched     before the first step, of the model that has not moved       anchor
-see_places        of which rows a micro-batch is                               self_replay, anchor
+see_places        of which rows a micro-batch is                               self_replay, anchor, token_weights
 read_ahead        before the forward pass of a micro-batch                     anchor, distill, token_weights, ift, self_replay
 penalize_tokens   a term of each token's loss, by the whole distribution       anchor, distill, self_replay
-count_own_rows    rows that the start writes, to be trained on                 self_replay
 weigh_tokens      what a token counts in the loss                              token_weights, ift, self_replay
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
@@ -56,6 +55,7 @@ class Method:
             model as it is.
         asks_places: whether it needs to know of which row of the dataset a trained token is.
         reads_distributions: whether it needs all log-probabilities of a token's place, which the plain loss kernel alone has.
+        num_given: sequences of rows, before those of texts that the start writes; None where it writes none.
         adapters: what trains in place of the weights, where that was counted.
         num_adapter_weights: of what it adds to the model, those that train; known once that is loaded.
     """
@@ -64,6 +64,7 @@ class Method:
     reads_distributions = False
     reads_ahead = False
     asks_places = False
+    num_given: int | None = None
     adapters: Adapters | None = None
     num_adapter_weights = 0
     cycle_steps = 1  # from one change of the learning rate to the next
@@ -103,10 +104,6 @@ class Method:
             rows: the training rows by task: the round's own, and those that methods need.
         """
         return dataset
-
-    def count_own_rows(self, num_rows: int) -> int:
-        """Rows that the start of the round is to write of itself, beside `num_rows` that are given."""
-        return 0
 
     def check_start(self, start: Path, plan: FreezePlan) -> None:
         """Look at the start's config, before its weights are read.

@@ -28,14 +28,15 @@ class Replay(Method):
         """The rows to train on, with a share of every earlier task's; after the task, in the order of training."""
         if not self.needed_tasks:
             return dataset
-        seed = self.spec.train.seed
+        seed, data_seed = self.spec.train.seed, self.spec.train.extra.get("data_seed")
+        order_seed = seed if data_seed is None else data_seed  # as transformers takes them
         shares = {task: max(round(self.section.fraction * len(rows[task])), 1) for task in self.earlier_tasks}
         replayed = [draw_rows(rows[task], num_rows, task, seed) for task, num_rows in shares.items()]
         if self.section.extra:
             replayed.append(rows[self.section.extra])
         if self.section.when == "after":
-            dataset = dataset.select(order_passes(len(dataset), self.spec.train, seed))
-            replayed = [datasets.concatenate_datasets(replayed).shuffle(seed)]
+            dataset = dataset.select(order_passes(len(dataset), self.spec.train, order_seed))
+            replayed = [datasets.concatenate_datasets(replayed).shuffle(order_seed)]
         return datasets.concatenate_datasets([dataset, *replayed])
 
     def set_arguments(self, args: TrainingArguments) -> None:

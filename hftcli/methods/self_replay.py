@@ -24,25 +24,15 @@ from hftcli.runs.spec import RoundSpec
 
 
 class SelfReplay(Method):
-    """Texts of the start among the rows, in every epoch.
-
-    Attributes:
-        num_given: rows before those that the start writes.
-    """
+    """Texts of the start among the rows, in every epoch."""
 
     section: SelfReplaySection
     copy: StartCopy | None = None
-    num_given = 0
 
     def __init__(self, spec: RoundSpec, section: SelfReplaySection):
         super().__init__(spec, section)
         self.reads_ahead = self.reads_distributions = section.loss == "kl"
         self.asks_places = self.reads_ahead or section.weight != 1
-
-    def count_own_rows(self, num_rows: int) -> int:
-        """A share of the rows, at least one text."""
-        self.num_given = num_rows
-        return max(round(self.section.fraction * num_rows), 1)
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains, where the start is asked: a step checkpoint has moved from there."""
@@ -56,6 +46,7 @@ class SelfReplay(Method):
 
     def see_places(self, places_BT: torch.Tensor) -> None:
         """Which tokens are of own texts."""
+        assert self.num_given is not None  # it asks for texts
         self.is_own_BT = places_BT >= self.num_given
 
     @torch.no_grad()

@@ -15,6 +15,8 @@ bound never binds. Its gradient is that of log p with the weight above, so that 
 others', and its step is the paper's. In the authors' code (zwhong714/PSFT) q is taken anew for every 256 rows, on which 8 steps
 are taken.
 
+Texts that the start of the round writes (self_replay.py) teach nothing, and are left alone: their tokens have the weight 1.
+
 For `stm` and `psft` the model as it was reads every batch once more: the model itself, with a copy of what trained laid in.
 
 Shapes: B rows of a micro-batch, T tokens but for the first, N of them that some row trains on.
@@ -46,6 +48,7 @@ class TokenWeights(Method):
     def __init__(self, spec: RoundSpec, section: TokenWeightsSection):
         super().__init__(spec, section)
         self.reads_ahead = section.asks_start
+        self.asks_places = spec.method.self_replay is not None
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains, where the start is asked: a step checkpoint has moved from there."""
@@ -78,6 +81,11 @@ class TokenWeights(Method):
         if self.renews and self.copy is not None and self.num_steps % (self.section.snapshot_steps or 1) == 0:
             self.copy.renew()
 
+    def see_places(self, places_BT: torch.Tensor) -> None:
+        """Which tokens are of texts that the start has written."""
+        assert self.num_given is not None  # a method asks for them
+        self.is_own_BT = places_BT >= self.num_given
+
     @torch.no_grad()
     def read_ahead(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
         """How likely the model as it was finds the tokens of a batch."""
@@ -89,6 +97,13 @@ class TokenWeights(Method):
 
     def weigh_tokens(self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:
         """What each trained token counts, (B, T); anything where none is trained."""
+        if not self.asks_places:
+            return self._weigh(log_probs_BT, entropies_BT, is_trained_BT)
+        is_own_BT = self.is_own_BT[:, 1:]
+        return self._weigh(log_probs_BT, entropies_BT, is_trained_BT & ~is_own_BT).masked_fill(is_own_BT, 1)
+
+    def _weigh(self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:
+        """The same of tokens of rows alone."""
         log_probs_BT = log_probs_BT.detach().float()
         if self.section.kind in ("stm", "psft") and not self.section.strength:
             return torch.ones_like(log_probs_BT)

@@ -14,6 +14,7 @@ def check_levers(recipe: Recipe, objective: Objective, source: RecipeFile) -> It
     yield from _check_logits_readers(recipe, source)
     yield from _check_start_readers(recipe, objective, source)
     yield from _check_self_replay(recipe, objective, source)
+    yield from _check_order(recipe, source)
     yield from _check_token_weights(recipe, objective, source)
 
 
@@ -44,22 +45,52 @@ def _check_start_readers(recipe: Recipe, objective: Objective, source: RecipeFil
             f"{source.place(('method', 'distill'))}: method.distill lays rows before each row, and train.packing lays several "
             "into one sequence: set train.packing: false"
         )
-    if recipe.method.ift is not None and "self_replay" in recipe.method.start_readers:
-        yield (
-            f"{source.place(('method', 'ift'))}: method.ift has the model read tokens of its own, and self_replay.loss: kl "
-            "compares it with the start, which reads the texts': drop one of the two"
-        )
 
 
 def _check_self_replay(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
-    """Rows that texts cannot stand among."""
+    """Rows that texts cannot stand among, and losses with which they would not hold the model to the start."""
     place, replay = source.place(("method", "self_replay")), recipe.method.replay
-    if recipe.method.self_replay is None:
+    section, extra = recipe.method.self_replay, recipe.train.extra
+    if section is None:
         return
     if objective == "dpo":
         yield f"{place}: method.self_replay adds texts, and `hft dpo` trains on pairs: drop it"
     if replay is not None and replay.when == "after":
         yield f"{place}: method.self_replay mixes texts in, and method.replay.when: after lays rows in order: drop one"
+    if recipe.method.ift is not None:
+        yield (
+            f"{source.place(('method', 'ift'))}: method.ift has the model read tokens of its own, and method.self_replay holds "
+            "it to the start, which read the texts': drop one of the two"
+        )
+    if section.loss == "ce" and section.weight == 1 and objective != "dpo":  # others are looked at with all that weighs tokens
+        if extra.get("loss_type", "nll") != "nll":
+            yield (
+                f"{place}: method.self_replay takes the likelihood of its texts, and train.loss_type {extra['loss_type']} "
+                f"weighs their tokens: set method.token_weights.kind: {extra['loss_type']}, which leaves them alone, or drop "
+                "one of the two"
+            )
+        if extra.get("label_smoothing_factor"):
+            yield (
+                f"{place}: method.self_replay takes the likelihood of its texts, and train.label_smoothing_factor smooths it: "
+                "drop one of the two"
+            )
+
+
+def _check_order(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Orders of the rows that contradict where a method has them stand."""
+    strategy, replay = recipe.train.extra.get("train_sampling_strategy", "random"), recipe.method.replay
+    place = source.place(("train", "train_sampling_strategy"))
+    if replay is not None and replay.when == "after" and strategy != "random":
+        yield (
+            f"{place}: train.train_sampling_strategy {strategy} would have no effect beside method.replay.when: after, which "
+            "lays the rows in an order of its own: drop one of the two"
+        )
+    mixing = {"method.self_replay": recipe.method.self_replay is not None, "method.replay": replay and replay.when == "mixed"}
+    for key in (key for key, is_mixing in mixing.items() if is_mixing and strategy == "sequential"):
+        yield (
+            f"{place}: {key} mixes rows in among the others, and train.train_sampling_strategy sequential has them trained "
+            "after all others: drop one of the two"
+        )
 
 
 def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

@@ -187,7 +187,8 @@ class SelfReplaySection(Section):
     """The model trains on texts of its own beside the rows."""
 
     fraction: Annotated[float, Field(gt=0, le=10)] = 0.25
-    """Texts that the start of the round writes, for each row; in every epoch they stand among the rows."""
+    """Texts that the start of the round writes, for each row; in every epoch they stand among the rows. With `train.packing`
+    they are laid into sequences as well, as many as fit however long they are."""
 
     max_tokens: Annotated[int, Field(ge=8)] = 128
     """Tokens at which a text is cut, `data.max_length` at most."""

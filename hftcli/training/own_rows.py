@@ -1,9 +1,12 @@
 """Rows that a round's start writes of itself, mixed in among those that it is taught.
 
-They are written once, by the first process that comes, before the ranks join: it loads the start by itself.
+They are written once, by the first process that comes, before the ranks join: it loads the start by itself. Where rows are
+packed, texts are too: as many to a sequence as fit however long they are, so that it is known before they are written how many
+sequences, and steps, there will be.
 """
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, replace
 
@@ -29,25 +32,53 @@ def add_own_rows(attempt: Attempt, task: Assignment, rows: Rows) -> Rows:
     Raises:
         ModelError: the start has no token to begin a text with, or writes none.
     """
-    num_own = count_own_rows(task, rows)
+    num_own = count_texts(task, rows)
     if not num_own:
         return rows
+    for method in task.methods:
+        method.num_given = len(rows.train)
     with attempt.clock.measure("referencing"):
         attempt.reporter.report("referencing")
-        own = write_rows(task, rows, num_own)
+        own = lay_texts(write_rows(task, rows, num_own), count_neighbours(task, rows))
     train = datasets.concatenate_datasets([rows.train, own])
     return replace(rows, train=train, tokens_digest=f"{rows.tokens_digest}+{hash_tokens(own)}")
 
 
 def stand_in(task: Assignment, rows: Rows) -> Rows:
     """The rows with as many more as the start would write, for whoever counts them before it is loaded."""
-    places = [number % len(rows.train) for number in range(count_own_rows(task, rows))]
+    num_own = -(-count_texts(task, rows) // count_neighbours(task, rows))
+    places = [number % len(rows.train) for number in range(num_own)]
     return replace(rows, train=datasets.concatenate_datasets([rows.train, rows.train.select(places)])) if places else rows
 
 
-def count_own_rows(task: Assignment, rows: Rows) -> int:
-    """Rows that the start is to write."""
-    return sum(method.count_own_rows(len(rows.train)) for method in task.methods)
+def count_texts(task: Assignment, rows: Rows) -> int:
+    """Texts that the start is to write: a share of the rows, at least one."""
+    section = task.spec.method.self_replay
+    if section is None:
+        return 0
+    is_packed = "seq_lengths" in rows.train.column_names
+    num_rows = sum(map(len, rows.train["seq_lengths"])) if is_packed else len(rows.train)
+    return max(round(section.fraction * num_rows), 1)
+
+
+def count_neighbours(task: Assignment, rows: Rows) -> int:
+    """Texts to a sequence: as many as fit for certain, where rows are packed."""
+    section = task.spec.method.self_replay
+    if section is None or "seq_lengths" not in rows.train.column_names:
+        return 1
+    return task.spec.data.max_length // min(section.max_tokens, task.spec.data.max_length)
+
+
+def lay_texts(texts: Dataset, num_neighbours: int) -> Dataset:
+    """Texts laid side by side, so many to a sequence; the last may have fewer."""
+    if num_neighbours == 1:
+        return texts
+    starts = range(0, len(texts), num_neighbours)
+    columns = {
+        name: [list(itertools.chain(*lists[start : start + num_neighbours])) for start in starts]
+        for name, lists in texts.to_dict().items()
+    }
+    return Dataset.from_dict(columns, features=texts.features)
 
 
 def find_turn(spec: RoundSpec, tokenizer: PreTrainedTokenizerBase) -> BareTurn | None:

@@ -55,6 +55,19 @@ def test_replay_after_the_task_is_one_pass_behind_all_epochs(tmp_path):
     assert firsts[25:] != sorted(firsts[25:])
 
 
+def test_the_order_after_which_replay_comes_goes_by_the_seed_of_the_data():
+    rows = {"new": make_rows(*range(10)), "a": make_rows(*range(100, 140))}
+    first, same, other, drawn = (
+        list_firsts(replay(rows["new"], rows, ("a",), fraction=0.2, when="after", train=train))
+        for train in ({}, {"data_seed": 42}, {"data_seed": 0}, {"seed": 0, "data_seed": 42})
+    )
+    assert first == same  # train.seed is 42
+    assert first[:10] != other[:10]
+    assert first[10:] != other[10:]
+    assert sorted(first) == sorted(other)  # which rows are replayed goes by train.seed
+    assert first[:10] == drawn[:10]
+
+
 def test_the_trainer_takes_the_rows_after_the_task_in_their_order(tmp_path):
     spec = make_spec({"replay": {"when": "after", "fraction": 1.0}}, (("a", Path()),), num_train_epochs=2, global_batch_size=4)
     rows = {"new": make_rows(*range(10)), "a": make_rows(*range(100, 104))}

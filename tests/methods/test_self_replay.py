@@ -4,6 +4,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from hftcli.measuring.drift import identify_writer
 from hftcli.measuring.turns import BareTurn, find_bare_turn
 from hftcli.models.description import load_tokenizer
 from hftcli.recipe.methods import MethodSection, SelfReplaySection
-from hftcli.recipe.sections import CheckpointSection
+from hftcli.recipe.sections import CheckpointSection, DataSection
 from hftcli.runs.run import Run
-from hftcli.training.own_rows import write_rows
+from hftcli.training.own_rows import add_own_rows, stand_in, write_rows
 from hftcli.training.reading import read_assignment, tokenize_rows
+from hftcli.training.reports import Clock
 from hftcli.training.round import run_round
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
@@ -102,18 +104,23 @@ def test_what_a_template_lacks_is_said():
 
 
 @pytest.mark.parametrize(
-    ("loss", "weight", "packing"), [("kl", 1, False), ("kl", 1, True), ("kl", 0.4, False), ("ce", 0.4, False), ("ce", 3, True)]
-)
-def test_own_texts_count_by_their_divergence_or_likelihood_as_much_as_they_are_to(tmp_path, loss, weight, packing):
-    section = {"loss": loss, "weight": weight}
-    spec = make_spec({"self_replay": section}, share=1.0, packing=packing, global_batch_size=4)
+    ("loss", "weight", "packing", "kind"),
+    [
+        ("kl", 1, False, None), ("kl", 1, True, None), ("kl", 0.4, False, None), ("ce", 0.4, False, None),
+        ("ce", 3, True, None), ("ce", 1, True, "dft"), ("ce", 0.4, False, "talr"), ("kl", 1, False, "talr"),
+    ],
+)  # fmt: skip
+def test_own_texts_count_by_their_divergence_or_likelihood_as_much_as_they_are_to(tmp_path, loss, weight, packing, kind):
+    """What weighs the tokens of rows leaves those of the texts alone: `dft` by p, `talr` by p to the one over tau."""
+    given = {"self_replay": {"loss": loss, "weight": weight}} | ({"token_weights": {"kind": kind}} if kind else {})
+    spec = make_spec(given, share=1.0, packing=packing, global_batch_size=4)
     rows = make_rows(10, 11, 12, 13)
     if packing:
         rows = rows.add_column("seq_lengths", [[4]] * 4)
     trainer = make_trainer(spec, {"new": rows}, tmp_path)
-    (method,) = trainer.methods
-    method.count_own_rows(2)  # those with 12 and 13 are own
-    method.start(trainer)
+    for method in trainer.methods:
+        method.num_given = 2  # those with 12 and 13 are own
+        method.start(trainer)
     start, exact = (AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64) for _ in range(2))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -121,6 +128,8 @@ def test_own_texts_count_by_their_divergence_or_likelihood_as_much_as_they_are_t
             own.add_(0.02 * torch.randn_like(own))
             other.copy_(own)
     expected = torch.zeros((), dtype=torch.float64)
+    taught = torch.tensor(rows[:2]["input_ids"])
+    tau = exact(taught, labels=taught.where(torch.arange(4) > 1, -100)).loss.item()  # two rows of two tokens: median and mean
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
         now, then = (model(ids).logits[0].log_softmax(-1) for model in (exact, start))
@@ -128,7 +137,8 @@ def test_own_texts_count_by_their_divergence_or_likelihood_as_much_as_they_are_t
             p, q = now[place - 1], then[place - 1].detach()
             nll = -p[ids[0, place]]
             own = (q.exp() * (q - p)).sum() if loss == "kl" else nll
-            expected = expected + (weight * own if ids[0, 0] >= 12 else nll)
+            counts = {None: 1, "dft": (-nll.detach()).exp(), "talr": (-nll.detach() / tau).exp()}[kind]
+            expected = expected + (weight * own if ids[0, 0] >= 12 else counts * nll)
     (expected / 8).backward()
     (batch,) = trainer.get_train_dataloader()
     found = trainer.compute_loss(trainer.model, batch)
@@ -136,6 +146,26 @@ def test_own_texts_count_by_their_divergence_or_likelihood_as_much_as_they_are_t
     assert found.item() == pytest.approx(expected.item() / 8, rel=1e-5)
     for (name, own), other in zip(trainer.model.named_parameters(), exact.parameters(), strict=True):
         assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
+
+
+def test_packed_rows_are_counted_one_by_one_and_their_texts_packed_too(tmp_path, own_cache):
+    """A text has 24 tokens at most, so that 5 fit into 128; the texts of 20 rows are 10."""
+    data = DataSection(path="tinyworld/skill", max_examples=20, max_length=128)
+    method = MethodSection(self_replay=SelfReplaySection(fraction=0.5, max_tokens=24), token_weights={"kind": "dft"})
+    spec = make_round_spec(EMBEDDED, {}, method=method, task=None, data=data, train={"packing": True})
+    task = read_assignment(spec)
+    rows = tokenize_rows(task, lambda done, total: None)
+    num_given = len(rows.train)
+    assert num_given < 20 == sum(map(len, rows.train["seq_lengths"]))
+    attempt = SimpleNamespace(clock=Clock(), reporter=SimpleNamespace(report=lambda phase: None))
+    added = add_own_rows(attempt, task, rows).train
+    assert len(stand_in(task, rows).train) == len(added) == num_given + 2
+    assert [method.num_given for method in task.methods] == [num_given] * 2
+    (written,) = [json.loads(path.read_text()) for path in own_cache.glob("*.json")]
+    for place, texts in ((num_given, written[:5]), (num_given + 1, written[5:])):
+        assert added[place]["seq_lengths"] == [len(ids) for ids, _ in texts]
+        assert added[place]["input_ids"] == [token for ids, _ in texts for token in ids]
+        assert added[place]["labels"] == [label for _, labels in texts for label in labels]
 
 
 def test_a_round_that_was_killed_goes_on_against_the_same_texts_and_start(tmp_path, own_cache):

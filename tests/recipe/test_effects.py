@@ -10,6 +10,7 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.tasks import BENCHMARKS
 
 BASE = ("model.path=m", "data.path=d.jsonl")
+SELF_REPLAY, REPLAY_AFTER = "method.self_replay.fraction=0.5", ("method.replay.when=after", "data.path=null")
 
 
 def fail(objective: str, *overrides: str) -> str:
@@ -45,6 +46,13 @@ def fail(objective: str, *overrides: str) -> str:
          "train.max_steps and the epochs of continual.protocol paper are two lengths"),
         ("sft", ["data.seed=1"], "data.seed would have no effect without several data.sources"),
         ("sft", ["model.path=tinyworld", "model.revision=v1"], "model.revision would have no effect: tinyworld is a folder"),
+        ("sft", [SELF_REPLAY, "train.train_sampling_strategy=sequential"], "method.self_replay mixes rows in among the others"),
+        ("sft", [SELF_REPLAY, "train.loss_type=dft"], "set method.token_weights.kind: dft, which leaves them alone"),
+        ("sft", [SELF_REPLAY, "train.label_smoothing_factor=0.1"], "train.label_smoothing_factor smooths it"),
+        ("sft", [SELF_REPLAY, "method.ift.mix=0.2"], "method.self_replay holds it to the start, which read the texts'"),
+        ("continual", ["method.replay={}", "train.train_sampling_strategy=sequential"], "method.replay mixes rows in among"),
+        ("continual", [*REPLAY_AFTER, "train.train_sampling_strategy=sequential"], "sequential would have no effect beside"),
+        ("continual", [*REPLAY_AFTER, "train.train_sampling_strategy=group_by_length"], "lays the rows in an order of its own"),
         ("dpo", ["train.label_smoothing_factor=0.1"], "train.label_smoothing_factor would have no effect under `hft dpo`"),
         ("dpo", ["train.train_sampling_strategy=group_by_length"], "group_by_length looks for the rows' input_ids"),
         (
