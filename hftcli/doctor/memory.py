@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from hftcli.doctor.doctor import Finding, HostReport, Status, measure_device_bytes
-from hftcli.freezing.budget import Budget
+from hftcli.freezing.budget import Budget, ReferenceMode
 from hftcli.launching.command import count_gpus
 from hftcli.recipe.sections import LaunchSection
 
-MAX_FILLED_FRACTION = 0.8  # of a device, where activations are not counted and need the rest
+MAX_FILLED_FRACTION = 0.8  # of a device, where activations, or what methods hold for a while, are not counted
 
 
 def check_memory(budget: Budget, rank_bytes: int | None) -> Finding:
@@ -24,6 +24,8 @@ def check_memory(budget: Budget, rank_bytes: int | None) -> Finding:
     message = f"a round takes {memory.total_bytes / 1e9:,.2f} GB on each of {budget.num_processes} devices"
     if budget.half_step is None:
         message += ", and activations, which are not counted for this model"
+    if budget.uncounted:
+        message += f", and besides, uncounted, {'; '.join(budget.uncounted)}"
     if rank_bytes is None:
         return Finding("memory", "ok", f"{message}; the devices cannot be seen from here")
     message += f"; there are {rank_bytes / 1e9:,.2f} GB"
@@ -34,29 +36,34 @@ def check_memory(budget: Budget, rank_bytes: int | None) -> Finding:
 
 
 def has_room(budget: Budget, rank_bytes: int) -> bool:
-    """Whether a round surely fits; where activations are not counted, whether it leaves them room."""
+    """Whether a round surely fits; where something is not counted, whether it leaves that room."""
     if budget.half_step is None:
         return budget.half.total_bytes <= MAX_FILLED_FRACTION * rank_bytes
-    return budget.half.high_bytes <= rank_bytes
+    return budget.half.high_bytes <= (MAX_FILLED_FRACTION if budget.uncounted else 1) * rank_bytes
 
 
 def suggest_launch(budget: Budget, rank_bytes: int) -> str:
     """The smallest change with which a round surely fits, by the same count that refused it."""
     changes: list[tuple[str, Budget]] = []
-    if budget.reference in ("shared", "full"):
+    is_paired, most_stage = bool(budget.reference and not budget.asks_start), budget.limits.most_stage
+    reference: ReferenceMode | None = "precompute" if is_paired else budget.reference
+    if is_paired and budget.reference in ("shared", "full"):
         changes.append(("reference: precompute", replace(budget, reference="precompute")))
     if budget.half_step is not None:
-        fitted = replace(budget, work=replace(budget.work, num_sequences=2 if budget.reference else 1, checkpoint_every=1))
-        changes.append(("train.fit: auto, which takes a micro-batch and activation checkpointing that fit", fitted))
+        fitted = replace(budget, work=replace(budget.work, num_sequences=2 if is_paired else 1, checkpoint_every=1))
+        words = "train.fit: auto, which takes a micro-batch and activation checkpointing that fit"
+        if not budget.limits.can_fit:
+            words = "train.per_device_train_batch_size: 1 and train.activation_checkpointing: true"
+        changes.append((words, fitted))
         budget = fitted
     if budget.num_processes > 1:
         changes += [
-            (f"launch.zero_stage: {stage}", replace(budget, zero_stage=stage)) for stage in range(budget.zero_stage + 1, 4)
+            (f"launch.zero_stage: {stage}", replace(budget, zero_stage=stage))
+            for stage in range(budget.zero_stage + 1, (min(most_stage, 2) if budget.reference == "shared" else most_stage) + 1)
         ]
-    for factor in (2**power for power in range(1, 11)):
-        reference = budget.reference and "precompute"
-        wider = replace(budget, num_processes=budget.num_processes * factor, zero_stage=3, reference=reference)
-        changes.append((f"{wider.num_processes} devices at launch.zero_stage: 3", wider))
+    for factor in (2**power for power in range(1, 11 if most_stage else 1)):
+        wider = replace(budget, num_processes=budget.num_processes * factor, zero_stage=most_stage, reference=reference)
+        changes.append((f"{wider.num_processes} devices at launch.zero_stage: {most_stage}", wider))
     for words, changed in changes:
         if has_room(changed, rank_bytes):
             return f"{words} ({changed.half.total_bytes / 1e9:,.2f} GB on each)"

@@ -3,7 +3,8 @@
 Weights, gradients, AdamW's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
 5), but that gradients are summed in float32: with mixed precision, a weight that trains costs 18 bytes, and each stage of ZeRO
 spreads one more part of them over the devices. A frozen weight costs only itself: no gradient, no moments and no float32
-master. Activations are those of `passes.py`, for the micro-batch that the budget names.
+master. Activations are those of `passes.py`, for the micro-batch that the budget names. What methods
+hold besides is so many bytes for each weight that trains.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from hftcli.freezing.activations import Activations, Adapters, Flops, Network, Workload
+from hftcli.freezing.activations import Activations, Adapters, Flops, LossKernel, Network, Workload
 from hftcli.freezing.directions import Directions, Entries, Part
 from hftcli.freezing.passes import count_activations
 from hftcli.freezing.roles import Unit
@@ -37,6 +38,7 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
+        methods_bytes: what methods hold for what trains.
         activations_bytes: what autograd keeps at most, with autocast's copies of weights.
         buffers_bytes: what kernels and communication need for a moment.
         library_bytes: what the GPU's matrix library takes for itself.
@@ -47,6 +49,7 @@ class Memory:
     gradients_bytes: int
     optimizer_bytes: int
     reference_bytes: int = 0
+    methods_bytes: int = 0
     activations_bytes: int = 0
     buffers_bytes: int = 0
     library_bytes: int = 0
@@ -55,7 +58,8 @@ class Memory:
     @property
     def low_bytes(self) -> int:
         """What there is in any case: tensors that live from one operation to a later one."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.reference_bytes + self.activations_bytes
+        states = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.reference_bytes + self.methods_bytes
+        return states + self.activations_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -111,6 +115,23 @@ class MeasuredStep:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a recipe leaves open to whoever looks for a way to make a round fit.
+
+    Attributes:
+        least_loss: the loss kernel that takes the least memory of those that it admits.
+        can_offload: whether `launch.offload` goes with it, adapters aside.
+        can_fit: whether `train.fit` does.
+        most_stage: the highest `launch.zero_stage` of several processes.
+    """
+
+    least_loss: LossKernel = "chunked"
+    can_offload: bool = True
+    can_fit: bool = True
+    most_stage: int = 3
+
+
+@dataclass(frozen=True)
 class Budget:
     """A freeze plan on given devices, beside full fine-tuning on the same ones; see `estimate_memory` for the attributes.
 
@@ -123,6 +144,10 @@ class Budget:
         num_accumulation_steps: micro-batches of a step.
         optimizer: what the optimizer keeps of a tensor.
         num_readings: forward passes of every micro-batch besides the one that trains.
+        asks_start: whether the reference is the start of the round, which a method asks, and not DPO's.
+        held_bytes: what methods hold on every device for each weight that trains.
+        uncounted: what else is held for a while and not counted, in words.
+        limits: ways to make it fit that the settings rule out.
     """
 
     plan: FreezePlan
@@ -139,6 +164,10 @@ class Budget:
     num_accumulation_steps: int = 1
     optimizer: StateForm = STATE_FORMS["adamw_torch_fused"]
     num_readings: float = 0
+    asks_start: bool = False
+    held_bytes: int = 0
+    uncounted: tuple[str, ...] = ()
+    limits: Limits = Limits()
 
     @property
     def host(self) -> HostWork | None:
@@ -216,7 +245,8 @@ class Budget:
         """What it would cost to train every weight, with a second model where DPO needs a reference."""
         shapes = list_shapes(self.network.units, frozenset((*self.plan.trained, *self.plan.frozen)))
         num_bytes = self._count_states(shapes, self.plan.num_parameters)
-        return self._estimate(self.plan.num_parameters, self.reference and "full", self.full_step, num_bytes)
+        reference = self.reference if self.asks_start else self.reference and "full"
+        return self._estimate(self.plan.num_parameters, reference, self.full_step, num_bytes)
 
     @property
     def half_step(self) -> tuple[Activations, Flops] | None:
@@ -255,6 +285,7 @@ class Budget:
             reference=reference,
             state_bytes=state_bytes,
         )
+        states = replace(states, methods_bytes=self.held_bytes * num_trainable)
         if self.offload:
             states = self._offload(states)
         if step is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hftcli.freezing.activations import Arithmetic
-from hftcli.freezing.budget import Budget
+from hftcli.freezing.budget import Budget, Limits
 
 CARD_GB = (16, 24, 48, 80, 141)  # of 1e9 bytes, of which a card has some more, for the driver and the allocator's holes
 MOST_CARDS = 1024
@@ -73,7 +73,7 @@ def judge_cards(budget: Budget) -> tuple[Verdict, ...]:
 
 
 def make_full(budget: Budget) -> Budget:
-    """Full fine-tuning in a plan's place: every matrix trains, and DPO's reference is precomputed."""
+    """Full fine-tuning in a plan's place: every matrix trains, without methods, and DPO's reference is precomputed."""
     plan = budget.plan
     whole = plan.model_copy(
         update={
@@ -84,7 +84,10 @@ def make_full(budget: Budget) -> Budget:
             "columns": None,
         }
     )
-    return replace(budget, plan=whole, adapters=None, reference=budget.reference and "precompute")
+    reference = None if budget.asks_start else budget.reference and "precompute"
+    return replace(
+        budget, plan=whole, adapters=None, reference=reference, asks_start=False, held_bytes=0, limits=Limits()
+    )  # fmt: skip
 
 
 def list_ways(budget: Budget) -> Iterator[tuple[str, Budget]]:
@@ -92,10 +95,10 @@ def list_ways(budget: Budget) -> Iterator[tuple[str, Budget]]:
     own: Arithmetic = "autocast" if budget.precision == "mixed" and not budget.offload else budget.work.arithmetic
     alone = replace(budget, num_processes=1, work=replace(budget.work, arithmetic=own))
     yield AS_GIVEN, alone
-    least = 2 if budget.reference else 1
-    checked = replace(alone, work=replace(alone.work, num_sequences=least, checkpoint_every=1, loss="chunked"))
+    least, loss = 2 if budget.reference and not budget.asks_start else 1, budget.limits.least_loss
+    checked = replace(alone, work=replace(alone.work, num_sequences=least, checkpoint_every=1, loss=loss))
     yield CHECKPOINTED, checked
-    if budget.adapters is None and not budget.offload:
+    if budget.adapters is None and not budget.offload and budget.limits.can_offload:
         arithmetic: Arithmetic = "bfloat16" if budget.precision == "mixed" else "float32"
         yield OFFLOADED, replace(checked, offload=True, work=replace(checked.work, arithmetic=arithmetic))
 

@@ -1,18 +1,11 @@
 """Whether a launch can carry what a round asks for."""
 
 from hftcli.errors import InputError
+from hftcli.launching.holding import NEEDS_WHOLE_WEIGHTS
 from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import check_offload, check_pull
 from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import find_benchmark, find_rows
-
-# Methods that a rank with pieces of the weights cannot carry, and why.
-NEEDS_WHOLE_WEIGHTS = {
-    "ewc": "measures every weight on its own",
-    "l2sp": "compares every weight with its start",
-    "olora": "compares its adapters with those before",
-    **dict.fromkeys(("ia3", "peft"), "is merged into whole weights"),
-}
 
 
 def check_reference(spec: RoundSpec) -> None:

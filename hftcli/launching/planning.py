@@ -9,12 +9,12 @@ from hftcli.freezing.activations import Adapters, Arithmetic, Attention, LossKer
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.selection import FreezePlan
 from hftcli.freezing.states import find_form
+from hftcli.launching.holding import OFFLOADED_OPTIM, count_held, find_limits, list_uncounted
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import TrainSection
 from hftcli.runs.records import FitReport
 from hftcli.runs.spec import RoundSpec
 
-OFFLOADED_OPTIM = ("adamw_torch", "adamw_torch_fused")
 PLAIN_BYTES = 2**30  # of float32 logits, up to which they are kept without being asked
 
 
@@ -30,6 +30,7 @@ def make_budget(
         has_gpu: whether the devices are GPUs.
         adapters: what trains in place of the weights, where that was counted.
     """
+    kernels = list_kernels(source.train, has_gpu, source.method.needs_logits)
     return Budget(
         plan=plan,
         precision="mixed" if mixed else "float32",
@@ -44,6 +45,10 @@ def make_budget(
         num_accumulation_steps=-(-source.train.global_batch_size // (source.train.per_device_train_batch_size * num_processes)),
         optimizer=find_form(source.train.extra.get("optim", "adamw_torch_fused"), source.train.extra.get("optim_args")),
         num_readings=source.method.num_readings + (source.dpo is not None and source.reference != "precompute"),
+        asks_start=bool(source.method.start_readers),
+        held_bytes=count_held(source, num_processes, mixed),
+        uncounted=list_uncounted(source),
+        limits=find_limits(source, kernels[-1]),
     )
 
 

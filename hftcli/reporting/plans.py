@@ -64,6 +64,8 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, is_l
         say("The optimizer's state is paged: where the device is full, the driver moves it to the host.")
     if budget.adapters is not None and not budget.adapters.is_counted:
         say(f"What {budget.adapters.name} itself computes and keeps of activations is not counted and comes on top.")
+    if budget.uncounted:
+        say(f"Not counted, and on top for a while: {'; '.join(budget.uncounted)}.")
     if budget.half_step is None:
         say(f"Activations of {budget.network.model_type} are not counted and come on top; --measure shows them.")
     else:
@@ -115,6 +117,7 @@ def _describe_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None) 
         "num_adapter_weights": budget.num_adapter_weights,
         "adapter_bytes": 4 * budget.num_adapter_weights,
         "counts_adapter": budget.adapters is None or budget.adapters.is_counted,
+        "uncounted": list(budget.uncounted),
         "cards": [asdict(verdict) for verdict in judge_cards(budget)],
         "measured": checked and asdict(checked[1]),
     }
@@ -216,6 +219,7 @@ MEMORY_ROWS = {
     "gradients_bytes": "gradients",
     "optimizer_bytes": "optimizer",
     "reference_bytes": "reference",
+    "methods_bytes": "methods",
     "activations_bytes": "activations",
     "buffers_bytes": "buffers",
     "library_bytes": "matrix library",

@@ -67,7 +67,9 @@ def check_budget(recipe: Recipe, path: str, budget: Budget) -> tuple[Budget, tup
     """
     mixed = takes_bfloat16(recipe.train.bf16)
     work = replace(budget.work, arithmetic=find_arithmetic(mixed, 1))
-    here = replace(budget, precision="mixed" if mixed else "float32", num_processes=1, reference=None, work=work)
+    here = replace(
+        budget, precision="mixed" if mixed else "float32", num_processes=1, reference=None, held_bytes=0, work=work
+    )  # fmt: skip
     model = make_random_model(path, recipe.model.attn_implementation)
     measured = measure_steps(model, budget.plan, work)
     if here.half_step is None:

@@ -9,7 +9,7 @@ from freezing.shapes import make_llama
 from hftcli.doctor.doctor import HostReport
 from hftcli.doctor.memory import check_host, check_memory, share_memory, suggest_launch
 from hftcli.freezing.activations import Network, Workload
-from hftcli.freezing.budget import Budget
+from hftcli.freezing.budget import Budget, Limits
 from hftcli.freezing.roles import Parameter, Unit, assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
@@ -56,6 +56,31 @@ def test_a_smaller_micro_batch_is_proposed_where_activations_are_what_is_too_lar
     assert found.status == "fault"
     assert found.fix.startswith("train.fit: auto")
     assert not suggest_launch(budget, least - 1).startswith("train.fit: auto")
+
+
+def test_nothing_is_proposed_that_a_method_does_not_go_with(budget):
+    """A method that asks the start: a copy of what trains, which cannot be precomputed, at no more than ZeRO 2."""
+    held = replace(budget, reference="shared", asks_start=True, limits=Limits(can_fit=False, most_stage=2), zero_stage=1)
+    # By hand: on each of 8 devices 2000 + 400 x 4 + 600 and a copy of 2 x 400; at ZeRO 2 the gradients' 1600 are 200.
+    # A fifth of a device is left for activations, which are not counted.
+    assert check_memory(held, 4999).fix == "launch.zero_stage: 2 (0.00 GB on each)"
+    assert suggest_launch(held, 4100).startswith("16 devices at launch.zero_stage: 2")
+    assert suggest_launch(held, 3500) == "a smaller model"
+    assert suggest_launch(replace(held, limits=Limits(most_stage=0)), 4999) == "a smaller model"
+
+
+def test_room_is_left_for_what_is_not_counted():
+    units = assign_roles("llama", make_llama(num_layers=2, hidden=64, inner=128, keys=64, vocabulary=100))
+    budget = Budget(
+        make_plan(units, FreezeRule(), 0), precision="float32", num_processes=1, zero_stage=2,
+        network=Network("llama", units, 4), work=Workload(64, 512), uncounted=("what a method compares",),
+        limits=Limits(can_fit=False),
+    )  # fmt: skip
+    found = check_memory(budget, budget.half.high_bytes)
+    assert found.status == "warning"
+    assert "besides, uncounted, what a method compares; there are" in found.message
+    assert found.fix.startswith("train.per_device_train_batch_size: 1 and train.activation_checkpointing: true")
+    assert check_memory(budget, budget.half.high_bytes * 5 // 4 + 1).status == "ok"
 
 
 def test_memory_of_a_rank(monkeypatch):

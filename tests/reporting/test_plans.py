@@ -1,6 +1,7 @@
 """What is said of a plan that trains more or less than was asked for, or whose units are not ranked yet."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_where_no_choice_comes_closer_none_is_offered():
     """One layer of one matrix that is nine tenths of it."""
     said = describe_imbalance(make_budget((900, 100), FreezeRule(balance="weights"), num_layers=1))
     assert said.endswith("the units of a group are not of one size")
+
+
+def test_what_methods_hold_is_a_row_and_what_is_not_counted_is_named(capsys: pytest.CaptureFixture[str]):
+    plain = make_budget((100, 100), FreezeRule())
+    print_plan(plain, None, is_left_to_device=False, as_json=False)
+    assert "methods" not in capsys.readouterr().out
+    budget = replace(plain, held_bytes=8, uncounted=("this", "that"))
+    print_plan(budget, None, is_left_to_device=False, as_json=False)
+    shown = capsys.readouterr().out
+    assert "Not counted, and on top for a while: this; that." in shown
+    assert ["0.500" in line for line in shown.splitlines() if "methods" in line] == [True]
+    print_plan(budget, None, is_left_to_device=False, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["uncounted"] == ["this", "that"]
+    assert [found["memory"][name]["methods_bytes"] for name in ("half", "full")] == [8 * 400, 8 * 800]
 
 
 def test_a_draw_that_stands_in_for_scores_is_said(capsys: pytest.CaptureFixture[str]):
