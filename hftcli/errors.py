@@ -7,6 +7,7 @@
     │   ├── DataError            a dataset or one of its rows
     │   └── ModelError           a model, a tokenizer or an unknown family
     ├── TrainingError        1   training failed; the message says what is safe on disk
+    │   └── OverBudget           no measured step lies within stop.max_forgetting
     ├── VerificationError    3   something frozen moved, or something trained did not
     └── Interrupted         75   stopped by a signal after a complete checkpoint: run me again
 
@@ -62,6 +63,10 @@ class ModelError(InputError):
 
 class TrainingError(HftError):
     """Training failed; the message says what is safe on disk."""
+
+
+class OverBudget(TrainingError):
+    """No measured step lies within `stop.max_forgetting`: there is nothing to keep."""
 
 
 class VerificationError(HftError):

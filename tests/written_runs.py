@@ -15,7 +15,7 @@ from hftcli.runs.made import CheckpointIdentity, MergeManifest
 from hftcli.runs.records import DataReport, Hardware, RoundResult, Source
 from hftcli.runs.run import Run
 from hftcli.runs.scores import CurvePoint, PairScores, Prediction, Score, Scores
-from hftcli.runs.spec import RoundSpec
+from hftcli.runs.spec import RoundSpec, Scoring
 from hftcli.runs.verification import Verification
 
 FACTS, REWORDED, SKILL = "tinyworld/facts", "tinyworld/facts-reworded", "tinyworld/skill"
@@ -30,7 +30,7 @@ def write_run(
     fingerprint: str = "0f",
     pairs: PairScores | None = None,
     is_finished: bool = True,
-    points: tuple[dict[str, float], ...] = (),
+    points: tuple[dict[str, float | Score], ...] = (),
 ) -> Path:
     """The files that a finished run leaves, with these scores: of the start, then after each round; and within it."""
     recipe = load_recipe(QUICK_START_RECIPES[objective], [*overrides, f"output={folder}"], objective)
@@ -42,6 +42,7 @@ def write_run(
         spec = RoundSpec(
             objective="dpo" if objective == "dpo" else "sft", index=index, model=recipe.model, data=recipe.data,
             freeze=recipe.freeze, train=recipe.train, launch=recipe.launch, task=task,
+            scoring=Scoring(temperature=recipe.eval.temperature or 0.0, asking=recipe.eval.asking),
         )  # fmt: skip
         write_model(round_.spec_path, spec)
         before, after = (
@@ -49,7 +50,10 @@ def write_run(
             for row in (rows[0] if index == 0 else {}, rows[index + 1])
         )
         measured = tuple(
-            CurvePoint(step=step, scores={name: make_score(value) for name, value in row.items()})
+            CurvePoint(
+                step=step,
+                scores={name: value if isinstance(value, Score) else make_score(value) for name, value in row.items()},
+            )
             for step, row in enumerate(points, start=1)
         )
         write_model(round_.scores_path, Scores(before=before, after=after, points=measured))

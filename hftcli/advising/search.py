@@ -29,7 +29,7 @@ from hftcli.comparing.advice import (
 )
 from hftcli.comparing.comparison import compare_runs
 from hftcli.comparing.points import read_point
-from hftcli.errors import InputError
+from hftcli.errors import HftError, InputError, Interrupted, OverBudget, VerificationError
 from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.reporting.versus import write_comparison
@@ -77,10 +77,12 @@ class Search:
                 self.tell(f"round {rung + 1} of 3, {number} of {len(candidates)}: {candidate.name}, {num_steps} steps")
                 if (found := self._try(candidate, num_steps)) is not None:
                     self.findings[rung].append(found)
-            if not self.findings[rung]:
+            if not any(self.findings.values()):
                 raise InputError("no way of training could be tried", "; ".join(set(self.left_out.values())))
-        best = rank(self.findings[rung])[0]
-        return self._confirm(best) if best.learning > 0 else self._report(None, [], "nothing within the limit was found")
+        # The first point of a longer run comes later, and may lie beyond the limit where a shorter run's did not.
+        firsts = [rank(self.findings[rung])[0] for rung in sorted(self.findings, reverse=True) if self.findings[rung]]
+        best = next((one for one in firsts if one.learning > 0), None)
+        return self._confirm(best) if best else self._report(None, [], "nothing within the limit was found")
 
     def _settle_steps(self, candidates: Sequence[Candidate]) -> int:
         """The steps of the longest runs, by what a short one takes."""
@@ -106,15 +108,19 @@ class Search:
         return steps
 
     def _try(self, candidate: Candidate, num_steps: int) -> Finding | None:
-        """A run of the search; None where the candidate's arm cannot be."""
-        if candidate.arm in self.left_out:
+        """A run of the search; None where the candidate's arm cannot be, or its training failed."""
+        if candidate.arm in self.left_out or candidate.name in self.left_out:
             return None
         begun = time.monotonic()
         try:
             run = runners.run_single(self._make_recipe(candidate, num_steps, SEARCH_SEED), self.on_progress)
-        except InputError as error:
-            self.left_out[candidate.arm] = error.message
-            self.tell(f"left out: {candidate.arm}: {error.message}")
+        except (Interrupted, VerificationError):
+            raise
+        except HftError as error:
+            # An input is wrong for all of an arm, as where a model cannot have it; what fails, as without memory, is one run.
+            name = candidate.arm if isinstance(error, InputError) else candidate.name
+            self.left_out[name] = error.message
+            self.tell(f"left out: {name}: {error.message}")
             return None
         self.longest = max(self.longest, time.monotonic() - begun)
         return Finding(candidate, num_steps, *judge(read_point(run.folder, (), "nll").trail, self.order.limit))
@@ -139,7 +145,12 @@ class Search:
                 self.tell(f"the time is over after {len(ends)} of {self.order.num_seeds} fresh seeds")
                 break
             self.tell(f"fresh seed {seed} of {self.order.num_seeds}: {best.candidate.name}, {best.num_steps} steps")
-            run = runners.run_single(self._make_recipe(best.candidate, best.num_steps, seed, budget=True), self.on_progress)
+            try:
+                run = runners.run_single(self._make_recipe(best.candidate, best.num_steps, seed, budget=True), self.on_progress)
+            except OverBudget:  # the recipe would keep nothing: the model stays what it was
+                self.tell(f"fresh seed {seed} lost more than the limit at every point: nothing of it is kept")
+                ends.append((0.0, 0.0))
+                continue
             point = read_point(run.folder, (), "nll")
             ends.append((point.learning, point.forgetting))
         learning, forgetting = (expect([end[place] for end in ends]) for place in (0, 1))

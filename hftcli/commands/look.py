@@ -164,6 +164,8 @@ def report(
     """
     from hftcli.reporting.latex import make_tables
 
+    if latex and (as_json or figure or page or lost):
+        raise InputError("--latex prints tables and nothing else", "drop --json, --figure, --html and --lost, or --latex")
     if latex:
         print(make_tables(paths))
     elif len(paths) > 1:

@@ -74,7 +74,7 @@ def evaluate(
 
     subject, names = resolve_subject(model), tuple(name.strip() for name in tasks.split(",") if name.strip())
     base = resolve_subject(base).path if base else subject.base
-    check_asked(base, names, bool(text or prompts), None if generate else max_new_tokens, output)
+    check_asked(base, names, bool(text or prompts), None if generate else max_new_tokens, max_length, output)
     num_ranks = resolve_launch(LaunchSection(num_processes=num_processes)).num_ranks
     from hftcli.measuring.scoring import Examination, examine_model
 
@@ -92,7 +92,9 @@ def evaluate(
         print(f"items  {write_evaluation(output, evaluation, items)}", file=sys.stderr)
 
 
-def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool, idle_cut: int | None, output: Path | None) -> None:
+def check_asked(
+    base: str | None, tasks: tuple[str, ...], has_texts: bool, idle_cut: int | None, max_length: int | None, output: Path | None
+) -> None:
     """What `hft eval` is asked for.
 
     Args:
@@ -101,7 +103,7 @@ def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool, idle_
     Raises:
         InputError: there is nothing to measure, nothing to measure it against, or no place to write it to.
     """
-    from hftcli.measuring.evaluation import check_output
+    from hftcli.measuring.evaluation import PREFIX, check_output
 
     if output:
         check_output(output)
@@ -111,6 +113,10 @@ def check_asked(base: str | None, tasks: tuple[str, ...], has_texts: bool, idle_
         raise InputError("there is nothing to measure", "give --tasks, or --base")
     if idle_cut is not None:
         raise InputError("--max-new-tokens cuts what is written, and --no-generate writes nothing", "drop one of the two")
+    if max_length is not None and base is None and all(name.startswith(PREFIX) for name in tasks):
+        raise InputError(
+            f"--max-length has no effect on {tasks[0]}, which lm-evaluation-harness asks in its own way", "drop it"
+        )
 
 
 @app.command()

@@ -74,7 +74,7 @@ class Advice:
 
     Attributes:
         arms: of every arm the best candidate.
-        left_out: arms that cannot be, and why.
+        left_out: arms that cannot be and candidates whose training failed, and why.
         best: None where nothing was learned within the limit.
         sentence: what may be said of it.
     """

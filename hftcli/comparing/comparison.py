@@ -57,12 +57,11 @@ class Method:
         return all(point.trail for setting in self.settings for point in setting.points)
 
     def list_trails(self, is_within: bool) -> dict[Seed, list[Trail]]:
-        """By seed that every setting has, what was measured of each setting's run: within it, or at its end alone."""
+        """By seed, what was measured of each setting's run: within it, or at its end alone."""
         by_seed = [{point.seed: point for point in setting.points} for setting in self.settings]
-        seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
         return {
             seed: [runs[seed].trail if is_within else ((runs[seed].learning, runs[seed].forgetting),) for runs in by_seed]
-            for seed in seeds
+            for seed in by_seed[0]
         }
 
 
@@ -158,6 +157,7 @@ def compare_runs(
     points = [read_point(folder, learned, by) for folder in folders]
     _check_comparable(points)
     methods = _group_points(points, merges_settings)
+    _check_seeds(methods)
     pairs = [(second, first) for first, second in combinations(methods, 2)]
     found = [_compare_methods(one, other) for one, other in pairs]
     p_values = correct_by_holm([one.p_value if one else None for one in found])
@@ -199,6 +199,25 @@ def _check_comparable(points: Sequence[Point]) -> None:
         seen[key] = point.name
     if faults:
         raise InputError("these runs cannot be compared\n" + "\n".join(faults), "compare runs that differ in how they trained")
+
+
+def _check_seeds(methods: Sequence[Method]) -> None:
+    """Raises: InputError: a setting of a method lacks a seed that another has, along whose curve nothing is known there."""
+    faults = []
+    for method in methods:
+        by_setting = [{point.seed: point.name for point in setting.points} for setting in method.settings]
+        shared = set(by_setting[0]).intersection(*by_setting)
+        faults += [
+            f"{method.name}, {setting.label}: {', '.join(odd)}"
+            for setting, runs in zip(method.settings, by_setting, strict=True)
+            if (odd := [name for seed, name in runs.items() if seed not in shared])
+        ]
+    if faults:
+        raise InputError(
+            "these runs cannot be compared: the settings of a method need the same seeds, and of these runs another setting has "
+            "none with the same train.seed and freeze.seed\n" + "\n".join(faults),
+            "run the others with these seeds, too, or leave these runs out",
+        )
 
 
 def _show(value: Any) -> str:

@@ -99,12 +99,12 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
     results = {round_: round_.read_result() for round_ in run.rounds}
     trail: Trail = ()
     if len(results) == 1:
-        gains, losses, num_examples = _read_single(folder, recipe, results, learned, made, by)
+        gains, losses, asked = _read_single(folder, recipe, results, learned, made, by)
         trail = () if made else _read_trail(next(iter(results)), tuple(gains), tuple(losses), by)
     elif made:
         raise InputError(f"{folder} is made of a run of {len(results)} rounds", "compare models that are made of runs of one")
     else:
-        gains, losses, num_examples = _read_sequence(folder, results, learned, by)
+        gains, losses, asked = _read_sequence(folder, results, learned, by)
         trail = _read_trail_of_rounds(list(results), tuple(gains), tuple(losses), by)
     if not gains:
         raise InputError(
@@ -125,7 +125,8 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
             "objective": recipe.objective,
             "model": recipe.model.place,
             "data": [_describe_data(result) for result in results.values()],
-            "tasks": {name: f"{count} questions" for name, count in num_examples.items()},
+            "tasks": asked,
+            "way of writing answers": _describe_writing(run.rounds[0]),
         },
         trail=trail,
         # With more points, a run would meet a level of learning earlier.
@@ -178,7 +179,7 @@ def _read_made(folder: Path) -> Made:
     return Made(Run(Path(tuned.path).parents[2]), title, values, after)  # RUN/rounds/00-sft/checkpoint
 
 
-Measures = tuple[dict[str, float], dict[str, float], dict[str, int]]  # gains, losses, questions
+Measures = tuple[dict[str, float], dict[str, float], dict[str, str]]  # gains, losses, what was asked and how
 
 
 def _read_single(
@@ -194,22 +195,25 @@ def _read_single(
     if made and HELD_OUT in before:
         raise InputError(f"{folder} is made of a run's model, which hft eval asks no held-out rows", "compare it by score")
     for name, score in before.items():
-        if name not in after or after[name].num_examples != score.num_examples:
+        if name not in after or _describe_asking(after[name]) != _describe_asking(score):
+            now = "not at all" if name not in after else f"on {_describe_asking(after[name])}"
             raise InputError(
-                f"{folder}: {name} was not scored as before the run, on {score.num_examples} questions",
-                f"hft eval --tasks {','.join(before)}",
+                f"{folder}: {name} was not scored as before the run, on {_describe_asking(score)}, but {now}",
+                f"hft eval --model {folder} --tasks {','.join(before)} --output {folder / EVALUATION_NAME}, with the options "
+                "that are the run's keys under eval: --max-examples, --shots, --chat, --generate",
             )
     changes = {name: -_lose(folder, name, score, after[name], by) for name, score in before.items()}
     if unknown := [name for name in learned if name not in changes]:
         raise InputError(f"{folder}: --learned {unknown[0]} is none of its tasks: {', '.join(changes) or 'none'}")
-    trained = tuple(learned) or (round_.read_spec().task or recipe.data.path, HELD_OUT)
+    sources = [source.path for source in recipe.data.sources]
+    trained = tuple(learned) or (round_.read_spec().task or recipe.data.path, *sources, HELD_OUT)
     gains = {name: change for name, change in changes.items() if name in trained}
     losses = {name: -change for name, change in changes.items() if name not in trained}
-    num_examples = {name: score.num_examples for name, score in before.items()}
+    asked = {name: _describe_asking(score) for name, score in before.items()}
     if result.pairs is not None and not learned and not made and by == "score":
         gains["reward accuracy"] = result.pairs.after.reward_accuracy - result.pairs.before.reward_accuracy
-        num_examples["reward accuracy"] = result.pairs.after.num_pairs
-    return gains, losses, num_examples
+        asked["reward accuracy"] = f"{result.pairs.after.num_pairs} pairs"
+    return gains, losses, asked
 
 
 def _read_trail(round_: Round, learned: Sequence[str], lost: Sequence[str], by: By) -> Trail:
@@ -236,7 +240,7 @@ def _read_sequence(folder: Path, results: Mapping[Round, RoundResult], learned: 
     gains = {task: -_lose(folder, task, before[task], row.after[task], by) for task, row in rows.items()}
     losses = {name: _lose(folder, name, score, last[name], by) for name, score in before.items() if name not in rows}
     losses |= {task: _lose(folder, task, rows[task].after[task], last[task], by) for task in earlier}
-    return gains, losses, {name: score.num_examples for name, score in last.items()}
+    return gains, losses, {name: _describe_asking(score) for name, score in last.items()}
 
 
 def _read_trail_of_rounds(rounds: Sequence[Round], learned: Sequence[str], lost: Sequence[str], by: By) -> Trail:
@@ -275,6 +279,17 @@ def _lose(folder: Path, task: str, before: Score, after: Score, by: By) -> float
     if first is None or last is None:
         raise InputError(f"{folder}: {task} has no {by}", "compare by the other of score and nll, or without this task")
     return first - last
+
+
+def _describe_asking(score: Score) -> str:
+    """How many questions were asked, and how; of files of an earlier hft, and of another program's tasks, only how many."""
+    return ", ".join(filter(None, (f"{score.num_examples} questions", score.way)))
+
+
+def _describe_writing(round_: Round) -> str:
+    scoring = round_.read_spec().scoring
+    cut = scoring.asking.max_new_tokens
+    return f"temperature {scoring.temperature:g}, cut {'by each task' if cut is None else f'at {cut} tokens'}"
 
 
 def _describe_data(result: RoundResult) -> str:

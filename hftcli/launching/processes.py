@@ -42,6 +42,7 @@ def passing_signals(round_: Round) -> Iterator[None]:
         KeyboardInterrupt: at the second signal. SIGUSR1 does not count as the first: it is a word ahead of time, as Slurm gives
             it, and SIGTERM comes when the time is over.
     """
+    round_.stop_path.unlink(missing_ok=True)  # of a front that was killed; later it would be this one's
     received: list[tuple[int, float]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from hftcli.errors import (
     HftError,
     InputError,
     Interrupted,
+    OverBudget,
     TrainingError,
     VerificationError,
     make_disk_full,
@@ -39,7 +40,7 @@ def launch_round(round_: Round, launch: LaunchSection, on_progress: Callable[[Pr
         HftError: of the kind and exit code that the worker reported.
     """
     await_ranks(round_)
-    for path in (round_.failure_path, round_.outlook_path, round_.progress_path, round_.result_path, round_.stop_path):
+    for path in (round_.failure_path, round_.outlook_path, round_.progress_path, round_.result_path):
         path.unlink(missing_ok=True)
     command = worker_command(round_.folder, launch, find_free_port())
     log_start = round_.log_path.stat().st_size if round_.log_path.exists() else 0
@@ -106,7 +107,8 @@ def _read_outcome(round_: Round, code: int, log_start: int = 0) -> RoundResult:
     if round_.failure_path.exists() and not is_killed:
         failure = read_model(round_.failure_path, Failure)
         kinds = {kind.exit_code: kind for kind in (HftError, InputError, VerificationError, Interrupted)}
-        error = kinds[failure.exit_code](failure.message, failure.fix)
+        kind = OverBudget if failure.kind == OverBudget.__name__ else kinds[failure.exit_code]
+        error = kind(failure.message, failure.fix)
         error.add_note(failure.traceback)
         raise error
     if shutil.disk_usage(round_.folder).free < FULL_BYTES:

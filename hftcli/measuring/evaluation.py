@@ -16,6 +16,8 @@ from hftcli.recipe.section import FileSection, Section
 from hftcli.runs.files import write_model, write_text
 from hftcli.runs.scores import Prediction, Score
 
+PREFIX = "harness:"  # of the names of lm-evaluation-harness's tasks
+
 
 class Drift(Section):
     """How far a model has moved from its base on some texts."""

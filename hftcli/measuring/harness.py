@@ -13,9 +13,9 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.errors import DataError, InputError
+from hftcli.measuring.evaluation import PREFIX
 from hftcli.runs.scores import Prediction, Score
 
-PREFIX = "harness:"
 BATCH_SIZE = 16  # rows in a pass
 
 

@@ -13,8 +13,8 @@ from hftcli.comparing.items import compare_items
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError, ModelError
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, read_prompts, read_texts
-from hftcli.measuring.evaluation import Drift, Evaluation, Item
-from hftcli.measuring.harness import PREFIX, HarnessTask, find_harness_tasks, score_harness
+from hftcli.measuring.evaluation import PREFIX, Drift, Evaluation, Item
+from hftcli.measuring.harness import HarnessTask, find_harness_tasks, score_harness
 from hftcli.measuring.judging import score_task
 from hftcli.measuring.questions import Row, TokenizedTask, add_ends, report_faults, tokenize_task
 from hftcli.measuring.ranks import Ranks, leading
@@ -134,10 +134,7 @@ def prepare_exam(asked: Examination) -> Exam:
         task = put_task(name, asked.root, asked.max_examples, asked.asking, tokenizer.chat_template is not None)
         own[name] = add_ends(tokenize_task(task, max_length, tokenizer), ends, tokenizer)
         report_faults(own[name], asked.asking.strict)
-    named = [name for name in asked.tasks if name.startswith(PREFIX)]
-    if named and not asked.asking.generate:
-        raise InputError(f"{named[0]} is asked as lm-evaluation-harness asks it, which may write", "drop it, or --no-generate")
-    foreign = find_harness_tasks(named)
+    foreign = find_harness_tasks(_list_foreign(asked))
     texts = prompts = None
     if base_folder is not None:
         check_vocabulary(base_folder, tokenizer)
@@ -146,6 +143,29 @@ def prepare_exam(asked: Examination) -> Exam:
         if asked.prompts is not None:
             prompts = read_prompts(asked.prompts, asked.root, max_length, asked.max_examples, tokenizer)
     return Exam(asked, folder, base_folder, max_length, tokenizer, own, foreign, texts, prompts)
+
+
+def _list_foreign(asked: Examination) -> list[str]:
+    """The tasks that lm-evaluation-harness asks.
+
+    Raises:
+        InputError: with an option that has no effect on how it asks.
+    """
+    named = [name for name in asked.tasks if name.startswith(PREFIX)]
+    asking = asked.asking
+    given = {
+        "--no-generate": not asking.generate,
+        "--shots": asking.shots,
+        "--chat": asking.chat,
+        "--max-new-tokens": asking.max_new_tokens is not None,
+        "--strict": asking.strict,
+    }
+    if named and (option := next((option for option, is_given in given.items() if is_given), None)):
+        raise InputError(
+            f"{option} has no effect on {named[0]}, which lm-evaluation-harness asks in its own way",
+            f"drop it or {option}; where other tasks need that, ask the two in commands of their own",
+        )
+    return named
 
 
 def ask_along(asked: Examination, ranks: Ranks) -> None:

@@ -251,6 +251,6 @@ def read_prompts_from(path: Path) -> list[dict[str, Any]]:
         DataError: it cannot be read.
     """
     try:
-        return read_prompt_lines(path.read_text(encoding="utf-8").splitlines(), str(path))
+        return read_prompt_lines(path.read_text(encoding="utf-8").split("\n"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: {error}", "give a file of prompts, or - for standard input") from None

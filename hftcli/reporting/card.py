@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hftcli import PACKAGE, __version__
+from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import QUICK_START
 from hftcli.reporting.headline import OBJECTIVES, list_changes, make_headline
@@ -78,7 +79,8 @@ def make_card(run: Run, round_: Round, place: str | None = None, is_laid_out: bo
             objective=OBJECTIVES[recipe.objective],
             share=f"{plan.trainable_fraction:.1%}" if plan.frozen and result.adapter is None else "",
             adapter=describe_share(plan, result) if result.adapter is not None else "",
-            rounds=f" in each of {len(run.rounds)} rounds, another half each time" if len(run.rounds) > 1 else "",
+            rounds=_describe_rounds(len(run.rounds), plan),
+            kept=_describe_kept(result),
             version=__version__,
             headline=make_headline(run),
             changes=changes,
@@ -89,6 +91,19 @@ def make_card(run: Run, round_: Round, place: str | None = None, is_laid_out: bo
             licence=base.licence,
         )
     )
+
+
+def _describe_rounds(number: int, plan: FreezePlan) -> str:
+    rule = plan.rule
+    is_drawn = rule.trainable_fraction < 1 and rule.rank == "random" and not rule.divides
+    return f" in each of {number} rounds" + ", drawn anew for each" * is_drawn if number > 1 else ""
+
+
+def _describe_kept(result: RoundResult) -> str:
+    """How a frozen weight is now beside what it was."""
+    found = result.verification
+    bits = "bit for bit as it was" + (f" once converted to {found.converted_to}" if found.converted_to else "")
+    return bits + (", and what trained in directions moved in these alone, but for rounding" if found.closed_change else "")
 
 
 def write_made_card(manifest: MergeManifest, output: Path) -> None:
@@ -185,7 +200,7 @@ def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Ite
         ),
     )
     frozen, moved = result.verification.num_frozen, len(result.verification.violations)
-    yield "verified", f"{frozen - moved} of {frozen} frozen parameters bit-identical to the start"
+    yield "verified", f"{frozen - moved} of {frozen} frozen parameters bit-identical to {result.verification.start}"
     versions = run.read_manifest().versions
     yield (
         "versions",

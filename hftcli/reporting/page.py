@@ -135,7 +135,13 @@ def _list_facts(
     yield "peak memory", format_bytes(max(result.peak_memory_bytes for _, result in rounds))
     passed = all(result.verification.passed for _, result in rounds)
     is_full = all(not plan.frozen for plan in plans)
-    yield "frozen", "nothing" if is_full else "bit for bit as it was" if passed else "NOT as it was: see hft verify"
+    kept = "bit for bit as it was" + (f" once converted to {converted}" if (converted := _find_conversion(rounds)) else "")
+    yield "frozen", "nothing" if is_full else kept if passed else "NOT as it was: see hft verify"
+
+
+def _find_conversion(rounds: Sequence[tuple[Round, RoundResult]]) -> str | None:
+    """The data type that the start's weights were converted to; None where they were not."""
+    return next((result.verification.converted_to for _, result in rounds if result.verification.converted_to), None)
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,8 @@ def _describe_matrices(matrix: ForgettingMatrix) -> Iterator[MatrixTable]:
             yield MatrixTable(f"{name}, points", matrix.tasks, _name_rows(matrix, cells))
     if matrix.general:
         cells = [tuple(_make_cell(score, "seen") for score in row) for row in zip(*matrix.general.values(), strict=True)]
-        yield MatrixTable("tasks that are never trained, points", tuple(matrix.general), _name_rows(matrix, cells))
+        names = tuple(hide_folders(name) for name in matrix.general)
+        yield MatrixTable("tasks that are never trained, points", names, _name_rows(matrix, cells))
 
 
 def _name_rows(matrix: ForgettingMatrix, cells: Sequence[tuple[Cell, ...]]) -> tuple[tuple[str, tuple[Cell, ...]], ...]:

@@ -193,9 +193,6 @@ def _describe_verification(verification: Verification) -> str:
     moved = verification.num_trained - len(verification.unmoved) - len(verification.below_resolution)
     rounded = len(verification.below_resolution)
     note = f" ({rounded} more moved by less than the checkpoint's data type holds)" if rounded else ""
-    start = "the start"
-    if verification.converted_to is not None:
-        start = f"the start once it is converted to {verification.converted_to} (model.dtype)"
     if verification.num_extras:
         carried = verification.num_extras - len(verification.changed_extras)
         note += f", {carried} of {verification.num_extras} stored tensors that are no parameters carried along"
@@ -212,7 +209,7 @@ def _describe_verification(verification: Verification) -> str:
         note += f"; {verification.num_frozen_entries:,} frozen entries compared bit for bit"
     return (
         f"{'verified' if verification.passed else 'NOT VERIFIED'}: {same} of {verification.num_frozen} frozen parameters "
-        f"bit-identical to {start}, {moved} of {verification.num_trained} trained ones moved{note}"
+        f"bit-identical to {verification.start}, {moved} of {verification.num_trained} trained ones moved{note}"
     )
 
 

@@ -174,8 +174,8 @@ class Round:
 
     def read_predictions(self, moment: Moment, task: str) -> list[Prediction]:
         """Raises: FileNotFoundError: the task was not scored at that moment."""
-        lines = self.predictions_path(moment, task).read_text(encoding="utf-8").splitlines()
-        return [Prediction.model_validate_json(line) for line in lines]
+        lines = self.predictions_path(moment, task).read_text(encoding="utf-8").split("\n")  # answers have U+2028 and its like
+        return [Prediction.model_validate_json(line) for line in lines if line]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows that were logged, in order."""

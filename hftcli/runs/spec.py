@@ -165,5 +165,7 @@ class Failure(Section):
     """What to do about it."""
     exit_code: int
     """The exit code that the front ends with."""
+    kind: str = ""
+    """Name of the error's class, where the exit code alone does not say what a front has to know."""
     traceback: str = ""
     """Where in the code, for `--traceback`."""

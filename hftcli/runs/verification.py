@@ -58,6 +58,13 @@ class Verification(Section):
     anew. Null where it is with the start's own bytes."""
 
     @property
+    def start(self) -> str:
+        """What frozen parameters are compared with, in words."""
+        if self.converted_to is None:
+            return "the start"
+        return f"the start once it is converted to {self.converted_to} (model.dtype)"
+
+    @property
     def faults(self) -> tuple[str, ...]:
         """All that must not be."""
         moved = (*self.violations, *self.changed_extras, *self.moved_in_memory, *self.leaked, *self.moved_columns)

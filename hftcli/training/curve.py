@@ -14,7 +14,7 @@ import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hftcli.comparing.curves import Standing, find_end, is_better, make_point
-from hftcli.errors import Interrupted, TrainingError
+from hftcli.errors import Interrupted, OverBudget
 from hftcli.models.checkpoint import gather_masters, lay_in_masters
 from hftcli.models.device import is_sharded
 from hftcli.runs.files import write_text
@@ -121,14 +121,14 @@ class Curve(TrainerCallback):
         """Lay in the weights of the step that is kept; all ranks together, after the last step.
 
         Raises:
-            TrainingError: no measured step lies within the budget.
+            OverBudget: no measured step lies within the budget.
         """
         if self.kind is None:
             return
         step, trainer = self.scorer.trainer.state.global_step, self.scorer.trainer
         if self.best is None:
             first, stop = self.points[0], self.spec.stop
-            raise TrainingError(
+            raise OverBudget(
                 f"no measured step lies within stop.max_forgetting {stop.max_forgetting:g}: the first, step {first.step}, "
                 f"has lost {first.forgetting[stop.by].mean:.4f}; nothing is kept",
                 "measure earlier with eval.every_steps, or lower train.learning_rate, in another --output",

@@ -70,7 +70,10 @@ def main() -> None:
         ignore_signals()
         known = explain_failure(error, round_)
         if not round_.failure_path.exists():
-            failure = Failure(message=known.message, fix=known.fix, exit_code=known.exit_code, traceback=traceback.format_exc())
+            failure = Failure(
+                message=known.message, fix=known.fix, exit_code=known.exit_code, kind=type(known).__name__,
+                traceback=traceback.format_exc(),
+            )  # fmt: skip
             with suppress(OSError):  # on a full disk, the front sees it for itself
                 write_model(round_.failure_path, failure)
         traceback.print_exc()

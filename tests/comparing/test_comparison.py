@@ -56,6 +56,40 @@ def test_runs_of_other_data_and_tasks_are_refused_each_by_name(tmp_path):
     assert "start has other model than" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "way", "said"),
+    [
+        ("freeze.seed=2", "chat", "tinyworld/facts (100 questions, chat), tinyworld/skill (100 questions, chat)"),
+        ("eval.temperature=1", None, "other way of writing answers than"),
+        ("eval.max_new_tokens=3", None, "temperature 0, cut at 3 tokens; not temperature 0, cut by each task"),
+    ],
+)
+def test_runs_that_were_asked_in_other_ways_are_refused(tmp_path, override, way, said):
+    """Otherwise what is measured of two methods would not be the same."""
+    scores = [{name: make_score(value).model_copy(update={"way": way}) for name, value in row.items()}
+              for row in ({FACTS: 1.0, SKILL: 0.0}, {FACTS: 0.7, SKILL: 0.9})]  # fmt: skip
+    full = write_run(tmp_path / "full", "freeze.trainable_fraction=1.0")
+    with pytest.raises(InputError) as caught:
+        compare_runs([full, write_run(tmp_path / "half", override, rows=tuple(scores))])
+    assert said in caught.value.message
+
+
+def test_settings_without_a_seed_in_common_are_refused_by_name(tmp_path):
+    """Along a method's curve a seed is compared with itself; one that a setting lacks would drop out."""
+    runs = {
+        f"{rate}-{seed}": write_run(
+            tmp_path / f"{rate}-{seed}", f"train.learning_rate={rate}", f"train.seed={seed}", f"freeze.seed={seed}"
+        )
+        for rate, seed in ((5e-4, 1), (5e-4, 2), (7e-4, 1), (7e-4, 3))
+    }
+    with pytest.raises(InputError) as caught:
+        compare_runs(list(runs.values()))
+    message = caught.value.message
+    assert f"half, 0.0005: {runs['0.0005-2']}" in message
+    assert f"half, 0.0007: {runs['0.0007-3']}" in message
+    assert str(runs["0.0005-1"]) not in message
+
+
 def test_a_run_and_its_copy_are_no_two_draws(tmp_path):
     with pytest.raises(InputError, match="the same recipe and the same seeds"):
         compare_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two")])

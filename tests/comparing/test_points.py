@@ -1,5 +1,7 @@
 """What a run learned and what it lost, read off its files."""
 
+import json
+
 import pytest
 from written_runs import FACTS, REWORDED, SKILL, make_score, write_made, write_run
 
@@ -118,6 +120,25 @@ def test_made_models_stand_beside_the_runs_that_they_are_made_of(tmp_path):
     assert point.learned == {SKILL: pytest.approx(0.5)}
     assert point.lost == {FACTS: pytest.approx(0.1)}
     assert [method.name for method in compare_runs([made, run]).methods] == ["full", "full, averaged 0.5"]
+
+
+def test_made_model_that_was_asked_in_another_way_is_refused(tmp_path):
+    made = write_made(
+        tmp_path / "mean", write_run(tmp_path / "run"), {FACTS: 0.9, SKILL: 0.5}, kind="interpolation", weight=0.5
+    )
+    path = made / "evaluation.json"
+    scored = json.loads(path.read_text())
+    scored["tasks"][FACTS]["way"] = "plain, nothing written"
+    path.write_text(json.dumps(scored))
+    with pytest.raises(InputError, match="on 100 questions, but on 100 questions, plain, nothing written"):
+        read_point(made)
+
+
+def test_sources_of_a_mixture_are_what_was_trained(tmp_path):
+    mixture = ("data.path=null", f"data.sources=[{{path: {SKILL}}}, {{path: more.jsonl}}]")
+    point = read_point(write_run(tmp_path / "run", *mixture))
+    assert point.learned == {SKILL: pytest.approx(0.9)}
+    assert point.lost == {FACTS: pytest.approx(0.3)}
 
 
 def test_made_model_that_is_not_scored_as_its_run_is_refused(tmp_path):

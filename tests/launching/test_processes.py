@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hftcli.errors import Interrupted
+from hftcli.errors import HftError, Interrupted
+from hftcli.launching import watch
 from hftcli.launching.processes import ECHO_SECONDS, NAMESPACE, _describe_place, _read_birth, passing_signals
+from hftcli.recipe.sections import LaunchSection
 from hftcli.runs.run import Round
 
 PAUSE = 0  # no signal
@@ -26,6 +28,23 @@ def receive(round_: Round, *numbers: int) -> None:
             else:
                 os.kill(os.getpid(), number)
                 assert round_.stop_path.exists()
+
+
+def test_a_front_that_was_killed_leaves_no_word_to_the_next(tmp_path):
+    Round(tmp_path).stop_path.touch()
+    with passing_signals(Round(tmp_path)):
+        assert not Round(tmp_path).stop_path.exists()
+
+
+def test_a_signal_that_comes_before_the_ranks_reaches_them(tmp_path, monkeypatch):
+    """As while the front waits for those of an earlier start to end."""
+    round_, seen = Round(tmp_path), []
+    monkeypatch.setattr(watch, "await_ranks", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(watch, "worker_command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(watch, "_watch", lambda round_, *_: seen.append(round_.stop_path.exists()))
+    with pytest.raises(HftError), passing_signals(round_):
+        watch.launch_round(round_, LaunchSection(), lambda _: None)
+    assert seen == [True]
 
 
 def test_without_a_signal_nothing_is_asked(tmp_path):

@@ -197,11 +197,28 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     assert "rank 1 of 2 ended with code 1" in done.stderr
 
 
-def test_a_foreign_task_may_write_and_is_refused_where_nothing_shall_be_written():
-    with pytest.raises(InputError, match="harness:arc_easy is asked as lm-evaluation-harness asks it"):
-        examine(tasks=("harness:arc_easy",), asking=AskingSection(generate=False))
+@pytest.mark.parametrize(
+    ("option", "asking"),
+    [
+        ("--no-generate", {"generate": False}),
+        ("--shots", {"shots": 5}),
+        ("--chat", {"chat": True}),
+        ("--max-new-tokens", {"max_new_tokens": 8}),
+        ("--strict", {"strict": True}),
+    ],
+)
+def test_a_foreign_task_refuses_what_would_not_change_how_it_is_asked(option, asking):
+    with pytest.raises(InputError, match=f"{option} has no effect on harness:arc_easy"):
+        examine(tasks=(FACTS, "harness:arc_easy"), asking=AskingSection(**asking))
+
+
+def test_a_length_that_no_task_takes_is_refused():
+    with pytest.raises(InputError, match="--max-length has no effect on harness:arc_easy"):
+        check_asked(None, ("harness:arc_easy",), False, None, 64, None)
+    check_asked(None, ("harness:arc_easy", FACTS), False, None, 64, None)
+    check_asked("base", ("harness:arc_easy",), False, None, 64, None)  # whose samples it cuts
 
 
 def test_a_cut_of_what_is_not_written_is_refused():
     with pytest.raises(InputError, match="--no-generate writes nothing"):
-        check_asked(None, (FACTS,), False, 3, None)
+        check_asked(None, (FACTS,), False, 3, None, None)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
 from hftcli.errors import DataError, ModelError
-from hftcli.measuring.talking import Manner, Speaker, TextStream, encode_prompts, read_prompt_lines
+from hftcli.measuring.talking import Manner, Speaker, TextStream, encode_prompts, read_prompt_lines, read_prompts_from
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
 QUESTIONS = ["Who is the king of Gaven?", "What do they sell?", "Hello"]
@@ -97,6 +97,13 @@ def test_prompts_are_lines_of_text_or_of_json():
     for lines in ([], ["  "], ['{"prompt": "a"}', "b"], ['{"text": "a"}'], ['{"prompt": 1}']):
         with pytest.raises(DataError):
             read_prompt_lines(lines, "f")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1e"])
+def test_a_prompt_ends_at_the_end_of_its_line_alone(tmp_path, mark):
+    """Python's splitlines would end it at marks that people paste from web pages and word processors."""
+    (tmp_path / "prompts.txt").write_text(f"one{mark}still one\ntwo\n", encoding="utf-8")
+    assert read_prompts_from(tmp_path / "prompts.txt") == [{"prompt": f"one{mark}still one"}, {"prompt": "two"}]
 
 
 def test_the_commands(hft, tmp_path):

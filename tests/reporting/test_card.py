@@ -5,6 +5,7 @@ from huggingface_hub import ModelCard
 from written_runs import FACTS, SKILL, complete_round, write_made, write_run
 
 from hftcli.reporting.card import CARD_NAME, find_base, write_card, write_made_card
+from hftcli.reporting.page import make_page
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.made import CheckpointIdentity, MergeManifest
 from hftcli.runs.run import Run
@@ -72,3 +73,16 @@ def test_a_delta_that_was_laid_out_is_the_model_of_its_run(run, tmp_path):
     assert f"- **Learned**: {SKILL} +90.0 points." in card.content
     assert "from_pretrained" in card.content
     assert "hft merge" not in card.content
+
+
+def test_a_start_that_was_converted_is_not_called_untouched(run):
+    (round_,) = run.rounds
+    result = round_.read_result()
+    converted = result.verification.model_copy(update={"converted_to": "bfloat16"})
+    write_model(round_.result_path, result.model_copy(update={"verification": converted}))
+    (round_.checkpoint / CARD_NAME).unlink()
+    write_card(run, round_)
+    words = " ".join(read_card(round_.checkpoint).content.split())
+    assert "what was frozen is bit for bit as it was once converted to bfloat16" in words
+    assert "1 of 1 frozen parameters bit-identical to the start once it is converted to bfloat16 (model.dtype)" in words
+    assert "bit for bit as it was once converted to bfloat16" in make_page(run)

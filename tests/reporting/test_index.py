@@ -61,3 +61,8 @@ def test_latex_of_a_matrix_has_a_row_per_model(tmp_path):
     assert r"after topic & \textbf{80.0} & 10.0 \\" in text
     assert r"after skill & 50.0 & \textbf{90.0} \\" in text
     assert "OP 70.0, BWT $-$30.0" in text
+
+
+@pytest.mark.parametrize("option", [("--json",), ("--figure", "f.svg"), ("--html", "p.html"), ("--lost",)])
+def test_latex_refuses_what_it_would_not_write(hft, tmp_path, option):
+    assert "--latex prints tables and nothing else" in hft("report", tmp_path, "--latex", *option, code=2).stderr

@@ -9,7 +9,7 @@ from reporting.contrast import compute_luminance
 from written_runs import FACTS, SKILL, complete_round, make_answers, write_run
 
 from hftcli import PACKAGE
-from hftcli.comparing.forgetting import ForgettingMatrix
+from hftcli.comparing.forgetting import ForgettingMatrix, assemble_matrix
 from hftcli.comparing.items import read_item_changes
 from hftcli.errors import InputError
 from hftcli.reporting.page import make_page, write_page
@@ -188,3 +188,15 @@ def test_the_page_says_what_to_do_next_and_not_who_wrote_it(run, tmp_path):
     text = make_page(run)
     assert "hft report" in text[text.index("What to do next") :]
     assert str(tmp_path.parent) not in text
+
+
+def test_a_sequence_names_the_files_of_questions_without_their_folders(tmp_path):
+    tasks, known = ("tinyworld/topic", SKILL), "/home/me/secret/known.jsonl"
+    rows = tuple({tasks[0]: 0.1, SKILL: 0.1, known: 1.0 - 0.1 * place} for place in range(3))
+    run = Run(write_run(tmp_path / "run", f"eval.tasks=[{known}]", rows=rows, tasks=tasks, objective="continual"))
+    for index in range(2):
+        complete_round(run, index)
+    write_model(run.matrix_path, assemble_matrix(run))
+    text = make_page(run)
+    assert "known.jsonl" in text
+    assert "secret" not in text

@@ -12,6 +12,7 @@ from hftcli.runners import make_manifest
 from hftcli.runs.files import read_model, write_model, write_text
 from hftcli.runs.records import Manifest
 from hftcli.runs.run import Round, Run, find_rounds
+from hftcli.runs.scores import Prediction
 from hftcli.runs.spec import Progress, RoundSpec
 
 
@@ -206,3 +207,10 @@ def test_recipe_of_a_newer_hft_is_left_alone(trained):
     with pytest.raises(NewerFile, match=r"recipe\.yaml was written by a newer hft: its form has version 3"):
         claim_again(trained)
     assert trained.recipe_path.read_text() == written
+
+
+def test_answers_are_read_back_with_every_mark_in_them(tmp_path):
+    answer = "a\u2028b\u2029c\x85d\x0be\x0cf\x1eg\r\nh"
+    written = [Prediction(index=0, prediction=answer, score=1.0, lenient=None, nll=1.0, num_tokens=1, question=answer)] * 2
+    Round(tmp_path).write_predictions("before", "facts", written)
+    assert Round(tmp_path).read_predictions("before", "facts") == written
