@@ -29,7 +29,7 @@ from hftcli.comparing.advice import (
 )
 from hftcli.comparing.comparison import compare_runs
 from hftcli.comparing.points import read_point
-from hftcli.errors import HftError, InputError, Interrupted, OverBudget, VerificationError
+from hftcli.errors import InputError, OverBudget, TrainingError
 from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.recipe import Recipe
 from hftcli.reporting.versus import write_comparison
@@ -114,9 +114,7 @@ class Search:
         begun = time.monotonic()
         try:
             run = runners.run_single(self._make_recipe(candidate, num_steps, SEARCH_SEED), self.on_progress)
-        except (Interrupted, VerificationError):
-            raise
-        except HftError as error:
+        except (InputError, TrainingError) as error:
             # An input is wrong for all of an arm, as where a model cannot have it; what fails, as without memory, is one run.
             name = candidate.arm if isinstance(error, InputError) else candidate.name
             self.left_out[name] = error.message

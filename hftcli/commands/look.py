@@ -230,7 +230,7 @@ def doctor(
     """Check this machine, the hosts of a hostfile, and what of a recipe will not fit; exit 2 at a fault."""
     from hftcli.reporting.terminal import print_findings
 
-    is_run_given = recipe or overrides or hostfile or num_processes
+    is_run_given = recipe or overrides or output or hostfile or num_processes
     place = Place(hostfile)
     resolved = read_recipe(recipe, overrides, output, num_processes, place, needs_rows=False) if is_run_given else None
     findings = _examine(resolved, is_model_given=recipe is not None)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hftcli.comparing.grid import Planned
 
 app = typer.Typer()
+NUM_SEEDS = 3  # of a comparison
 
 
 @app.command("eval")
@@ -114,9 +115,7 @@ def check_asked(
     if idle_cut is not None:
         raise InputError("--max-new-tokens cuts what is written, and --no-generate writes nothing", "drop one of the two")
     if max_length is not None and base is None and all(name.startswith(PREFIX) for name in tasks):
-        raise InputError(
-            f"--max-length has no effect on {tasks[0]}, which lm-evaluation-harness asks in its own way", "drop it"
-        )
+        raise InputError(f"--max-length has no effect on {tasks[0]}: lm-evaluation-harness asks it in its own way", "drop it")
 
 
 @app.command()
@@ -127,7 +126,9 @@ def compare(
     vary: Annotated[
         list[str] | None, typer.Option("--vary", metavar="KEY=V1,V2,...", help="Run the recipe with each of these values.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Run each setting with so many seeds.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Run each setting with so many seeds.", show_default=str(NUM_SEEDS))
+    ] = None,
     tune_seeds: Annotated[
         int, typer.Option("--tune-seeds", min=0, help="Choose each method's settings on so many seeds, and report others.")
     ] = 0,
@@ -157,9 +158,10 @@ def compare(
     from hftcli.reporting.figures import check_figure_path
     from hftcli.reporting.measures import print_comparison
 
-    if recipe is None and (vary or overrides or output or tune_seeds):
+    if recipe is None and (vary or overrides or output or tune_seeds or seeds):
         raise InputError(
-            "hft compare takes --vary, --set, --tune-seeds and --output with --recipe only", "name a recipe, or only runs"
+            "hft compare takes --vary, --set, --seeds, --tune-seeds and --output with --recipe only",
+            "name a recipe, or only runs",
         )
     others = [name.strip() for name in tune_tasks.split(",") if name.strip()]
     if others and not tune_seeds:
@@ -169,7 +171,7 @@ def compare(
     folders, tuning = list(runs or ()), ""
     if recipe is not None:
         output = output or Path("runs") / f"compare-{Path(recipe).stem}"
-        plan = Plan(recipe, overrides or [], vary or [], seeds, tune_seeds, others, output)
+        plan = Plan(recipe, overrides or [], vary or [], seeds or NUM_SEEDS, tune_seeds, others, output)
         found, tuning = run_plan(plan, learned or [], by)
         folders += found
         figure, page = figure or output / "frontier.svg", page or output / "comparison.html"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hftcli.commands.options import Dtype
-from hftcli.errors import InputError
+from hftcli.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from hftcli.measuring.talking import Manner, Message, Speaker
@@ -42,6 +42,7 @@ def chat(
     """Talk to a model; with --beside, to another one at the same time, such as what it was before training."""
     from hftcli.runners import resolve_subject
 
+    check_drawing(temperature, top_p)
     subject = resolve_subject(model)
     if beside == START and subject.base is None:
         raise InputError(f"--beside {START}: {model} is no run, and does not say what it started from", "name the model")
@@ -148,7 +149,10 @@ def generate(
     from hftcli.reporting.progress import show_counts
     from hftcli.runs.files import write_text
 
+    check_drawing(temperature, top_p, seed)
     rows = read_prompt_lines(sys.stdin, "standard input") if prompts == "-" else read_prompts_from(Path(prompts))
+    if (answered := next((place for place, row in enumerate(rows, start=1) if "answer" in row), None)) is not None:
+        raise DataError(f"--prompts {prompts}, prompt {answered} has an `answer`, which would be lost", "give it another name")
     speaker = Speaker(subject.path, dtype)
     encoded = encode_prompts(speaker, rows, chat, system)
     with show_counts() as on_progress:
@@ -162,3 +166,11 @@ def generate(
         print(text, end="")
     else:
         write_text(output, text)
+
+
+def check_drawing(temperature: float, top_p: float, seed: int = 0) -> None:
+    """Raises: InputError: nothing is drawn, and yet it is said how."""
+    if not temperature and (seed or top_p < 1):
+        raise InputError(
+            "--top-p and --seed say how answers are drawn, and at temperature 0 none are", "give --temperature, too"
+        )

@@ -214,8 +214,8 @@ def _check_seeds(methods: Sequence[Method]) -> None:
         ]
     if faults:
         raise InputError(
-            "these runs cannot be compared: the settings of a method need the same seeds, and of these runs another setting has "
-            "none with the same train.seed and freeze.seed\n" + "\n".join(faults),
+            "these runs cannot be compared: a method's settings need the same seeds, train.seed and freeze.seed, and these "
+            "runs have one that another setting lacks\n" + "\n".join(faults),
             "run the others with these seeds, too, or leave these runs out",
         )
 

@@ -107,8 +107,8 @@ def _read_outcome(round_: Round, code: int, log_start: int = 0) -> RoundResult:
     if round_.failure_path.exists() and not is_killed:
         failure = read_model(round_.failure_path, Failure)
         kinds = {kind.exit_code: kind for kind in (HftError, InputError, VerificationError, Interrupted)}
-        kind = OverBudget if failure.kind == OverBudget.__name__ else kinds[failure.exit_code]
-        error = kind(failure.message, failure.fix)
+        named = {kind.__name__: kind for kind in (TrainingError, OverBudget)}
+        error = named.get(failure.kind, kinds[failure.exit_code])(failure.message, failure.fix)
         error.add_note(failure.traceback)
         raise error
     if shutil.disk_usage(round_.folder).free < FULL_BYTES:

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from hftcli.launching.command import find_free_port
 from hftcli.models.device import find_device
 
 POLL_SECONDS = 0.2
+# A rank waits for the first while that lets lm-evaluation-harness ask. Whether the others live is watched on both sides.
+PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Ranks:
             f"tcp://127.0.0.1:{port}",
             rank=self.rank,
             world_size=self.num_ranks,
+            timeout=PATIENCE,
         )
 
 
@@ -62,7 +67,7 @@ def leading(asked: Any, num_ranks: int) -> Iterator[Ranks]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "asked"
         path.write_bytes(pickle.dumps(asked))
-        command = [sys.executable, "-m", "hftcli.measuring.follower", str(path)]
+        command = [sys.executable, "-m", "hftcli.measuring.follower", str(os.getpid()), str(path)]
         threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // num_ranks, 1))} | dict(os.environ)
         others = [
             subprocess.Popen([*command, str(rank), str(num_ranks), str(port)], env=threads, stdout=subprocess.DEVNULL)
@@ -91,3 +96,10 @@ def _watch(others: list[subprocess.Popen[bytes]], done: threading.Event) -> None
                 for each in others:
                     each.kill()
                 os._exit(1)
+
+
+def watch_leader(leader: int) -> None:
+    """End this process where the first rank is gone: it would wait for its answers without an end."""
+    while os.getppid() == leader:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)

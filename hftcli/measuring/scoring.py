@@ -162,7 +162,7 @@ def _list_foreign(asked: Examination) -> list[str]:
     }
     if named and (option := next((option for option, is_given in given.items() if is_given), None)):
         raise InputError(
-            f"{option} has no effect on {named[0]}, which lm-evaluation-harness asks in its own way",
+            f"{option} has no effect on {named[0]}: lm-evaluation-harness asks it in its own way",
             f"drop it or {option}; where other tasks need that, ask the two in commands of their own",
         )
     return named

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,25 @@ def test_several_processes_find_what_one_does(hft, tmp_path):
     assert [(item["task"], item["index"], item["score"], item["prediction"]) for item in items] == [
         (item["task"], item["index"], item["score"], item["prediction"]) for item in others
     ]
+
+
+@pytest.mark.slow
+def test_a_first_rank_that_is_killed_ends_the_others(tmp_path):
+    """They would wait for it for as long as a task of another program may take."""
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "from hftcli.measuring.ranks import leading\n"
+        "from hftcli.measuring.scoring import Examination\n"
+        f"with leading(Examination(model={str(EMBEDDED)!r}, tasks=({FACTS!r},)), 2):\n"
+        "    print(*pathlib.Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
+    (other,) = map(int, done.stdout.split())
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{other}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{other}").exists()
 
 
 @pytest.mark.slow

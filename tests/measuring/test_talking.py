@@ -125,6 +125,19 @@ def test_the_commands(hft, tmp_path):
     assert "no such file" in hft("generate", "tinyworld", "--prompts", tmp_path / "no", code=2).stderr.lower()
 
 
+def test_what_would_be_lost_or_not_act_is_refused(hft, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "the right one"}\n')
+    said = hft("generate", "tinyworld", "--prompts", tmp_path / "rows.jsonl", code=2).stderr
+    assert "prompt 2 has an `answer`, which would be lost" in said
+    for given in (
+        ("generate", "--prompts", "-", "--seed", 3),
+        ("generate", "--prompts", "-", "--top-p", 0.9),
+        ("chat", "--top-p", 0.9),
+    ):
+        command, *options = given
+        assert "at temperature 0 none are" in hft(command, "tinyworld", *options, code=2).stderr
+
+
 def test_a_model_without_turns_does_not_chat(shared):
     with pytest.raises(ModelError, match="no chat template") as raised:
         Speaker(str(shared / "models" / "stories260K"), "float32", needs_template=True)
