@@ -129,12 +129,11 @@ def test_what_would_be_lost_or_not_act_is_refused(hft, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "the right one"}\n')
     said = hft("generate", "tinyworld", "--prompts", tmp_path / "rows.jsonl", code=2).stderr
     assert "prompt 2 has an `answer`, which would be lost" in said
-    for given in (
+    for command, *options in (
         ("generate", "--prompts", "-", "--seed", 3),
         ("generate", "--prompts", "-", "--top-p", 0.9),
         ("chat", "--top-p", 0.9),
     ):
-        command, *options = given
         assert "at temperature 0 none are" in hft(command, "tinyworld", *options, code=2).stderr
 
 
