@@ -89,7 +89,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
         raise InputError(
             f"{run.folder} is no run: it has no {run.recipe_path.name}", "give folders that hft made with --output"
         )
-    recipe = load_recipe(run.recipe_path)
+    recipe = load_recipe(run.recipe_path, is_written=True)
     unfinished = [round_.name for round_ in run.rounds if not round_.is_done]
     if unfinished or not run.rounds:
         raise InputError(

@@ -124,6 +124,7 @@ class Exam:
 
 def prepare_exam(asked: Examination) -> Exam:
     """Read and tokenize all that is asked, before a model is loaded."""
+    named = _list_foreign(asked)
     folder = fetch_checkpoint(asked.model)
     base_folder = None if asked.base is None else fetch_checkpoint(asked.base)
     max_length = find_length(asked.max_length, [folder] if base_folder is None else [folder, base_folder])
@@ -134,7 +135,7 @@ def prepare_exam(asked: Examination) -> Exam:
         task = put_task(name, asked.root, asked.max_examples, asked.asking, tokenizer.chat_template is not None)
         own[name] = add_ends(tokenize_task(task, max_length, tokenizer), ends, tokenizer)
         report_faults(own[name], asked.asking.strict)
-    foreign = find_harness_tasks(_list_foreign(asked))
+    foreign = find_harness_tasks(named)
     texts = prompts = None
     if base_folder is not None:
         check_vocabulary(base_folder, tokenizer)

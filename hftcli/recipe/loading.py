@@ -36,8 +36,9 @@ QUICK_START_RECIPES: dict[Objective, str] = {"sft": "tinyworld", "dpo": "tinywor
 
 
 def load_recipe(
-    path: Path | str | None, overrides: Iterable[str] = (), objective: Objective | None = None, needs_rows: bool = True
-) -> Recipe:
+    path: Path | str | None, overrides: Iterable[str] = (), objective: Objective | None = None, needs_rows: bool = True,
+    is_written: bool = False,
+) -> Recipe:  # fmt: skip
     """Read a recipe.
 
     Args:
@@ -46,6 +47,8 @@ def load_recipe(
         overrides: `key.path=value` strings; the value is YAML.
         objective: what the recipe is for; None takes what its sections say.
         needs_rows: False where nothing is asked of the rows, which may then be missing.
+        is_written: a run's own, which is read to know what it did: a setting without effect changes nothing of that, be it one
+            that an earlier hft let pass.
 
     Raises:
         RecipeError: naming every fault at once.
@@ -75,7 +78,7 @@ def load_recipe(
     faults += [*check_foreign_keys(recipe, objective, source), *check_trainer_keys(recipe, objective, source)]
     faults += [*check_methods(recipe, objective, source), *check_fit(recipe, source)]
     faults += check_finite(recipe.model_dump(), source)
-    if not faults:  # what is not of its type has no effect to speak of
+    if not faults and not is_written:  # what is not of its type has no effect to speak of
         faults += [*check_measuring(recipe, objective, source), *check_effects(recipe, objective, source)]
     if faults:
         raise RecipeError("\n".join(faults))

@@ -66,7 +66,7 @@ def make_card(run: Run, round_: Round, place: str | None = None, is_laid_out: bo
         place: where the model can be loaded from; null names the folder of the checkpoint by the run's name.
         is_laid_out: a delta was laid over its base, so that the model is whole.
     """
-    recipe, result, base = load_recipe(run.recipe_path), round_.read_result(), find_base(run)
+    recipe, result, base = load_recipe(run.recipe_path, is_written=True), round_.read_result(), find_base(run)
     changes, plan = list_changes(run), round_.read_plan()
     name = run.folder.resolve().name
     return (

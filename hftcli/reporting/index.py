@@ -46,7 +46,7 @@ def list_lines(folders: Sequence[Path], beside: Path | None = None) -> list[Line
     lines = []
     for folder in folders:
         run, rounds = Run(folder), find_rounds(folder)
-        recipe, headline = load_recipe(run.recipe_path), make_headline(run)
+        recipe, headline = load_recipe(run.recipe_path, is_written=True), make_headline(run)
         page = ""
         if run.page_path.exists():
             page = os.path.relpath(run.page_path.resolve(), beside.resolve().parent) if beside else show_place(run.page_path)

@@ -62,7 +62,7 @@ def make_page(run: Run) -> str:
     """The page as text. See write_page."""
     if not run.recipe_path.exists():
         raise InputError(f"{run.folder} is no run, and only a run has a page", "give a folder that hft made with --output")
-    recipe, manifest = load_recipe(run.recipe_path), run.read_manifest()
+    recipe, manifest = load_recipe(run.recipe_path, is_written=True), run.read_manifest()
     rounds = [(round_, round_.read_result()) for round_ in run.rounds if round_.is_done]
     if not rounds:
         raise InputError(f"{run.folder} has no finished round", "run its recipe again: it goes on where it stopped")
@@ -105,7 +105,7 @@ def _list_next_steps(run: Run, rounds: Sequence[tuple[Round, RoundResult]]) -> I
     name = hide_folders(show_place(run.folder))
     if len(rounds) < len(run.rounds):
         yield (
-            f"hft {load_recipe(run.recipe_path).objective} --recipe {name}/recipe.yaml --output {name}",
+            f"hft {load_recipe(run.recipe_path, is_written=True).objective} --recipe {name}/recipe.yaml --output {name}",
             "go on where it stopped",
         )
         return

@@ -26,7 +26,7 @@ def report_to_trackers(run: Run) -> None:
     Raises:
         HftError: a tracker did not take it; the run itself is untouched.
     """
-    train = load_recipe(run.recipe_path).train  # which may name one that its rounds were not told of
+    train = load_recipe(run.recipe_path, is_written=True).train  # which may name one that its rounds were not told of
     told = json.loads(run.tracked_path.read_text(encoding="utf-8")) if run.tracked_path.exists() else {}
     logbook = make_logbook(run, train.extra.get("project"))
     num_rows = len(logbook.rows)

@@ -263,7 +263,7 @@ class Run:
         """
         note = ""
         try:
-            held = load_recipe(self.recipe_path).model_dump(mode="json")
+            held = load_recipe(self.recipe_path, is_written=True).model_dump(mode="json")
         except RecipeError as error:
             held = RecipeFile(self.recipe_path).values
             note = f"; compared as text, because this hft does not read the recipe that it holds:\n{error.message}"

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import yaml
 from written_runs import FACTS, REWORDED, SKILL, make_score, write_made, write_run
 
 from hftcli.comparing.comparison import compare_runs
 from hftcli.comparing.points import read_point
-from hftcli.errors import InputError
+from hftcli.errors import InputError, RecipeError
+from hftcli.recipe.loading import load_recipe
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
 from hftcli.runs.scores import HELD_OUT, CurvePoint, PairScore, PairScores
@@ -169,3 +171,15 @@ def test_made_model_that_is_not_scored_as_its_run_is_refused(tmp_path):
 )
 def test_rules_go_by_names_of_their_own(tmp_path, override: str, title: str):
     assert read_point(write_run(tmp_path / "run", override)).title == title
+
+
+def test_a_run_of_an_earlier_hft_is_read_though_its_recipe_would_be_refused_now(tmp_path):
+    """Epochs beside steps, which had no effect and were let pass."""
+    run = write_run(tmp_path / "run")
+    path = run / "recipe.yaml"
+    written = yaml.safe_load(path.read_text())
+    written["train"]["num_train_epochs"] = 3.0
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+    assert read_point(run).learned == {SKILL: pytest.approx(0.9)}
