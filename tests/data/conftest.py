@@ -14,13 +14,19 @@ SPECIAL = (
 ).split()
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerBase:
-    """One token per byte, and ChatML's two."""
+def make_bytes() -> Tokenizer:
+    """One token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte, and ChatML's two."""
+    backend = make_bytes()
     backend.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     made.chat_template = CHAT_TEMPLATES["chatml"]
@@ -35,10 +41,7 @@ def minimind(shared: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """One token per byte, the special tokens of several families, and a beginning before every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend = make_bytes()
     # DeepSeek's borders are not declared special.
     backend.add_tokens([AddedToken(token, special="｜" not in token or "end" in token) for token in SPECIAL])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
