@@ -60,9 +60,13 @@ class ColumnedLinear(LaidLinear):
 
 
 def select(input_TI: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
-    """Some columns of an input (T, C), by the operation that is fastest on CPUs at any number of dimensions and data type."""
+    """Some columns of an input (T, C), by the operation that is faster on a CPU."""
     flat_TI = input_TI.reshape(-1, input_TI.shape[-1])
-    return flat_TI.gather(1, index_C.expand(len(flat_TI), -1)).view(*input_TI.shape[:-1], -1)
+    if flat_TI.dtype == torch.float32 and flat_TI.is_contiguous():  # here gather takes twice the time, elsewhere two thirds
+        selected_TC = flat_TI.index_select(1, index_C)
+    else:
+        selected_TC = flat_TI.gather(1, index_C.expand(len(flat_TI), -1))
+    return selected_TC.view(*input_TI.shape[:-1], -1)
 
 
 def score_columns(weight_OI: torch.Tensor, squares_I: torch.Tensor, choice: Choice) -> torch.Tensor:
