@@ -144,11 +144,11 @@ def holding_rounding(model: torch.nn.Module, start: Start) -> Iterator[None]:
             name = name.replace(".base_layer.", ".")  # below PEFT's adapters
             if name not in start.layout.places or not (parameter.requires_grad or name in start.masters):
                 continue
-            held = parameter.ds_tensor if is_partitioned(parameter) else parameter
-            if start.is_rounded(name) and held.dtype != start.get_dtype(name):
-                kept.append((held, held.detach().to("cpu", copy=True)))
-                whole = not is_partitioned(parameter)
-                held.data.copy_(start.round(name, held.detach()) if whole else held.detach().to(start.get_dtype(name)))
+            for held in list_held(parameter):
+                if start.is_rounded(name) and held.dtype != start.get_dtype(name):
+                    kept.append((held, held.detach().to("cpu", copy=True)))
+                    is_whole = held is parameter
+                    held.data.copy_(start.round(name, held.detach()) if is_whole else held.detach().to(start.get_dtype(name)))
         yield
     finally:
         for held, values in kept:
@@ -239,6 +239,13 @@ def halve_frozen(model: PreTrainedModel, wide: Collection[str] = ()) -> None:
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO 3 holds the parameter in pieces, one on each rank."""
     return hasattr(parameter, "ds_tensor")
+
+
+def list_held(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """What a process holds of a parameter: under ZeRO 3 its piece, beside which DeepSpeed leaves small ones gathered."""
+    if not is_partitioned(parameter):
+        return [parameter]
+    return [parameter.ds_tensor, *([parameter] if parameter.numel() else [])]
 
 
 @dataclass(frozen=True)

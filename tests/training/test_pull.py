@@ -219,6 +219,18 @@ def test_pieces_are_measured_as_they_would_be_saved(start: Path, tmp_path: Path,
     assert (resumed.checkpoint / WEIGHTS).read_bytes() == (done.checkpoint / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
+def test_rounded_pieces_are_measured_as_the_file_has_them(tmp_path: Path):
+    """In a start's bfloat16, the small weights too, which ZeRO 3 leaves gathered beside their pieces."""
+    spec = make_spec(
+        make_start(tmp_path / "start", torch.bfloat16), {}, scoring=TWICE,
+        launch=LaunchSection(num_processes=2, zero_stage=3), train={"per_device_train_batch_size": 4},
+    )  # fmt: skip
+    scores = launch(tmp_path / "two", spec).read_scores()
+    within, after = ({name: score.nll for name, score in found.items()} for found in (scores.points[-1].scores, scores.after))
+    assert within == pytest.approx(after, rel=1e-6)
+
+
 def test_fisher_information_is_taken_of_the_model_that_is_left(start: Path, tmp_path: Path):
     """All of the way is taken back, or none was gone."""
     ewc = MethodSection(ewc=EwcSection(num_examples=4))
