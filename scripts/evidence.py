@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from reproduce_stream import BENCHES
+
 from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_learning, correct_by_holm
 from hftcli.comparing.statistics import Seed, estimate_mean
 
 FOLDER = Path(__file__).parent
-STREAM, KEPT, WAYS = FOLDER / "stream.json", FOLDER / "kept.json", FOLDER / "ways.json"
+STREAM, SKILL, WAYS = FOLDER / "stream.json", FOLDER / "skill.json", FOLDER / "ways.json"
 STAGES = {"one": "one process", "0": "ZeRO 0", "1": "1", "2": "2", "3": "3"}
 Row = tuple[str, ...]
 
@@ -21,15 +23,21 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
         "trains", "rate", "left after each task", "lost by the end", "left at the end", "texts, lost",
         "forgets more than half at equal learning",
     )  # fmt: skip
-    tables = {f"stream-{model}": make_table(columns, list_arms(arms)) for model, arms in streams.items()}
+    tables = {}
+    for model, arms in streams.items():
+        for bench, names in BENCHES.items():
+            known = {name: arms[name] for name in names if name in arms}
+            if bench == "ways" or not set(names) - set(BENCHES["ways"]) - set(known):
+                tables[f"stream-{bench}-{model}"] = make_table(columns, list_arms(known))
     tables["stream-beside"] = make_table(
         ("model", "trains", "less", "rate", "left after each task", "lost by the end", "texts, lost"), list_differences(streams)
     )
-    kept = json.loads(KEPT.read_text(encoding="utf-8"))
-    tables["kept"] = make_table(("trains", "rate", "skill", "facts", "facts reworded"), list_kept(kept))
+    for bench, arms in json.loads(SKILL.read_text(encoding="utf-8")).items():
+        columns = ("trains", "rate", "skill", "facts", "facts reworded", "facts less half's", "skill less half's")
+        tables[f"skill-{bench}"] = make_table(columns, list_skills(arms))
     ways = json.loads(WAYS.read_text(encoding="utf-8"))
     for model, known in ways.items():
-        columns = ("trains", "share", "gradients", "states", "FLOPs", "frozen, as verified", "launches")
+        columns = ("trains", "share", "gradients", "states", "FLOPs", "as counted", "frozen, as verified", "launches")
         has_times = any("time" in way for way in known.values())
         tables[f"ways-{model}"] = make_table((*columns, *(["step"] * has_times)), list_ways(known, has_times))
     return tables
@@ -41,7 +49,8 @@ def list_ways(known: dict[str, Any], has_times: bool) -> Iterator[Row]:
         cells = [f"{way['trained'] / way['parameters']:.2%}"]
         for planned, measured in (way[key].values() for key in ("gradient_bytes", "state_bytes")):
             cells.append(f"{planned:,}" + ("" if planned == measured else f" (measured {measured:,})"))
-        cells.append(f"{way['flops']:.3f}" + " + adapter" * (not way["counts_adapter"]))
+        cells.append(f"{way['flops']['planned']:.3f}" + " + adapter" * (not way["counts_adapter"]))
+        cells.append(f"{way['flops']['measured']:.3f}")
         cells += [way["frozen"] if way["passed"] else "**does not hold**"]
         cells.append(", ".join(STAGES[launch] for launch, refusal in way["launches"].items() if refusal is None))
         yield name, *cells, *([f"{way['time']['median']:.3f}" if "time" in way else ""] * has_times)
@@ -90,14 +99,16 @@ def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
     }
 
 
-def list_kept(arms: dict[str, Any]) -> Iterator[Row]:
+def list_skills(arms: dict[str, Any]) -> Iterator[Row]:
     """A row for each arm on tinyworld, in points."""
+    half = {run["seed"]: run for run in arms["half"]["runs"]}
     for name, arm in arms.items():
-        yield (
-            name,
-            f"{arm['rate']:g}",
-            *(describe([run[key] for run in arm["runs"]], ".1f") for key in ("skill", "facts", "reworded")),
-        )
+        cells = [describe([run[key] for run in arm["runs"]], ".1f") for key in ("skill", "facts", "reworded")]
+        less = [
+            "" if name == "half" else describe([run[key] - half[run["seed"]][key] for run in arm["runs"]], "+.1f")
+            for key in ("facts", "skill")
+        ]
+        yield name, f"{arm['rate']:g}", *cells, *less
 
 
 def describe(values: list[float], form: str) -> str:

@@ -5,25 +5,34 @@
 
 Each way is planned as `hft plan` plans it and trains two steps as `hft sft` trains them, in float32 in one process (halves that
 are redrawn fifty, for the plan's largest draw is of as many). Bytes are those of all gradients before a step and of the
-optimizer's tensors; frozen parts are those of `hft verify`. Launches are those that what runs before any weight is read does
-not refuse. A model without biases is given some, all 0, for those that train.
+optimizer's tensors. FLOPs are those that torch counts in a step's forward and backward pass, over full fine-tuning's: in a step
+of one row of 2,048 tokens, so that what a step does once hardly counts; of ways that redraw, in the largest of all their steps.
+Frozen parts are those of `hft verify`. Launches are those that what runs before any weight is read does not refuse. A model
+without biases is given some, all 0, for those that train.
 
-With --steps, a step's time: seconds of a longer run less those of two steps, over the steps that it has more, beside full
-fine-tuning's in the same turn. Of ways that redraw, the planned FLOPs are those of the largest draw, and the time a mean.
+With --steps, times too, of whole steps of longer rows: in every turn each way takes so many and two before that do not count;
+the median of a run's steps (of ways that redraw, their mean), over full fine-tuning's in the same turn.
 
 Leaves ways.json beside this file, from which the table of scripts/README.md is made. Ways that are not named stay as they are.
 """
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hftcli import runners
 from hftcli.errors import InputError
@@ -40,10 +49,13 @@ from hftcli.training.round import run_round
 
 RESULTS = Path(__file__).with_name("ways.json")
 COMMON = {
-    "data.max_length": 64, "model.dtype": "float32", "train.bf16": "false", "train.max_steps": 2,
+    "data.max_length": 64, "model.dtype": "float32", "train.bf16": "false", "train.loss_kernel": "plain", "train.max_steps": 2,
     "train.global_batch_size": 2, "train.per_device_train_batch_size": 2, "train.learning_rate": 1e-4,
     "train.lr_scheduler_type": "constant", "train.warmup_steps": 0, "launch.num_processes": 1, "launch.zero_stage": 0,
     "checkpoint.save_every_minutes": "null",
+}  # fmt: skip
+ONE_ROW = {  # of many tokens, and nothing to pad
+    "data.max_length": 2048, "train.max_steps": 1, "train.global_batch_size": 1, "train.per_device_train_batch_size": 1,
 }  # fmt: skip
 FULL = {"freeze.trainable_fraction": 1.0}
 INSIDE = {"freeze.embeddings": "freeze", "freeze.head": "freeze"}
@@ -111,9 +123,12 @@ def main() -> None:
     bench = Bench(arguments.model, arguments.output)
     for name in arguments.ways:
         keep_result(arguments.results, arguments.model.name, name, bench.measure(name))
-    for name in arguments.ways if arguments.steps else ():
-        found = bench.time(name, arguments.steps, arguments.turns, arguments.tokens)
-        keep_result(arguments.results, arguments.model.name, name, found)
+    if arguments.steps:
+        turns = [bench.time(arguments.ways, arguments.steps, arguments.tokens) for _ in range(arguments.turns)]
+        for name in arguments.ways:
+            ratios = [turn[name] for turn in turns]
+            found = {"ratios": ratios, "median": statistics.median(ratios), "tokens": 2 * arguments.tokens}
+            keep_result(arguments.results, arguments.model.name, name, {"time": found})
 
 
 def keep_result(path: Path, model: str, name: str, found: dict[str, Any]) -> None:
@@ -132,10 +147,11 @@ class Bench:
     def __init__(self, model: Path, folder: Path):
         self.model = model
         self.folder = folder
+        self.counted: dict[tuple[str, ...], float] = {}  # FLOPs, by way and what else its recipe says
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows = folder / "rows.jsonl"
         words = [f"{number} {'times' * (number % 3)} {number * number}" for number in range(20_000)]
-        texts = [" ".join(words[place : place + 200]) for place in range(0, len(words), 200)]  # long ones are divided
+        texts = [" ".join(words[place : place + 1000]) for place in range(0, len(words), 1000)]  # long ones are divided
         self.rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
     def read(self, name: str, **given: object) -> Recipe:
@@ -158,9 +174,7 @@ class Bench:
     def measure(self, name: str) -> dict[str, Any]:
         """A way as it is planned, run and refused."""
         budget = plan(self.read(name))
-        full, adapters = plan(self.read("full")), budget.adapters is not None
-        assert budget.half_step is not None
-        assert full.half_step is not None
+        adapters = budget.adapters is not None
         round_ = self.run(self.read(name))
         result, verification = round_.read_result(), verify_round(round_)
         return {
@@ -168,12 +182,25 @@ class Bench:
             "parameters": budget.plan.num_parameters,
             "gradient_bytes": {"planned": budget.half.gradients_bytes, "measured": result.gradient_bytes},
             "state_bytes": {"planned": budget.half.optimizer_bytes, "measured": result.optimizer_bytes},
-            "flops": budget.half_step[1].total / full.half_step[1].total,
+            "flops": self.count_flops(name),
             "counts_adapter": not adapters or budget.adapters.is_counted,
             "passed": verification.passed,
             "frozen": describe_frozen(verification),
             "launches": {launch: self.try_launch(name, launch) for launch in ("one", 0, 1, 2, 3)},
         }
+
+    def count_flops(self, name: str) -> dict[str, float]:
+        """A step's, over full fine-tuning's, as planned and as counted."""
+        given = {} if "freeze.redraw" in WAYS[name] else ONE_ROW
+        found = {way: self.read(way, **given) for way in ("full", name)}
+        steps = {way: plan(recipe).half_step for way, recipe in found.items()}
+        for way, recipe in found.items():
+            if (way, *given) not in self.counted:
+                with watching_steps(count_flops) as flops:
+                    self.run(recipe)
+                self.counted[way, *given] = max(flops)
+        counted = {way: self.counted[way, *given] for way in found}
+        return {"planned": steps[name][1].total / steps["full"][1].total, "measured": counted[name] / counted["full"]}
 
     def run(self, recipe: Recipe) -> Round:
         """A finished round in this process; of the last way, what it left is removed."""
@@ -194,22 +221,64 @@ class Bench:
             return error.message
         return None
 
-    def time(self, name: str, num_steps: int, num_turns: int, num_tokens: int) -> dict[str, Any]:
-        """A step's seconds over full fine-tuning's, turn by turn."""
-        ratios = []
-        for _ in range(num_turns):
-            full, own = (self.time_step(way, num_steps, num_tokens) for way in ("full", name))
-            ratios.append(own / full)
-        return {"time": {"ratios": ratios, "median": statistics.median(ratios), "tokens": 2 * num_tokens}}
+    def time(self, names: list[str], num_steps: int, num_tokens: int) -> dict[str, float]:
+        """A turn: a step's seconds over full fine-tuning's, by way."""
+        seconds = {name: self.time_step(name, num_steps, num_tokens) for name in ("full", *names)}
+        print(" ".join(f"{name}: {own / seconds['full']:.3f}" for name, own in seconds.items()), file=sys.stderr, flush=True)
+        return {name: seconds[name] / seconds["full"] for name in names}
 
     def time_step(self, name: str, num_steps: int, num_tokens: int) -> float:
-        """Seconds of a step, without what a round takes besides."""
-        seconds = []
-        for number in (2, 2 + num_steps):
-            given = {"train.max_steps": number, "data.max_length": num_tokens}
-            result = self.run(self.read(name, **given)).read_result()
-            seconds.append(result.seconds["training"])
-        return (seconds[1] - seconds[0]) / num_steps
+        """Seconds of a step, from its start to that of the next."""
+        given = {"train.max_steps": num_steps + 3, "data.max_length": num_tokens}
+        with watching_steps(read_clock) as starts:
+            self.run(self.read(name, **given))
+        steps = [later - earlier for earlier, later in pairwise(starts)][2:]
+        return statistics.mean(steps) if "freeze.redraw" in WAYS[name] else statistics.median(steps)
+
+
+@contextmanager
+def watching_steps(watch: Callable[[Callable[[], torch.Tensor]], tuple[torch.Tensor, float]]) -> Iterator[list[float]]:
+    """Have something else take every forward and backward pass of training, and keep what it finds."""
+    step, found = Trainer.training_step, []
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss, figure = watch(functools.partial(step, *args, **kwargs))
+        found.append(figure)
+        return loss
+
+    Trainer.training_step = watched
+    try:
+        yield found
+    finally:
+        Trainer.training_step = step
+
+
+def read_clock(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Seconds when it began."""
+    start = time.perf_counter()
+    return step(), start
+
+
+def count_flops(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """FLOPs of its matrix products and attention."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with FlopCounterMode(display=False, custom_mapping={kernel: count_attention, backward: count_backward}) as counter:
+        loss = step()
+    return loss, float(counter.get_total_flops())
+
+
+def count_attention(query: Any, key: Any, value: Any, dropout: float = 0, is_causal: bool = False, **_: Any) -> int:
+    """A kernel that knows that attention is causal computes half."""
+    return sdpa_flop_count(query, key, value) // (2 if is_causal else 1)
+
+
+def count_backward(
+    gradient: Any, query: Any, key: Any, value: Any, output: Any, sums: Any, dropout: float, is_causal: bool, **_: Any
+) -> int:
+    """Its backward pass."""
+    return sdpa_backward_flop_count(gradient, query, key, value) // (2 if is_causal else 1)
 
 
 def plan(recipe: Recipe) -> Any:

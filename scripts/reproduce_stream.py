@@ -20,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from hftcli.comparing.points import read_point
 
 RESULTS = Path(__file__).with_name("stream.json")
@@ -68,10 +66,11 @@ FAMILY: dict[str, dict[str, object]] = {
     "OSF": FULL | {"method.peft": "{type: OSF}"},
     "decay to the start": FULL | {"freeze.pull.strength": 100},
 }  # fmt: skip
-DEFENDED = {"full + ": FULL, "half + ": {}, "quiet + ": QUIET}
-DEFENCES: dict[str, dict[str, object]] = {
+REPLAY: dict[str, dict[str, object]] = {
     "replay 10 %": {"method.replay.fraction": 0.1},
     "replay 1 %": {"method.replay.fraction": 0.01},
+}
+DEFENCES: dict[str, dict[str, object]] = REPLAY | {
     "self-replay": {"method.self_replay.fraction": 0.25},
     "anchor": {"method.anchor.strength": 1.0},
     "DFT": {"method.token_weights.kind": "dft"},
@@ -79,9 +78,15 @@ DEFENCES: dict[str, dict[str, object]] = {
     "EAFT": {"method.token_weights.kind": "eaft"},
     "STM": {"method.token_weights.kind": "stm"},
 }
-LEVERS = {f"{way}{name}": DEFENDED[way] | given for name, given in DEFENCES.items() for way in DEFENDED}
-ARMS = WAYS | FAMILY | LEVERS
-BENCHES = {"ways": WAYS, "family": {name: WAYS[name] for name in ("full", "half", "quiet", "LoRA")} | FAMILY, "levers": LEVERS}
+DEFENDED = ("full", "half", "quiet")
+LEVERS = {f"{way} + {name}": WAYS[way] | given for name, given in DEFENCES.items() for way in DEFENDED}
+REPLAYED = {f"{way} + {name}": WAYS[way] | given for name, given in REPLAY.items() for way in WAYS}
+BENCHES = {
+    "ways": WAYS | REPLAYED,
+    "family": {name: WAYS[name] for name in (*DEFENDED, "LoRA")} | FAMILY,
+    "levers": {name: WAYS[name] for name in DEFENDED} | LEVERS,
+}
+ARMS = WAYS | FAMILY | REPLAYED | LEVERS
 RATES = {"stories15M": (1e-4, 3e-4), "MiniMind2-Small": (3e-5, 1e-4)}
 FACTORS = {"LoRA": 5, "LoRA, quiet": 5, "DoRA": 5, "SpIEL": 5, "IA3": 50}  # fewer weights take larger rates
 
@@ -132,8 +137,9 @@ def keep_result(model: str, arm: str, rate: float, run: dict[str, Any]) -> None:
 
 
 def list_rates(model: str, arm: str) -> list[float]:
-    """The learning rates of an arm."""
-    return [rate * FACTORS.get(arm, 1) for rate in RATES[model]]
+    """The learning rates of an arm; of replay beside what is no arm of LEVERS, the higher alone."""
+    rates = [rate * FACTORS.get(arm.partition(" + ")[0], 1) for rate in RATES[model]]
+    return rates[-1:] if arm in REPLAYED and arm not in LEVERS else rates
 
 
 class Stream:
@@ -147,6 +153,8 @@ class Stream:
         """The tasks' rows that fit, and texts in two halves, once."""
         if (self.folder / "known.jsonl").exists():
             return
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         for task in TASKS:
             rows = [
