@@ -16,6 +16,8 @@ Shapes: I and O, inputs and outputs of a linear layer; R, the rank.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
 from hftcli.models.checkpoint import is_partitioned, lay_in, read_master
 from hftcli.models.description import fetch_checkpoint
+from hftcli.models.keeping import keeping
 from hftcli.models.narrow_adapter import PEFT_PREFIX, NarrowReader, spread
 from hftcli.models.reader import Start
 from hftcli.models.tensors import write_tensors
@@ -122,22 +125,47 @@ class Lora(Method):
                 shared[parts.input] = torch.nn.Parameter(self.bases[parts.input].to(weight.device), requires_grad=False)
             reads[ADAPTER] = NarrowReader(weight, shared[parts.input])
 
+    @contextmanager
+    def holding_end(self, trainer: Trainer) -> Iterator[None]:
+        """Where the files round them, the merged weights without the adapters for a while, rounded."""
+        rounded = {name: layer for name, layer in self.layers.items() if self.stored.is_rounded(f"{name}.weight")}
+        scaling = {name: layer.scaling[ADAPTER] for name, layer in rounded.items()}
+        with keeping([layer.get_base_layer().weight for layer in rounded.values()]):
+            try:
+                for name, layer in rounded.items():
+                    merged = self._merge(name, *self._read_factors(name, trainer.is_deepspeed_enabled))
+                    lay_in(layer.get_base_layer().weight, self.stored.round(f"{name}.weight", merged))
+                    layer.scaling[ADAPTER] = 0.0
+                yield
+            finally:
+                for name, layer in rounded.items():
+                    layer.scaling[ADAPTER] = scaling[name]
+
+    def _read_factors(self, name: str, sharded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (R, I) and B (O, R) of a layer's adapter in float32; all ranks together."""
+        layer = self.layers[name]
+        reader = layer.lora_A[ADAPTER]
+        weight_A_RI, weight_B_OR = (
+            read_master(part.weight, sharded).detach().float() for part in (reader, layer.lora_B[ADAPTER])
+        )
+        if isinstance(reader, NarrowReader):
+            weight_A_RI = spread(weight_A_RI, self.bases[self.directions[f"{name}.weight"].input])
+        return weight_A_RI, weight_B_OR
+
+    def _merge(self, name: str, weight_A_RI: torch.Tensor, weight_B_OR: torch.Tensor) -> torch.Tensor:
+        """The exact base and the adapter, in float32."""
+        product = self.layers[name].scaling[ADAPTER] * weight_B_OR @ weight_A_RI
+        below = self.stored.read_master(f"{name}.weight").float().to(product.device)
+        return below + (product.T if self.config.fan_in_fan_out else product)
+
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Save the adapters, merge them, and leave the model as if there had been none."""
         model, sharded = trainer.model, trainer.is_deepspeed_enabled
         trained = {}
         for name, layer in self.layers.items():
-            reader = layer.lora_A[ADAPTER]
-            weight_A_RI, weight_B_OR = (
-                read_master(part.weight, sharded).detach().float() for part in (reader, layer.lora_B[ADAPTER])
-            )
-            if isinstance(reader, NarrowReader):
-                weight_A_RI = spread(weight_A_RI, self.bases[self.directions[f"{name}.weight"].input])
-            trained[name] = (weight_A_RI.cpu(), weight_B_OR.cpu())
-            base = layer.get_base_layer()
-            product = layer.scaling[ADAPTER] * weight_B_OR @ weight_A_RI
-            below = self.stored.read_master(f"{name}.weight").float().to(product.device)
-            merged = below + (product.T if self.config.fan_in_fan_out else product)
+            factors = self._read_factors(name, sharded)
+            trained[name] = (factors[0].cpu(), factors[1].cpu())
+            base, merged = layer.get_base_layer(), self._merge(name, *factors)
             if sharded and trainer.args.process_index == 0:
                 self.merged[f"{name}.weight"] = merged.cpu()
             if sharded:

@@ -7,7 +7,7 @@ take_bases        the directions that are open, where the plan has some        l
 expect            what a step checkpoint keeps, before there is an optimizer   redraw, spiel
 prepare_model     the loaded model, before any optimizer exists                all that hold a start, adapters, quiet
 laying_aside      while the untouched model is asked                           ia3, peft
-holding_end       while the model is measured within the round                 average, interpolation
+holding_end       while the model is measured within the round                 adapters, quiet, average, interpolation
 set_arguments     the trainer's arguments                                      replay
 start             the model is where it trains                                 all that hold a start, olora, quiet, average, ift
 ask_untouched     before the first step, of the model that has not moved       anchor

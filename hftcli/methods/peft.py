@@ -32,6 +32,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.lora import ADAPTER, check_merging, write_peft_folder
 from hftcli.methods.method import Method
 from hftcli.models.checkpoint import find_parameter, read_master
+from hftcli.models.keeping import keeping_modules
 from hftcli.models.reader import Start
 from hftcli.recipe.methods import PeftSection
 from hftcli.recipe.section import Section
@@ -130,10 +131,28 @@ class Peft(Method):
             for layer in self.layers.values():
                 layer.enable_adapters(True)
 
-    @torch.no_grad()
-    def finish(self, trainer: Trainer, round_: Round) -> None:
-        """Save the adapters, merge them in float32, and leave the model as if there had been none."""
-        model, sharded, is_first = trainer.model, trainer.is_deepspeed_enabled, trainer.args.process_index == 0
+    @contextmanager
+    def holding_end(self, trainer: Trainer) -> Iterator[None]:
+        """Where the files round them, the merged weights without the adapters for a while, rounded."""
+        if not any(self.stored.is_rounded(name) for name in self.plan.trained):
+            yield
+            return
+        try:
+            with keeping_modules(trainer.model):
+                with torch.no_grad():
+                    dtypes = self._widen(trainer.model, trainer.is_deepspeed_enabled)
+                    for layer in self.layers.values():
+                        layer.merge()
+                    for name, dtype in dtypes.items():
+                        parameter = find_parameter(trainer.model, name)
+                        parameter.data = self.stored.round(name, parameter.detach()).to(dtype)
+                yield
+        finally:
+            for layer in self.layers.values():
+                layer.merged_adapters.clear()
+
+    def _widen(self, model: PreTrainedModel, sharded: bool) -> dict[str, torch.dtype]:
+        """Adapters and the weights below them in float32, exactly; the data types in which the model held these."""
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = read_master(parameter, sharded).detach().float().clone()
@@ -144,6 +163,13 @@ class Peft(Method):
             parameter.data = self.stored.read_master(name).float().to(parameter.device)
         for layer in self.layers.values():
             layer.float()
+        return held
+
+    @torch.no_grad()
+    def finish(self, trainer: Trainer, round_: Round) -> None:
+        """Save the adapters, merge them in float32, and leave the model as if there had been none."""
+        model, sharded, is_first = trainer.model, trainer.is_deepspeed_enabled, trainer.args.process_index == 0
+        held = self._widen(model, sharded)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*have invalid shape.*")  # of no rank, which ADALORA may leave a layer
             kept = get_peft_model_state_dict(Holder(self.tuner), adapter_name=ADAPTER, save_embedding_layers=False)

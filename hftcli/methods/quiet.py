@@ -5,6 +5,8 @@ of the plan train B of W = W0 + B V^T (models/directed.py), some columns of W (m
 (models/sparse.py). The checkpoint is a plain model with these merged in, rounded once to the start's data type.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.method import Method
 from hftcli.models.checkpoint import is_partitioned, lay_in, read_master
 from hftcli.models.division import divide_model
+from hftcli.models.keeping import keeping
 from hftcli.models.part import LaidLinear, PartLinear
 from hftcli.models.reader import Start
 from hftcli.models.sparse import MovingLinear
@@ -63,13 +66,31 @@ class Quiet(Method):
         for layer in self.layers.values():
             layer.refresh()
 
+    @contextmanager
+    def holding_end(self, trainer: Trainer) -> Iterator[None]:
+        """Where the files round them, the merged weights for a while, rounded."""
+        rounded = {name: layer for name, layer in self.layers.items() if self.stored.is_rounded(name)}
+        with keeping([layer.get_parameter("weight") for layer in rounded.values()]):
+            try:
+                for name, layer in rounded.items():
+                    lay_in(layer.get_parameter("weight"), self.stored.round(name, self._merge(trainer, name)))
+                    layer.is_at_start = True
+                yield
+            finally:
+                for layer in rounded.values():
+                    layer.is_at_start = False
+
+    def _merge(self, trainer: Trainer, name: str) -> torch.Tensor:
+        """The exact start and what trained, in float32; all ranks together."""
+        layer = self.layers[name]
+        part = read_master(trainer.masters.get(layer.part, layer.part), trainer.is_deepspeed_enabled).detach()
+        return layer.merge(self.stored.read_master(name).to(part.device), part)
+
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Merge the exact start and what trained into the layers' weights, which then count alone."""
-        is_sharded, is_first = trainer.is_deepspeed_enabled, trainer.args.process_index == 0
         for name, layer in self.layers.items():
-            part = read_master(trainer.masters.get(layer.part, layer.part), is_sharded).detach()
-            merged = layer.merge(self.stored.read_master(name).to(part.device), part)
-            if is_first:
+            merged = self._merge(trainer, name)
+            if trainer.args.process_index == 0:
                 self.merged[name] = merged.cpu()
             lay_in(layer.get_parameter("weight"), merged)
             layer.is_at_start = True

@@ -16,15 +16,21 @@ from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
 from hftcli.models.reader import CheckpointReader
+from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Round
-from hftcli.runs.spec import EarlierRound, RoundSpec
+from hftcli.runs.spec import EarlierRound, RoundSpec, Scoring
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.round import run_round
 
 TINYWORLD = PACKAGE / "tinyworld" / "model"
 LEARNING_RATE = 3e-3
+LEARNED, KNOWN = "tinyworld/newcomers", "tinyworld/facts"
+ONCE = Scoring(
+    before=(LEARNED, KNOWN), after=(LEARNED, KNOWN), learned=(LEARNED,), known=(KNOWN,), max_examples=8,
+    asking=AskingSection(chat=False, generate=False),
+)  # fmt: skip
 OTHER_WAYS = pytest.mark.parametrize(
     "values",
     [

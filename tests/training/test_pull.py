@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from training.quiet_rounds import (
     LEARNING_RATE,
+    ONCE,
     compare_weights,
     go_back,
     launch,
@@ -24,21 +25,14 @@ from hftcli.launching.planning import check_pull
 from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
-from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.methods import EwcSection, MethodSection
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
 from hftcli.runs.run import Round
-from hftcli.runs.spec import Scoring
 from hftcli.training.round import run_round
 
 PULL = {"pull": {"strength": 20.0}}
 HELD = ({"average": 0.7}, {"average": 0.7, "interpolate": 0.5})
 WEIGHTS = "model.safetensors"
-LEARNED, KNOWN = "tinyworld/newcomers", "tinyworld/facts"
-ONCE = Scoring(
-    before=(LEARNED, KNOWN), after=(LEARNED, KNOWN), learned=(LEARNED,), known=(KNOWN,), max_examples=8,
-    asking=AskingSection(chat=False, generate=False),
-)  # fmt: skip
 TWICE = ONCE.model_copy(update={"every_steps": 2})
 
 
@@ -217,18 +211,6 @@ def test_pieces_are_measured_as_they_would_be_saved(start: Path, tmp_path: Path,
     launch_round(resumed, spec.launch, lambda progress: None)
     assert resumed.read_result().resumed_from == 4
     assert (resumed.checkpoint / WEIGHTS).read_bytes() == (done.checkpoint / WEIGHTS).read_bytes()
-
-
-@pytest.mark.slow
-def test_rounded_pieces_are_measured_as_the_file_has_them(tmp_path: Path):
-    """In a start's bfloat16, the small weights too, which ZeRO 3 leaves gathered beside their pieces."""
-    spec = make_spec(
-        make_start(tmp_path / "start", torch.bfloat16), {}, scoring=TWICE,
-        launch=LaunchSection(num_processes=2, zero_stage=3), train={"per_device_train_batch_size": 4},
-    )  # fmt: skip
-    scores = launch(tmp_path / "two", spec).read_scores()
-    within, after = ({name: score.nll for name, score in found.items()} for found in (scores.points[-1].scores, scores.after))
-    assert within == pytest.approx(after, rel=1e-6)
 
 
 def test_fisher_information_is_taken_of_the_model_that_is_left(start: Path, tmp_path: Path):
