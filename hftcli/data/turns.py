@@ -6,6 +6,8 @@ where it is known to carry meaning, and otherwise listed as not used.
 """
 
 import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,9 @@ OTHER_MARKS = (
 )  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call, as OpenAI, Llama, LangChain and Anthropic name them
+CALL_KEYS = ("id", "type")  # of a call, beside its function; in `type` each of these writes another word
+IDLE_CALL_KEYS = ("index", "description", "status")  # of a call, and say nothing of what is called
 TOOL_KEYS = ("name", "tool_call_id")
 # Parts of a turn that would be lost.
 UNSUPPORTED_KEYS = (
@@ -117,30 +122,33 @@ def read_turns(value: Any, name: str, lost: Lost, keys: Keys = MESSAGE_KEYS) -> 
         ignored = {key for key in turn if key in lost.ignored and key not in (keys.role, keys.content)}
         lost.unused |= {f"{name}[].{key}" for key in ignored}
         turn = {key: value for key, value in turn.items() if key not in ignored}
-        messages.append(_read_message(turn, place, keys))
+        messages.append(_read_message(turn, place, keys, lost))
         marks.append(_read_mark(turn, place))
         if messages[-1]["role"] != "assistant" and marks[-1]:
             raise DataError(
                 f"{place} is the {messages[-1]['role']}'s and marked to be trained, and hft trains the assistant's turns",
                 "take the mark off",
             )
-        _leave_rest(turn, name, place, keys, messages[-1]["role"], lost)
+        _leave_rest(turn, place, keys, messages[-1]["role"], lost)
     return Turns(messages, marks)
 
 
-def _read_message(turn: Message, place: str, keys: Keys) -> Message:
+def _read_message(turn: Message, place: str, keys: Keys, lost: Lost) -> Message:
     given = turn.get(keys.role)
     if not isinstance(given, str) or given not in keys.roles:
         raise DataError(f"field '{place}.{keys.role}' is {given!r}, expected one of {', '.join(keys.roles)}")
     message: Message = {"role": keys.roles[given]}
     where = f"{place}.{keys.content}"
+    said = _read_assistant(turn, place, lost) if message["role"] == "assistant" else {}
     if given in CALL_ROLES:
-        return {**message, "content": "", "tool_calls": read_calls(_read_json(turn.get(keys.content), where), where)}
-    if message["role"] == "assistant":
-        message |= _read_assistant(turn, place)
+        calls = read_calls(_read_json(turn.get(keys.content), where), where, lost)
+        if said.get("tool_calls", calls) != calls:
+            raise DataError(f"{where} differs from the calls that the turn has under another name", "drop one of the two")
+        return {**message, "content": "", **said, "tool_calls": calls}
+    message |= said
     if message["role"] == "tool":
         message |= {key: turn[key] for key in TOOL_KEYS if not is_empty(turn.get(key))}
-    content = read_parts(turn.get(keys.content), where)
+    content = read_parts(turn.get(keys.content), where, lost)
     if content is None and "tool_calls" in message:
         content = ""
     if content != "" or (message["role"] not in ("system", "developer", "tool") and "tool_calls" not in message):
@@ -148,21 +156,26 @@ def _read_message(turn: Message, place: str, keys: Keys) -> Message:
     return {"role": message["role"], "content": content, **message}
 
 
-def _read_assistant(turn: Message, place: str) -> Message:
+def _read_assistant(turn: Message, place: str, lost: Lost) -> Message:
     """What the assistant thought and which tools it called, under whichever names they stand."""
     found: Message = {}
-    for name, keys, read in (("reasoning_content", REASONING, read_text), ("tool_calls", CALLS, read_calls)):
+    for name, keys in (("reasoning_content", REASONING), ("tool_calls", CALLS)):
         for key in keys:
             if is_empty(turn.get(key)):
                 continue
-            value = read(turn[key], f"{place}.{key}")
+            where = f"{place}.{key}"
+            value = read_text(turn[key], where) if keys is REASONING else read_calls(turn[key], where, lost)
             if found.setdefault(name, value) != value:
                 raise DataError(f"{place}.{key} differs from what the turn says under another name", "drop one of the two")
     return found
 
 
-def read_parts(value: Any, name: str) -> Any:
-    """A content that is a list of text parts as the text that they make; any other as it is."""
+def read_parts(value: Any, name: str, lost: Lost) -> Any:
+    """A content that is a list of text parts as the text that they make; any other as it is.
+
+    Raises:
+        DataError: a part is of another kind, or says more than its text: a mark, too, as only turns have them.
+    """
     if not isinstance(value, list):
         return value
     texts = []
@@ -175,6 +188,7 @@ def read_parts(value: Any, name: str) -> Any:
             raise DataError(f"{name}[{index}] is of type {part.get('type')!r}, and hft trains on text", "drop the row")
         check_type(part.get("text"), str, f"field '{name}[{index}].text'")
         texts.append(part["text"])
+        _leave_keys(part, ("type", "text"), f"{name}[{index}]", lost, (*UNSUPPORTED_KEYS, *MARKS))
     return "".join(texts)
 
 
@@ -195,16 +209,30 @@ def _read_mark(turn: Message, place: str) -> bool | None:
     return found
 
 
-def _leave_rest(turn: Message, name: str, place: str, keys: Keys, role: str, lost: Lost) -> None:
+def _leave_rest(turn: Message, place: str, keys: Keys, role: str, lost: Lost) -> None:
     used = {keys.role, keys.content, *MARKS}
     used |= {"assistant": {*REASONING, *CALLS}, "tool": set(TOOL_KEYS)}.get(role, set())
-    for key in turn.keys() - used:
-        if not is_empty(turn[key]):
-            lost.leave(key, turn[key], f"{name}[].{key}", f"{place}.{key}" if key in UNSUPPORTED_KEYS else None)
+    _leave_keys(turn, used, place, lost, UNSUPPORTED_KEYS)
 
 
-def read_calls(value: Any, name: str) -> list[Message]:
-    """Calls of tools as `{"type": "function", "function": {"name", "arguments"}}`, the arguments as an object."""
+def _leave_keys(given: Message, used: Collection[str], place: str, lost: Lost, refused: Collection[str]) -> None:
+    """Note the keys of an object that are not used; of those that say something, the refused ones raise DataError."""
+    for key in given:
+        listed = f"{re.sub(r'[0-9]+(?=])', '', place)}.{key}"  # the same for all turns
+        if key in used or is_empty(given[key]):
+            continue
+        if key in lost.ignored:
+            lost.unused.add(listed)
+        else:
+            lost.leave(key, given[key], listed, f"{place}.{key}" if key in refused else None)
+
+
+def read_calls(value: Any, name: str, lost: Lost) -> list[Message]:
+    """Calls of tools as `{"type": "function", "function": {"name", "arguments"}}`, the arguments as an object.
+
+    Raises:
+        DataError: a call says more than this.
+    """
     calls = [value] if isinstance(value, dict) else value
     check_type(calls, list, f"field '{name}'")
     found = []
@@ -214,12 +242,29 @@ def read_calls(value: Any, name: str) -> list[Message]:
         function = call.get("function", call)
         check_type(function, dict, f"{place}.function")
         read_text(function.get("name"), f"{place}.name")
-        arguments = function.get("arguments", function.get("parameters"))
-        arguments = {} if is_empty(arguments) else _read_json(arguments, f"{place}.arguments")
-        check_type(arguments, dict, f"{place}.arguments")
+        arguments = _read_arguments(function, place)
+        used = ("name", *ARGUMENTS)
+        if function is not call:
+            _leave_keys(function, used, f"{place}.function", lost, function.keys() - set(IDLE_CALL_KEYS))
+            used = ("function",)
+        _leave_keys(call, (*used, *CALL_KEYS), place, lost, call.keys() - set(IDLE_CALL_KEYS))
         identity = {"id": call["id"]} if call.get("id") else {}
         found.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return found
+
+
+def _read_arguments(function: Message, place: str) -> Message:
+    """What a call gives its tool, under whichever name it stands."""
+    found: Message | None = None
+    for key in ARGUMENTS:
+        if is_empty(function.get(key)):
+            continue
+        value = _read_json(function[key], f"{place}.{key}")
+        check_type(value, dict, f"{place}.{key}")
+        if found not in (None, value):
+            raise DataError(f"{place}.{key} differs from what the call says under another name", "drop one of the two")
+        found = value
+    return found or {}
 
 
 def read_tools(value: Any, name: str) -> list[Message]:

@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.written_rows import read_rows, read_trained, write_jsonl
+from data.written_rows import ASK, CALL, REPLY, TOOL, prepare, read_rows, read_trained, render, say, write_jsonl
 from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.prepare import prepare_dataset, prepare_pairs
+from hftcli.data.prepare import prepare_dataset
 from hftcli.errors import DataError
 from hftcli.recipe.sections import DataSection, TrainSection
-from hftcli.runs.records import DataReport
 
-
-def say(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
-ASK, REPLY = say("user", "Which bird is it?"), say("assistant", "A heron.")
 # A row of each format that is a conversation, all saying the same.
 CONVERSATIONS = {
     "messages": {"messages": [ASK, REPLY]},
@@ -43,29 +36,6 @@ PLAIN = {
     "text": {"text": "a"},
     "prompt-pair": {"prompt": "a:", "chosen": "b", "rejected": "c"},
 }
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "look a word up",
-        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
-    },
-}
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "heron"}}}
-
-
-def prepare(row: dict, tokenizer: PreTrainedTokenizerBase, folder: Path, **data: Any) -> tuple[str, str, DataReport]:
-    """The text of a row, what of it is trained, and the report; of a pair, with the chosen answer."""
-    section = write_jsonl(folder / "rows.jsonl", [row]).model_copy(update=data)
-    if "rejected" in row:
-        [pair], report = prepare_pairs(section, tokenizer, folder / "cache")
-        return tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"]), tokenizer.decode(pair["chosen_ids"]), report
-    [made], report = prepare_dataset(section, TrainSection(), tokenizer, folder / "cache")
-    return tokenizer.decode(made["input_ids"]), read_trained(made["input_ids"], made["labels"], tokenizer), report
-
-
-def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options).rstrip()
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -242,33 +212,6 @@ def test_marked_turns_stay_untrained_whatever_is_trained_around_them(
     assert whole.count(ASK["content"]) == 1
     assert trained == whole.replace(ASK["content"], "")
     assert train({"messages": [asked, REPLY]})[1] == "A heron.<|im_end|>"
-
-
-def test_calls_of_tools_in_every_form(minimind: PreTrainedTokenizerBase, tmp_path: Path):
-    thanks, result = say("assistant", "It is a bird."), say("tool", "A bird.")
-    expected = render([ASK, {**say("assistant", ""), "tool_calls": [CALL]}, result, thanks], minimind, tools=[TOOL])
-    written = {"name": "look_up", "arguments": '{"word": "heron"}'}
-    parts = [{"type": "text", "text": "A "}, {"type": "text", "text": "bird."}]
-    called = [
-        [
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": written}]},
-            say("tool", "A bird.", tool_call_id="1"),
-        ],
-        [say("assistant", "", tool_calls=[written]), say("tool", "A bird.", name="look_up")],
-        [
-            {"role": "assistant", "content": None, "function_call": written},
-            {"role": "function", "name": "look_up", "content": parts},
-        ],
-    ]
-    for turns in called:
-        text, trained, report = prepare({"messages": [ASK, *turns, thanks], "tools": [TOOL]}, minimind, tmp_path)
-        assert text.rstrip() == expected
-        assert trained.endswith("</tool_call><|im_end|>It is a bird.<|im_end|>")
-        assert not report.unused_columns
-    for call, observation in (("function_call", "observation"), ("tool_call", "tool_response")):
-        turns = [("human", ASK["content"]), (call, json.dumps(written)), (observation, "A bird."), ("gpt", "It is a bird.")]
-        row = {"conversations": [{"from": role, "value": value} for role, value in turns], "tools": json.dumps([TOOL])}
-        assert prepare(row, minimind, tmp_path)[0].rstrip() == expected
 
 
 def test_a_template_that_renders_no_tools_refuses_them(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):

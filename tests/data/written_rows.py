@@ -9,15 +9,31 @@ import trl
 from transformers import PreTrainedTokenizerBase
 
 from hftcli.data.formats import Row
-from hftcli.data.prepare import prepare_dataset
+from hftcli.data.prepare import prepare_dataset, prepare_pairs
 from hftcli.data.rows import Faults, RowReader
 from hftcli.data.sources import find_places
 from hftcli.data.tokens import IGNORED, tokenize_examples
 from hftcli.data.turns import Lost
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.sections import DataSection, TrainSection
+from hftcli.runs.records import DataReport
 from hftcli.tasks.examples import Example
 
+
+def say(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+ASK, REPLY = say("user", "Which bird is it?"), say("assistant", "A heron.")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "look a word up",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "heron"}}}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
     ("What is 2 + 2?", "4.\n\n  Always  4"),
@@ -79,3 +95,17 @@ def lay_out_chatml(opening: str = "") -> list[tuple[str, bool]]:
         pieces.append((f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", False))
         pieces += [(f"{opening}{answer}<|im_end|>", True), ("\n", False)]
     return pieces
+
+
+def prepare(row: dict, tokenizer: PreTrainedTokenizerBase, folder: Path, **data: Any) -> tuple[str, str, DataReport]:
+    """The text of a row, what of it is trained, and the report; of a pair, with the chosen answer."""
+    section = write_jsonl(folder / "rows.jsonl", [row]).model_copy(update=data)
+    if "rejected" in row:
+        [pair], report = prepare_pairs(section, tokenizer, folder / "cache")
+        return tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"]), tokenizer.decode(pair["chosen_ids"]), report
+    [made], report = prepare_dataset(section, TrainSection(), tokenizer, folder / "cache")
+    return tokenizer.decode(made["input_ids"]), read_trained(made["input_ids"], made["labels"], tokenizer), report
+
+
+def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options).rstrip()
