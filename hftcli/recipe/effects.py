@@ -205,7 +205,9 @@ def _check_optimizer_arguments(recipe: Recipe, source: RecipeFile) -> Iterator[s
     text = (recipe.train.extra.get("optim_args") or "").replace(" ", "")
     for given in text.split(",") if known and text else ():
         name, equals, value = given.partition("=")
-        if not equals or name not in known:
+        if name == "weight_decay":
+            yield f"{_place(key, source)}: {key}: {given!r} would have no effect: give it as train.weight_decay"
+        elif not equals or name not in known:
             yield f"{_place(key, source)}: {key}: {given!r} is none of {optimizer}'s: give NAME=VALUE of {', '.join(known)}"
         elif not (value.lower() in ("true", "false") if name in SWITCHES else _is_finite(value)):
             kind = "true or false" if name in SWITCHES else "a finite number"

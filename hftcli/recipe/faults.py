@@ -146,8 +146,12 @@ def check_booleans(
         section, place = open_section(annotation), (*keys, key)
         if section and isinstance(value, dict):
             yield from check_booleans(value, source, section, place)
-        elif is_misplaced_boolean(value, annotation):
-            yield f"{source.place(place)}: {'.'.join(place)}: input should be a number, got {value}"
+            continue
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            if section and isinstance(item, dict):
+                yield from check_booleans(item, source, section, (*place, str(index)))
+            elif is_misplaced_boolean(item, annotation):
+                yield f"{source.place(place)}: {'.'.join(place)}: input should be a number, got {item}"
 
 
 def is_misplaced_boolean(value: Any, annotation: Any) -> bool:

@@ -91,6 +91,12 @@ def _check_order(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
             f"{place}: {key} mixes rows in among the others, and train.train_sampling_strategy sequential has them trained "
             "after all others: drop one of the two"
         )
+    laying = {
+        "train.packing lays rows into sequences by their length": recipe.train.packing,
+        "data.sources are mixed in an order by chance": len(recipe.data.sources) > 1,
+    }
+    for reason in (reason for reason, is_on in laying.items() if is_on and strategy == "sequential"):
+        yield f"{place}: {reason}, and train.train_sampling_strategy sequential would not be their order: drop one of the two"
 
 
 def _check_token_weights(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:

@@ -34,6 +34,13 @@ class RecipeLoader(yaml.SafeLoader):
         text = node.value.lower()
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, of which no key may stand twice."""
+        keys = [key.value for key, _ in node.value]
+        if doubled := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key '{doubled}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 RecipeLoader.yaml_implicit_resolvers = {}  # in place of those of YAML 1.1
 
@@ -90,6 +97,8 @@ class RecipeFile:
                 self.origins[key] = f"{self.path}:{key_node.start_mark.line + 1}"
                 values[key_node.value] = self._read_node(value_node, key)
             return values
+        if isinstance(node, yaml.SequenceNode):
+            return [self._read_node(part, (*keys, str(index))) for index, part in enumerate(node.value)]
         return RecipeLoader("").construct_object(node, deep=True)
 
     def place(self, keys: Keys, is_given: bool = False) -> str:

@@ -72,11 +72,12 @@ PLAIN = {
     **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), "bitsandbytes"),
 }
 OPTIMIZERS: dict[str, str | None] = {**ADAMS, **LIONS, **PLAIN}
-# Settings that an optimizer takes under `train.optim_args`; TRL passes over any other without a word.
+# Settings that act under `train.optim_args`; TRL passes over any other without a word, and over a weight_decay, since it writes
+# train.weight_decay into every group of parameters.
 OPTIMIZER_ARGUMENTS = {
-    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
-    "adagrad": ("lr_decay", "weight_decay", "eps"),
-    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
     **dict.fromkeys(ADAMS.keys() - {"adamw_torch_4bit", "adamw_torch_8bit"}, ()),
     **{name: ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3") for name in ADAMS if "ademamix" in name},
     **dict.fromkeys(("adamw_torch_4bit", "adamw_torch_8bit"), ("block_size", "bf16_stochastic_round")),

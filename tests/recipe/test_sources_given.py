@@ -57,6 +57,9 @@ def test_a_path_replaces_what_the_recipe_says_of_its_rows(tmp_path: Path):
     ("data", "fault"),
     [
         ("[{path: a, weigt: 1}]", "unknown key 'weigt' under data.sources.0 (did you mean 'weight'?)"),
+        ("[{path: a, weight: 1, weight: 2}]", "my.yaml:2: key 'data.0.weight' is given twice, first at"),
+        ("[{path: a, weight: true}]", "data.sources.0.weight: input should be a number, got True"),
+        ("[{path: a, max_examples: true}]", "data.sources.0.max_examples: input should be a number, got True"),
         ("[{weight: 1}]", "data.sources.0.path is missing"),
         ("[{path: a, weight: 1}, {path: b}]", "give every one of the sources a weight, or none"),
         ("{path: a, sources: [{path: b}]}", "path and sources are both given"),
@@ -67,6 +70,15 @@ def test_faults_of_sources_are_named(data: str, fault: str, tmp_path: Path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(tmp_path, f"model: {{path: m}}\ndata: {data}"), (), "sft")
     assert fault in caught.value.message
+
+
+def test_a_key_that_is_given_twice_on_the_command_line():
+    for given in (
+        "data.sources=[{path: a, weight: 1, weight: 2}, {path: b, weight: 1}]",
+        "data={path: a, weight: 1, weight: 2}",
+    ):
+        with pytest.raises(RecipeError, match="key 'weight' is given twice"):
+            load_recipe(None, ["model.path=m", given], "sft")
 
 
 @pytest.mark.parametrize(
