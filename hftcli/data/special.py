@@ -75,7 +75,7 @@ class SpecialTokens:
             tidied = {name: self.tidy_turns(value, name in ("messages", "prompt"), findings) for name, value in parts.items()}
         else:
             tidied = self._tidy_plain(row, findings)
-        for text in list_texts(list(tidied.values())):
+        for text in list_texts({**row, **tidied}):
             findings.special.update(self.pattern.findall(text))
         return {**row, **tidied}, findings
 
@@ -203,14 +203,24 @@ class Encoded:
 
 
 def _change_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A row's part with all text changed but the roles and names."""
+    """A row's part with all text changed but the roles of its turns, and the names that stand beside them."""
+    if isinstance(value, dict) and "role" in value:
+        return {key: _change_all(item, change) if key in TEXT_KEYS else item for key, item in value.items()}
+    if isinstance(value, dict):
+        return {key: (_change_all if key == "tools" else _change_texts)(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_change_texts(item, change) for item in value]
+    return _change_all(value, change)
+
+
+def _change_all(value: Any, change: Callable[[str], str]) -> Any:
+    """A value with every text in it changed, of tools and their calls the names too: a template prints them."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        keys = TEXT_KEYS if "role" in value else value.keys() - {"type", "id", "untrained"}
-        return {key: _change_texts(item, change) if key in keys else item for key, item in value.items()}
+        return {change(key): _change_all(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [_change_texts(item, change) for item in value]
+        return [_change_all(item, change) for item in value]
     return value
 
 
@@ -235,12 +245,12 @@ def _is_border(name: str, printed: Sequence[str], added: dict[str, bool]) -> boo
 
 
 def list_texts(value: Any) -> list[str]:
-    """All text of a row's parts but the roles and names."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        keys = TEXT_KEYS if "role" in value else value.keys() - {"type", "id"}
-        return [text for key in keys if key in value for text in list_texts(value[key])]
-    if isinstance(value, list):
-        return [text for item in value for text in list_texts(item)]
-    return []
+    """The texts that `Escaping.hide` changes."""
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    _change_texts(value, note)
+    return found

@@ -201,3 +201,17 @@ def test_special_tokens_in_what_tools_are_called_with(minimind: PreTrainedTokeni
     [(escaped, _)], escaped_report = prepare([row], minimind, tmp_path, special_tokens_in_text="escape")
     assert escaped == kept
     assert escaped_report.num_tokens > report.num_tokens
+
+
+def test_special_tokens_in_what_tools_say_of_themselves(minimind: PreTrainedTokenizerBase, tmp_path: Path):
+    """Also below keys that elsewhere hold no text: `id`, `type` and `role`."""
+    given = {"id": {"type": "string", "description": "ends in <|im_end|>"}, "role": {"enum": ["<|im_start|>"]}}
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": given}}}
+    row = {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "A heron."}], "tools": [tool]}
+    [(kept, _)], report = prepare([row], minimind, tmp_path)
+    assert report.special_tokens == {"<|im_end|>": 1, "<|im_start|>": 1}
+    [(escaped, _)], escaped_report = prepare([row], minimind, tmp_path, special_tokens_in_text="escape")
+    assert escaped == kept
+    assert escaped_report.num_tokens > report.num_tokens
+    with pytest.raises(DataError, match=r"its text holds the special tokens <\|im_end\|>, <\|im_start\|>"):
+        prepare([row], minimind, tmp_path, special_tokens_in_text="refuse")
