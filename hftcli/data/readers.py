@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from hftcli.errors import DataError
+from hftcli.tasks.keys import DoubledKey, describe_doubled, take_pairs
 
 Row = dict[str, Any]
 Reader = Callable[[Path], Iterator[Row | DataError]]
@@ -28,19 +29,7 @@ WHITE_SPACE = frozenset(" \t\n\r")  # as JSON has it
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
-class _DoubledKey(ValueError):
-    """A key stands twice in one object; its value would be lost."""
-
-
-def _take_pairs(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DoubledKey(next(key for key in keys if keys.count(key) > 1))
-    return row
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_take_pairs)
+DECODER = json.JSONDecoder(object_pairs_hook=take_pairs)
 LENIENT_DECODER = json.JSONDecoder()
 
 
@@ -67,12 +56,8 @@ def _parse_line(line: str, place: str) -> Row | DataError:
         return DECODER.decode(line)
     except json.JSONDecodeError as error:
         return DataError(f"{place}: not JSON: {error.msg} at column {error.colno}")
-    except _DoubledKey as error:
-        return _describe_doubled(place, error)
-
-
-def _describe_doubled(place: str, error: _DoubledKey) -> DataError:
-    return DataError(f"{place}: the key {str(error)!r} stands twice in one object", "one of the two values would be lost")
+    except DoubledKey as error:
+        return describe_doubled(place, error)
 
 
 def _read_array(text: str, file: Path) -> Iterator[Row | DataError]:
@@ -82,8 +67,8 @@ def _read_array(text: str, file: Path) -> Iterator[Row | DataError]:
             try:
                 row, position = DECODER.raw_decode(text, position)
                 yield row
-            except _DoubledKey as error:
-                yield _describe_doubled(f"{file}:{text.count(chr(10), 0, position) + 1}", error)
+            except DoubledKey as error:
+                yield describe_doubled(f"{file}:{text.count(chr(10), 0, position) + 1}", error)
                 _, position = LENIENT_DECODER.raw_decode(text, position)
             position = _skip_space(text, position)
             if text[position : position + 1] == ",":

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from hftcli.errors import DataError
 from hftcli.recipe.section import Section
 from hftcli.tasks.examples import Benchmark, Cut, Example, Split, Task
-from hftcli.tasks.keys import ANSWER_KEYS, QUESTION_KEYS, refuse_keys
+from hftcli.tasks.keys import ANSWER_KEYS, QUESTION_KEYS, DoubledKey, describe_doubled, refuse_keys, take_pairs
 from hftcli.tasks.metrics import METRICS, RULED
 
 SHEET = "task.yaml"
@@ -74,9 +74,11 @@ def read_rows(path: Path, columns: tuple[str, str] = ("prompt", "answer")) -> li
 
 
 def read_json(path: Path) -> object:
-    """Raises: DataError: the file is not JSON in UTF-8."""
+    """Raises: DataError: the file is not JSON in UTF-8, or a key stands twice in an object of it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=take_pairs)
+    except DoubledKey as error:
+        raise describe_doubled(str(path), error) from None
     except json.JSONDecodeError as error:
         fix = "put the rows into one array: [row, row, ...]" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}", fix) from None

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 from hftcli.errors import DataError
 from hftcli.tasks.examples import Benchmark, Example, Split, Task
-from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
+from hftcli.tasks.keys import QUESTION_KEYS, DoubledKey, describe_doubled, refuse_keys, take_pairs
 from hftcli.tasks.official import (
     convert_gsm8k,
     convert_humaneval,
@@ -94,7 +94,9 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rows[number] = json.loads(line)
+                rows[number] = json.loads(line, object_pairs_hook=take_pairs)
+            except DoubledKey as error:
+                raise describe_doubled(f"{path}: row {number}", error) from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}: row {number}: not JSON: {error.msg} at column {error.colno}") from None
             if not isinstance(rows[number], dict):

@@ -11,13 +11,35 @@ from hftcli.errors import DataError
 # What a question is about, or a part of it.
 QUESTION_KEYS = (
     "system", "system_prompt", "history", "tools", "functions", "image", "images", "video", "videos", "audio", "audios",
-    "documents", "context", "passage", "choices", "options",
+    "documents", "context", "passage", "choices", "options", "instruction", "input",
 )  # fmt: skip
 # What is said besides of the answer, or of how it is trained.
 ANSWER_KEYS = (
     "reasoning", "reasoning_content", "thinking", "chat_template_kwargs", "function_call", "tool_calls", "weight", "weights",
     "sample_weight", "loss_mask", "mask", "train", "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
 )  # fmt: skip
+
+
+class DoubledKey(ValueError):
+    """A key stands twice in one object; its value would be lost."""
+
+
+def take_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `json` hands it to its `object_pairs_hook`.
+
+    Raises:
+        DoubledKey: one of its keys stands twice.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DoubledKey(next(key for key in keys if keys.count(key) > 1))
+    return row
+
+
+def describe_doubled(place: str, error: DoubledKey) -> DataError:
+    """What to say of it."""
+    return DataError(f"{place}: the key {str(error)!r} stands twice in one object", "one of the two values would be lost")
 
 
 def refuse_keys(row: Mapping[str, Any], keys: Iterable[str], place: str) -> None:

@@ -54,6 +54,8 @@ def test_sheets_that_are_refused(sheet, message, tmp_path):
         ),
         ('[{"prompt": "a", "answer": 3}]', r"row 1: .*\"answer\": int"),
         ('["a"]', r"row 1: .*got a str"),
+        ('[{"prompt": "a", "answer": "b", "answer": "c"}]', "the key 'answer' stands twice in one object"),
+        ('[{"prompt": "a", "answer": "b", "input": "c"}]', "row 1: the key 'input' carries meaning"),
         ('{"prompt": "a", "answer": "b"}', "expected a JSON array of rows"),
         ("[]", "got an empty array"),
         ('{"prompt": "a"}\n{"prompt": "b"}', r"test\.json:2: not JSON: Extra data"),

@@ -66,6 +66,20 @@ def test_a_row_of_another_form_is_named(tmp_path, lines, fault):
     assert raised.value.message.startswith(f"{path}: {fault}")
 
 
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"question": "a", "answers": ["b"], "answers": ["c"]}', r"row 1: the key 'answers' stands twice in one object"),
+        ('{"question": "a", "answers": ["b"], "input": "of c"}', r"row 1: the key 'input' carries meaning"),
+        ('{"question": "a", "answers": ["b"], "instruction": "Say it."}', r"row 1: the key 'instruction' carries meaning"),
+    ],
+)
+def test_what_a_question_would_lose_is_refused(tmp_path, line, fault):
+    (tmp_path / "asked.jsonl").write_text(line)
+    with pytest.raises(DataError, match=fault):
+        load_task(str(tmp_path / "asked.jsonl"))
+
+
 def test_a_missing_file_is_named_with_its_neighbor(tmp_path):
     write(tmp_path, OPEN)
     with pytest.raises(DataError, match="no such file") as raised:
