@@ -19,7 +19,8 @@ Texts that the start of the round writes (self_replay.py) teach nothing, and are
 
 For `stm` and `psft` the model as it was reads every batch once more: the model itself, with a copy of what trained laid in.
 
-Shapes: B rows of a micro-batch, T tokens but for the first, N of them that some row trains on.
+Shapes: B sequences of a micro-batch, each a row or several packed ones, T tokens but for the first, N of them that some row
+trains on, R rows of a sequence.
 """
 
 import math
@@ -30,6 +31,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from hftcli.freezing.selection import FreezePlan
+from hftcli.methods.ift import find_documents
 from hftcli.methods.method import Method
 from hftcli.models.start_copy import StartCopy
 from hftcli.recipe.methods import TokenWeightsSection
@@ -44,15 +46,17 @@ class TokenWeights(Method):
     section: TokenWeightsSection
     copy: StartCopy | None = None
     num_steps = 0
+    documents_BT: torch.Tensor | None = None
 
     def __init__(self, spec: RoundSpec, section: TokenWeightsSection):
         super().__init__(spec, section)
-        self.reads_ahead = section.asks_start
+        # Of packed rows, their places say where one ends.
+        self.reads_ahead = section.asks_start or (section.kind == "talr" and spec.train.packing)
         self.asks_places = spec.method.self_replay is not None
 
     def prepare_model(self, model: PreTrainedModel, plan: FreezePlan, start: Path, mixed: bool, sharded: bool) -> None:
         """Copy what trains, where the start is asked: a step checkpoint has moved from there."""
-        if self.reads_ahead:
+        if self.section.asks_start:
             self.copy = StartCopy(model, moves=self.renews)
 
     @property
@@ -88,7 +92,10 @@ class TokenWeights(Method):
 
     @torch.no_grad()
     def read_ahead(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], columns_N: torch.Tensor) -> None:
-        """How likely the model as it was finds the tokens of a batch."""
+        """How likely the model as it was finds the tokens of a batch, or which row each of them is of."""
+        if not self.section.asks_start:
+            self.documents_BT = find_documents(inputs)[:, 1:]
+            return
         assert self.copy is not None
         targets_BT = inputs["labels"][:, 1:].clamp(min=0)
         log_probs_BNV = self.copy.ask(model, inputs, columns_N)
@@ -116,16 +123,25 @@ class TokenWeights(Method):
         if self.section.kind == "dft":
             logs_BT = log_probs_BT
         elif self.section.kind == "talr":
-            logs_BT = log_probs_BT / find_temperature(log_probs_BT, is_trained_BT)
+            logs_BT = log_probs_BT / find_temperature(log_probs_BT, is_trained_BT, self.documents_BT)
         else:
             shares_BT = entropies_BT.detach().float() / math.log(EAFT_TOKENS)
             logs_BT = shares_BT.clamp(torch.finfo(torch.float32).tiny, 1).log()
         return (self.section.strength * logs_BT).exp()
 
 
-def find_temperature(log_probs_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:
-    """Tau: the median over rows of the mean loss of their trained tokens; rows that train none do not count."""
-    counts_B = is_trained_BT.sum(1)
-    losses_B = -(log_probs_BT * is_trained_BT).sum(1) / counts_B
-    tau = losses_B[counts_B > 0].quantile(0.5) if bool((counts_B > 0).any()) else losses_B.new_ones(())
+def find_temperature(
+    log_probs_BT: torch.Tensor, is_trained_BT: torch.Tensor, documents_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Tau: the median over rows of the mean loss of their trained tokens; rows that train none do not count.
+
+    Args:
+        documents_BT: the row that each token is of, within a sequence of several; None where each sequence is one.
+    """
+    rows_BT = torch.zeros_like(is_trained_BT, dtype=torch.long) if documents_BT is None else documents_BT - documents_BT.min()
+    sums_BR = log_probs_BT.new_zeros(len(rows_BT), int(rows_BT.max()) + 1)
+    counts_BR = sums_BR.scatter_add(1, rows_BT, is_trained_BT.to(sums_BR.dtype))
+    losses_BR = -sums_BR.scatter_add(1, rows_BT, log_probs_BT * is_trained_BT) / counts_BR
+    is_counted_BR = counts_BR > 0
+    tau = losses_BR[is_counted_BR].quantile(0.5) if bool(is_counted_BR.any()) else losses_BR.new_ones(())
     return tau.clamp(min=1e-6)  # a batch that is known by heart

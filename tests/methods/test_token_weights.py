@@ -93,6 +93,21 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
         assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
 
 
+def test_talr_takes_the_median_over_packed_rows():
+    """Four rows in two sequences: of their mean losses 1, 3, 8 and 2 the median is 2.5; the fifth trains nothing."""
+    losses = torch.tensor([[9.0, 0.5, 1.5, 9.0, 3.0, 9.0, 8.0, 8.0], [9.0, 2.0, 2.0, 2.0, 9.0, 9.0, 9.0, 9.0]])
+    places = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]])
+    labels = torch.where(losses < 9, 5, -100)
+    section = {"kind": "talr"}
+    spec = make_spec({"token_weights": section})
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"packing": True})})
+    method = TokenWeights(spec, TokenWeightsSection(**section))
+    assert method.reads_ahead
+    method.read_ahead(None, {"input_ids": labels, "labels": labels, "position_ids": places}, find_columns(labels))
+    weights = method.weigh_tokens(-losses[:, 1:], None, labels[:, 1:] != -100)
+    assert weights[0].tolist() == pytest.approx([math.exp(-loss / 2.5) for loss in losses[0, 1:].tolist()])
+
+
 def test_psft_has_the_gradient_of_the_clipped_ratio():
     """As in PPO with an advantage of 1, the bounds being 1 - 0.2 and 1 + 0.28."""
     now, then = torch.tensor([[0.1, 0.3, 0.05, 0.5], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log()
