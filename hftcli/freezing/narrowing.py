@@ -1,6 +1,7 @@
 """What of a freeze plan a method leaves to train: the matrices that take adapters, and which directions these read."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from hftcli.errors import ModelError
@@ -25,16 +26,17 @@ def narrow_plan(
         num_heads: see `make_plan`.
 
     Raises:
-        ModelError: there are none, or the model's matrices do not come apart into directions.
+        ModelError: there are none, a name is that of no such layer, or the model's matrices do not come apart into directions.
     """
     trained = set(plan.trained)
-    linear = {
+    adaptable = {
         parameter.name: unit.name.rpartition(".")[2]
         for unit in units
         if unit.role in ("attention", "mlp")
         for parameter in unit.parameters
-        if parameter.name in trained and len(parameter.shape) == 2
+        if len(parameter.shape) == 2
     }
+    linear = {name: module for name, module in adaptable.items() if name in trained}
     narrowed = {name for name, module in linear.items() if target_modules is None or module in target_modules}
     if not narrowed:
         raise ModelError(
@@ -42,6 +44,8 @@ def narrow_plan(
             f"that the freeze plan trains are {', '.join(dict.fromkeys(linear.values())) or 'none'}",
             "name some of these",
         )
+    for name in target_modules or ():
+        refuse_unknown(name, "target_modules", adaptable.values())
     if open_fraction is None:
         return restrict_plan(plan, units, narrowed)
     blocks = plan.rule.blocks
@@ -50,6 +54,24 @@ def narrow_plan(
     adapted = [unit for unit in inside if unit.parameters[0].name in narrowed]
     directions = open_directions(adapted, Fraction(str(open_fraction)), blocks, num_heads)
     return write_plan(units, narrowed, plan.rule.model_copy(update={"keep": None}), plan.round_index, directions)
+
+
+def refuse_unknown(name: str, key: str, modules: Iterable[str]) -> None:
+    """Check that a name is that of layers which take adapters, whether or not this round trains them.
+
+    Args:
+        modules: last parts of the names of these layers, or whole names; a name may be the last parts of one.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if not any(f".{module}".endswith(f".{name}") for module in modules):
+        known = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+        guess = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+        raise ModelError(
+            f"{key} names {name}, and no layer of the model that takes adapters is called so: these are {', '.join(known)}",
+            f"did you mean {guess[0]}?" if guess else "drop it",
+        )
 
 
 def restrict_plan(plan: FreezePlan, units: Sequence[Unit], names: set[str]) -> FreezePlan:

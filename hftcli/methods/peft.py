@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.activations import Adapters
-from hftcli.freezing.narrowing import restrict_plan
+from hftcli.freezing.narrowing import refuse_unknown, restrict_plan
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.lora import ADAPTER, check_merging, write_peft_folder
@@ -45,6 +45,8 @@ MATRICES = ("attention", "mlp")
 BIASED = ("IA3", "GLORA")  # which change the biases of what they adapt, IA3 but for the mlp's last layer
 FEEDFORWARD = ("down_proj", "dense_4h_to_h", "c_proj")  # of which IA3 scales the inputs
 RANKS = {"LORA": "r", "ADALORA": "init_r"}  # which multiply by two factors of this rank, and where the rank stands
+# Keys with which layers are chosen, as PEFT reads them.
+CHOOSING = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 # Keys of PEFT's classes that are not taken, and why.
 REFUSED = {
     **dict.fromkeys(
@@ -234,7 +236,10 @@ def build_config(kind: str, given: dict[str, Any], targets: Sequence[str], is_tr
         if key == "bias" and value != "none":
             raise InputError(f"{place} {value} trains biases besides, and these are not the adapter's", "drop it")
         values[key] = check_value(place, value, hints[key])
-    for key in ("layers_to_transform", "layers_pattern", "exclude_modules"):  # the layers are chosen
+    if kind == "ADALORA":
+        values["total_step"] = 2**31  # until the round's are known
+    make_config(cls, values)  # before the layers that are chosen stand in place of the user's own keys
+    for key in CHOOSING[1:]:  # the layers are chosen
         values.pop(key, None)
     values["target_modules"] = list(targets)
     if "fan_in_fan_out" in known:
@@ -243,8 +248,11 @@ def build_config(kind: str, given: dict[str, Any], targets: Sequence[str], is_tr
         inner = values.get("feedforward_modules") or FEEDFORWARD
         inner = [inner] if isinstance(inner, str) else list(inner)
         values["feedforward_modules"] = [name for name in targets if name in inner or get_last(name) in inner]
-    if kind == "ADALORA":
-        values["total_step"] = 2**31  # until the round's are known
+    return make_config(cls, values)
+
+
+def make_config(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
+    """Raises: InputError: PEFT's class refuses them together."""
     try:
         return cls(task_type="CAUSAL_LM", **values)
     except (TypeError, ValueError, ImportError) as error:
@@ -264,22 +272,21 @@ def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Se
     """The layers that take adapters: of those that the plan trains, the ones that PEFT's own keys name.
 
     Raises:
-        ModelError: there are none.
+        ModelError: there are none, or one of the names is that of no layer which takes adapters.
     """
     trained = set(plan.trained)
-    fitting = [
+    adaptable = [
         unit
         for unit in units
-        if unit.role in ROLES.get(kind, MATRICES)
-        and unit.parameters[0].name in trained
-        and (kind in ROLES or len(unit.parameters[0].shape) == 2)
+        if unit.role in ROLES.get(kind, MATRICES) and (kind in ROLES or len(unit.parameters[0].shape) == 2)
     ]
+    fitting = [unit for unit in adaptable if unit.parameters[0].name in trained]
     last_parts = list(dict.fromkeys(get_last(unit.name) for unit in fitting))
     asked = given.get("target_modules")
     config = build_config(kind, given, last_parts)
     if asked not in (None, "all-linear"):
         config.target_modules = asked if isinstance(asked, str) else set(asked)
-    for key in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+    for key in CHOOSING[1:]:
         if given.get(key) is not None:
             setattr(config, key, given[key])
     targets = [unit.name for unit in fitting if check_target_module_exists(config, unit.name)]
@@ -289,6 +296,9 @@ def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Se
             f"plan trains {', '.join(last_parts) or 'nothing'}",
             "name some of these" if last_parts else "raise freeze.trainable_fraction, or let freeze.embeddings train",
         )
+    for key in ("target_modules", "exclude_modules"):
+        for name in given.get(key) or () if not isinstance(given.get(key), str) else ():
+            refuse_unknown(name, f"method.peft.{key}", [unit.name for unit in adaptable])
     return targets
 
 

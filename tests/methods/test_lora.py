@@ -34,6 +34,9 @@ def test_adapters_train_the_matrices_of_the_layers_that_the_plan_trains():
     assert narrowed.roles["head"].num_trainable_units == 0
     assert narrowed.fingerprint != plan.fingerprint
     assert {name.split(".")[-2] for name in narrow_plan(plan, units, ("q_proj", "v_proj")).trained} <= {"q_proj", "v_proj"}
+    with pytest.raises(ModelError, match="target_modules names v_porj, and no layer") as caught:
+        narrow_plan(plan, units, ["q_proj", "k_proj", "v_porj"])
+    assert caught.value.fix == "did you mean v_proj?"
     with pytest.raises(ModelError, match="no adapter would train: target_modules is query, .*q_proj"):
         narrow_plan(plan, units, ("query",))
 

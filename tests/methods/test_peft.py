@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 from training.quiet_rounds import go_back, make_pairs_spec, make_spec, make_start, run
 from transformers import AutoModelForCausalLM
 
-from hftcli.errors import InputError, RecipeError
+from hftcli.errors import InputError, ModelError, RecipeError
+from hftcli.freezing.roles import assign_roles
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
 from hftcli.methods.adalora import SUMS
-from hftcli.methods.peft import build_config
+from hftcli.methods.peft import build_config, choose_targets
 from hftcli.models.checkpoint import load_model
+from hftcli.models.description import describe_model
 from hftcli.models.proof import verify_round
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.methods import MethodSection, PeftKind
@@ -176,12 +180,50 @@ def test_a_next_round_begins_new_adapters(start: Path, tmp_path: Path):
         ({"type": "LORA", "init_lora_weights": "pissa"}, "changes the weights below"),
         ({"type": "LORA", "modules_to_save": ["lm_head"]}, "an adapter is all that trains"),
         ({"type": "ADALORA", "total_step": 10}, "the number of the round's steps"),
+        (
+            {"type": "LORA", "target_modules": ".*_proj", "layers_to_transform": [0]},
+            "cannot be used when `target_modules` is a",
+        ),
+        (
+            {"type": "LORA", "target_modules": ".*_proj", "layers_pattern": "layers"},
+            "cannot be used when `target_modules` is a",
+        ),
+        ({"type": "LORA", "layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
     ],
 )
 def test_keys_that_peft_does_not_take_are_named(given: dict, said: str):
     section = MethodSection.model_validate({"peft": given}).peft
     with pytest.raises(InputError, match=said):
         build_config(section.type, section.extra, ["x"])
+
+
+def test_the_layers_of_which_ia3_scales_the_inputs_may_be_named_alone():
+    config = build_config("IA3", {"feedforward_modules": ["up_proj"]}, ["a.up_proj", "a.down_proj"])
+    assert config.feedforward_modules == {"a.up_proj"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "fix"),
+    [
+        (
+            {"target_modules": ["q_proj", "v_porj"]},
+            "method.peft.target_modules names v_porj, and no layer",
+            "did you mean v_proj?",
+        ),
+        ({"target_modules": ["layers.0.mlp.q_proj", "q_proj"]}, "names layers.0.mlp.q_proj", "did you mean q_proj?"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "names lm_head", "drop it"),
+        ({"exclude_modules": ["donw_proj"]}, "method.peft.exclude_modules names donw_proj", "did you mean down_proj?"),
+    ],
+)
+def test_every_name_is_that_of_a_layer_that_takes_adapters(start: Path, given: dict, said: str, fix: str):
+    described = describe_model(str(start))
+    units = assign_roles(described.model_type, described.parameters)
+    plan = make_plan(units, FreezeRule(trainable_fraction=0.25), 0)
+    for name in ("q_proj", "layers.1.mlp.up_proj"):  # whether or not this round's plan trains it
+        choose_targets("LORA", {"target_modules": [name, "k_proj", "v_proj", "o_proj", "down_proj"]}, plan, units)
+    with pytest.raises(ModelError, match=said) as caught:
+        choose_targets("LORA", given, plan, units)
+    assert caught.value.fix == fix
 
 
 @pytest.mark.parametrize(
