@@ -19,6 +19,8 @@ def describe_outlook(outlook: Outlook, spec: RoundSpec) -> Iterator[str]:
         f"rows    {', '.join([f'{data.num_used:,} of {data.num_rows:,} ({data.format})', *lost])}; {data.num_tokens:,} tokens, "
         f"{share:.0%} of them trained"
     )
+    if data.num_held_out_in_train:
+        yield f"held    {data.num_held_out_in_train:,} of {data.num_held_out:,} held-out rows are also trained on"
     yield (
         f"steps   {outlook.num_steps:,} of {spec.train.global_batch_size} {unit} out of {outlook.num_sequences:,}; "
         f"{_describe_rates(outlook, spec.train)}"

@@ -83,6 +83,10 @@ class DataReport(Section):
     doubled: dict[str, int] = Field(default_factory=dict)
     """Rows that brought what stands there anyway, and lost it, so that there is one: `beginning`, the beginning token; `end`,
     the end token of a turn or text; `prompt`, the prompt before both answers of a pair."""
+    num_held_out: int = 0
+    """Rows under `eval.held_out`, or pairs; 0 where their answers are asked for, as with `data.pattern`."""
+    num_held_out_in_train: int = 0
+    """Those of them that are also trained on, token for token."""
     num_special: int = 0
     """Rows in whose text special tokens are written out."""
     special_tokens: dict[str, int] = Field(default_factory=dict)

@@ -3,6 +3,7 @@
 `hft --dry-run` reads a round so, and a worker does the same before it joins the others.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -45,8 +46,11 @@ from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import is_task, load_task
 from hftcli.tasks.asking import put_task
 from hftcli.tasks.general import FORMS, SUFFIX, read_lines
+from hftcli.training.overlap import count_shared
 from hftcli.training.own_rows import find_turn
 from hftcli.training.stages import Assignment, Rows
+
+logger = logging.getLogger(__name__)
 
 # What a DataError calls rows that are read as those of `data` are.
 DATA_KEY = re.compile(r"\bdata\.(?=path|name|split|revision|max_examples)")
@@ -201,9 +205,9 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
         needed = load_task(name, spec.data.root, "train", spec.data.max_examples)
         by_task[name], needed_report = prepare_task(needed, spec.data, tokenizer, cache)
         digests.append(needed_report.tokens_digest)
+    own, pairs, asked = dataset, None, dict(task.asked)
     for method in task.methods:
         dataset = method.prepare_rows(dataset, by_task)
-    pairs, asked = None, dict(task.asked)
     freeze = spec.freeze
     kept, kept_digest = read_named(spec, tokenizer, "freeze.keep", freeze.keep) if freeze.keep else (None, "")
     scored, scored_digest = None, ""
@@ -213,6 +217,7 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
         if spec.held_out and spec.objective == "dpo":
             pairs, held_out = prepare_pairs(spec.held_out, tokenizer, cache)
             check_token_ids(held_out, tokenizer, task.num_embeddings)
+            report = note_shared(report, pairs, own)
         elif spec.held_out and spec.held_out.pattern is not None:
             asked[HELD_OUT] = tokenize_task(read_choices(HELD_OUT, spec.held_out), spec.data.max_length, tokenizer)
         elif spec.held_out:
@@ -220,11 +225,20 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
             sequences, held_out = prepare_dataset(spec.held_out, unpacked, tokenizer, cache, is_held_out=True)
             check_token_ids(held_out, tokenizer, task.num_embeddings)
             asked[HELD_OUT] = hold_out(sequences)
+            report = note_shared(report, sequences, own)
     ends = find_trained_ends(dataset, spec.data.max_length, tokenizer)
     asked = {name: add_ends(questions, (*read_ends(task.start), *ends), tokenizer) for name, questions in asked.items()}
     for questions in asked.values():
         report_faults(questions, spec.scoring.asking.strict)
     return Rows(dataset, report, "+".join(digests), asked, pairs, ends, kept, kept_digest, scored, scored_digest)
+
+
+def note_shared(report: DataReport, held_out: Dataset, trained: Dataset) -> DataReport:
+    """The report with how many held-out rows are also trained on, which is said."""
+    num_shared = count_shared(held_out, trained)
+    if num_shared:
+        logger.warning("eval.held_out: %d of %d held-out rows are also trained on", num_shared, len(held_out))
+    return report.model_copy(update={"num_held_out": len(held_out), "num_held_out_in_train": num_shared})
 
 
 def read_named(

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
-from hftcli.training.reading import holds_questions, read_assignment, read_named
+from hftcli.training.overlap import count_shared
+from hftcli.training.reading import holds_questions, read_assignment, read_named, tokenize_rows
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,41 @@ def test_rows_to_keep_may_be_questions(tmp_path, row: dict, expected: bool):
     assert not holds_questions(tmp_path / "missing.jsonl")
     path.write_text("not JSON")
     assert not holds_questions(path)
+
+
+def test_rows_that_two_sets_share_are_counted():
+    """Of five rows one that stands twice and another, packed or not; of three pairs the one that is the same in all parts."""
+    held_out = Dataset.from_dict({"input_ids": [[1, 2], [1, 2], [3], [4, 5], [2, 1]]})
+    alone = {"input_ids": [[1, 2], [3], [3], [1], [2, 1, 4]]}
+    packed = {"input_ids": [[1, 2, 3], [3, 1, 2, 1, 4]], "seq_lengths": [[2, 1], [1, 1, 3]]}
+    for trained in (alone, packed):
+        assert count_shared(held_out, Dataset.from_dict(trained)) == 3
+    pairs = {"prompt_ids": [[1], [1], [1, 2]], "chosen_ids": [[2, 3], [2], [3]], "rejected_ids": [[4], [4], [4]]}
+    other = {"prompt_ids": [[1], [1]], "chosen_ids": [[2, 3], [2]], "rejected_ids": [[4], [5]]}
+    assert count_shared(Dataset.from_dict(pairs), Dataset.from_dict(other)) == 1
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_held_out_rows_that_are_also_trained_on_are_said(tmp_path, objective: str, caplog):
+    rows = [{"prompt": f"{name}:", "completion": "yes", "chosen": "yes", "rejected": "no"} for name in "abcdef"]
+    for row in rows:
+        for key in ("chosen", "rejected") if objective == "sft" else ("completion",):
+            del row[key]
+    for name, part in (("train", rows[:4]), ("other", rows[2:]), ("new", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for name, expected in (("other", (4, 2)), ("new", (2, 0))):
+        caplog.clear()
+        given = [
+            f"data.path={tmp_path}/train.jsonl",
+            f"eval.held_out.path={tmp_path}/{name}.jsonl",
+            f"output={tmp_path}/{name}",
+        ]
+        base = "tinyworld" if objective == "sft" else "tinyworld-dpo"
+        run, round_ = prepare_single(load_recipe(base, given, objective))
+        run.lock.release()
+        report = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).report
+        assert (report.num_held_out, report.num_held_out_in_train) == expected
+        assert ("eval.held_out: 2 of 4 held-out rows are also trained on" in caplog.text) == (name == "other")
 
 
 def test_fine_tuning_asks_and_keeps_tasks_that_lie_under_a_root(tmp_path, monkeypatch):
