@@ -77,7 +77,6 @@ WAYS: dict[str, dict[str, object]] = {
     "layers, half of them": {"freeze.group": "layer"},
     "half, prefix 0.25": INSIDE | {"freeze.frozen_prefix": 0.25},
     "top half": INSIDE | {"freeze.frozen_prefix": 0.5},
-    "bottom half": INSIDE | {"freeze.group": "layer", "freeze.redraw": "{every: 1000000, order: ascending}"},
     "columns, SSU": {"freeze.grain": "columns"},
     "columns, quiet": {"freeze.grain": "columns", "freeze.part": "quiet"},
     "columns, random": {"freeze.grain": "columns", "freeze.part": "random"},

@@ -243,7 +243,7 @@ def read_calls(value: Any, name: str, lost: Lost) -> list[Message]:
         check_type(function, dict, f"{place}.function")
         read_text(function.get("name"), f"{place}.name")
         arguments = _read_arguments(function, place)
-        used = ("name", *ARGUMENTS)
+        used: tuple[str, ...] = ("name", *ARGUMENTS)
         if function is not call:
             _leave_keys(function, used, f"{place}.function", lost, function.keys() - set(IDLE_CALL_KEYS))
             used = ("function",)

@@ -60,8 +60,8 @@ class RedrawRule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     every: Annotated[int, Field(ge=1)] | Literal["auto"]
-    """Steps from one draw to the next. `auto`, for draws in turns, is BAdam's: as many as lead through all blocks in a pass
-    over the rows, but at least 50 and at most 100."""
+    """Steps from one draw to the next, fewer than the round has. `auto`, for draws in turns, is BAdam's: as many as lead
+    through all blocks in a pass over the rows, but at least 50 and at most 100."""
 
     order: Literal["random", "ascending", "descending", "cyclic"] = "random"
     """`random` draws anew each time, as a round does. The others take turns, with `group: layer`: the layers are blocks of

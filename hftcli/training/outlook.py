@@ -13,6 +13,7 @@ from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters
+from hftcli.freezing.redrawing import count_draws, settle_every
 from hftcli.launching.planning import make_budget
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.models.masters import open_masters
@@ -47,6 +48,7 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     num_warmup_steps = count_warmup_steps(spec.train.warmup_steps, num_steps)
     check_schedule(spec.train, num_steps, num_warmup_steps)
     check_points(spec.scoring, num_steps)
+    check_draws(task, len(rows.train), num_steps)
     budget = make_budget(
         spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available(), find_counted(task)
     )
@@ -108,6 +110,20 @@ def check_points(scoring: Scoring, num_steps: int) -> None:
     if scoring.num_points is not None and scoring.num_points > num_steps:
         raise InputError(
             f"eval.num_points is {scoring.num_points}, and the round has {num_steps} steps", "give that many or fewer"
+        )
+
+
+def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:
+    """Raises: InputError: the round ends with its first draw."""
+    rule = task.spec.freeze
+    if rule.redraw is None:
+        return
+    every = settle_every(rule, task.network.units, num_sequences, task.spec.train.global_batch_size)
+    if count_draws(num_steps, every) < 2:
+        meant = f"auto, which is {every} here" if rule.redraw.every == "auto" else str(every)
+        raise InputError(
+            f"freeze.redraw.every is {meant}, and the round has {num_steps} steps: what trains in the first would train in all",
+            "lower it, train for longer, or drop freeze.redraw",
         )
 
 

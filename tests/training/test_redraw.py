@@ -29,7 +29,8 @@ from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
 from hftcli.models.proof import verify_round
 from hftcli.recipe.sections import CheckpointSection, LaunchSection
-from hftcli.training.reading import read_assignment
+from hftcli.training.outlook import look_ahead
+from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.round import run_round
 
 LAYERS = {"group": "layer", "embeddings": "freeze", "head": "freeze"}  # of two: each a block of its own
@@ -116,6 +117,21 @@ def test_what_no_draw_trains_is_frozen_and_a_device_holds_the_largest_draw(start
     assert task.plan.num_trainable == 704 * 32 + 32
     assert result.gradient_bytes == 4 * task.plan.num_trainable
     assert result.optimizer_bytes == 8 * task.plan.num_trainable
+
+
+@pytest.mark.parametrize(
+    ("redraw", "meant"), [({"every": 4}, "4"), ({"every": "auto", "order": "cyclic"}, "auto, which is 50 here")]
+)
+def test_a_round_that_ends_with_its_first_draw_is_refused(start: Path, redraw: dict, meant: str):
+    """Of four steps; of three steps to a draw there is a second."""
+    for rule in (redraw, {**redraw, "every": 3}):
+        task = read_assignment(make_spec(start, LAYERS | {"redraw": rule}))
+        rows = tokenize_rows(task, lambda done, total: None)
+        if rule["every"] == 3:
+            assert look_ahead(task, rows).num_steps == 4
+            continue
+        with pytest.raises(InputError, match=f"freeze.redraw.every is {meant}, and the round has 4 steps"):
+            look_ahead(task, rows)
 
 
 def test_a_rate_that_goes_on_once_a_cycle(start: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "scripts" / "ways.json"
-CHANGING = ("redrawn", "entries, 5 %, SpIEL", "bottom half")  # what trains changes, which pieces of it cannot follow
+CHANGING = ("redrawn", "entries, 5 %, SpIEL")  # what trains changes, which pieces of it cannot follow
 # With settings of a larger model, whose widths they divide, or whose tokens they name.
 UNSUITED = ("blocks, quiet", "quiet", "VeRA", "OFT", "BOFT", "OSF", "SHiRA", "LoHa", "LoKr", "LN tuning", "trainable tokens")
 
@@ -32,7 +32,7 @@ def check_way(name: str, way: dict) -> None:
 def test_what_a_real_model_held_is_what_is_planned():
     """Two steps of each way, and fifty of halves that are redrawn."""
     known = json.loads(RESULTS.read_text(encoding="utf-8"))["MiniMind2-Small"]
-    assert len(known) >= 38
+    assert len(known) >= 37
     for name, way in known.items():
         check_way(name, way)
 
