@@ -48,6 +48,26 @@ def find_contents(
     return places
 
 
+def render_question(messages: Messages, template: Template) -> str:
+    """A conversation up to where the assistant begins.
+
+    Of what the assistant said before, templates leave out its thoughts; of what the others say, nothing may be left out.
+
+    Raises:
+        DataError: the template does not render it, or not all of it.
+    """
+    text = template.render(messages, add_generation_prompt=True)
+    probe = [
+        {"role": "assistant", "content": "Yes."} if message["role"] == "assistant" and "tool_calls" not in message else message
+        for message in messages
+    ]
+    try:
+        find_contents(template.render(probe), probe, template)
+    except DataError as error:
+        raise DataError(error.message, "take it out, or write it into the user's turn") from None
+    return text
+
+
 def _match_layout(text: str, messages: Messages, layout: tuple[str, ...]) -> list[Span] | None:
     """The contents of a text that is the layout with the contents in it, be they stripped; None where it is not."""
     position, places = len(layout[0]), []

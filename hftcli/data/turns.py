@@ -133,6 +133,18 @@ def read_turns(value: Any, name: str, lost: Lost, keys: Keys = MESSAGE_KEYS) -> 
     return Turns(messages, marks)
 
 
+def read_messages(value: Any, name: str) -> Messages:
+    """The turns of a conversation that is to be answered.
+
+    Raises:
+        DataError: naming the turn and the field that is none, or that would not be asked.
+    """
+    try:
+        return read_turns(value, name, Lost()).messages
+    except DataError as error:
+        raise DataError(error.message, 'give turns like {"role": "user", "content": "..."}') from None
+
+
 def _read_message(turn: Message, place: str, keys: Keys, lost: Lost) -> Message:
     given = turn.get(keys.role)
     if not isinstance(given, str) or given not in keys.roles:

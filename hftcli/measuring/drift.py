@@ -17,8 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hftcli.data.asked import tidy_task
 from hftcli.data.chat import Rendering
+from hftcli.data.contents import render_question
 from hftcli.data.prepare import deal_rows
+from hftcli.data.templates import find_template
 from hftcli.data.tokens import IGNORED, Layout, Progress, get_backend, ignore_progress, label_tokens, tokenize_prompts
+from hftcli.data.turns import read_messages
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.asking import generate_answers, predict_answers
 from hftcli.measuring.evaluation import Drift
@@ -28,6 +31,7 @@ from hftcli.tasks import load_task
 from hftcli.tasks.examples import Example, Task
 from hftcli.tasks.folder import read_json
 from hftcli.tasks.general import SUFFIX, read_lines
+from hftcli.tasks.keys import ANSWER_KEYS, QUESTION_KEYS, refuse_keys
 
 BATCH_TOKENS = 1024  # padded tokens in a pass of each model: their logits are held at once
 NUM_SAMPLES = 64  # texts that the base writes where none is given
@@ -192,6 +196,13 @@ def read_prompts(
     room = max_length - SAMPLE_TOKENS
     tidied, _ = tidy_task(Task(source, examples), tokenizer)
     prompts = tokenize_prompts(tidied.examples, "middle", room, tokenizer)
+    template = find_template(tokenizer)
+    for number, example in enumerate(tidied.examples, start=1):
+        if template is not None and not isinstance(example.prompt, str):
+            try:
+                render_question(example.prompt, template)
+            except DataError as error:
+                raise DataError(f"{source}: row {number}: {error.message}", error.fix) from None
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) > room:
             raise DataError(f"{source}: prompt {number} has {len(prompt)} tokens, more than {room}", "raise --max-length")
@@ -209,7 +220,15 @@ def _read_rows(path: Path) -> list[Any]:
 
 def _make_example(row: Any, answered: bool, place: str) -> Example:
     keys = ("prompt", "answer") if answered else ("prompt",)
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list) or not all(row.get(key) for key in keys):
+    kinds = {"prompt": str | list, "answer": str}
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), kinds[key]) and row[key] for key in keys):
         form = ", ".join(f'"{key}": "..."' for key in keys)
         raise DataError(f"{place}: expected {{{form}}}, where the prompt is a text or messages; got {str(row)[:60]}")
-    return Example(row["prompt"], row["answer"] if answered else "")
+    refuse_keys(row, (*QUESTION_KEYS, *(ANSWER_KEYS if answered else ())), place)
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        try:
+            prompt = read_messages(prompt, "prompt")
+        except DataError as error:
+            raise DataError(f"{place}: {error.message}", error.fix) from None
+    return Example(prompt, row["answer"] if answered else "")

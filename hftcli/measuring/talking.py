@@ -1,34 +1,47 @@
 """Talking to a model: a conversation, answer by answer as it is written, and answers to prompts from a file.
 
-Shapes: T tokens of a prompt or of an answer.
+Shapes: B prompts of a batch, T tokens of a prompt or of an answer, V vocabulary, S tokens that are generated.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import numpy as np
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from hftcli.data.contents import render_question
 from hftcli.data.templates import find_template
 from hftcli.data.tokens import Progress, ignore_progress
+from hftcli.data.turns import Messages, read_messages
 from hftcli.errors import DataError, ModelError
+from hftcli.measuring.asking import choose_tokens
 from hftcli.measuring.questions import find_turn_ends
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
-from hftcli.models.device import find_device
+from hftcli.models.device import find_device, make_exact
 from hftcli.tasks.examples import Example, Task
+from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
 
 Message = dict[str, str]
 OnText = Callable[[str], None]
 
 BATCH_PROMPTS = 16  # prompts that are answered at once
 TURN = Example([{"role": "user", "content": "Is it so?"}], "Yes.")  # shows what ends an answer under a template
+ARRAY = re.compile(r'\s*\[\s*[{"]')  # how a JSON array of prompts begins
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 
 
@@ -40,7 +53,7 @@ class Manner:
         max_new_tokens: where an answer that has not ended is cut.
         temperature: what the logits are divided by; 0 takes the likeliest token.
         top_p: the share of probability that the tokens to draw from hold, the likeliest first.
-        seed: of the draws; None draws others every time.
+        seed: of the draws, which do not depend on the prompts beside; None draws others every time.
     """
 
     max_new_tokens: int = 256
@@ -49,11 +62,35 @@ class Manner:
     seed: int | None = None
 
 
-class TextStream:
-    """A streamer as transformers calls it: hands on the text of an answer as its tokens come, never half a character."""
+class Draw:
+    """A processor of logits as transformers calls it: leaves the one of the token that is drawn.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText):
-        self.tokenizer, self.on_text = tokenizer, on_text
+    Args:
+        uniforms_BS: in [0, 1): what decides each token of each answer.
+        start: tokens of the prompts.
+    """
+
+    def __init__(self, manner: Manner, uniforms_BS: torch.Tensor, start: int):
+        self.temper, self.narrow = TemperatureLogitsWarper(manner.temperature), TopPLogitsWarper(manner.top_p)
+        self.uniforms_BS, self.start = uniforms_BS, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) that are minus infinity but for one token of each row."""
+        likely_BV = self.narrow(input_ids, self.temper(input_ids, scores.float()))
+        uniforms_B = make_exact(self.uniforms_BS[:, input_ids.shape[1] - self.start])
+        tokens_B = choose_tokens(likely_BV, uniforms_B, temperature=1.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens_B[:, None], 0.0)
+
+
+class TextStream:
+    """A streamer as transformers calls it: hands on the text of an answer as its tokens come, never half a character.
+
+    Args:
+        end_ids: tokens that end an answer, and are no part of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText, end_ids: Sequence[int] = ()):
+        self.tokenizer, self.on_text, self.end_ids = tokenizer, on_text, end_ids
         self.ids: list[int] = []
         self.shown = ""
         self.is_prompt = True
@@ -64,13 +101,17 @@ class TextStream:
             self.is_prompt = False
             return
         self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self._decode()
         if not text.endswith(UNFINISHED):
             self._show(text)
 
     def end(self) -> None:
         """Hand on what is left."""
-        self._show(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._show(self._decode())
+
+    def _decode(self) -> str:
+        text: str = self.tokenizer.decode(cut_end(self.ids, self.end_ids), skip_special_tokens=True)
+        return text
 
     def _show(self, text: str) -> None:
         if len(text) > len(self.shown):
@@ -97,7 +138,8 @@ class Speaker:
         transformers.utils.logging.disable_progress_bar()
         folder = fetch_checkpoint(path)
         self.tokenizer = load_tokenizer(folder)
-        self.has_template = find_template(self.tokenizer) is not None
+        self.template = find_template(self.tokenizer)
+        self.has_template = self.template is not None
         if needs_template and not self.has_template:
             raise ModelError(
                 f"{path} has no chat template: it goes on with a text, and knows no turns",
@@ -109,12 +151,15 @@ class Speaker:
         turn_ends = find_turn_ends(Task("chat", (TURN,)), self.tokenizer) if self.has_template else []
         self.end_ids = sorted({*read_ends(folder), *turn_ends, *([eos] if eos is not None else [])})
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation as tokens, up to where the assistant begins."""
-        try:
-            found: list[int] = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        except (TypeError, ValueError, jinja2.TemplateError) as error:
-            raise DataError(f"the chat template refuses {str(messages)[:80]}: {error}", "see the model's template") from None
+    def render(self, messages: Messages) -> list[int]:
+        """A conversation as tokens, up to where the assistant begins.
+
+        Raises:
+            DataError: the chat template does not render it, or not all of it.
+        """
+        assert self.template is not None
+        text = render_question(messages, self.template)
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
     def answer(self, messages: list[Message], manner: Manner, on_text: OnText) -> tuple[str, int]:
@@ -133,9 +178,9 @@ class Speaker:
                 raise DataError(f"the message has {len(prompt):,} tokens, the model {self.num_places:,} places", "shorten it")
             del kept[first : first + 2]
             num_left_out += 2
-        stream = TextStream(self.tokenizer, on_text)
+        stream = TextStream(self.tokenizer, on_text, self.end_ids)
         try:
-            self._generate([prompt], manner, min(room, manner.max_new_tokens), stream)
+            self._generate({0: prompt}, manner, min(room, manner.max_new_tokens), stream)
         except KeyboardInterrupt:
             stream.end()
         return stream.shown, num_left_out
@@ -159,7 +204,7 @@ class Speaker:
         answers, num_done = [""] * len(prompts), 0
         for batch in batches:
             room = min(self._find_room(prompts[index]) for index in batch)
-            found = self._generate([prompts[index] for index in batch], manner, min(room, manner.max_new_tokens))
+            found = self._generate({index: prompts[index] for index in batch}, manner, min(room, manner.max_new_tokens))
             for index, ids in zip(batch, found, strict=True):
                 answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
             num_done += len(batch)
@@ -170,23 +215,35 @@ class Speaker:
         return self.num_places - len(prompt) if self.num_places is not None else 2**31
 
     def _generate(
-        self, prompts: Sequence[list[int]], manner: Manner, num_tokens: int, stream: TextStream | None = None
+        self, prompts: Mapping[int, list[int]], manner: Manner, num_tokens: int, stream: TextStream | None = None
     ) -> list[list[int]]:
-        """Token ids of each answer. Of the checkpoint's own rules of generation only its ends count."""
-        longest = max(map(len, prompts))
-        ids_BT = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
-        mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        is_drawn = manner.temperature > 0
-        drawing = {"temperature": manner.temperature, "top_p": manner.top_p, "top_k": 0} if is_drawn else {}
+        """Token ids of each answer. Of the checkpoint's own rules of generation only its ends count.
+
+        Args:
+            prompts: by their places among all, which decide with the seed what is drawn.
+        """
+        longest, device = max(map(len, prompts.values())), self.model.device
+        ids_BT = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts.values()], device=device)
+        mask_BT = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()], device=device
+        )
         config = GenerationConfig(
-            max_new_tokens=num_tokens, do_sample=is_drawn, eos_token_id=self.end_ids or None,
-            pad_token_id=self.end_ids[0] if self.end_ids else 0, **drawing,
+            max_new_tokens=num_tokens, do_sample=False, eos_token_id=self.end_ids or None,
+            pad_token_id=self.end_ids[0] if self.end_ids else 0,
         )  # fmt: skip
-        if manner.seed is not None:
-            torch.manual_seed(manner.seed)
+        drawing = [Draw(manner, draw_uniforms(manner.seed, list(prompts), num_tokens), longest)] if manner.temperature else []
         self.model.generation_config = config
-        found_BT = self.model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, streamer=stream)
+        found_BT = self.model.generate(
+            input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, streamer=stream,
+            logits_processor=LogitsProcessorList(drawing),
+        )  # fmt: skip
         return [cut_end(row[longest:], self.end_ids) for row in found_BT.tolist()]
+
+
+def draw_uniforms(seed: int | None, places: Sequence[int], num_tokens: int) -> torch.Tensor:
+    """Numbers in [0, 1), (B, S) in float64: of each prompt its own, whatever prompts stand beside it."""
+    streams = (np.random.default_rng(None if seed is None else (seed, place)) for place in places)
+    return torch.from_numpy(np.stack([stream.random(num_tokens) for stream in streams]))
 
 
 def cut_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
@@ -195,26 +252,37 @@ def cut_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
 
 
 def read_prompt_lines(lines: Iterable[str], source: str) -> list[dict[str, Any]]:
-    """Prompts, one on each line: JSON objects with `prompt` or `messages`, or, where the first line is none, plain text.
+    """Prompts: JSON objects with `prompt` or `messages`, one on each line or in one array, or else a plain text on each line.
 
     Raises:
-        DataError: there is none, or a line is not what the first is.
+        DataError: there is none, a line is not what the first is, or a prompt says more than would be asked.
     """
-    given = [line.rstrip("\n") for line in lines if line.strip()]
+    given = [line.rstrip("\n") for line in lines if line.strip("\ufeff \t\r\n")]
     if not given:
         raise DataError(f"{source} has no prompt", 'write one on each line: plain text, or {"prompt": "..."}')
-    if not given[0].lstrip().startswith("{"):
+    given[0] = given[0].removeprefix("\ufeff")  # the mark that some editors put before a file
+    if ARRAY.match("\n".join(given)):
+        rows = _read_json("\n".join(given))
+        if not isinstance(rows, list):
+            raise DataError(f"{source} begins like a JSON array, and is none", 'write {"prompt": "..."} on each line')
+        rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    elif given[0].lstrip().startswith("{"):
+        rows = [_read_json(line) for line in given]
+    else:
         return [{"prompt": line} for line in given]
-    rows = []
-    for number, line in enumerate(given, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt", row.get("messages")), str | list):
             raise DataError(f"{source}, prompt {number}: neither prompt nor messages", 'write {"prompt": "..."} on each line')
-        rows.append(row)
+        refuse_keys(row, QUESTION_KEYS, f"{source}, prompt {number}")
     return rows
+
+
+def _read_json(text: str) -> Any:
+    """None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def encode_prompts(
@@ -223,24 +291,30 @@ def encode_prompts(
     """Prompts as tokens: as a user's turn where the model has a chat template, else as they are.
 
     Args:
-        as_chat: whether to take the template; None takes it where there is one.
+        rows: each with `messages`, or with a `prompt` that is a text or messages.
+        as_chat: whether to take the template for a text; None takes it where there is one.
 
     Raises:
         ModelError: it is to be taken, and there is none.
+        DataError: naming the prompt that is no conversation, or that the template does not render whole.
     """
-    needs_turns = as_chat or system is not None or any("messages" in row for row in rows)
+    asked = [row.get("messages", row.get("prompt")) for row in rows]
+    needs_turns = as_chat or system is not None or any(not isinstance(one, str) for one in asked)
     if needs_turns and not speaker.has_template:
         raise ModelError("the model has no chat template", "give plain prompts, without --chat, --system and messages")
     is_chat = speaker.has_template if as_chat is None else as_chat
     opening = [{"role": "system", "content": system}] if system is not None else []
     prompts = []
-    for row in rows:
-        if "messages" in row:
-            prompts.append(speaker.render([*opening, *row["messages"]]))
-        elif is_chat:
-            prompts.append(speaker.render([*opening, {"role": "user", "content": row["prompt"]}]))
-        else:
-            prompts.append(speaker.tokenizer(row["prompt"])["input_ids"])
+    for number, one in enumerate(asked, start=1):
+        try:
+            if not isinstance(one, str):
+                prompts.append(speaker.render([*opening, *read_messages(one, "messages")]))
+            elif is_chat:
+                prompts.append(speaker.render([*opening, {"role": "user", "content": one}]))
+            else:
+                prompts.append(speaker.tokenizer(one)["input_ids"])
+        except DataError as error:
+            raise DataError(f"prompt {number}: {error.message}", error.fix) from None
     return prompts
 
 

@@ -120,6 +120,10 @@ def test_prompts_are_read_with_their_answers_or_answered_by_the_base(models, tmp
         ([{"answer": "x"}], 'row 1: expected {"prompt"'),
         ([{"prompt": "x", "answer": "y"}, {"prompt": "z"}], 'row 2: expected {"prompt": "...", "answer": "..."}'),
         ([{"prompt": [{"role": "user", "content": "word " * 200}]}], "prompt 1 has"),
+        ([{"prompt": "x", "answer": ["y"]}], 'row 1: expected {"prompt": "...", "answer": "..."}'),
+        ([{"prompt": "x", "context": "y"}], "row 1: the key 'context' carries meaning"),
+        ([{"prompt": "x", "answer": "y", "tools": [{}]}], "row 1: the key 'tools' carries meaning"),
+        ([{"prompt": [{"role": "user", "text": "y"}]}], "row 1: field 'prompt[0].content' is missing"),
     ],
 )
 def test_prompts_of_another_form_are_named(models, tmp_path, rows, fault):

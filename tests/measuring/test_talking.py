@@ -7,8 +7,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
+from hftcli.data.templates import Template
 from hftcli.errors import DataError, ModelError
-from hftcli.measuring.talking import Manner, Speaker, TextStream, encode_prompts, read_prompt_lines, read_prompts_from
+from hftcli.measuring.talking import (
+    Draw,
+    Manner,
+    Speaker,
+    TextStream,
+    draw_uniforms,
+    encode_prompts,
+    read_prompt_lines,
+    read_prompts_from,
+)
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
 QUESTIONS = ["Who is the king of Gaven?", "What do they sell?", "Hello"]
@@ -67,7 +77,7 @@ def test_a_long_prompt_cuts_no_answer_but_its_own(speaker):
     for odd in ([], [3] * speaker.num_places):
         with pytest.raises(DataError, match="prompt 2 has"):
             speaker.complete([short, odd], SHORT)
-    with pytest.raises(DataError, match="the chat template refuses"):
+    with pytest.raises(DataError, match=r"prompt 1: messages\[0\] is of type str"):
         encode_prompts(speaker, [{"messages": ["Hello"]}], None, None)
 
 
@@ -76,6 +86,69 @@ def test_a_temperature_draws_and_a_seed_draws_the_same_again(speaker):
     drawn = [speaker.complete(prompts, Manner(12, temperature=3.0, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) > 1
+
+
+def test_what_is_drawn_does_not_depend_on_the_prompts_beside(speaker):
+    """Answers of 1 to 16 came again as 17 to 32 where each batch began the draws anew."""
+    (prompt,) = encode_prompts(speaker, [{"prompt": "Hello"}], None, None)
+    manner = Manner(12, temperature=3.0, seed=1)
+    drawn = speaker.complete([prompt] * 32, manner)
+    assert drawn[:16] != drawn[16:]
+    assert len(set(drawn)) > 24
+    longer = speaker.render([{"role": "user", "content": "Hello, who is the king?"}])
+    assert speaker.complete([prompt, longer, prompt], manner)[::2] == [drawn[0], drawn[2]]
+
+
+def test_draws_follow_the_distribution():
+    """Of 0.6, 0.3 and 0.1, the likeliest two hold 0.8: the third is never drawn."""
+    logits_BV = torch.tensor([0.6, 0.3, 0.1]).log().expand(3000, 3)
+    for temperature, top_p, expected in (
+        (1.0, 1.0, (0.6, 0.3, 0.1)),
+        (0.5, 1.0, (36 / 46, 9 / 46, 1 / 46)),
+        (1.0, 0.8, (2 / 3, 1 / 3, 0)),
+    ):
+        draw = Draw(Manner(temperature=temperature, top_p=top_p), draw_uniforms(5, range(3000), 1), start=7)
+        tokens_B = draw(torch.zeros(3000, 7, dtype=torch.long), logits_BV).argmax(-1)
+        shares = tokens_B.bincount(minlength=3) / 3000
+        assert shares.tolist() == pytest.approx(expected, abs=0.03)
+
+
+def test_messages_are_turns_under_either_name(speaker):
+    turns = [{"role": "user", "content": "Hello"}]
+    assert encode_prompts(speaker, [{"prompt": turns}], None, None) == encode_prompts(
+        speaker, [{"prompt": "Hello"}], True, None
+    )
+    with pytest.raises(DataError, match=r"prompt 2: field 'messages\[0\].role' is 'sir'"):
+        encode_prompts(speaker, [{"prompt": turns}, {"prompt": [{"role": "sir", "content": "a"}]}], None, None)
+
+
+PARTS = "{% for m in messages %}{{ m.role }}: {% if m.content is not string %}{{ m.content[0].text }}{% endif %}\n{% endfor %}"
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_a_template_prints_all_that_is_asked(speaker, monkeypatch):
+    monkeypatch.setattr(speaker, "template", Template(PARTS, {}))
+    user = {"role": "user", "content": "Hello"}
+    assert speaker.tokenizer.decode(speaker.render([user])) == "user: Hello"
+    monkeypatch.setattr(speaker, "template", Template(NO_SYSTEM, {}))
+    told = [user, {"role": "assistant", "content": "<think>Who?</think>Bel."}, user]  # templates leave out earlier thoughts
+    assert speaker.tokenizer.decode(speaker.render(told)) == "user: Hello\nassistant: Bel.\nuser: Hello\nassistant:"
+    with pytest.raises(DataError, match=r"prompt 1: turn 1, the system's: 'Be brief\.' is not in the text"):
+        encode_prompts(speaker, [{"prompt": "Hello"}], None, "Be brief.")
+
+
+def test_an_end_that_is_no_special_token_is_not_shown(speaker, monkeypatch):
+    """As a conversation has it on the screen, and is told again in the next turn."""
+    told = [{"role": "user", "content": QUESTIONS[0]}]
+    (answer,) = speaker.complete([speaker.render(told)], SHORT)
+    (first,) = speaker.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(speaker, "end_ids", [*speaker.end_ids, first])
+    pieces: list[str] = []
+    assert answer
+    assert speaker.answer(told, SHORT, pieces.append)[0] == "".join(pieces) == ""
 
 
 def test_half_a_character_is_not_shown():
@@ -94,7 +167,26 @@ def test_half_a_character_is_not_shown():
 def test_prompts_are_lines_of_text_or_of_json():
     assert read_prompt_lines(["a\n", "\n", "b\n"], "f") == [{"prompt": "a"}, {"prompt": "b"}]
     assert read_prompt_lines(['{"prompt": "a", "id": 1}'], "f") == [{"prompt": "a", "id": 1}]
-    for lines in ([], ["  "], ['{"prompt": "a"}', "b"], ['{"text": "a"}'], ['{"prompt": 1}']):
+    assert read_prompt_lines(["\ufeff" + '{"prompt": "a"}\n', '{"prompt": "b"}\n'], "f") == [{"prompt": "a"}, {"prompt": "b"}]
+    assert read_prompt_lines(["\ufeffa\n"], "f") == [{"prompt": "a"}]
+    assert read_prompt_lines(["[\n", '{"prompt": "a"},\n', "\n", '{"prompt": "b"}\n', "]"], "f") == [
+        {"prompt": "a"},
+        {"prompt": "b"},
+    ]
+    assert read_prompt_lines(["[INST] a [/INST]\n"], "f") == [{"prompt": "[INST] a [/INST]"}]
+    for key in ("tools", "system", "history", "context"):
+        with pytest.raises(DataError, match=f"f, prompt 2: the key '{key}' carries meaning that would not be asked"):
+            read_prompt_lines(['{"prompt": "a"}', json.dumps({"prompt": "b", key: ["c"]})], "f")
+    for lines in (
+        [],
+        ["  "],
+        ["\ufeff\n"],
+        ['[{"prompt": "a"},'],
+        ['[{"text": "a"}]'],
+        ['{"prompt": "a"}', "b"],
+        ['{"text": "a"}'],
+        ['{"prompt": 1}'],
+    ):
         with pytest.raises(DataError):
             read_prompt_lines(lines, "f")
 
@@ -129,6 +221,8 @@ def test_what_would_be_lost_or_not_act_is_refused(hft, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "the right one"}\n')
     said = hft("generate", "tinyworld", "--prompts", tmp_path / "rows.jsonl", code=2).stderr
     assert "prompt 2 has an `answer`, which would be lost" in said
+    said = hft("generate", "tinyworld", "--prompts", "-", "--system", "Be brief.", "--no-chat", code=2).stderr
+    assert "--no-chat asks without turns" in said
     for command, *options in (
         ("generate", "--prompts", "-", "--seed", 3),
         ("generate", "--prompts", "-", "--top-p", 0.9),
