@@ -244,11 +244,21 @@ def choose_parts(
 def read_earlier(
     model: PreTrainedModel, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, keep: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Second moments of what the matrices read of the model's own texts, and of those to be kept; each counts the same."""
-    texts = [[ids for ids, _ in draw_texts(model, tokenizer, model.device)]]
-    if keep:
-        texts.append([tokenizer(text).input_ids[:KEPT_TOKENS] for text in keep])
-    found = [measure_moments(model, model, inputs, rows, model.device) for rows in texts]
+    """Second moments of what the matrices read of the model's own texts, and of those to be kept; each counts the same.
+
+    A model that is ready to train, as trainers hand it over, would write with dropout, and under checkpointing without a cache.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            texts = [[ids for ids, _ in draw_texts(model, tokenizer, model.device)]]
+            if keep:
+                texts.append([tokenizer(text).input_ids[:KEPT_TOKENS] for text in keep])
+            found = [measure_moments(model, model, inputs, rows, model.device) for rows in texts]
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
     return {name: torch.stack([moments[name] for moments in found]).mean(0) for name in inputs}
 
 

@@ -131,6 +131,35 @@ def test_a_random_part_is_drawn_whoever_gives_a_tokenizer(start: Path, grain: st
     assert all(torch.equal(given[name], without[name]) for name in given)
 
 
+def make_ready(model) -> None:
+    """As TRL's trainers leave a model before they call the callbacks."""
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.layers[0].eval()  # what a user has put to rest stays so
+
+
+def test_a_model_that_is_ready_to_train_has_the_same_quiet_half(start: Path):
+    model, tokenizer = load(start)
+    expected = freeze_half(load(start)[0].eval(), seed=1, grain="columns", tokenizer=tokenizer).bases
+    make_ready(model)
+    found = freeze_half(model, seed=1, grain="columns", tokenizer=tokenizer).bases
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert (model.training, model.model.layers[0].training, model.model.layers[1].training) == (True, False, True)
+
+
+def test_quiet_lora_reads_the_same_of_a_model_that_is_ready_to_train(start: Path):
+    config, found = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM"), []
+    for is_ready in (False, True):
+        model, tokenizer = load(start)
+        model = get_peft_model(model.eval(), config)
+        if is_ready:
+            make_ready(model.get_base_model())
+        readers = quiet_lora(model, tokenizer).readers
+        found.append({name: reader.basis for name, reader in readers.items()})
+    assert all(torch.allclose(found[1][name], basis, atol=1e-5) for name, basis in found[0].items())
+
+
 def test_roles_are_taken_in_place_of_the_familys(start: Path):
     """The mlp's matrices among those of attention."""
     roles = {
