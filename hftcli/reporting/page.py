@@ -31,7 +31,7 @@ from hftcli.reporting.headline import OBJECTIVES, make_headline
 from hftcli.reporting.measures import describe_adjusted, describe_transitions, describe_ways
 from hftcli.reporting.places import hide_folders, show_place
 from hftcli.reporting.rounding import list_roundings
-from hftcli.reporting.rounds import describe_pairs
+from hftcli.reporting.rounds import describe_pairs, find_speed
 from hftcli.reporting.share import describe_share, measure_share
 from hftcli.reporting.terminal import format_bytes
 from hftcli.reporting.trails import draw_trails
@@ -336,13 +336,13 @@ def _describe_redraws(round_: Round, result: RoundResult) -> tuple[str, list[tup
 
 
 def _describe_speed(round_: Round, result: RoundResult) -> tuple[str, ...]:
-    training = result.seconds["training"]
+    speed, training = find_speed(result), _format_seconds(result.seconds["training"])
     return (
         round_.name,
         f"{result.num_steps:,}",
         f"{result.num_tokens:,}",
-        f"{result.num_tokens / training:,.0f}" if training else "",
-        _format_seconds(training),
+        f"{speed:,.0f}" if speed is not None else "",
+        training if result.resumed_from is None else f"{training} from step {result.resumed_from}",
         _format_seconds(result.seconds["scoring"]),
         _format_seconds(math.fsum(result.seconds.values())),
         format_bytes(result.peak_memory_bytes),

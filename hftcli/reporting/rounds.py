@@ -99,8 +99,11 @@ def _print_end(run: Run) -> None:
 
 def _describe_round(round_: Round, result: RoundResult) -> str:
     plan = round_.read_plan()
-    speed = result.num_tokens / result.seconds["training"] if result.seconds["training"] else 0.0
-    seconds = f"{result.seconds['training']:.1f} s ({speed:,.0f} tokens/s)"
+    speed, seconds = find_speed(result), f"{result.seconds['training']:.1f} s"
+    if result.resumed_from is not None:
+        seconds += f" from step {result.resumed_from}"
+    elif speed is not None:
+        seconds += f" ({speed:,.0f} tokens/s)"
     share = f"{plan.trainable_fraction:.1%} of {plan.num_parameters:,} weights trained"
     if (adapter := result.adapter) is not None:
         share = (
@@ -124,6 +127,12 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
     if result.fit is not None:
         lines.insert(1, _describe_fit(result.fit))
     return "\n".join(lines)
+
+
+def find_speed(result: RoundResult) -> float | None:
+    """Tokens per second of training; None after a resume, of which the seconds are those of the last start alone."""
+    seconds = result.seconds["training"]
+    return result.num_tokens / seconds if seconds and result.resumed_from is None else None
 
 
 def draw_losses(round_: Round) -> str:

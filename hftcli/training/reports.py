@@ -81,7 +81,7 @@ class RoundCallback(TrainerCallback):
             self.loss = next((row["loss"] for row in reversed(rows) if "loss" in row), None)
         self.score_start()
         checkpoint_layers(model, args)
-        self.reporter.report("training", 0, state.max_steps)
+        self.reporter.report("training", state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(
         self,

@@ -26,6 +26,18 @@ def test_the_time_left_is_that_of_the_whole_run(tmp_path):
     assert clock.describe_left(140.0) == "about 2 min left"
 
 
+def test_the_time_left_after_a_resume_counts_from_the_step_it_goes_on_from(tmp_path):
+    rows = tuple({**dict.fromkeys(TASKS, 0.1)} for _ in range(3))
+    run = Run(write_run(tmp_path / "run", rows=rows, tasks=TASKS, objective="continual"))
+    clock, (first, _) = RunClock(), run.rounds
+    clock.name_round(first)
+    clock.see(first.name, Progress(phase="starting"), 0.0)
+    clock.see(first.name, Progress(phase="training", done=900, total=1000), 0.0)
+    clock.see(first.name, Progress(phase="training", done=910, total=1000), 20.0)
+    # Two seconds for a step: 180 s for the 90 that are left, and 2000 s for the round after it.
+    assert clock.describe_left(20.0) == "about 36 min left"
+
+
 def test_one_round_is_no_task_of_several(tmp_path):
     run = Run(write_run(tmp_path / "run"))
     assert RunClock().name_round(run.rounds[0]) == "00-sft"
