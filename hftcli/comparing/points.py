@@ -23,6 +23,7 @@ UNITS: dict[By, Unit] = {"score": POINTS, "nll": NATS}
 SEED_KEYS = ("train.seed", "freeze.seed")
 RATE_KEY = "train.learning_rate"
 FULL = "full"
+MADE_TITLES = {"interpolation": "averaged {:g}", "sparsification": "sparsified {:g}", "reset": "reset"}
 EVALUATION_NAME = "evaluation.json"  # beside the merge.json of a model that was made
 # The form of the file, where a run was written, and what is held to be equal by its outcome: the data by their hashes, the
 # tasks by their names; when the runs were measured and who was told of them changes nothing of them.
@@ -173,7 +174,8 @@ def _read_made(folder: Path) -> Made:
         ) from None
     except ValueError as error:
         raise InputError(f"{path} is not what hft eval writes: {error}") from None
-    title = "reset" if manifest.weight is None else f"averaged {manifest.weight:g}"
+    amount = manifest.weight if manifest.kind == "interpolation" else manifest.density
+    title = MADE_TITLES[manifest.kind].format(amount)
     rule = _flatten(manifest.plan.rule.model_dump(mode="json"), "reset") if manifest.plan else {}
     values = {"made": title} | {key: value for key, value in rule.items() if key != "reset.seed"}
     return Made(Run(Path(tuned.path).parents[2]), title, values, after)  # RUN/rounds/00-sft/checkpoint

@@ -124,6 +124,19 @@ def test_made_models_stand_beside_the_runs_that_they_are_made_of(tmp_path):
     assert [method.name for method in compare_runs([made, run]).methods] == ["full", "full, averaged 0.5"]
 
 
+def test_made_models_go_by_how_they_were_made(tmp_path):
+    run = write_run(tmp_path / "run", "freeze.trainable_fraction=1.0")
+    scores = {FACTS: 0.9, SKILL: 0.5}
+    made = [
+        write_made(tmp_path / "tenth", run, scores, kind="sparsification", density=0.1),
+        write_made(tmp_path / "third", run, scores, kind="sparsification", density=0.3),
+        write_made(tmp_path / "back", run, scores, kind="reset"),
+    ]
+    expected = ["full, sparsified 0.1", "full, sparsified 0.3", "full, reset"]
+    assert [read_point(folder).title for folder in made] == expected
+    assert {method.name for method in compare_runs(made).methods} == set(expected)
+
+
 def test_made_model_that_was_asked_in_another_way_is_refused(tmp_path):
     made = write_made(
         tmp_path / "mean", write_run(tmp_path / "run"), {FACTS: 0.9, SKILL: 0.5}, kind="interpolation", weight=0.5
