@@ -16,6 +16,7 @@ from hftcli.errors import DataError, InputError
 from hftcli.recipe.sections import SourceSection
 from hftcli.recipe.starter import read_max_positions
 from hftcli.runs.files import write_text
+from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
 
 NUM_HELD_OUT = (8, 100)  # rows, at least and at most; a tenth of all between
 NUM_ASKED = 100  # rows to keep that are asked, at most
@@ -75,10 +76,11 @@ def divide_rows(order: Order) -> Rows:
     rows = read_raw(order.data)
     if len(rows) < LEAST_ROWS:
         raise InputError(f"{order.data}: too few rows, {len(rows)}", f"{LEAST_ROWS} are the least that can be divided")
-    kept = [] if order.keep is None else [as_question(row, order.keep) for row in read_raw(order.keep)]
+    given = [] if order.keep is None else read_raw(order.keep)
+    kept = [as_question(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)]
     asked = {
         "model": order.model, "data": order.data, "keep": order.keep, "limit": order.limit, "set": list(order.overrides),
-        "rows": hashlib.sha256(json.dumps([rows, kept]).encode()).hexdigest(),
+        "rows": hashlib.sha256(json.dumps([rows, kept], default=str).encode()).hexdigest(),
     }  # fmt: skip
     claim = order.folder / "order.json"
     if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != asked:
@@ -127,23 +129,29 @@ def read_raw(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def as_question(row: dict[str, Any], path: str) -> dict[str, Any]:
+def as_question(row: dict[str, Any], place: str) -> dict[str, Any]:
     """A row of what must not be lost as a question with its right answers.
 
     Raises:
-        DataError: it is no single question.
+        DataError: it is no single question, or says more than would be asked.
     """
     if isinstance(row.get("question"), str) and isinstance(row.get("answers"), list) and row["answers"]:
+        refuse_keys(row, QUESTION_KEYS, place)
         return {"question": row["question"], "answers": row["answers"]}
     found = convert_row(row, detect_format(list(row), "sft"), Lost())
     turns = found.get("messages") or [*_as_turns(found.get("prompt"), "user"), *_as_turns(found.get("completion"), "assistant")]
-    spoken = [turn for turn in turns if turn["role"] != "system"]
-    if [turn["role"] for turn in spoken] != ["user", "assistant"]:
+    if found.get("tools") or turns[0]["role"] in ("system", "developer"):
+        lost = "a list of tools" if found.get("tools") else f"a turn of the {turns[0]['role']}'s"
         raise DataError(
-            f"{path}: what must not be lost is asked, and a row of it is not one question with its answer",
+            f"{place}: {lost} carries meaning that would not be asked",
+            "write it into the question, or take it out of the rows",
+        )
+    if [turn["role"] for turn in turns] != ["user", "assistant"]:
+        raise DataError(
+            f"{place}: what must not be lost is asked, and a row of it is not one question with its answer",
             'give rows as {"question": "...", "answers": ["..."]}',
         )
-    return {"question": spoken[0]["content"], "answers": [spoken[1]["content"]]}
+    return {"question": turns[0]["content"], "answers": [turns[1]["content"]]}
 
 
 def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +167,8 @@ def _as_turns(value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSONL."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """JSONL; what JSON has no form for, as a date, becomes text."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def write_own_texts(model: str, path: Path) -> None:

@@ -2,14 +2,18 @@
 
 import json
 from dataclasses import replace
+from datetime import date, timedelta
+from decimal import Decimal
 
 import pytest
+from datasets import Dataset
 
 from hftcli.advising.rows import Order, as_question, divide_rows
 from hftcli.comparing.advice import list_candidates
 from hftcli.errors import DataError, InputError
 from hftcli.recipe.loading import load_recipe
 
+TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]
 ASKED = {"question": "Where?", "answers": ["Here", "There"]}
 
 
@@ -66,6 +70,33 @@ def test_a_folder_holds_one_search(order):
         file.write(json.dumps({"prompt": "Say more", "completion": "more"}) + "\n")
     with pytest.raises(InputError, match="or one with other rows"):
         divide_rows(order)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({**ASKED, "context": "A house."}, "the key 'context' carries meaning"),
+        ({**ASKED, "tools": [{"name": "look"}]}, "the key 'tools' carries meaning"),
+        ({"messages": [{"role": "system", "content": "Be brief."}, *TURNS]}, "a turn of the system's carries meaning"),
+        ({"messages": TURNS, "tools": [{"name": "look"}]}, "a list of tools carries meaning"),
+    ],
+)
+def test_a_question_is_not_asked_without_a_part_of_it(row: dict, said: str):
+    with pytest.raises(DataError, match=f"kept.jsonl: row 3: {said} that would not be asked"):
+        as_question(row, "kept.jsonl: row 3")
+
+
+def test_columns_that_json_has_no_form_for_are_text(order, tmp_path):
+    days = [date(2026, 1, 1) + timedelta(days=number) for number in range(50)]
+    columns = {
+        "prompt": [f"Say {number}" for number in range(50)], "completion": ["yes"] * 50, "day": days,
+        "price": [Decimal("1.50")] * 50, "raw": [b"x"] * 50,
+    }  # fmt: skip
+    Dataset.from_dict(columns).to_parquet(tmp_path / "new.parquet")
+    rows = divide_rows(replace(order, data=str(tmp_path / "new.parquet")))
+    first = read(rows.trained)[0]
+    assert first["day"].startswith("2026-")
+    assert (first["price"], first["raw"]) == ("1.50", "b'x'")
 
 
 def test_what_cannot_be_asked_is_named(order, tmp_path):
