@@ -181,7 +181,9 @@ def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Ite
     for earlier in run.rounds[: run.rounds.index(round_) + 1]:
         data = earlier.read_result().data
         for source in data.sources:
-            yield f"data: {hide_folders(source.path)}", f"{data.num_used:,} rows used, sha256 `{source.fingerprint}`"
+            num_used = data.num_used if len(data.sources) == 1 else source.num_used
+            rows = "" if num_used is None else f"{num_used:,} rows used, "
+            yield f"data: {hide_folders(source.path)}", f"{rows}sha256 `{source.fingerprint}`"
     yield (
         "freeze plan",
         (

@@ -4,11 +4,14 @@ import pytest
 from huggingface_hub import ModelCard
 from written_runs import FACTS, SKILL, complete_round, write_made, write_run
 
-from hftcli.reporting.card import CARD_NAME, find_base, write_card, write_made_card
+from hftcli.reporting.card import CARD_NAME, find_base, make_card, write_card, write_made_card
 from hftcli.reporting.page import make_page
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.made import CheckpointIdentity, MergeManifest
+from hftcli.runs.records import Source
 from hftcli.runs.run import Run
+
+USED = {"many.jsonl": 1000, "few.jsonl": 7}
 
 
 @pytest.fixture
@@ -32,6 +35,18 @@ def test_the_card_says_what_was_learned_and_forgotten(run, tmp_path):
     assert "sha256 `0f`" in card.content
     assert "arXiv" in card.content
     assert str(tmp_path) not in card.content
+
+
+def test_each_source_of_a_mixture_has_its_own_rows(run):
+    (round_,) = run.rounds
+    result = round_.read_result()
+    sources = tuple(Source(path=f"/data/{name}", fingerprint="0f", num_bytes=1, num_used=used) for name, used in USED.items())
+    data = result.data.model_copy(update={"sources": sources, "num_used": 1007})
+    write_model(round_.result_path, result.model_copy(update={"data": data}))
+    content = make_card(run, round_)
+    assert "1,000 rows used" in content
+    assert "7 rows used" in content
+    assert "1,007 rows used" not in content
 
 
 @pytest.mark.parametrize(
