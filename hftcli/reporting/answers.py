@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hftcli.comparing.answers import Answers, ChangedItem, Trait, describe_behaviour, list_changed, read_answers
 from hftcli.comparing.statistics import NATS, POINTS
+from hftcli.reporting.lines import open_console
 from hftcli.reporting.terminal import make_number_table, print_measures, print_whole
 from hftcli.runs.run import Run
 from hftcli.tasks.general import SUFFIX
@@ -29,7 +29,7 @@ def print_lost(run: Run, as_json: bool) -> None:
     if as_json:
         print_measures({"lost": [asdict(item) for item in lost], "won": [asdict(item) for item in won]})
         return
-    console = Console()
+    console = open_console()
 
     def say(text: str) -> None:
         console.print(Text(text), soft_wrap=True)

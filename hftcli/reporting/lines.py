@@ -7,10 +7,17 @@ import re
 import shutil
 import sys
 import textwrap
-from typing import TextIO
+from typing import Any, TextIO
+
+from rich.console import Console
 
 LABEL = re.compile(r"\s*(?:hft: |fix: |# +)?(?:\S+\s{2,}){0,2}")  # before the text: `model   `, `#   rows    `, `hft: `
 MOST_INDENT = 0.4  # of the width
+
+
+def open_console(**options: Any) -> Console:
+    """A console that shows text as it stands: `[INST]` in a row or a name is no markup, and `:x:` no sign."""
+    return Console(markup=False, emoji=False, **options)
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +13,7 @@ from hftcli.comparing.forgetting import ForgettingMatrix, ForgettingMetrics, Row
 from hftcli.comparing.items import ItemChange
 from hftcli.comparing.statistics import NATS, POINTS, Estimate, Unit
 from hftcli.measuring.evaluation import Evaluation
-from hftcli.reporting.lines import say
+from hftcli.reporting.lines import open_console, say
 from hftcli.reporting.places import show_place
 from hftcli.reporting.terminal import make_number_table, print_measures, print_whole
 from hftcli.runs.scores import Score
@@ -101,7 +100,7 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
         rounds = {"num_rounds": matrix.num_rounds, "is_finished": matrix.is_finished}
         print_measures({**rounds, **metrics["strict"].model_dump(), **others, **general})
         return
-    console = Console()
+    console = open_console()
     for name, rows, unit in kinds:
         if name == "lenient" and rows == matrix.scores:
             say("lenient scores: the same")

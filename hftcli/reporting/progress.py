@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hftcli.reporting.lines import fold
+from hftcli.reporting.lines import fold, open_console
 from hftcli.reporting.outlook import describe_outlook
 from hftcli.runs.run import Round
 from hftcli.runs.spec import Progress as Place
@@ -51,12 +50,12 @@ def _show_bar() -> Iterator[Callable[..., None]]:
 
     What it gives is called with the phase, its description, what is done, all that there is, and in words how long it takes.
     """
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     if not console.is_terminal:
         yield _PlainProgress()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, expand=True) as bar:
@@ -97,7 +96,9 @@ class RunClock:
         self.names: list[str] = []  # of the run's rounds
         self.round = ""
         self.started = self.training_started = 0.0
-        self.training_s: float | None = None  # of all steps of the round at work, by those that are done
+        self.first_done: int | None = None  # steps of the round at work that were done when its training was first seen
+        self.step_s: float | None = None  # of one of its steps, by those that were done since
+        self.total = 0  # of its steps
         self.taken_s: list[float] = []  # by the rounds that were seen from start to end
 
     def name_round(self, round_: Round) -> str:
@@ -113,19 +114,21 @@ class RunClock:
         if name != self.round:
             if self.round:
                 self.taken_s.append(now - self.started)
-            self.round, self.started, self.training_s = name, now, None
-        if place.phase == "training" and place.done == 0:
-            self.training_started = now
-        if place.phase == "training" and place.done > 0 and place.total and self.training_started >= self.started:
-            self.training_s = (now - self.training_started) / place.done * place.total
+            self.round, self.started, self.first_done, self.step_s = name, now, None, None
+        if place.phase != "training":
+            return
+        if self.first_done is None:  # not 0 where it goes on from a step checkpoint
+            self.training_started, self.first_done = now, place.done
+        if place.done > self.first_done and place.total:
+            self.step_s, self.total = (now - self.training_started) / (place.done - self.first_done), place.total
 
     def describe_left(self, now: float) -> str:
         """In words; empty while nothing is known."""
         later = len(self.names) - 1 - self.names.index(self.round) if self.round in self.names else 0
-        if self.training_s is not None:
-            before = self.training_started - self.started
-            whole = 2 * before + self.training_s
-            left = max(whole - (now - self.started), 0.0) + later * whole
+        if self.step_s is not None and self.first_done is not None:
+            around = 2 * (self.training_started - self.started)
+            own = around + self.step_s * (self.total - self.first_done)
+            left = max(own - (now - self.started), 0.0) + later * (around + self.step_s * self.total)
         elif self.taken_s:
             left = max(self.taken_s[-1] - (now - self.started), 0.0) + later * self.taken_s[-1]
         else:

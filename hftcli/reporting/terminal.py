@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from hftcli.doctor.doctor import Finding
-from hftcli.reporting.lines import fold, say
+from hftcli.reporting.lines import fold, open_console, say
 from hftcli.reporting.places import show_place, show_places
 from hftcli.runs.made import MergeManifest
 from hftcli.runs.records import DataReport, Source
@@ -48,7 +47,8 @@ def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
         text = fold(f"{finding.status:8}{finding.check:{width}}  {finding.message}", sys.stdout)
-        Console(highlight=False, soft_wrap=True).print(Text.assemble((text[:8], styles[finding.status]), show_places(text[8:])))
+        shown = Text.assemble((text[:8], styles[finding.status]), show_places(text[8:]))
+        open_console(highlight=False, soft_wrap=True).print(shown)
         if finding.fix:
             say(f"{'':8}{'':{width}}  fix: {finding.fix}")
 
@@ -73,7 +73,7 @@ def print_data(summary: DataReport, samples: Samples, as_json: bool) -> None:
     if as_json:
         print_json(_describe_data(summary, samples))
         return
-    console = Console()
+    console = open_console()
     table = Table(show_header=False)
     for name, value in describe_data(summary).items():
         table.add_row(name, value)
@@ -86,7 +86,7 @@ def print_data(summary: DataReport, samples: Samples, as_json: bool) -> None:
         text = Text()
         for part, trained in pieces:
             text.append(part, style="bold green" if trained else "dim")
-        console.print(text if console.color_system else "".join(f"⟦{t}⟧" if b else t for t, b in pieces), markup=False)
+        console.print(text if console.color_system else "".join(f"⟦{t}⟧" if b else t for t, b in pieces))
 
 
 def describe_data(summary: DataReport) -> dict[str, str]:
@@ -148,7 +148,7 @@ def print_whole(table: Table) -> None:
 
     On a terminal that is too narrow, its columns come in several tables, each with the first of them.
     """
-    console = Console()
+    console = open_console()
     needed = Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum
     if not console.is_terminal or needed <= console.width:
         console.width = max(console.width, needed)
@@ -162,11 +162,9 @@ def print_whole(table: Table) -> None:
 
 def divide_table(table: Table, width: int) -> list[Table]:
     """A table's columns in as many tables as the width asks for, each begun with the first column."""
-    cells = [
-        [cell if isinstance(cell, Text) else Text.from_markup(str(cell)) for cell in column.cells] for column in table.columns
-    ]
+    cells = [[cell if isinstance(cell, Text) else Text(str(cell)) for cell in column.cells] for column in table.columns]
     widths = [
-        3 + max(text.cell_len for text in (Text.from_markup(str(column.header)), *texts))
+        3 + max(text.cell_len for text in (Text(str(column.header)), *texts))
         for column, texts in zip(table.columns, cells, strict=True)
     ]
     groups: list[list[int]] = [[]]
