@@ -1,6 +1,5 @@
 """From a recipe to a finished run: rounds are prepared as files, launched one after another, and read back."""
 
-import json
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ from hftcli.errors import ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.narrowing import narrow_plan
+from hftcli.freezing.positions import read_config
 from hftcli.freezing.redrawing import choose_plan
 from hftcli.freezing.roles import Parameter, assign_roles, check_family
 from hftcli.freezing.rule import FreezeRule
@@ -257,7 +257,7 @@ def check_start(start: Start, rule: FreezeRule) -> None:
     """Raises: ModelError: nothing says what the parameters of a folder's family are; a hub id is left to the worker."""
     config = Path(start.path) / "config.json"
     if config.is_file():
-        check_family(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"), rule.roles)
+        check_family(read_config(config).get("model_type", "unknown"), rule.roles)
 
 
 def resolve_subject(path: str) -> Subject:

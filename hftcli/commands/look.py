@@ -16,6 +16,7 @@ from hftcli.commands.options import (
     RecipeArgument,
     RecipeOption,
     SetOption,
+    check_file,
     join_given,
     read_recipe,
 )
@@ -57,11 +58,31 @@ def plan(
     budget = _count_adapters(budget, resolved, start.path)
     checked = None
     if measure:
+        refuse_unmeasured(resolved)
         from hftcli.training.probe import check_budget
 
         budget, checked = check_budget(resolved, start.path, budget)
     print_plan(budget, checked, resolved.train.bf16 is None, as_json)
     _show_next(recipe, resolved.objective, as_json)
+
+
+def refuse_unmeasured(recipe: "Recipe") -> None:
+    """Raises: InputError: `--measure` would take other steps than the recipe's: it takes AdamW's, here, and of the weights."""
+    from hftcli.freezing.states import STATE_FORMS, find_form
+    from hftcli.recipe.methods import ADAPTERS
+
+    optim = recipe.train.extra.get("optim", "adamw_torch_fused")
+    adapter = next((name for name in recipe.method.names if name in ADAPTERS), None)
+    others = {
+        "launch.offload: optimizer": recipe.launch.offload == "optimizer",
+        f"method.{adapter}": adapter is not None,
+        f"train.optim: {optim}": find_form(optim, recipe.train.extra.get("optim_args")) != STATE_FORMS["adamw_torch_fused"],
+    }
+    for key in (key for key, is_set in others.items() if is_set):
+        raise InputError(
+            f"--measure takes steps of AdamW on the device that train the weights themselves, and the recipe has {key}",
+            "drop --measure: the estimate alone counts this",
+        )
 
 
 def _count_adapters(budget: "Budget", recipe: "Recipe", path: str) -> "Budget":
@@ -164,6 +185,8 @@ def report(
     """
     from hftcli.reporting.latex import make_tables
 
+    check_file("--figure", figure)
+    check_file("--html", page)
     if latex and (as_json or figure or page or lost):
         raise InputError("--latex prints tables and nothing else", "drop --json, --figure, --html and --lost, or --latex")
     if latex:

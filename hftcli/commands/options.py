@@ -26,7 +26,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, as --KEY VALUE does."),
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="Folder of the run.")]
-ProcessesOption = Annotated[int | None, typer.Option("--num-processes", help="Processes on each machine.")]
+ProcessesOption = Annotated[int | None, typer.Option("--num-processes", min=1, help="Processes on each machine.")]
 HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="The machines, in DeepSpeed's format, over ssh.")]
 SlurmOption = Annotated[bool, typer.Option("--slurm", help="Write the batch script of the run, to be queued with sbatch.")]
 SubmitOption = Annotated[bool, typer.Option("--submit", help="With --slurm: queue it.")]
@@ -112,6 +112,16 @@ def check_place(recipe: "Recipe", place: Place = HERE) -> "Recipe":
     if not place.dry_run:
         slurm.check_allocation(recipe.launch, os.environ)
     return recipe
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raises: InputError: a file that an option names cannot be written, for something else is there."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder, and a file is to be written", f"name a file, such as {path / 'FILE'}")
+    if taken := next((parent for parent in path.parents if parent.is_file()), None):
+        raise InputError(f"{option} {path}: {taken} is a file, and no folder", "give another")
 
 
 def fetch_folder(path: str) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hftcli.commands.options import Dtype
+from hftcli.commands.options import Dtype, check_file
 from hftcli.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ def chat(
     from hftcli.measuring.talking import Manner, Speaker
 
     speakers = {name: Speaker(path, dtype, needs_template=True) for name, path in paths.items()}
+    if system is not None:
+        for speaker in speakers.values():  # a template that has no place for it says so before the first message
+            speaker.render([{"role": "system", "content": system}, {"role": "user", "content": "Hello"}])
     print(HELP, file=sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it stops an answer, not the command
     talk(speakers, Manner(max_new_tokens, temperature, top_p), system)
@@ -132,7 +135,7 @@ def generate(
     max_new_tokens: LengthOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopOption = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn at a temperature.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn at a temperature.")] = 0,
     dtype: DtypeOption = "float32",
 ) -> None:
     """Answer prompts, one on each line of a file.
@@ -142,6 +145,7 @@ def generate(
     from hftcli.runners import resolve_subject
 
     subject = resolve_subject(model)
+    check_file("--output", output)
     if output is not None and not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}", "make it, or give another")
 
@@ -150,6 +154,8 @@ def generate(
     from hftcli.runs.files import write_text
 
     check_drawing(temperature, top_p, seed)
+    if system is not None and chat is False:
+        raise InputError("--system gives a turn, and --no-chat asks without turns", "drop one of the two")
     rows = read_prompt_lines(sys.stdin, "standard input") if prompts == "-" else read_prompts_from(Path(prompts))
     if (answered := next((place for place, row in enumerate(rows, start=1) if "answer" in row), None)) is not None:
         raise DataError(f"--prompts {prompts}, prompt {answered} has an `answer`, which would be lost", "give it another name")

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from hftcli.errors import ModelError
+from hftcli.freezing.positions import read_config
 from hftcli.runs.records import AnswerEnds
 
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
@@ -61,7 +61,7 @@ def settle_configs(
         dtype: `model.dtype`.
         trained_ends: tokens with which the trained answers end; the first is that of most.
     """
-    config, generation = _read_json(start / CONFIG_NAME), read_generation(start)
+    config, generation = read_config(start / CONFIG_NAME), read_generation(start)
     own = _list_ids(generation.get("eos_token_id"))
     ends = list(dict.fromkeys((*trained_ends, *own)))
     if added := [token for token in ends if token not in own]:
@@ -92,16 +92,9 @@ def read_ends(folder: Path) -> tuple[int, ...]:
 def read_generation(folder: Path) -> dict[str, Any]:
     """A checkpoint's generation config, as in its file; where it has none, what transformers makes of its config."""
     if (folder / GENERATION_NAME).exists():
-        return _read_json(folder / GENERATION_NAME)
+        return read_config(folder / GENERATION_NAME)
     made = GenerationConfig.from_pretrained(folder, config_file_name=CONFIG_NAME, _from_model_config=True).to_diff_dict()
     return {name: value for name, value in made.items() if not name.startswith("_")}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged: {error}") from None
 
 
 def _list_ids(value: int | list[int] | None) -> list[int]:

@@ -1,6 +1,5 @@
 """A recipe to begin with: the keys that most people set, each with its first sentence from the schema and its default."""
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from hftcli import PACKAGE
-from hftcli.freezing.positions import find_max_positions
+from hftcli.freezing.positions import find_max_positions, read_config
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import open_section
 from hftcli.recipe.sections import QUICK_START, DataSection
@@ -48,9 +47,13 @@ def write_starter(model: str, data: str, name: str, tasks: list[str]) -> str:
 
 
 def read_max_positions(model: str) -> int | None:
-    """The positions of a model that is here; None where it is not, or where they have no limit."""
+    """The positions of a model that is here; None where it is not, or where they have no limit.
+
+    Raises:
+        ModelError: its config is damaged.
+    """
     path = (PACKAGE / QUICK_START / "model" if model == QUICK_START else Path(model)) / "config.json"
-    return find_max_positions(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return find_max_positions(read_config(path)) if path.is_file() else None
 
 
 def _comment(schema: type[BaseModel], key: str) -> list[str]:

@@ -1,7 +1,12 @@
 """The recipe to begin with is one that loads, and says what the schema says."""
 
+import pytest
+
+from hftcli.errors import ModelError
+from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.loading import load_recipe
-from hftcli.recipe.starter import KEYS, write_starter
+from hftcli.recipe.starter import KEYS, read_max_positions, write_starter
+from hftcli.runners import Start, check_start
 
 
 def test_it_loads_as_the_defaults_with_what_was_given(tmp_path):
@@ -24,6 +29,16 @@ def test_rows_are_cut_to_what_the_model_has_room_for(tmp_path):
         path = tmp_path / "own.yaml"
         path.write_text(write_starter(model, "rows.jsonl", "own.yaml", []), encoding="utf-8")
         assert load_recipe(path).data.max_length == expected
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "lla', "[]", ""])
+def test_a_damaged_config_is_named(tmp_path, text: str):
+    """As where its copying was cut off."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json is damaged"):
+        read_max_positions(str(tmp_path))
+    with pytest.raises(ModelError, match=r"config\.json is damaged"):
+        check_start(Start(str(tmp_path)), FreezeRule())
 
 
 def test_every_key_has_a_comment():
