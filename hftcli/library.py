@@ -34,7 +34,7 @@ from hftcli.freezing.roles import Parameter, Roles, Unit, assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.measuring.drift import draw_texts
-from hftcli.measuring.moments import Inputs, measure_moments
+from hftcli.measuring.moments import Inputs, at_rest, measure_moments
 from hftcli.models.checkpoint import freeze_model, is_partitioned
 from hftcli.models.closure import measure_leak
 from hftcli.models.columned import find_columns, score_columns
@@ -248,17 +248,11 @@ def read_earlier(
 
     A model that is ready to train, as trainers hand it over, would write with dropout, and under checkpointing without a cache.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            texts = [[ids for ids, _ in draw_texts(model, tokenizer, model.device)]]
-            if keep:
-                texts.append([tokenizer(text).input_ids[:KEPT_TOKENS] for text in keep])
-            found = [measure_moments(model, model, inputs, rows, model.device) for rows in texts]
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
+    with torch.no_grad(), at_rest(model):
+        texts = [[ids for ids, _ in draw_texts(model, tokenizer, model.device)]]
+        if keep:
+            texts.append([tokenizer(text).input_ids[:KEPT_TOKENS] for text in keep])
+        found = [measure_moments(model, model, inputs, rows, model.device) for rows in texts]
     return {name: torch.stack([moments[name] for moments in found]).mean(0) for name in inputs}
 
 

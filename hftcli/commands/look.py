@@ -16,7 +16,7 @@ from hftcli.commands.options import (
     RecipeArgument,
     RecipeOption,
     SetOption,
-    check_file,
+    check_files,
     join_given,
     read_recipe,
 )
@@ -185,8 +185,7 @@ def report(
     """
     from hftcli.reporting.latex import make_tables
 
-    check_file("--figure", figure)
-    check_file("--html", page)
+    check_files(figure=figure, html=page)
     if latex and (as_json or figure or page or lost):
         raise InputError("--latex prints tables and nothing else", "drop --json, --figure, --html and --lost, or --latex")
     if latex:

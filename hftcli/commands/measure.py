@@ -19,7 +19,7 @@ from hftcli.commands.options import (
     SetOption,
     ShotsOption,
     StrictOption,
-    check_file,
+    check_files,
     check_place,
 )
 from hftcli.errors import InputError
@@ -109,7 +109,7 @@ def check_asked(
 
     if output:
         check_output(output)
-        check_file("--output", output)
+        check_files(output=output)
     if base is None and has_texts:
         raise InputError("--text and --prompts compare a model with its base", "give --base")
     if base is None and not tasks:
@@ -160,8 +160,7 @@ def compare(
     from hftcli.reporting.figures import check_figure_path
     from hftcli.reporting.measures import print_comparison
 
-    check_file("--figure", figure)
-    check_file("--html", page)
+    check_files(figure=figure, html=page)
     if recipe is None and (vary or overrides or output or tune_seeds or seeds):
         raise InputError(
             "hft compare takes --vary, --set, --seeds, --tune-seeds and --output with --recipe only",

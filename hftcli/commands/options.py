@@ -114,14 +114,15 @@ def check_place(recipe: "Recipe", place: Place = HERE) -> "Recipe":
     return recipe
 
 
-def check_file(option: str, path: Path | None) -> None:
-    """Raises: InputError: a file that an option names cannot be written, for something else is there."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise InputError(f"{option} {path} is a folder, and a file is to be written", f"name a file, such as {path / 'FILE'}")
-    if taken := next((parent for parent in path.parents if parent.is_file()), None):
-        raise InputError(f"{option} {path}: {taken} is a file, and no folder", "give another")
+def check_files(**paths: Path | None) -> None:
+    """Raises: InputError: a file that the option of this name asks for cannot be written, for something else is there."""
+    for name, path in paths.items():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"--{name} {path} is a folder, and a file is to be written", f"name a file: {path / 'FILE'}")
+        if taken := next((parent for parent in path.parents if parent.is_file()), None):
+            raise InputError(f"--{name} {path}: {taken} is a file, and no folder", "give another")
 
 
 def fetch_folder(path: str) -> Path:

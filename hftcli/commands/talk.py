@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hftcli.commands.options import Dtype, check_file
+from hftcli.commands.options import Dtype, check_files
 from hftcli.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def generate(
     from hftcli.runners import resolve_subject
 
     subject = resolve_subject(model)
-    check_file("--output", output)
+    check_files(output=output)
     if output is not None and not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.parent}", "make it, or give another")
 

@@ -72,6 +72,18 @@ class Meter:
         return add
 
 
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode; afterwards every module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
 @torch.no_grad()
 def measure_moments(
     model: nn.Module,
@@ -94,9 +106,7 @@ def measure_moments(
     """
     meter = Meter()
     batches = deal_rows([len(ids) for ids in rows], count_batch_tokens(device), num_ranks)
-    was_training = watched.training
-    watched.eval()
-    with meter.watch(watched, inputs):
+    with at_rest(watched), meter.watch(watched, inputs):
         for index, batch in enumerate(batches):
             own = batch[rank::num_ranks]
             ids_BT, mask_BT = pad_rows([rows[row] for row in own or batch[:1]], device)
@@ -105,7 +115,6 @@ def measure_moments(
             meter.num_tokens += int(meter.mask_BT.sum())
             model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=1)
             on_batch(index + 1, len(batches))
-    watched.train(was_training)
     count = torch.tensor(meter.num_tokens, device=device)
     if num_ranks > 1:
         for moments in (count, *meter.sums.values()):

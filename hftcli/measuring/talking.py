@@ -32,7 +32,7 @@ from hftcli.measuring.questions import find_turn_ends
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
-from hftcli.models.device import find_device, make_exact
+from hftcli.models.device import find_device, find_exact_device
 from hftcli.tasks.examples import Example, Task
 from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
 
@@ -77,7 +77,7 @@ class Draw:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) that are minus infinity but for one token of each row."""
         likely_BV = self.narrow(input_ids, self.temper(input_ids, scores.float()))
-        uniforms_B = make_exact(self.uniforms_BS[:, input_ids.shape[1] - self.start])
+        uniforms_B = self.uniforms_BS[:, input_ids.shape[1] - self.start].to(find_exact_device(scores.device))
         tokens_B = choose_tokens(likely_BV, uniforms_B, temperature=1.0)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens_B[:, None], 0.0)
 
