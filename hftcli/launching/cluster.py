@@ -259,13 +259,14 @@ def serve() -> int:
     """
     line = os.fdopen(0, "rb", buffering=0, closefd=False)
     order = NodeOrder.model_validate_json(line.readline())
+    os.environ.update(order.environment)  # which may say which devices are to be taken
     num_gpus = count_gpus()
     if 0 < num_gpus < order.num_processes:
         print(f"{num_gpus} GPUs for {order.num_processes} ranks: lower its slots or --num-processes", flush=True)
         return InputError.exit_code
     own = worker_environment(LaunchSection(num_processes=order.num_processes))
     process = subprocess.Popen(
-        order.command, stdin=subprocess.DEVNULL, env={**own, **os.environ, **order.environment}, start_new_session=True
+        order.command, stdin=subprocess.DEVNULL, env={**own, **os.environ}, start_new_session=True
     )
     os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())  # at once: a word of a rank could fall between a line and its end
     heard = time.monotonic()

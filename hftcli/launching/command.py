@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from hftcli import PACKAGE
@@ -12,10 +13,13 @@ from hftcli.launching.hosts import count_slots, read_hostfile
 from hftcli.launching.slurm import make_step_command
 from hftcli.recipe.sections import LaunchSection
 
+MASK = "CUDA_VISIBLE_DEVICES"
+HELD_MASK = "HFT_VISIBLE_DEVICES"  # the mask, past DeepSpeed's launchers, which write their own numbers over it
 
-def count_gpus() -> int:
+
+def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
     """GPUs that a worker on this machine would see, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = environment.get(MASK)
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     try:
@@ -108,12 +112,41 @@ def worker_environment(launch: LaunchSection) -> dict[str, str]:
     changes["PYTHONSAFEPATH"] = "1"  # a file of the user's that is called as a module, csv.py, is not to be imported as it
     if PACKAGE.parent == Path.cwd():  # hft runs from the folder of its source
         changes["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    if launch.hostfile is None and count_gpus() == 0:  # the hosts of a hostfile each look at their own devices
-        changes["DS_ACCELERATOR"] = "cpu"
+    if launch.hostfile or launch.slurm:  # every machine looks at its own devices
+        return changes
+    if MASK in os.environ:
+        changes[HELD_MASK] = os.environ[MASK]
+    if count_gpus() == 0:
+        changes["DS_ACCELERATOR"] = "cpu"  # for DeepSpeed's launcher too
         _, num_processes = launch.shape
         if num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-            changes["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // num_processes, 1))
+            changes["OMP_NUM_THREADS"] = str(_share_cores(num_processes))
     return changes
+
+
+def settle_devices(environment: MutableMapping[str, str]) -> None:
+    """Make a worker's environment say on what it computes, before torch is imported.
+
+    The mask of the GPUs becomes the user's again, so that LOCAL_RANK counts within it. A rank that is alone sees one GPU: of
+    several, transformers would make a DataParallel, which TRL refuses. Without GPUs, DeepSpeed computes on the processor, and
+    ranks share its cores.
+
+    Args:
+        environment: `os.environ`, as the launcher left it.
+    """
+    if HELD_MASK in environment:
+        environment[MASK] = environment.pop(HELD_MASK)
+    num_gpus = count_gpus(environment)
+    if num_gpus > 1 and int(environment.get("WORLD_SIZE", "1")) == 1:
+        environment[MASK] = environment.get(MASK, "0").split(",")[0].strip()
+    if num_gpus == 0:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        if (num_local := int(environment.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(_share_cores(num_local)))
+
+
+def _share_cores(num_processes: int) -> int:
+    return max((os.cpu_count() or 1) // num_processes, 1)
 
 
 def find_free_port() -> int:

@@ -26,7 +26,8 @@ TASK = """\
 trap : INT TERM USR1
 hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") || exit
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=${hosts%%$'\\n'*} MASTER_PORT=$1
-shift
+export LOCAL_WORLD_SIZE=$2
+shift 2
 "$@"
 code=$?
 [ "$code" -eq 0 ] || sleep 3
@@ -81,7 +82,7 @@ def make_step_command(worker: Sequence[str], launch: LaunchSection, port: int) -
         f"--ntasks={launch.num_ranks}",
         f"--ntasks-per-node={launch.num_processes}",
         "--kill-on-bad-exit=1",
-        "bash", "-c", TASK, "hft", str(port), *worker,
+        "bash", "-c", TASK, "hft", str(port), str(launch.num_processes), *worker,
     ]  # fmt: skip
 
 

@@ -11,11 +11,17 @@ import gc
 gc.disable()  # A fifth of the time of the imports would go into looking for garbage, of which they make none.
 
 import atexit
+import os
 import shutil
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+from hftcli.launching.command import settle_devices
+
+if __name__ == "__main__":
+    settle_devices(os.environ)
 
 import torch
 

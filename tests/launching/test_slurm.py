@@ -132,13 +132,13 @@ def test_a_signal_that_comes_before_the_front_can_take_it_queues_again(tmp_path,
 
 def test_a_task_of_srun_becomes_a_rank(commands, monkeypatch):
     """The variables are those that srun sets for task 5 of 8 on the second of two nodes."""
-    show = "echo $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR:$MASTER_PORT; exit 75"
+    show = "echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT; exit 75"
     command = make_step_command(["bash", "-c", show], LAUNCH, 29501)
     assert command[:5] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--kill-on-bad-exit=1"]
     given = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node-[7-8]"}
     started = time.monotonic()
     done = subprocess.run(command[5:], env={**os.environ, **given}, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("5 1 8 node-7:29501\n", 75)
+    assert (done.stdout, done.returncode) == ("5 1 8 4 node-7:29501\n", 75)
     assert time.monotonic() - started > 2  # a failed task ends the step, so that rank 0 needs time to say why
     assert (commands / "calls").read_text().endswith("scontrol show hostnames node-[7-8]\n")
 
