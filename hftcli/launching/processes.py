@@ -143,7 +143,7 @@ def await_ranks(round_: Round) -> None:
 
 
 def _open_lock(round_: Round) -> BinaryIO:
-    return round_.lock_path.open("ab")
+    return round_.lock_path.open("a+b")  # NFS gives a shared hold to readers alone, a sole one to writers
 
 
 def _describe_place(namespace: Path = NAMESPACE) -> str:

@@ -1,5 +1,6 @@
 """What the front does with signals while its ranks run."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -12,7 +13,16 @@ import pytest
 
 from hftcli.errors import HftError, Interrupted
 from hftcli.launching import watch
-from hftcli.launching.processes import ECHO_SECONDS, NAMESPACE, _describe_place, _read_birth, passing_signals
+from hftcli.launching.processes import (
+    ECHO_SECONDS,
+    NAMESPACE,
+    _describe_place,
+    _open_lock,
+    _read_birth,
+    await_ranks,
+    hold_round,
+    passing_signals,
+)
 from hftcli.recipe.sections import LaunchSection
 from hftcli.runs.run import Round
 
@@ -82,3 +92,13 @@ def test_a_front_is_missed_once_it_has_ended(namespace: Path):
     assert _describe_place(namespace).startswith(f"{socket.gethostname()}/")
     front.communicate(b"\n")
     assert _read_birth(front.pid, namespace) is None
+
+
+def test_the_lock_is_open_to_read_and_to_write(tmp_path):
+    """NFSv4 refuses a shared hold on a file that is not open to read, and a sole one on a file that is not open to write."""
+    round_ = Round(tmp_path)
+    with _open_lock(round_) as lock:
+        assert fcntl.fcntl(lock, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    with hold_round(round_), hold_round(round_):
+        pass
+    await_ranks(round_)
