@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from hftcli import __version__
 from hftcli.errors import InputError, ModelError
@@ -258,11 +259,13 @@ def create_folder(output: Path) -> Iterator[Path]:
 
 
 def copy_configs(source: Path, target: Path) -> None:
-    """What a checkpoint's folder holds besides weights: configs, tokenizer, chat template."""
+    """What a checkpoint's folder holds besides weights: configs, tokenizer, chat templates."""
     for file in sorted(source.iterdir()):
         is_about_weights = file.name in (DELTA_NAME, MERGE_NAME) or file.name.endswith(".index.json")
         if file.suffix in (".json", ".model", ".jinja", ".txt") and not is_about_weights:
             shutil.copyfile(file, target / file.name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir():  # the templates that have a name, such as tool_use
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, target / CHAT_TEMPLATE_DIR)
 
 
 def forget_masters(folder: Path) -> None:

@@ -12,6 +12,7 @@ from models.small_models import SIZES, TOKENIZER, assert_same, draw, read_all, t
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -52,6 +53,17 @@ def assert_same_files(one: Path, two: Path, *more: str) -> None:
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()} | set(more)
     for file in two.iterdir():
         assert (one / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_every_chat_template_comes_along(base, tuned, tmp_path):
+    templates = {"default": "{{ messages[0]['content'] }}", "tool_use": "tools: {{ tools }}"}
+    for folder in (base, tuned):
+        shutil.copytree(folder, tmp_path / folder.name)
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    interpolate_models(tmp_path / "base", tmp_path / "tuned", 0.5, tmp_path / "mean")
+    assert AutoTokenizer.from_pretrained(tmp_path / "mean").chat_template == templates
 
 
 MODELS = {
