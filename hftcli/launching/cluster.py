@@ -265,9 +265,7 @@ def serve() -> int:
         print(f"{num_gpus} GPUs for {order.num_processes} ranks: lower its slots or --num-processes", flush=True)
         return InputError.exit_code
     own = worker_environment(LaunchSection(num_processes=order.num_processes))
-    process = subprocess.Popen(
-        order.command, stdin=subprocess.DEVNULL, env={**own, **os.environ}, start_new_session=True
-    )
+    process = subprocess.Popen(order.command, stdin=subprocess.DEVNULL, env={**own, **os.environ}, start_new_session=True)
     os.write(sys.stdout.fileno(), f"{STARTED}\n".encode())  # at once: a word of a rank could fall between a line and its end
     heard = time.monotonic()
     while process.poll() is None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftcli.errors import HftError, InputError
-from hftcli.reporting.card import CARD_NAME, find_base, make_card
-from hftcli.runs.history import HISTORY_NAME
-from hftcli.runs.made import DELTA_NAME
+from hftcli.reporting.card import CARD_NAME, SNAPSHOT, find_base, make_card
+from hftcli.runs.files import read_model
+from hftcli.runs.history import HISTORY_NAME, read_history
+from hftcli.runs.made import DELTA_NAME, DeltaRecord
 from hftcli.runs.run import Round, Run
 
 if TYPE_CHECKING:
@@ -51,12 +52,14 @@ def prepare_upload(run: Run, repo: str) -> Upload:
     """Gather a finished run's files, and look through them.
 
     Raises:
-        InputError: the run is not finished or not verified, the repository's name is none, or a file holds a secret.
+        InputError: the run is not finished or not verified, nobody else has what its delta is laid over, the repository's name
+            is none, or a file holds a secret.
     """
     if not REPO.fullmatch(repo):
         raise InputError(f"--repo {repo} is no name of a repository", "give OWNER/NAME")
     last = find_last(run)
     checkpoint = last.checkpoint
+    check_base(checkpoint)
     files: dict[str, Path | bytes] = {
         path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()
     }
@@ -86,6 +89,21 @@ def find_last(run: Run) -> Round:
     if not last.read_result().verification.passed:
         raise InputError(f"{run.folder} is not verified, and is not shared", f"hft verify {run.folder} says what is wrong")
     return last
+
+
+def check_base(checkpoint: Path) -> None:
+    """Raises: InputError: a delta over another delta, or over a model of hft's that is on no hub: others lack it."""
+    if not (checkpoint / DELTA_NAME).exists():
+        return
+    base = read_model(checkpoint / DELTA_NAME, DeltaRecord).base
+    is_made_here = len(read_history(checkpoint).rounds) > 1 and not SNAPSHOT.search(Path(base.path).as_posix())
+    if is_made_here or DELTA_NAME in base.files:
+        what = "a delta itself" if DELTA_NAME in base.files else "a model of hft's that is on no hub"
+        raise InputError(
+            f"{checkpoint} is a delta, and its base {base.path} is {what}: nobody else could make the model out of it",
+            f"`hft merge --delta {checkpoint} --output FOLDER` writes it whole, and `hf upload OWNER/NAME FOLDER` shares that; "
+            "or train with checkpoint.format=full",
+        )
 
 
 def clean_history(text: str, base: str) -> bytes:

@@ -8,8 +8,10 @@ from end_to_end.hub import GOOD, POOR, start_hub
 from huggingface_hub import ModelCard
 from written_runs import FACTS, SKILL, complete_round, write_run
 
+from hftcli.errors import InputError
 from hftcli.reporting.card import write_card
 from hftcli.reporting.page import write_page
+from hftcli.reporting.publishing import prepare_upload
 from hftcli.runs.files import write_model
 from hftcli.runs.history import HISTORY_NAME, extend_history
 from hftcli.runs.run import Run
@@ -116,3 +118,33 @@ def test_the_card_says_what_was_forgotten(run):
     assert card.data.tags == ["half-fine-tuning", "hft", "sft"]
     assert f"- **Forgot**: {FACTS} -30.0 points (95 % interval -" in card.content
     assert f"| {SKILL} | yes | 0.0 | 90.0 | +90.0 points |" in card.content
+
+
+SNAPSHOT = "/c/hub/models--me--first/snapshots/0f3a"
+
+
+@pytest.mark.parametrize(
+    ("base", "is_delta", "num_rounds", "refused"),
+    [
+        ("/home/me/llama", False, 1, None),  # what anybody can have
+        ("/runs/first/rounds/00-sft/checkpoint", True, 2, "a delta itself"),
+        (SNAPSHOT, True, 2, "a delta itself"),
+        ("/runs/first/rounds/00-sft/checkpoint", False, 2, "a model of hft's that is on no hub"),
+        (SNAPSHOT, False, 2, None),
+    ],
+)
+def test_a_delta_that_nobody_else_could_lay_over_its_base_stays(run, base, is_delta, num_rounds, refused):
+    checkpoint = run.rounds[0].checkpoint
+    files = {"config.json": "0f"} | ({"delta.json": "0f"} if is_delta else {})
+    delta = {"base": {"path": base, "files": files}, "fingerprint": "0f", "dtype": None, "tensors": []}
+    (checkpoint / "delta.json").write_text(json.dumps(delta))
+    history = json.loads((checkpoint / HISTORY_NAME).read_text())
+    history["rounds"] = [{**history["rounds"][0], "index": index} for index in range(num_rounds)]
+    (checkpoint / HISTORY_NAME).write_text(json.dumps(history))
+    if refused is None:
+        assert "delta.json" in prepare_upload(run, "me/half").files
+        return
+    with pytest.raises(InputError) as caught:
+        prepare_upload(run, "me/half")
+    assert caught.value.message.endswith(f"its base {base} is {refused}: nobody else could make the model out of it")
+    assert f"hft merge --delta {checkpoint} --output" in caught.value.fix
