@@ -39,19 +39,23 @@ class Reporter:
 
 
 class Clock:
-    """Wall-clock seconds by phase."""
+    """Wall-clock seconds by phase; a phase within another one is not counted as the other."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._within = [0.0]  # seconds of the phases within each that is open
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         """Add the seconds of what runs inside to a phase."""
         started = time.perf_counter()
+        self._within.append(0.0)
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - started
+            passed = time.perf_counter() - started
+            self.seconds[phase] += passed - self._within.pop()
+            self._within[-1] += passed
 
 
 class RoundCallback(TrainerCallback):
