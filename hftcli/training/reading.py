@@ -86,13 +86,14 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
     tokenizer = load_tokenizer(start)
     check_tokenizer(tokenizer, description.num_embeddings)
     set_chat_template(tokenizer, spec.model.chat_template)
+    chat_template = tokenizer.chat_template
     find_turn(spec, tokenizer)
     scoring = spec.scoring
     asked = {}
     for name in dict.fromkeys(scoring.before + scoring.after + scoring.likelihood):
         questions = put_task(name, spec.data.root, scoring.max_examples, scoring.asking, tokenizer.chat_template is not None)
         asked[name] = tokenize_task(questions, spec.data.max_length, tokenizer)
-    return Assignment(spec, start, plan, network, methods, fit, tokenizer, description.num_embeddings, asked)
+    return Assignment(spec, start, plan, network, methods, fit, tokenizer, description.num_embeddings, asked, chat_template)
 
 
 def list_settings(spec: RoundSpec) -> tuple[str, dict[str, Any]]:

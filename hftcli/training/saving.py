@@ -1,9 +1,8 @@
 """What a round leaves as its checkpoint: masters, weights, configs, tokenizer, history, and seals of them all."""
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hftcli.data.templates import set_chat_template
 from hftcli.models.checkpoint import gather_outcome, save_checkpoint, save_delta
 from hftcli.models.configs import settle_configs
 from hftcli.models.description import load_tokenizer
@@ -31,6 +30,13 @@ def describe_adapter(round_: Round, task: Assignment) -> AdapterReport | None:
     return AdapterReport(name=name, num_weights=num_weights, num_bytes=num_bytes)
 
 
+def load_saved_tokenizer(task: Assignment) -> PreTrainedTokenizerBase:
+    """The start's tokenizer anew, since a trainer sets what it needs on its own, with the chat template that rows had."""
+    tokenizer = load_tokenizer(task.start)
+    tokenizer.chat_template = task.chat_template  # not read again: its file may have been edited, or be gone
+    return tokenizer
+
+
 def save_round(
     attempt: Attempt, task: Assignment, rows: Rows, model: PreTrainedModel, masters: Masters, merged: dict[str, torch.Tensor],
     moments: str | None,
@@ -48,8 +54,7 @@ def save_round(
     outcome = gather_outcome(model, start, plan, is_sharded(spec), is_first, masters, merged)
     if not is_first:
         return Saved()
-    tokenizer = load_tokenizer(task.start)  # anew: a trainer sets what it needs on its own
-    set_chat_template(tokenizer, spec.model.chat_template)
+    tokenizer = load_saved_tokenizer(task)
     configs = settle_configs(task.start, type(model).__name__, tokenizer, spec.model.dtype, rows.ends)
     carried = {name: stored for name, stored in start.masters.items() if name not in outcome.masters}
     rounded = {name: values for name, values in outcome.masters.items() if start.is_rounded(name)}

@@ -41,6 +41,7 @@ class Assignment:
         spec: the round, its loss kernel and its fit to this machine decided.
         start: folder of the checkpoint that it begins from.
         asked: the tasks to score, by name.
+        chat_template: with which rows are rendered, by name where there are several; None without one.
     """
 
     spec: RoundSpec
@@ -52,6 +53,7 @@ class Assignment:
     tokenizer: PreTrainedTokenizerBase
     num_embeddings: int
     asked: dict[str, TokenizedTask]
+    chat_template: str | dict[str, str] | None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
 from hftcli.training.overlap import count_shared
 from hftcli.training.reading import holds_questions, read_assignment, read_named, tokenize_rows
+from hftcli.training.saving import load_saved_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,21 @@ def test_fine_tuning_asks_and_keeps_tasks_that_lie_under_a_root(tmp_path, monkey
     kept, _ = read_named(spec, assignment.tokenizer, "freeze.keep", spec.freeze.keep)
     texts = [assignment.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in kept]
     assert [text.replace(" ", "") for text in texts] == ["FOMC:A"] * 2
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_the_chat_template_that_is_saved_is_the_one_that_rows_had(tmp_path, is_removed):
+    """The file is the user's, who may edit or remove it while the round trains."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}")
+    run, round_ = prepare_single(
+        load_recipe("tinyworld", [f"model.chat_template={template}", "eval.tasks=[]", f"output={tmp_path / 'run'}"])
+    )
+    run.lock.release()
+    assignment = read_assignment(round_.read_spec())
+    if is_removed:
+        template.unlink()
+    else:
+        template.write_text("{{ messages[0]['content'] }}")
+    saved = load_saved_tokenizer(assignment)
+    assert saved.chat_template == "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
