@@ -3,6 +3,7 @@
 The behaviour of answers needs no benchmark: it is read from the texts that are kept anyway.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from hftcli.comparing.intervals import estimate_change
 from hftcli.comparing.statistics import Estimate, bootstrap_mean
 from hftcli.runs.run import Run
 from hftcli.runs.scores import Prediction
+
+logger = logging.getLogger(__name__)
 
 Answers = Mapping[str, tuple[Sequence[Prediction], Sequence[Prediction]]]  # by task, before and after
 
@@ -67,14 +70,38 @@ class Trait:
 
 
 def read_answers(run: Run) -> Answers:
-    """By task, what became of its questions before the first round and after the last that is finished, where both kept it."""
+    """By task, what became of its questions before the first round and after the last that is finished, where both kept it.
+
+    A task whose file was edited in between is left out, with a word: the answers are to different questions.
+    """
     last, found = run.last_finished, {}
     if last is not None:
         first = run.rounds[0]
         for task in first.read_scores().before:
             if first.predictions_path("before", task).exists() and last.predictions_path("after", task).exists():
-                found[task] = first.read_predictions("before", task), last.read_predictions("after", task)
+                sides = first.read_predictions("before", task), last.read_predictions("after", task)
+                if (place := find_other_question(*sides)) is None:
+                    found[task] = sides
+                else:
+                    logger.warning("%s: %s; what was answered before and after is not compared", task, place)
     return found
+
+
+def find_other_question(before: Sequence[Prediction], after: Sequence[Prediction]) -> str | None:
+    """Where the questions of a task, or their right answers, are not those that they were; None where they are the same.
+
+    Held-out rows, which are no questions, are told by the tokens of their answers.
+    """
+    if len(before) != len(after):
+        return f"there were {len(before)} questions, and now there are {len(after)}"
+    for first, last in zip(before, after, strict=True):
+        if first.question is not None and last.question is not None:
+            is_same = (first.question, first.answers) == (last.question, last.answers)
+        else:
+            is_same = first.num_tokens == last.num_tokens or None in (first.num_tokens, last.num_tokens)
+        if not is_same:
+            return f"question {first.index + 1} is another one than it was"
+    return None
 
 
 def list_changed(answers: Answers) -> list[ChangedItem]:

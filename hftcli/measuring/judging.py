@@ -69,7 +69,7 @@ def score_task(
         predictions = [Prediction(index=index, nll=None, num_tokens=None, **_keep(grade)) for index, grade in enumerate(grades)]
     described = (
         [
-            prediction.model_copy(update=_describe_question(asked, example, prediction.index))
+            prediction.model_copy(update=describe_question(asked, example, prediction.index))
             for prediction, example in zip(predictions, task.examples, strict=True)
         ]
         if task.examples
@@ -79,7 +79,7 @@ def score_task(
     return score, described
 
 
-def _describe_question(asked: TokenizedTask, example: Example, index: int) -> dict[str, Any]:
+def describe_question(asked: TokenizedTask, example: Example, index: int) -> dict[str, Any]:
     """What a prediction says of its question."""
     answers = example.options if example.options and not asked.bare_questions else (example.answer,)
     prompt = example.prompt if isinstance(example.prompt, str) else "\n\n".join(turn["content"] for turn in example.prompt)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from hftcli.errors import TrainingError
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
 from hftcli.models.checkpoint import load_model, restore_masters
@@ -25,9 +24,11 @@ from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
 from hftcli.runs.seals import seal_file
 from hftcli.runs.verification import Verification
+from hftcli.training.agreement import agree
 from hftcli.training.curve import Curve
 from hftcli.training.draws import report_draws, settle_draws
 from hftcli.training.earlier import describe_earlier, grow_moments, settle_parts
+from hftcli.training.kept_questions import check_questions
 from hftcli.training.memory import RoundMemory, Trained
 from hftcli.training.offload import make_masters
 from hftcli.training.outlook import look_ahead
@@ -87,13 +88,15 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
     """3. The ranks join, agree on the plan, and load the start with one half frozen."""
     spec, start, plan, is_first = task.spec, task.start, task.plan, attempt.reporter.is_first
     args = make_training_arguments(spec, attempt.round.steps)
-    fingerprints = gather_fingerprints(plan, args.world_size)
+    fingerprints = agree(plan, rows, args.world_size)
     if is_first:
         write_model(attempt.round.plan_path, plan)
     with attempt.clock.measure("loading"):
         attempt.reporter.report("loading")
         origin = Origin(spec, plan.fingerprint, rows.tokens_digest, make_start_key(start) if is_first else "")
         step = find_step(attempt.round, origin, args)
+        if spec.earlier or step is not None:  # the untouched model was asked already
+            check_questions(Round(Path(spec.earlier[0].folder)) if spec.earlier else attempt.round, rows.asked)
         mixed, sharded = is_mixed(spec), is_sharded(spec)
         model = load_model(spec.model, start, plan, mixed, sharded)
         for method, recalled in zip(task.methods, read_memory(step, args)["methods"] if step else (), strict=False):
@@ -111,21 +114,6 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
         masters = make_masters(model, torch.bfloat16 if mixed else torch.float32) if is_offloaded(spec) else {}
         stored = Start(spec.model, start, (*plan.trained, *plan.frozen))
     return Loaded(args, model, second, reference, fingerprints, origin, step, masters, stored)
-
-
-def gather_fingerprints(plan: FreezePlan, num_ranks: int) -> tuple[str, ...]:
-    """The plan's fingerprint as each rank computed it: a rank with another half would train without an error.
-
-    Raises:
-        TrainingError: they differ.
-    """
-    fingerprints = [plan.fingerprint]
-    if num_ranks > 1:
-        fingerprints = [""] * num_ranks
-        torch.distributed.all_gather_object(fingerprints, plan.fingerprint)
-    if len(set(fingerprints)) > 1:
-        raise TrainingError(f"the ranks drew different halves: {', '.join(fingerprints)}", "install the same hft on all")
-    return tuple(fingerprints)
 
 
 def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Trained:
@@ -163,7 +151,6 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
         outcome = trainer.train(resume_from_checkpoint=str(loaded.step) if loaded.step else None)
     with keeper.stopping(trainer):
         keeper.check()
-    clock.seconds["training"] -= clock.seconds["scoring"] + clock.seconds["referencing"]
     if curve.kept_step not in (None, trainer.state.global_step):
         keeper.save_end(trainer)  # before it goes back: a stop comes too late for it afterwards
     curve.go_back()
