@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hftcli import PACKAGE, __version__
+from hftcli import PACKAGE
 from hftcli.comparing.forgetting import ForgettingMatrix, assemble_matrix, shorten_task
 from hftcli.errors import ModelError, VerificationError
 from hftcli.freezing.activations import Network
@@ -39,10 +38,9 @@ from hftcli.runs.history import read_history
 from hftcli.runs.records import Manifest, RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring, split_tasks
+from hftcli.runs.versions import list_versions
 from hftcli.tasks import check_tasks, find_sequence, is_task
 from hftcli.tasks.check import check_sequence
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -319,11 +317,6 @@ def make_manifest(parent: str | None) -> Manifest:
     )
 
 
-def list_versions() -> dict[str, str]:
-    """Installed versions of what computes."""
-    return {"hftcli": __version__, **{name: _find_version(name) for name in PACKAGES}}
-
-
 def describe_launch(round_: Round) -> str:
     """The command that would run a prepared round, on every host of a hostfile, as one would type it.
 
@@ -356,10 +349,3 @@ def _make_absolute(path: str) -> str:
 def _settle_rows(path: str) -> str:
     """Where `freeze` finds its rows; the name of a task stays, be there a folder by that name."""
     return path if is_task(path) else _make_absolute(path)
-
-
-def _find_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -72,7 +72,8 @@ def evaluate(
     from hftcli.recipe.sections import LaunchSection
     from hftcli.reporting.measures import print_evaluation
     from hftcli.reporting.progress import show_counts
-    from hftcli.runners import list_versions, resolve_subject
+    from hftcli.runners import resolve_subject
+    from hftcli.runs.versions import list_versions
 
     subject, names = resolve_subject(model), tuple(name.strip() for name in tasks.split(",") if name.strip())
     base = resolve_subject(base).path if base else subject.base

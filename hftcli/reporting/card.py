@@ -25,6 +25,7 @@ from hftcli.runs.made import DELTA_NAME, MergeManifest
 from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.tracked import find_run
+from hftcli.runs.versions import describe_versions
 
 TEMPLATE = "card.md.jinja"
 CARD_NAME = "README.md"
@@ -203,11 +204,15 @@ def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Ite
     )
     frozen, moved = result.verification.num_frozen, len(result.verification.violations)
     yield "verified", f"{frozen - moved} of {frozen} frozen parameters bit-identical to {result.verification.start}"
-    versions = run.read_manifest().versions
-    yield (
-        "versions",
-        ", ".join(f"{package} {versions[package]}" for package in ("torch", "transformers", "trl") if package in versions),
-    )
+    manifest = run.read_manifest()
+    versions = result.versions or manifest.versions
+    named = [f"{package} {versions[package]}" for package in ("torch", "transformers", "trl") if package in versions]
+    others = [
+        f"{name} with {different}"
+        for name, found in manifest.rounds.items()
+        if name != round_.name and (different := describe_versions(found.versions, versions))
+    ]
+    yield "versions", "; ".join([", ".join(named), *others])
 
 
 def takes_turns(checkpoint: Path) -> bool:

@@ -39,6 +39,7 @@ from hftcli.runs.files import write_text
 from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.scores import Score
+from hftcli.runs.versions import describe_versions
 from hftcli.tasks.general import SUFFIX
 
 TEMPLATE = "page.html.jinja"
@@ -364,6 +365,9 @@ def _list_manifest(manifest: Mapping[str, Any], rounds: Sequence[tuple[Round, Ro
     yield "Python", manifest["python"]
     yield "platform", manifest["platform"]
     yield "versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    for round_, result in rounds:
+        if different := describe_versions(result.versions, manifest["versions"]):
+            yield f"versions of {round_.name}", different
     hardware = rounds[-1][1].hardware
     cores = f"{hardware.num_cores} cores, {hardware.num_threads} threads a process"
     yield "hardware", f"{hardware.num_processes} x {hardware.device}, {cores}, {format_bytes(hardware.memory_bytes)}"

@@ -222,9 +222,9 @@ class DrawReport(Section):
 class RoundResult(FileSection):
     """What a finished round leaves to the next one and to the report."""
 
-    version: Version = 3
+    version: Version = 4
     """Version of the file's form. The first has no `attention`, `host_bytes` and `ends`, and not all of `verification`; the
-    first two have no `masters`."""
+    first two have no `masters`, the first three no `versions`."""
     fingerprint: str
     """Of the freeze plan."""
     rank_fingerprints: tuple[str, ...]
@@ -290,6 +290,8 @@ class RoundResult(FileSection):
     """What trained when, with `freeze.redraw`; empty elsewhere."""
     hardware: Hardware
     """What the worker ran on."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Installed versions of what computes, in the start that finished the round; empty in a file of an earlier hft."""
 
 
 class Checksums(FileSection):
@@ -302,8 +304,9 @@ class Checksums(FileSection):
 class StepManifest(FileSection):
     """A step checkpoint: what it holds, and what it may be resumed with. Written last; a folder without it is no checkpoint."""
 
-    version: Version = 3
-    """Version of the file's form. The first has `data_key`, and no `tokens_digest`; the first two have no `precision`."""
+    version: Version = 4
+    """Version of the file's form. The first has `data_key`, and no `tokens_digest`; the first two have no `precision`, the
+    first three no `versions`."""
     step: int
     """Optimizer steps taken."""
     spec: RoundSpec
@@ -319,6 +322,8 @@ class StepManifest(FileSection):
     """Hash of the start's weights, of which the frozen half is not stored again."""
     precision: Precision | None = None
     """What its steps were computed in; null in a file of an earlier hft."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Installed versions of what computed its last steps; empty in a file of an earlier hft."""
     files: dict[str, FileSeal]
     """Size and hash of every other file."""
     digest: str = ""
@@ -328,14 +333,14 @@ class StepManifest(FileSection):
 class Manifest(FileSection):
     """What a stranger needs to repeat the run."""
 
-    version: Version = 3
+    version: Version = 4
     """Version of the file's form: that of the results in it."""
     command: tuple[str, ...]
     """The command line."""
     created: str
     """UTC time of the first start."""
     versions: dict[str, str]
-    """Installed versions of what computes."""
+    """Installed versions of what computes, at the first start; each round's result has its own."""
     python: str
     """Python's version."""
     platform: str

@@ -24,6 +24,7 @@ from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
 from hftcli.runs.seals import seal_file
 from hftcli.runs.verification import Verification
+from hftcli.runs.versions import list_versions
 from hftcli.training.agreement import agree
 from hftcli.training.curve import Curve
 from hftcli.training.draws import report_draws, settle_draws
@@ -272,4 +273,5 @@ def make_result(
         entries=seal_file(entries).sha256 if (entries := find_entries_file(attempt.round, task.plan)) else None,
         redraws=report_draws(task, trainer.state.global_step),
         hardware=describe_hardware(loaded.args.world_size),
+        versions=list_versions(),
     )

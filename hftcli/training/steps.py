@@ -32,6 +32,7 @@ from hftcli.runs.records import StepManifest
 from hftcli.runs.run import Round, find_differences
 from hftcli.runs.seals import FileSeal, find_damage, flush_files, list_files, seal_files
 from hftcli.runs.spec import RoundSpec
+from hftcli.runs.versions import describe_versions, list_versions
 from hftcli.training.internals import Memory, ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,9 @@ def read_memory(folder: Path, args: TrainingArguments) -> Memory:
 
 def write_step(unfinished: Path, origin: Origin, step: int, seals: dict[str, FileSeal]) -> None:
     """Complete a step checkpoint whose files are on the disk."""
-    manifest = StepManifest(step=step, files=seals, precision=name_precision(origin.spec), **vars(origin))
+    manifest = StepManifest(
+        step=step, files=seals, precision=name_precision(origin.spec), versions=list_versions(), **vars(origin)
+    )
     (unfinished / MANIFEST_NAME).write_text(_dump_manifest(manifest), encoding="utf-8")
     flush_files(unfinished, [MANIFEST_NAME])
     folder = unfinished.with_name(str(step))
@@ -287,6 +290,9 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
         )
     if manifest.version == 1:
         logger.warning("%s was written by an hft that kept no hash of the tokens: they could not be compared", folder)
+    if others := describe_versions(manifest.versions, here := list_versions()):
+        now = describe_versions(here, manifest.versions)
+        logger.warning("%s was computed with %s, and goes on with %s", folder, others, now)
 
 
 def _dump_manifest(manifest: StepManifest) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -204,11 +205,20 @@ def test_a_checkpoint_that_lacks_a_key_with_a_default_is_taken(round_, origin):
     assert choose_step(round_, origin) == round_.steps / "4"
 
 
+def test_a_checkpoint_of_other_libraries_goes_on_with_a_word(round_, origin, caplog):
+    assert read_step(round_.steps / "4").versions["torch"] == version("torch")
+    assert choose_step(round_, origin) == round_.steps / "4"
+    assert caplog.text == ""
+    rewrite_manifest(round_.steps / "4", versions={"torch": "1.0", "trl": version("trl"), "gone": "7"})
+    assert choose_step(round_, origin) == round_.steps / "4"
+    assert f"was computed with torch 1.0, and goes on with torch {version('torch')}\n" in caplog.text
+
+
 def test_a_checkpoint_of_a_newer_hft_is_refused_and_none_before_it_taken(round_, origin):
-    rewrite_manifest(round_.steps / "4", version=4, colour="green")
-    with pytest.raises(NewerFile, match=r"4/step\.json was written by a newer hft: its form has version 4"):
+    rewrite_manifest(round_.steps / "4", version=5, colour="green")
+    with pytest.raises(NewerFile, match=r"4/step\.json was written by a newer hft: its form has version 5"):
         choose_step(round_, origin)
-    rewrite_manifest(round_.steps / "4", version=3)
+    rewrite_manifest(round_.steps / "4", version=4)
     with pytest.raises(InputError, match=r"4/step\.json is of another version of hft: Extra inputs"):
         read_step(round_.steps / "4")
 
