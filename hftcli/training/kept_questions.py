@@ -27,7 +27,7 @@ def check_questions(first: Round, asked: Mapping[str, TokenizedTask]) -> None:
         found = find_other_question(first.read_predictions("before", name), list_questions(task))
         if found is not None:
             raise InputError(
-                f"{name} was edited since the run began: {found} ({path} has what was asked before training)",
+                f"{name}: edited since the run began: {found} ({path} has what was asked before training)",
                 "put the questions back as they were, or give another --output to begin a run with the new ones",
             )
 

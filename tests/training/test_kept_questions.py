@@ -49,7 +49,7 @@ def test_other_questions_are_refused(tmp_path, ask, rows, found):
         return
     with pytest.raises(InputError) as caught:
         check_questions(round_, ask(*rows))
-    assert caught.value.message.startswith(f"{tmp_path}/mine.jsonl was edited since the run began: {found}")
+    assert caught.value.message.startswith(f"{tmp_path}/mine.jsonl: edited since the run began: {found}")
 
 
 def make_run(folder: Path) -> tuple[Run, Round]:
