@@ -6,9 +6,9 @@
 Each way is planned as `hft plan` plans it and trains two steps as `hft sft` trains them, in float32 in one process (halves that
 are redrawn fifty, for the plan's largest draw is of as many). Bytes are those of all gradients before a step and of the
 optimizer's tensors. FLOPs are those that torch counts in a step's forward and backward pass, over full fine-tuning's: in a step
-of one row of 2,048 tokens, so that what a step does once hardly counts; of ways that redraw, in the largest of all their steps.
-Frozen parts are those of `hft verify`. Launches are those that what runs before any weight is read does not refuse. A model
-without biases is given some, all 0, for those that train.
+of four rows of 2,048 tokens, or as many as the model takes, so that what a step does once hardly counts; of ways that redraw,
+in the largest of all their steps. Frozen parts are those of `hft verify`. Launches are those that what runs before any weight
+is read does not refuse. A model without biases is given some, all 0, for those that train.
 
 With --steps, times too, of whole steps of longer rows: in every turn each way takes so many and two before that do not count;
 the median of a run's steps (of ways that redraw, their mean), over full fine-tuning's in the same turn.
@@ -42,6 +42,7 @@ from hftcli.models.description import describe_model
 from hftcli.models.proof import verify_round
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
+from hftcli.recipe.starter import read_max_positions
 from hftcli.runs.run import Round
 from hftcli.runs.verification import Verification
 from hftcli.training.reading import read_assignment
@@ -54,9 +55,10 @@ COMMON = {
     "train.lr_scheduler_type": "constant", "train.warmup_steps": 0, "launch.num_processes": 1, "launch.zero_stage": 0,
     "checkpoint.save_every_minutes": "null",
 }  # fmt: skip
-ONE_ROW = {  # of many tokens, and nothing to pad
-    "data.max_length": 2048, "train.max_steps": 1, "train.global_batch_size": 1, "train.per_device_train_batch_size": 1,
+FOUR_ROWS = {  # nothing to pad
+    "data.max_examples": 4, "train.max_steps": 1, "train.global_batch_size": 4, "train.per_device_train_batch_size": 1,
 }  # fmt: skip
+MOST_TOKENS = 2048  # of a row, where the model has as many positions
 FULL = {"freeze.trainable_fraction": 1.0}
 INSIDE = {"freeze.embeddings": "freeze", "freeze.head": "freeze"}
 BLOCK = {"freeze.group": "layer", "freeze.trainable_fraction": 0.125}  # one layer of eight
@@ -190,14 +192,16 @@ class Bench:
 
     def count_flops(self, name: str) -> dict[str, float]:
         """A step's, over full fine-tuning's, as planned and as counted."""
-        given = {} if "freeze.redraw" in WAYS[name] else ONE_ROW
+        length = min(MOST_TOKENS, read_max_positions(str(self.model)) or MOST_TOKENS)
+        is_redrawn = "freeze.redraw" in WAYS[name]
+        given = {} if is_redrawn else FOUR_ROWS | {"data.max_length": length}
         found = {way: self.read(way, **given) for way in ("full", name)}
         steps = {way: plan(recipe).half_step for way, recipe in found.items()}
         for way, recipe in found.items():
             if (way, *given) not in self.counted:
                 with watching_steps(count_flops) as flops:
                     self.run(recipe)
-                self.counted[way, *given] = max(flops)
+                self.counted[way, *given] = max(flops) if is_redrawn else sum(flops)
         counted = {way: self.counted[way, *given] for way in found}
         return {"planned": steps[name][1].total / steps["full"][1].total, "measured": counted[name] / counted["full"]}
 

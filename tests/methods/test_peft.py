@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from training.quiet_rounds import go_back, make_pairs_spec, make_spec, make_start, run
+from training.quiet_rounds import SUITED, go_back, make_pairs_spec, make_spec, make_start, run
 from transformers import AutoModelForCausalLM
 
 from hftcli.errors import InputError, ModelError, RecipeError
@@ -34,26 +34,6 @@ from hftcli.training.reading import read_assignment
 from hftcli.training.round import run_round
 
 WHOLE = {"trainable_fraction": 1.0}
-# What suits a model whose layers have 32, 16 and 48 inputs and outputs; the rest is PEFT's own.
-SUITED = {
-    "ADALORA": {"init_r": 6, "target_r": 3},
-    "BOFT": {"boft_block_size": 4},
-    "C3A": {"block_size": 16},
-    "FOURIERFT": {"n_frequency": 50},
-    "GRALORA": {"r": 8, "gralora_k": 2},
-    "LORA": {"r": 4, "use_dora": True, "use_rslora": True},
-    "MISS": {"r": 8},
-    "OFT": {"oft_block_size": 8},
-    "PSOFT": {"r": 8},
-    "OSF": {"effective_rank": 8},
-    "RANDLORA": {"r": 4},
-    "SHIRA": {"r": 2},
-    "TRAINABLE_TOKENS": {"token_indices": [32, 39, 75, 93]},
-    "UNILORA": {"theta_d_length": 64},
-    "VBLORA": {"num_vectors": 16, "vector_length": 16, "topk": 2},
-    "VERA": {"r": 8},
-    "WAVEFT": {"n_frequency": 64},
-}
 QUICK = ("LORA", "OFT", "SHIRA")
 
 

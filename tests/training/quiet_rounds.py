@@ -31,6 +31,26 @@ ONCE = Scoring(
     before=(LEARNED, KNOWN), after=(LEARNED, KNOWN), learned=(LEARNED,), known=(KNOWN,), max_examples=8,
     asking=AskingSection(chat=False, generate=False),
 )  # fmt: skip
+# Settings of PEFT's adapters that suit layers of 32, 16 and 48 inputs and outputs; the rest is PEFT's own.
+SUITED = {
+    "ADALORA": {"init_r": 6, "target_r": 3},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 16},
+    "FOURIERFT": {"n_frequency": 50},
+    "GRALORA": {"r": 8, "gralora_k": 2},
+    "LORA": {"r": 4, "use_dora": True, "use_rslora": True},
+    "MISS": {"r": 8},
+    "OFT": {"oft_block_size": 8},
+    "PSOFT": {"r": 8},
+    "OSF": {"effective_rank": 8},
+    "RANDLORA": {"r": 4},
+    "SHIRA": {"r": 2},
+    "TRAINABLE_TOKENS": {"token_indices": [32, 39, 75, 93]},
+    "UNILORA": {"theta_d_length": 64},
+    "VBLORA": {"num_vectors": 16, "vector_length": 16, "topk": 2},
+    "VERA": {"r": 8},
+    "WAVEFT": {"n_frequency": 64},
+}
 OTHER_WAYS = pytest.mark.parametrize(
     "values",
     [

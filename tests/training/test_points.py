@@ -8,9 +8,8 @@ from typing import get_args
 
 import pytest
 import torch
-from methods.test_peft import SUITED
 from safetensors.torch import load_file
-from training.quiet_rounds import ONCE, launch, make_spec, make_start, run
+from training.quiet_rounds import ONCE, SUITED, launch, make_spec, make_start, run
 
 from hftcli.recipe.methods import MethodSection, PeftKind
 from hftcli.recipe.sections import CheckpointSection, LaunchSection

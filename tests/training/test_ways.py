@@ -21,6 +21,8 @@ def check_way(name: str, way: dict) -> None:
         # Until a round has scored its start, the plan is of a draw in their place, whose units are of other sizes.
         most = 0.05 if name == "half, by Fisher" else 0
         assert way[key]["measured"] == pytest.approx(way[key]["planned"], rel=most, abs=0), name
+    if way["counts_adapter"]:
+        assert way["flops"]["measured"] == pytest.approx(way["flops"]["planned"], abs=0.03), name
     assert way["passed"], name
     assert (way["frozen"] == "nothing is frozen") is (name in ("full", "redrawn: half"))  # the one after the other trains
     refused = {launch for launch, refusal in way["launches"].items() if refusal is not None}
