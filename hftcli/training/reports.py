@@ -43,19 +43,19 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._within = [0.0]  # seconds of the phases within each that is open
+        self.within = [0.0]  # seconds of the phases within each that is open
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         """Add the seconds of what runs inside to a phase."""
         started = time.perf_counter()
-        self._within.append(0.0)
+        self.within.append(0.0)
         try:
             yield
         finally:
             passed = time.perf_counter() - started
-            self.seconds[phase] += passed - self._within.pop()
-            self._within[-1] += passed
+            self.seconds[phase] += passed - self.within.pop()
+            self.within[-1] += passed
 
 
 class RoundCallback(TrainerCallback):
