@@ -186,6 +186,7 @@ def test_prompts_are_lines_of_text_or_of_json():
         ['{"prompt": "a"}', "b"],
         ['{"text": "a"}'],
         ['{"prompt": 1}'],
+        ['{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}'],
     ):
         with pytest.raises(DataError):
             read_prompt_lines(lines, "f")
