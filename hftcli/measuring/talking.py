@@ -274,7 +274,9 @@ def read_prompt_lines(lines: Iterable[str], source: str) -> list[dict[str, Any]]
         if not isinstance(row, dict) or not isinstance(row.get("prompt", row.get("messages")), str | list):
             raise DataError(f"{source}, prompt {number}: neither prompt nor messages", 'write {"prompt": "..."} on each line')
         if row.keys() >= {"prompt", "messages"}:
-            raise DataError(f"{source}, prompt {number}: prompt and messages, and one alone would be asked", "drop one of the two")
+            raise DataError(
+                f"{source}, prompt {number}: prompt and messages, and one alone would be asked", "drop one of the two"
+            )
         refuse_keys(row, QUESTION_KEYS, f"{source}, prompt {number}")
     return rows
 
