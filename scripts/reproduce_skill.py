@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reproduce_stream import FULL, run_hft
+from reproduce_stream import DEFENCES, FULL, REPLAY, run_hft
 
 RESULTS = Path(__file__).with_name("skill.json")
 WORLD = Path(__file__).parents[1] / "hftcli" / "tinyworld"
@@ -79,14 +79,7 @@ FAMILY = FREEZES | {
     "OSF": Arm(FULL | {"method.peft": "{type: OSF}"}, (4e-4, 7e-4)),
     "decay to the start": Arm(FULL | {"freeze.pull.strength": 10}, (4e-4, 6e-4)),
 }
-LEVERS = {
-    "self-replay": {"method.self_replay.fraction": 0.25},
-    "anchor": {"method.anchor.strength": 1.0},
-    "DFT": {"method.token_weights.kind": "dft"},
-    "TALR": {"method.token_weights.kind": "talr"},
-    "EAFT": {"method.token_weights.kind": "eaft"},
-    "STM": {"method.token_weights.kind": "stm"},
-}
+LEVERS = {name: given for name, given in DEFENCES.items() if name not in REPLAY}  # here there are no earlier tasks
 BENCHES = {
     "kept": KEPT | {f"{name} + replay": arm._replace(like=name, is_replayed=True) for name, arm in KEPT.items()},
     "family": FAMILY,
