@@ -19,7 +19,8 @@ import errno
 FULL_BYTES = 1 << 20  # a disk with less than this left is full: not even a worker's last word may fit
 SAVE_MEMORY = (
     "lower train.per_device_train_batch_size (the global batch stays), set train.activation_checkpointing: true, lower "
-    "data.max_length, or take more processes and a higher launch.zero_stage; `hft plan` shows what a device needs"
+    "data.max_length, or take more processes and a higher launch.zero_stage; `hft plan` shows what a device needs; a run so "
+    "changed begins anew, with another --output"
 )
 
 

@@ -20,6 +20,7 @@ from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
 
 NUM_HELD_OUT = (8, 100)  # rows, at least and at most; a tenth of all between
 NUM_ASKED = 100  # rows to keep that are asked, at most
+FORM = 'give rows as {"question": "...", "answers": ["..."]}'
 LEAST_ROWS = 40
 NUM_TEXTS, NUM_TEXT_TOKENS, LEAST_TEXT_TOKENS = 32, 64, 6  # of the model's own texts, of which a third is given
 SHUFFLE_SEED = 0
@@ -138,7 +139,10 @@ def as_question(row: dict[str, Any], place: str) -> dict[str, Any]:
     if isinstance(row.get("question"), str) and isinstance(row.get("answers"), list) and row["answers"]:
         refuse_keys(row, QUESTION_KEYS, place)
         return {"question": row["question"], "answers": row["answers"]}
-    found = convert_row(row, detect_format(list(row), "sft"), Lost())
+    try:
+        found = convert_row(row, detect_format(list(row), "sft"), Lost())
+    except DataError as error:
+        raise DataError(f"{place}: {error.message}", FORM) from None
     turns = found.get("messages") or [*_as_turns(found.get("prompt"), "user"), *_as_turns(found.get("completion"), "assistant")]
     if found.get("tools") or turns[0]["role"] in ("system", "developer"):
         lost = "a list of tools" if found.get("tools") else f"a turn of the {turns[0]['role']}'s"
@@ -149,7 +153,7 @@ def as_question(row: dict[str, Any], place: str) -> dict[str, Any]:
     if [turn["role"] for turn in turns] != ["user", "assistant"]:
         raise DataError(
             f"{place}: what must not be lost is asked, and a row of it is not one question with its answer",
-            'give rows as {"question": "...", "answers": ["..."]}',
+            FORM,
         )
     return {"question": turns[0]["content"], "answers": [turns[1]["content"]]}
 

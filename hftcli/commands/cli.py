@@ -56,7 +56,7 @@ COMMANDS = {
 }
 
 
-KEY = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+|freeze")  # of a recipe, in a section; or the section that has a short name
+KEY = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+|freeze|reference")  # of a recipe: in a section, or one that a word may be given
 
 
 class LazyCommand(TyperCommand):

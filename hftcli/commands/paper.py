@@ -27,8 +27,9 @@ def paper(
         say(f"{name}: arXiv 2404.18466, Llama-2-7B; means over seeds with 95 % intervals")
         print_whole(shown)
         return
-    print("#!/bin/sh -e")
+    print("#!/bin/sh")
     print(f"# hft paper {name} > {name}.sh; look through it; sh {name}.sh; hft paper {name} --table")
     for needed in PIPELINES[name].needs:
         print(f"# needs {needed}")
+    print("set -e")  # also where it is given to `sh`
     print("\n".join(list_commands(name, seeds, output)))

@@ -52,7 +52,10 @@ def chat(
 
     from hftcli.measuring.talking import Manner, Speaker
 
-    speakers = {name: Speaker(path, dtype, needs_template=True) for name, path in paths.items()}
+    speakers = {
+        name: Speaker(path, dtype, needs_template=True, tuned=subject.path if name == "before" else None)
+        for name, path in paths.items()
+    }
     if system is not None:
         for speaker in speakers.values():  # a template that has no place for it says so before the first message
             speaker.render([{"role": "system", "content": system}, {"role": "user", "content": "Hello"}])

@@ -90,7 +90,7 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
 def _tokenize_rows(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[int]]:
     """The questions with their answers, and the tokens that end these."""
     try:
-        tokens, _ = tokenize_examples(task.examples, task.cut, max_length, tokenizer)
+        tokens, lengths = tokenize_examples(task.examples, task.cut, max_length, tokenizer)
     except ModelError as error:
         raise ModelError(f"task {task.name}: {error.message}", error.fix) from None
     rows = []
@@ -99,6 +99,10 @@ def _tokenize_rows(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBa
         if (labels[:length] == IGNORED).all():
             raise _describe_overlong(task, number, f"is longer than data.max_length, {max_length} tokens")
         rows.append((ids[:length], labels[:length].tolist()))
+    if num_cut := sum(length > len(ids) for length, (ids, _) in zip(lengths, rows, strict=True)):
+        logger.warning(
+            "%s: %d of %d questions lose a part: they have more than %d tokens", task.name, num_cut, len(rows), max_length
+        )
     return rows, find_ends(tokens, tokenizer)
 
 

@@ -125,6 +125,7 @@ class Speaker:
     Args:
         path: a folder or a hub id.
         needs_template: whether it must be one that takes turns.
+        tuned: what was made of it, whose tokenizer and chat template it is asked with.
 
     Attributes:
         has_template: whether the tokenizer has a chat template.
@@ -134,10 +135,10 @@ class Speaker:
         ModelError: the model does not load, or has no chat template where one is needed.
     """
 
-    def __init__(self, path: str, dtype: str, needs_template: bool = False):
+    def __init__(self, path: str, dtype: str, needs_template: bool = False, tuned: str | None = None):
         transformers.utils.logging.disable_progress_bar()
         folder = fetch_checkpoint(path)
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder if tuned is None else fetch_checkpoint(tuned))
         self.template = find_template(self.tokenizer)
         self.has_template = self.template is not None
         if needs_template and not self.has_template:

@@ -257,6 +257,12 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"{source.place(('freeze', key))}: freeze.{key} would have no effect beside freeze.grain {grain}: drop it, or "
                 f"set freeze.grain: {others}, or method.lora.quiet: true"
             )
+    rule = recipe.freeze
+    if rule.keep is not None and rule.divides and not (rule.reads_earlier and rule.choice != "random"):
+        yield (
+            f"{source.place(('freeze', 'keep'))}: freeze.keep would have no effect beside freeze.grain {rule.grain_name} and "
+            f"freeze.part {rule.choice}, which read no inputs: drop it, or set freeze.part: quiet"
+        )
 
 
 def _check_holds(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
@@ -278,6 +284,10 @@ def _check_holds(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     for key in (key for key, value in goes_back.items() if rule.average is not None and value is not None):
         place = source.place(("freeze", "average"))
         yield f"{place}: freeze.average leaves the mean of all steps, and {key} goes back to one of them: drop one of the two"
+    is_moving = recipe.method.peft is not None and recipe.method.peft.type == "ADALORA"
+    for key in (key for key, value in goes_back.items() if is_moving and value is not None):
+        place = source.place(tuple(key.split(".")))
+        yield f"{place}: {key} goes back to an earlier step, and the ranks that ADALORA gave up since stay so: drop one"
     if rule.average is not None and recipe.launch.offload == "optimizer":
         place = source.place(("freeze", "average"))
         yield f"{place}: freeze.average keeps its copy on the device, and launch.offload what trains on the host: drop one"
@@ -328,6 +338,10 @@ def check_measuring(recipe: Recipe, objective: Objective, source: RecipeFile) ->
     if asked.measures_within and not (asked.tasks or asked.held_out.path or objective == "continual"):
         key = "every_steps" if asked.every_steps is not None else "num_points"
         yield f"{source.place(('eval', key))}: eval.{key} would have no effect: name what to measure under eval.tasks"
+    if not (asked.tasks or objective == "continual" or recipe.data.pattern is not None):
+        for key in ("chat", "shots", "max_new_tokens", "temperature", "max_examples", "strict", "allow_code"):
+            if getattr(asked, key) != type(asked).model_fields[key].default:
+                yield f"{source.place(('eval', key))}: eval.{key} would have no effect: name what to ask under eval.tasks"
     given = {
         ("stop", "max_forgetting"): stop.max_forgetting, ("stop", "min_learning"): stop.min_learning,
         ("checkpoint", "best"): best,

@@ -23,9 +23,11 @@ from hftcli.data.cache import default_cache
 from hftcli.data.prepare import deal_pairs
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError
+from hftcli.freezing.selection import FreezePlan
+from hftcli.launching.planning import find_arithmetic
 from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.description import identify_start
-from hftcli.models.device import count_batch_tokens
+from hftcli.models.device import count_batch_tokens, find_device, name_device
 from hftcli.models.start_copy import StartCopy, evaluating
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.records import ReferenceReport
@@ -179,13 +181,14 @@ def _score(trainer: DPOTrainer, inputs: Inputs) -> LogProbs:
 
 
 def make_reference(
-    spec: RoundSpec, start: Path, tokens_key: str, mixed: bool, is_first: bool, on_batch: Progress
+    spec: RoundSpec, start: Path, tokens_key: str, mixed: bool, plan: FreezePlan, is_first: bool, on_batch: Progress
 ) -> Reference | None:
     """What stands in for a second model; None where there is one, or nothing to refer to.
 
     Args:
         tokens_key: of the pairs to train on.
         mixed: whether the round computes in bfloat16.
+        plan: which half trains.
         is_first: whether this is rank 0.
         on_batch: called with batches done and in all.
     """
@@ -193,7 +196,7 @@ def make_reference(
         return SharedReference()
     if spec.reference == "precompute":
         # The weights are read whole for the key, which rank 0 alone needs.
-        key = make_reference_key(spec, start, tokens_key, mixed) if is_first else ""
+        key = make_reference_key(spec, start, tokens_key, mixed, plan) if is_first else ""
         path = default_cache("references") / f"{key}.safetensors"
         return PrecomputedReference(path, on_batch)
     return None
@@ -209,13 +212,16 @@ def describe_reference(spec: RoundSpec, reference: Reference | None, second: Pre
     return ReferenceReport(mode=spec.reference, key=reference.key, is_reused=reference.is_reused, num_bytes=reference.num_bytes)
 
 
-def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: bool) -> str:
+def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: bool, plan: FreezePlan) -> str:
     """A hash of all that shapes the reference's log-probabilities. What it left out would be trained on stale."""
+    arithmetic = find_arithmetic(mixed, spec.launch.num_ranks, spec.launch.offload)
     shaping = {
         "start": identify_start(start),
         "tokens": tokens_key,
         "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
-        "mixed": mixed,
+        "arithmetic": arithmetic,
+        "plan": plan.fingerprint if arithmetic == "autocast" else "",  # what is frozen is then held in bfloat16
+        "device": name_device(find_device()),
         "ld_alpha": spec.dpo and spec.dpo.extra.get("ld_alpha"),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
     }

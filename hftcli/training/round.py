@@ -111,7 +111,7 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
         def show(done: int, total: int) -> None:
             attempt.reporter.report("referencing", done, total)
 
-        reference = make_reference(spec, start, rows.report.key, mixed, is_first, show)
+        reference = make_reference(spec, start, rows.report.key, mixed, plan, is_first, show)
         masters = make_masters(model, torch.bfloat16 if mixed else torch.float32) if is_offloaded(spec) else {}
         stored = Start(spec.model, start, (*plan.trained, *plan.frozen))
     return Loaded(args, model, second, reference, fingerprints, origin, step, masters, stored)

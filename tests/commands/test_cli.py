@@ -60,6 +60,7 @@ def test_every_key_of_a_recipe_is_an_option_too():
         spell_out(["--weight_decay=1"], options)
     assert raised.value.fix == "give --train.weight_decay VALUE", "one that is passed on to the trainer"
     assert spell_out(["--freeze", "quiet"], options) == ["--set", "freeze=quiet"]
+    assert spell_out(["--reference", "shared"], options) == ["--set", "reference=shared"]
     assert spell_out(["--no-such"], options) == ["--no-such"], "what is like no key is for the parser to refuse"
 
 

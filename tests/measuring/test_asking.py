@@ -35,6 +35,7 @@ def test_what_is_scored_fits(embedded, caplog):
     with caplog.at_level(logging.WARNING):
         asked = tokenize_task(Task("t", (example,), max_new_tokens=512), 64, tokenizer)
     assert "t: answers are cut at 32 tokens, half of data.max_length, and not at 512" in caplog.text
+    assert "t: 1 of 1 questions lose a part: they have more than 64 tokens" in caplog.text
     [(ids, labels)], [prompt] = asked.rows, asked.prompts
     assert (len(ids), asked.num_new_tokens) == (64, 32)
     start = ids[: labels.index(next(label for label in labels if label != IGNORED))]

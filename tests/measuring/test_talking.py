@@ -1,6 +1,7 @@
 """Conversations and prompts, beside transformers' own generation."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -216,6 +217,19 @@ def test_the_commands(hft, tmp_path):
     assert rows[0]["answer"] == ask_transformers([{"role": "user", "content": QUESTIONS[0]}])
     assert "tinyworld is no run" in hft("chat", "tinyworld", "--beside", "start", code=2).stderr
     assert "no such file" in hft("generate", "tinyworld", "--prompts", tmp_path / "no", code=2).stderr.lower()
+
+
+def test_a_start_without_a_template_is_asked_with_that_of_what_was_made_of_it(tmp_path):
+    """As `hft chat RUN --beside start` asks it, where `model.chat_template` gave the run one."""
+    shutil.copytree(EMBEDDED, tmp_path / "start")
+    config = tmp_path / "start" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
+    start = str(tmp_path / "start")
+    with pytest.raises(ModelError, match="has no chat template"):
+        Speaker(start, "float32", needs_template=True)
+    asked = [{"role": "user", "content": QUESTIONS[0]}]
+    answer, _ = Speaker(start, "float32", needs_template=True, tuned=str(EMBEDDED)).answer(asked, SHORT, lambda text: None)
+    assert answer == ask_transformers(asked)
 
 
 def test_what_would_be_lost_or_not_act_is_refused(hft, tmp_path):

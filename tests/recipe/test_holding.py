@@ -33,6 +33,15 @@ GIVEN = {
             ("freeze.average=0.9", "eval.num_points=3", "stop.max_forgetting=0.1"),
             "freeze.average leaves the mean of all steps, and stop.max_forgetting goes back to one",
         ),
+        (
+            ("method.peft={type: ADALORA}", "eval.num_points=3", "stop.max_forgetting=0.1"),
+            "stop.max_forgetting goes back to an earlier step, and the ranks that ADALORA gave up since stay so",
+        ),
+        (
+            ("freeze.grain=directions", "freeze.part=random", "freeze.keep.path=tinyworld/facts"),
+            "freeze.keep would have no effect beside freeze.grain directions and freeze.part random",
+        ),
+        (("eval.tasks=[]", "eval.shots=2"), "eval.shots would have no effect: name what to ask under eval.tasks"),
         ((GIVEN["redraw"], "method.l2sp.strength=1"), "freeze.redraw does not go with method.l2sp"),
         ((GIVEN["redraw"], "launch.offload=optimizer"), "freeze.redraw does not go with launch.offload"),
         ((GIVEN["redraw"], "eval.num_points=3"), "freeze.redraw does not go with eval.every_steps and eval.num_points"),

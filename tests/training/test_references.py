@@ -1,5 +1,7 @@
 """DPO's references: what they hold, what they leave alone, and when they are taken again."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from training.preferences import compute_loss, make_trainer
@@ -41,16 +43,22 @@ def test_the_key_covers_weights_tokens_precision_and_options(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
 
-    def make_key(tokens: str = "t", mixed: bool = False, dtype: str | None = None, **dpo: object) -> str:
+    def make_key(
+        tokens: str = "t", mixed: bool = False, dtype: str | None = None, num_processes: int = 1, seed: int = 0, **dpo: object
+    ) -> str:
         spec = RoundSpec(
             objective="dpo", index=0, model=ModelSection(path="m", dtype=dtype), data=DataSection(path="d"),
-            freeze=FreezeRule(), train=TrainSection(), launch=LaunchSection(num_processes=1),
+            freeze=FreezeRule(), train=TrainSection(), launch=LaunchSection(num_processes=num_processes),
             dpo=DpoSection(**dpo), reference="precompute",
         )  # fmt: skip
-        return make_reference_key(spec, tmp_path, tokens, mixed)
+        plan = SimpleNamespace(fingerprint=f"half {seed}")
+        return make_reference_key(spec, tmp_path, tokens, mixed, plan)
 
     keys = [make_key(), make_key("u"), make_key(mixed=True), make_key(dtype="bfloat16"), make_key(ld_alpha=0.5)]
     (tmp_path / "model.safetensors").write_bytes(b"weights of another model")
     keys.append(make_key())
     assert len(set(keys)) == len(keys)
     assert make_key(beta=0.7) == make_key()
+    assert make_key(seed=1, num_processes=2) == make_key()  # in float32 both are the same numbers
+    in_bfloat16 = [make_key(mixed=True), make_key(mixed=True, seed=1), make_key(mixed=True, num_processes=2)]
+    assert len(set(in_bfloat16)) == 3  # one process holds what trains in float32, DeepSpeed nothing
