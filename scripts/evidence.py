@@ -58,10 +58,11 @@ def list_ways(known: dict[str, Any], has_times: bool) -> Iterator[Row]:
 
 def list_arms(arms: dict[str, Any]) -> Iterator[Row]:
     """A row for each learning rate of each arm of a sequence, in nats per token; the comparison stands in the arm's first."""
-    others = [name for name in arms if name != "half"]
+    others = [name for name, rates in arms.items() if name != "half" and any(read_trails(rates).values())]
     found = [compare_at_equal_learning(read_trails(arms[name]), read_trails(arms["half"]), is_within=True) for name in others]
     p_values = correct_by_holm([one.p_value if one else None for one in found])
-    told = {name: describe_difference(*one) for name, *one in zip(others, found, p_values, strict=True)}
+    told = {name: "measured at its end alone" for name in arms if name not in (*others, "half")}
+    told |= {name: describe_difference(*one) for name, *one in zip(others, found, p_values, strict=True)}
     for name, rates in arms.items():
         for rate, runs in rates.items():
             cells = [
@@ -93,7 +94,10 @@ def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
     seeds = sorted({run["seed"] for runs in rates.values() for run in runs})
     return {
         (seed,): [
-            tuple((gain, loss) for gain, loss in run["trail"]) for runs in rates.values() for run in runs if run["seed"] == seed
+            tuple((gain, loss) for gain, loss in run["trail"])
+            for runs in rates.values()
+            for run in runs
+            if run["seed"] == seed and run["trail"]
         ]
         for seed in seeds
     }
