@@ -47,7 +47,8 @@ def tokenize_questions(
 
     Args:
         rows: prompts, each with its options.
-        max_length: tokens of a prompt with an option; the prompt loses its beginning where there are more, down to its last.
+        max_length: tokens of a prompt with an option; the prompt loses its beginning where there are more, down to its last,
+            but for the special tokens with which every text begins.
     """
     if not rows:
         return []
@@ -60,23 +61,25 @@ def tokenize_questions(
     texts = [rendering.text for rendering in renderings]
     encodings = get_backend(tokenizer).encode_batch(texts, add_special_tokens=renderings[0].is_plain)
     tokens = iter([label_tokens(*pair) for pair in zip(renderings, encodings, strict=True)])
-    questions = [_make_question([next(tokens) for _ in options], max_length) for _, options in rows]
+    special = frozenset(tokenizer.all_special_ids)
+    questions = [_make_question([next(tokens) for _ in options], max_length, special) for _, options in rows]
     num_cut = sum(cut for _, cut in questions)
     if num_cut:
         logger.warning("%d of %d prompts lose their beginning: they have more than %d tokens", num_cut, len(rows), max_length)
     return [question for question, _ in questions]
 
 
-def _make_question(rows: Sequence[Tokens], max_length: int) -> tuple[Question, bool]:
+def _make_question(rows: Sequence[Tokens], max_length: int, special: frozenset[int]) -> tuple[Question, bool]:
     starts = [int((labels != IGNORED).nonzero()[0][0]) for _, labels in rows]
     first, _ = rows[0]
     num_shared = next(
         (place for place in range(min(starts)) if any(ids[place] != first[place] for ids, _ in rows)), min(starts)
     )
     options = [ids[num_shared:] for ids, _ in rows]
-    num_over = max(min(num_shared + max(map(len, options)) - max_length, num_shared - 1), 0)
+    num_first = next((place for place in range(num_shared) if first[place] not in special), num_shared)
+    num_over = max(min(num_shared + max(map(len, options)) - max_length, num_shared - num_first - 1), 0)
     nums_scored = [len(ids) - start for (ids, _), start in zip(rows, starts, strict=True)]
-    return Question(first[num_over:num_shared], options, nums_scored), num_over > 0
+    return Question(first[:num_first] + first[num_first + num_over : num_shared], options, nums_scored), num_over > 0
 
 
 @torch.no_grad()

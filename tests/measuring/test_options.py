@@ -35,13 +35,13 @@ def loaded(request):
 
 
 def read_one(model, tokenizer, prompt: str, option: str, max_length: int) -> float:
-    """Of the tokens that cover a character of the option, in one row, with no cache."""
+    """Of the tokens that cover a character of the option, in one row, with no cache; what the tokenizer begins with stays."""
     encoding = get_backend(tokenizer).encode(prompt + option)
     ids, offsets = encoding.ids, encoding.offsets
     start = next(place for place, (first, last) in enumerate(offsets) if last > max(len(prompt), first))
-    num_gone = max(len(ids) - max_length, 0)
+    num_gone, num_first = max(len(ids) - max_length, 0), encoding.special_tokens_mask.index(0)
     with torch.no_grad():
-        log_probs = model(input_ids=torch.tensor([ids[num_gone:]])).logits[0].log_softmax(-1)
+        log_probs = model(input_ids=torch.tensor([ids[:num_first] + ids[num_first + num_gone :]])).logits[0].log_softmax(-1)
     return sum(log_probs[place - num_gone - 1, ids[place]].item() for place in range(start, len(ids)))
 
 
@@ -74,6 +74,8 @@ def test_a_long_prompt_loses_its_beginning(loaded, caplog):
         questions = tokenize_questions([(prompt, options), ("Answer:", options)], 40, tokenizer)
     assert "1 of 2 prompts lose their beginning: they have more than 40 tokens" in caplog.text
     assert len(questions[0].prompt) + max(map(len, questions[0].options)) == 40
+    beginning = get_backend(tokenizer).encode("").ids  # of every text
+    assert questions[0].prompt[: len(beginning)] == questions[1].prompt[: len(beginning)] == beginning
     longest = max(options, key=lambda option: len(get_backend(tokenizer).encode(prompt + option).ids))
     found = read_options(model, questions, CPU)[0]
     assert found[options.index(longest)] == pytest.approx(read_one(model, tokenizer, prompt, longest, 40), abs=1e-4)
