@@ -201,11 +201,7 @@ def make_rule(seed: int, share: float, given: dict[str, Any], has_texts: bool) -
         faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'freeze'}: {fault['msg']}" for fault in error.errors())
         fix = "give keys of a recipe's section freeze, in the form that they have there"
         raise InputError(f"freeze_half: {faults}", fix) from None
-    acting = {
-        "redraw": rule.redraw is not None, "pull": rule.pull is not None, "average": rule.average is not None,
-        "interpolate": rule.interpolate < 1,
-    }  # fmt: skip
-    for key in (key for key, is_on in acting.items() if is_on):
+    for key in rule.additions:
         raise InputError(f"freeze_half freezes once, and {key} acts while a round trains, or at its end", "run a recipe")
     for key in ("blocks", "part"):
         if getattr(rule, key) is not None and not rule.divides:

@@ -5,13 +5,19 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from reproduce_stream import BENCHES
+from reproduce_stream import BENCHES, list_rates
+from reproduce_stream import WAYS as STREAM_WAYS
 
 from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_learning, correct_by_holm
 from hftcli.comparing.statistics import Seed, estimate_mean
 
 FOLDER = Path(__file__).parent
 STREAM, SKILL, WAYS = FOLDER / "stream.json", FOLDER / "skill.json", FOLDER / "ways.json"
+MEASURES = {
+    "left after each task": ("learned", ".2f"), "lost by the end": ("forgot", "+.2f"), "left at the end": ("left", ".2f"),
+    "texts, lost": ("text", "+.2f"),
+}  # fmt: skip
+REPLAYS = {"": "", "with 1 %": " + replay 1 %", "with 10 %": " + replay 10 %"}
 STAGES = {"one": "one process", "0": "ZeRO 0", "1": "1", "2": "2", "3": "3"}
 Row = tuple[str, ...]
 
@@ -19,16 +25,15 @@ Row = tuple[str, ...]
 def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dict[str, str]:
     """By the place in the page."""
     streams = json.loads(STREAM.read_text(encoding="utf-8"))
-    columns = (
-        "trains", "rate", "left after each task", "lost by the end", "left at the end", "texts, lost",
-        "forgets more than half at equal learning",
-    )  # fmt: skip
+    columns = ("trains", "rate", *MEASURES, "forgets more than half at equal learning")
     tables = {}
     for model, arms in streams.items():
         for bench, names in BENCHES.items():
-            known = {name: arms[name] for name in names if name in arms}
+            known = {name: arms[name] for name in names if name in arms and len(list_rates(model, name)) > 1}
             if bench == "ways" or not set(names) - set(BENCHES["ways"]) - set(known):
                 tables[f"stream-{bench}-{model}"] = make_table(columns, list_arms(known))
+        replayed = [f"{name} {how}".strip() for name in list(MEASURES)[1:] for how in REPLAYS]
+        tables[f"stream-replay-{model}"] = make_table(("trains", "rate", *replayed), list_replays(model, arms))
     tables["stream-beside"] = make_table(
         ("model", "trains", "less", "rate", "left after each task", "lost by the end", "texts, lost"), list_differences(streams)
     )
@@ -65,11 +70,19 @@ def list_arms(arms: dict[str, Any]) -> Iterator[Row]:
     told |= {name: describe_difference(*one) for name, *one in zip(others, found, p_values, strict=True)}
     for name, rates in arms.items():
         for rate, runs in rates.items():
-            cells = [
-                describe([run[key] for run in runs], form)
-                for key, form in (("learned", ".2f"), ("forgot", "+.2f"), ("left", ".2f"), ("text", "+.2f"))
-            ]
+            cells = [describe([run[key] for run in runs], form) for key, form in MEASURES.values()]
             yield name, rate, *cells, told.pop(name, "")
+
+
+def list_replays(model: str, arms: dict[str, Any]) -> Iterator[Row]:
+    """A row for each way to choose what trains, at its higher rate: without replay, and with."""
+    for way in STREAM_WAYS:
+        rate = f"{list_rates(model, way)[-1]:g}"
+        arms_of_way = [arms[way + replay][rate] for replay in REPLAYS.values()]
+        cells = [
+            describe([run[key] for run in runs], form) for key, form in list(MEASURES.values())[1:] for runs in arms_of_way
+        ]
+        yield way, rate, *cells
 
 
 def list_differences(streams: dict[str, Any]) -> Iterator[Row]:
@@ -80,7 +93,7 @@ def list_differences(streams: dict[str, Any]) -> Iterator[Row]:
     for model, arms in streams.items():
         for name, rates in arms.items():
             other = "LoRA" if name == "LoRA, quiet" else "half"
-            for rate, runs in rates.items():
+            for rate, runs in rates.items() if len(list_rates(model, name)) > 1 else ():
                 beside = {run["seed"]: run for run in arms.get(other, {}).get(rate, [])}
                 if name != other and beside:
                     differences = {

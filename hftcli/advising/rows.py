@@ -144,8 +144,9 @@ def as_question(row: dict[str, Any], place: str) -> dict[str, Any]:
     except DataError as error:
         raise DataError(f"{place}: {error.message}", FORM) from None
     turns = found.get("messages") or [*_as_turns(found.get("prompt"), "user"), *_as_turns(found.get("completion"), "assistant")]
-    if found.get("tools") or turns[0]["role"] in ("system", "developer"):
-        lost = "a list of tools" if found.get("tools") else f"a turn of the {turns[0]['role']}'s"
+    further = sorted({key for turn in turns for key, value in turn.items() if value} - {"role", "content"})
+    if found.get("tools") or further or turns[0]["role"] in ("system", "developer"):
+        lost = "a list of tools" if found.get("tools") else further[0] if further else f"a turn of the {turns[0]['role']}'s"
         raise DataError(
             f"{place}: {lost} carries meaning that would not be asked",
             "write it into the question, or take it out of the rows",

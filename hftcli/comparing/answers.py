@@ -4,6 +4,7 @@ The behaviour of answers needs no benchmark: it is read from the texts that are 
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,13 @@ def list_changed(answers: Answers) -> list[ChangedItem]:
         for first, last in zip(*pairs, strict=True)
         if first.score is not None and last.score is not None and first.score != last.score
     ]  # fmt: skip
-    return sorted(changed, key=lambda item: (abs(item.nats or 0.0), abs(item.scores[1] - item.scores[0])), reverse=True)
+
+    def sort_by(item: ChangedItem) -> tuple[float, float]:
+        is_lost = item.scores[1] < item.scores[0]
+        worse = -math.inf if item.nats is None else item.nats if is_lost else -item.nats
+        return worse, abs(item.scores[1] - item.scores[0])
+
+    return sorted(changed, key=sort_by, reverse=True)
 
 
 def _subtract_nats(first: Prediction, last: Prediction) -> float | None:

@@ -189,6 +189,11 @@ def _check_comparable(points: Sequence[Point]) -> None:
             for name in first.alike
             if point.alike[name] != first.alike[name]
         ]
+        faults += [
+            f"{point.name} asked {name} other questions than {first.name}, as many of them"
+            for name in first.questions.keys() & point.questions.keys()
+            if point.questions[name] != first.questions[name] and point.alike["tasks"] == first.alike["tasks"]
+        ]
     if len(ways := {point.measuring for point in points if point.trail}) > 1:
         faults.append(f"they were not measured alike within the runs: {'; '.join(sorted(ways))}")
     seen: dict[str, str] = {}

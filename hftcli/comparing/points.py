@@ -1,7 +1,8 @@
 """A run as a point: what it learned and what it lost, by task, out of its files."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,6 +45,7 @@ class Point:
         alike: what has to be the same in every run that is compared with this one, by what it is called in a message.
         trail: learning and forgetting at the places that were measured within the run; none where nothing was.
         measuring: when the recipe has it measured.
+        questions: a hash of what was asked, by task, where that was kept.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Point:
     alike: Mapping[str, Any]
     trail: Trail = ()
     measuring: str = ""
+    questions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def learning(self) -> float:
@@ -132,6 +135,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
         trail=trail,
         # With more points, a run would meet a level of learning earlier.
         measuring=f"eval.every_steps {recipe.eval.every_steps}, eval.num_points {recipe.eval.num_points}",
+        questions={name: digest for name in asked if (digest := _hash_questions(run.rounds[0], name)) is not None},
     )
 
 
@@ -288,6 +292,18 @@ def _describe_asking(score: Score) -> str:
     return ", ".join(filter(None, (f"{score.num_examples} questions", score.way)))
 
 
+def _hash_questions(round_: Round, task: str) -> str | None:
+    """Of what a task asked and its right answers, or of rows that are no task's the lengths; None of an earlier hft's file."""
+    try:
+        predictions = round_.read_predictions("before", task)
+    except FileNotFoundError:
+        return None
+    if task != HELD_OUT and any(prediction.question is None for prediction in predictions):
+        return None
+    asked = [(one.question, one.answers) if one.question is not None else one.num_tokens for one in predictions]
+    return hashlib.sha256(repr(asked).encode()).hexdigest()
+
+
 def _describe_writing(round_: Round) -> str:
     scoring = round_.read_spec().scoring
     cut = scoring.asking.max_new_tokens
@@ -308,7 +324,8 @@ def _name_method(recipe: Recipe) -> str:
         return " + ".join(names)
     is_full = share == 1 and rule.grain != "biases"
     name = {1.0: FULL if is_full else "all", 0.5: "half"}.get(share, f"share {share:g}")
-    return " + ".join((name + rule.variant * (not is_full), *names))
+    additions = (key.removeprefix("freeze.") for key in rule.additions)
+    return " + ".join((name + rule.variant * (not is_full), *additions, *names))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -111,16 +111,23 @@ def _search_pieces(text: str, messages: Messages, known: dict[int, Span], spans:
         limit = min((start for other, (start, _) in known.items() if other > index), default=len(text))
         if index in known:
             place = known[index]
-        elif found := [
-            _find_piece(text[:limit], piece, position, spans if message["role"] == "assistant" else None, index, message)
-            for piece in _list_pieces(message, text[position:limit])
-        ]:
+        elif found := _find_pieces(text[:limit], message, position, spans, index):
             place = min(start for start, _ in found), max(end for _, end in found)
         else:
             place = position, position
         places.append(place)
         position = place[1]
     return places
+
+
+def _find_pieces(text: str, message: Message, position: int, spans: list[Span] | None, index: int) -> list[Span]:
+    """The places of what a turn says, one after another, and then of its calls, whose arguments come in any order."""
+    own, found = spans if message["role"] == "assistant" else None, []
+    reached = position
+    for piece in _list_said(message, text[position:]):
+        found.append(_find_piece(text, piece, reached, own, index, message))
+        reached = found[-1][1]
+    return found + [_find_piece(text, piece, position, own, index, message) for piece in _list_called(message)]
 
 
 def _find_piece(
@@ -144,14 +151,18 @@ def _is_inside(place: Span, spans: list[Span]) -> bool:
     return any(start <= place[0] and place[1] <= end for start, end in spans)
 
 
-def _list_pieces(message: Message, text: str) -> Iterator[tuple[str, ...]]:
-    """What a turn says, in pieces that a template prints as they are, each in the forms that it may take."""
+def _list_said(message: Message, text: str) -> Iterator[tuple[str, ...]]:
+    """What a turn thinks and says, in pieces that a template prints as they are, each in the forms that it may take."""
     for key in ("reasoning_content", "content"):
         said = message.get(key, "").strip()
         if said and said in text:
             yield (said,)
         else:
             yield from ((piece,) for piece in THOUGHTS.split(said) if piece.strip())
+
+
+def _list_called(message: Message) -> Iterator[tuple[str, ...]]:
+    """What a turn calls, in such pieces."""
     for call in message.get("tool_calls", ()):
         yield (call["function"]["name"],)
         yield from _list_leaves(call["function"]["arguments"])

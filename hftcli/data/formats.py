@@ -43,6 +43,9 @@ UNSUPPORTED_COLUMNS = (
 )  # fmt: skip
 # And beside a question, what it is about.
 UNSUPPORTED_CONTEXT = ("context", "passage", "choices", "options", "reasoning", "reasoning_content", "thinking")
+LABELLED = (*UNSUPPORTED_CONTEXT, "label")
+# And beside a text, what it is an example of.
+BESIDE_TEXT = (*LABELLED, "labels", "prompt", "question", "answer", "completion", "response", "summary")
 
 
 @dataclass(frozen=True)
@@ -310,13 +313,11 @@ def check_pair(pair: Row) -> Row:
 FORMATS = {
     "messages": Format(("messages",), convert_messages, optional=DIALOGUE, refused=("label",)),
     "sharegpt": Format(("conversations",), convert_sharegpt, optional=DIALOGUE, refused=("label",)),
-    "prompt-completion": Format(
-        ("prompt", "completion"), convert_prompt_completion, optional=DIALOGUE, refused=(*UNSUPPORTED_CONTEXT, "label")
-    ),
-    "alpaca": Format(("instruction", "output"), convert_alpaca, optional=("input", *DIALOGUE), refused=UNSUPPORTED_CONTEXT),
-    "prompt-answer": Format(("prompt", "answer"), convert_prompt_answer, refused=UNSUPPORTED_CONTEXT),
-    "question-answer": Format(("question", "answer"), convert_question_answer, optional=DIALOGUE, refused=UNSUPPORTED_CONTEXT),
-    "text": Format(("text",), convert_text),
+    "prompt-completion": Format(("prompt", "completion"), convert_prompt_completion, optional=DIALOGUE, refused=LABELLED),
+    "alpaca": Format(("instruction", "output"), convert_alpaca, optional=("input", *DIALOGUE), refused=LABELLED),
+    "prompt-answer": Format(("prompt", "answer"), convert_prompt_answer, refused=LABELLED),
+    "question-answer": Format(("question", "answer"), convert_question_answer, optional=DIALOGUE, refused=LABELLED),
+    "text": Format(("text",), convert_text, refused=BESIDE_TEXT),
     "sharegpt-pair": Format(("conversations", "chosen", "rejected"), convert_sharegpt_pair, "dpo", DIALOGUE),
     "prompt-pair": Format(("prompt", "chosen", "rejected"), convert_pair, "dpo", DIALOGUE),
     "conversation-pair": Format(("chosen", "rejected"), convert_implicit_pair, "dpo", DIALOGUE),

@@ -22,6 +22,14 @@ Tools = list[dict[str, Any]]
 
 SIGN_START, SIGN_END = "\ue000", "\ue001"  # around a sign: no template knows them, and none takes them for white space
 PROBE = f"{SIGN_START}?{SIGN_END}"
+# Templates that print today's date would teach another text on every day: they print this one, Llama 3.2's own default.
+DATE = {"Y": "2024", "m": "07", "d": "26", "b": "Jul", "B": "July", "y": "24", "A": "Friday", "a": "Fri", "H": "00", "M": "00",
+        "S": "00"}  # fmt: skip
+DATED = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f"|replace('%{code}', '{value}')" for code, value in DATE.items())
+    + " }}{%- endmacro -%}"
+)
 NO_TEMPLATE_FIX = "set model.chat_template to chatml, tulu or a Jinja file"
 
 
@@ -67,6 +75,8 @@ class Template:
 
     def _print(self, messages: Messages, tools: Tools | None = None, **options: bool) -> tuple[str, list[Span]]:
         source = self.choose_source(tools)
+        if "strftime_now" in source:
+            source = DATED + source
         try:
             texts, marked = render_jinja_template([messages], tools, chat_template=source, **options, **self.special_tokens)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:

@@ -200,6 +200,13 @@ class FreezeRule(BaseModel):
         return f" of {self.grain_name} ({self.choice}){ranked}" if self.divides else ranked
 
     @property
+    def additions(self) -> tuple[str, ...]:
+        """What else acts while a round trains, or at its end."""
+        interpolate = self.interpolate if self.interpolate < 1 else None
+        given = {"redraw": self.redraw, "pull": self.pull, "average": self.average, "interpolate": interpolate}
+        return tuple(f"freeze.{key}" for key, value in given.items() if value is not None)
+
+    @property
     def choice(self) -> Choice:
         """Which directions, columns or entries train."""
         return self.part or self._choices[0]

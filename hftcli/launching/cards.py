@@ -82,6 +82,7 @@ def make_full(budget: Budget) -> Budget:
             "num_trainable": plan.num_parameters,
             "directions": None,
             "columns": None,
+            "entries": None,
         }
     )
     reference = None if budget.asks_start else budget.reference and "precompute"

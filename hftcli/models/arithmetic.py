@@ -167,6 +167,8 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
         raise InputError(f"a reset takes whole matrices back, and freeze.grain is {rule.grain_name}", "drop it")
     if rule.rank != "random":
         raise InputError(f"a reset draws what goes back, and freeze.rank is {rule.rank}", "drop it")
+    for key in rule.additions:
+        raise InputError(f"a reset draws once what goes back, and {key} acts while a round trains, or at its end", "drop it")
     description = describe_model(str(tuned))
     plan = make_plan(assign_roles(description.model_type, description.parameters, rule.roles), rule, 0)
     reset = set(plan.frozen)

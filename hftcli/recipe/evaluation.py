@@ -87,8 +87,8 @@ class StopSection(Section):
     max_forgetting: Annotated[float, Field(gt=0)] | None = None
     """The forgetting budget of a round: the mean loss over the tasks that measure what was known before it. By score a share,
     so that 0.02 is 2 points of 100; by nll nats per token. The round ends where the 95 % interval of the loss, over the
-    questions, lies above it, and goes back to the step that `checkpoint.best` names. Where no measured step lies within the
-    budget, the round fails and keeps nothing: measure early."""
+    questions and as if those of one task had nothing to do with those of another, lies above it, and goes back to the step that
+    `checkpoint.best` names. Where no measured step lies within the budget, the round fails and keeps nothing: measure early."""
 
     min_learning: Annotated[float, Field(gt=0)] | None = None
     """What is enough to learn: the round ends at the first measured step whose mean gain on what it trains on is that large, in

@@ -21,6 +21,7 @@ from hftcli.reporting.headline import OBJECTIVES, list_changes, make_headline
 from hftcli.reporting.places import hide_folders
 from hftcli.reporting.share import describe_share
 from hftcli.runs.files import write_text
+from hftcli.runs.history import PastRound, read_history
 from hftcli.runs.made import DELTA_NAME, MergeManifest
 from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
@@ -44,12 +45,16 @@ class Base:
         hub_id: None where it came from no hub.
         revision: of the hub id, as it was taken.
         licence: by the hub's short names; None where the base does not say.
+        rounds: of hft, that came before the run's own.
+        datasets: of the hub, that these were trained on, as the card beside the run's start says.
     """
 
     name: str
     hub_id: str | None = None
     revision: str | None = None
     licence: str | None = None
+    rounds: tuple[PastRound, ...] = ()
+    datasets: tuple[str, ...] = ()
 
 
 def write_card(run: Run, round_: Round) -> None:
@@ -68,19 +73,20 @@ def make_card(run: Run, round_: Round, place: str | None = None, is_laid_out: bo
         is_laid_out: a delta was laid over its base, so that the model is whole.
     """
     recipe, result, base = load_recipe(run.recipe_path, is_written=True), round_.read_result(), find_base(run)
-    changes, plan = list_changes(run), round_.read_plan()
+    changes, plan, own = list_changes(run), round_.read_plan(), OBJECTIVES[recipe.objective]
     name = run.folder.resolve().name
     return (
         _open_templates()
         .get_template(TEMPLATE)
         .render(
-            metadata=yaml.safe_dump(_list_metadata(recipe.objective, base, _list_datasets(result)), sort_keys=False),
+            metadata=yaml.safe_dump(_list_metadata(recipe.objective, base, _list_datasets(base, result)), sort_keys=False),
             name=name if len(run.rounds) == 1 else f"{name}, {round_.name}",
             base_name=base.name,
-            objective=OBJECTIVES[recipe.objective],
+            objectives=" and then ".join(dict.fromkeys([*(OBJECTIVES[one.objective] for one in base.rounds), own])),
+            has_earlier=bool(base.rounds),
             share=f"{plan.trainable_fraction:.1%}" if plan.frozen and result.adapter is None else "",
             adapter=describe_share(plan, result) if result.adapter is not None else "",
-            rounds=_describe_rounds(len(run.rounds), plan),
+            rounds=_describe_rounds(run.rounds.index(round_) + 1, plan),
             kept=_describe_kept(result),
             version=__version__,
             headline=make_headline(run),
@@ -171,14 +177,17 @@ def _list_metadata(objective: str, base: Base, datasets: list[str]) -> dict[str,
     return found | {"tags": ["half-fine-tuning", "hft", objective]}
 
 
-def _list_datasets(result: RoundResult) -> list[str]:
-    """The hub datasets among the sources: they have no files of this machine's."""
-    return [source.path for source in result.data.sources if source.num_bytes is None and HUB_ID.fullmatch(source.path)]
+def _list_datasets(base: Base, result: RoundResult) -> list[str]:
+    """The hub datasets among the sources, which have no files of this machine's and are no tasks, and those before them."""
+    sources = [source for source in result.data.sources if source.num_bytes is None and result.data.format != "task"]
+    return list(dict.fromkeys([*base.datasets, *(source.path for source in sources if HUB_ID.fullmatch(source.path))]))
 
 
 def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Iterator[tuple[str, str]]:
     spec, plan = round_.read_spec(), round_.read_plan()
     yield "base", base.name + (f", revision `{base.revision}`" if base.revision else "")
+    for place, past in enumerate(base.rounds, start=1):
+        yield f"round {place} before this run", f"{OBJECTIVES[past.objective]}, plan `{past.fingerprint}`"
     for earlier in run.rounds[: run.rounds.index(round_) + 1]:
         data = earlier.read_result().data
         for source in data.sources:
@@ -192,14 +201,13 @@ def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Ite
             f"{plan.rule.variant}, seed {spec.freeze.seed}, round {spec.index}"
         ),
     )
-    methods = ", ".join(spec.method.names)
-    yield "method besides freezing", methods or "none"
+    yield "besides freezing", ", ".join((*spec.freeze.additions, *spec.method.names)) or "nothing"
     train = spec.train
     yield (
         "training",
         (
             f"{result.num_steps:,} steps of {train.global_batch_size}, learning rate {train.learning_rate:g} "
-            f"({train.lr_scheduler_type}), {result.precision}"
+            f"({train.lr_scheduler_type}), {result.precision}{result.ending}"
         ),
     )
     frozen, moved = result.verification.num_frozen, len(result.verification.violations)
@@ -223,11 +231,30 @@ def takes_turns(checkpoint: Path) -> bool:
 
 
 def find_base(run: Run) -> Base:
-    """What the run's first round began from; where that was a model of hft's, what its card says of its own base."""
+    """What the run's first round began from; where rounds of hft made that, what the first of these began from."""
     path = run.rounds[0].read_spec().model.path
+    rounds = read_history(Path(path)).rounds if Path(path).is_dir() else ()
+    if not rounds:
+        return _read_base(path)
+    known, first = _read_metadata(Path(path)), _read_base(rounds[0].parent)
+    hub_id, licence = known.get("base_model") or first.hub_id, known.get("license")
+    return Base(
+        name=hub_id or first.name,
+        hub_id=hub_id,
+        revision=first.revision if hub_id == first.hub_id else None,
+        licence=licence if isinstance(licence, str) else first.licence,
+        rounds=rounds,
+        datasets=tuple(known.get("datasets") or ()),
+    )
+
+
+def _read_base(path: str) -> Base:
+    """By a folder's place, which may be gone, or by a hub id."""
     folder = Path(path)
     if path == QUICK_START or folder == PACKAGE / QUICK_START / "model":
         return Base(EMBEDDED, licence="apache-2.0")
+    if not folder.is_dir() and not HUB_ID.fullmatch(path.partition("@")[0]):
+        return Base(folder.name)
     if not folder.is_dir():
         name, _, revision = path.partition("@")
         snapshot = _find_snapshot(name, revision or None)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from hftcli.comparing.intervals import find_share_interval
 from hftcli.comparing.items import ItemChange, read_item_changes
 from hftcli.comparing.statistics import NATS, POINTS
 from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
-from hftcli.runs.scores import HELD_OUT, Score
+from hftcli.runs.scores import HELD_OUT, PairScore, Score
 from hftcli.tasks.general import SUFFIX
 
 OBJECTIVES = {"sft": "supervised fine-tuning", "dpo": "preference optimization", "continual": "continual learning"}
@@ -122,9 +123,15 @@ def _make_sequence_headline(run: Run, rounds: Sequence[tuple[Round, RoundResult]
 
 def _describe_pairs(result: RoundResult) -> Iterator[str]:
     if result.pairs is not None:
-        before, after = (
-            f"{POINTS.show(score.reward_accuracy)} ± {POINTS.show(score.reward_accuracy_error)}"
-            for score in (result.pairs.before, result.pairs.after)
-        )
+        before, after = (show_accuracy(score) for score in (result.pairs.before, result.pairs.after))
         count = result.pairs.after.num_pairs
-        yield f"the preferred answer gets the higher reward in {after} % of {count} held-out pairs ({before} before)"
+        yield f"the preferred answer gets the higher reward in {after} % of {count} held-out pairs; before, {before}"
+
+
+def show_accuracy(score: PairScore) -> str:
+    """Of preference pairs, in points, with Wilson's interval of 95 %; of the reference itself, half, which is no estimate."""
+    shown = POINTS.show(score.reward_accuracy)
+    if score.reward_accuracy == 0.5 and score.reward_margin == 0:
+        return shown
+    low, high = find_share_interval(score.reward_accuracy, score.num_pairs)
+    return f"{shown} ({POINTS.show(low)} to {POINTS.show(high)})"

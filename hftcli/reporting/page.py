@@ -131,8 +131,12 @@ def _list_facts(
     yield "model", hide_folders(recipe.model.path)
     yield "parameters", f"{plans[0].num_parameters:,}"
     yield "trained in a round", trained
-    yield "method", ", ".join(recipe.method.names) or "none besides freezing"
-    yield "training", _format_seconds(sum(result.seconds["training"] for _, result in rounds))
+    yield "besides freezing", ", ".join((*recipe.freeze.additions, *recipe.method.names)) or "nothing"
+    resumed = [f"{round_.name} from step {result.resumed_from}" for round_, result in rounds if result.resumed_from is not None]
+    seconds = _format_seconds(sum(result.seconds["training"] for _, result in rounds))
+    yield "training", ", ".join([seconds, *resumed])
+    if endings := [f"{round_.name}{result.ending}" for round_, result in rounds if result.ending]:
+        yield "weights", ", ".join(endings)
     yield "peak memory", format_bytes(max(result.peak_memory_bytes for _, result in rounds))
     passed = all(result.verification.passed for _, result in rounds)
     is_full = all(not plan.frozen for plan in plans)

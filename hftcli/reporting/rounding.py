@@ -17,7 +17,7 @@ def describe_masters(report: MastersReport) -> Iterator[str]:
         kept = "; the float32 masters beside it keep all" if report.seal else ""
         yield (
             f"rounding: the checkpoint's data type drops {report.dropped_fraction:.1%} of the norm of the update, half or more "
-            f"in {count_half(report)} of {report.num_tensors} tensors (most: {name_worst(report)}){kept}"
+            f"in {count_half(report)} tensors (most: {name_worst(report)}){kept}"
         )
 
 

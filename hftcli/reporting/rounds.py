@@ -15,6 +15,7 @@ from hftcli.recipe.sections import QUICK_START
 from hftcli.reporting.answers import describe_traits, print_behaviour
 from hftcli.reporting.card import takes_turns
 from hftcli.reporting.energy import describe_earlier
+from hftcli.reporting.headline import show_accuracy
 from hftcli.reporting.lines import say
 from hftcli.reporting.measures import make_score_table, print_matrix
 from hftcli.reporting.places import name_hft, show_place
@@ -69,7 +70,8 @@ def print_run_json(run: Run) -> None:
         }
         for name, before in scores.before.items()
     }
-    print_measures({"tasks": tasks, **result.model_dump(mode="json", include={"pairs", "num_steps", "train_loss", "seconds"})})
+    told = {"pairs", "num_steps", "stopped_by", "kept_step", "train_loss", "seconds"}
+    print_measures({"tasks": tasks, **result.model_dump(mode="json", include=told)})
 
 
 def print_continual(run: Run, matrix: ForgettingMatrix) -> None:
@@ -114,7 +116,7 @@ def _describe_round(round_: Round, result: RoundResult) -> str:
         f"{round_.name}: {share} "
         f"({plan.num_trainable_units} of {plan.num_units} units in layers), plan {plan.short_fingerprint}",
         f"{result.num_steps} steps in {result.precision}, mean loss {result.train_loss:.3f}, {seconds}, "
-        f"peak memory {format_bytes(result.peak_memory_bytes)}",
+        f"peak memory {format_bytes(result.peak_memory_bytes)}{result.ending}",
         *([curve] if (curve := draw_losses(round_)) else []),
         _describe_verification(result.verification),
     ]
@@ -168,10 +170,7 @@ def _make_pair_table(scores: PairScores) -> Table:
 def describe_pairs(scores: PairScores) -> list[tuple[str, str, str]]:
     """Rows of a table: what was measured of held-out pairs, before and after."""
     rows: tuple[tuple[str, Callable[[PairScore], str]], ...] = (
-        (
-            "reward accuracy, points",
-            lambda score: f"{100 * score.reward_accuracy:.1f} ± {100 * score.reward_accuracy_error:.1f}",
-        ),
+        ("reward accuracy, points (95 % interval)", show_accuracy),
         ("reward margin", lambda score: f"{score.reward_margin:.3f}"),
         ("chosen likelier, points", lambda score: f"{100 * score.likelihood_accuracy:.1f}"),
         ("KL to the reference on the data's answers, nats/token", lambda score: f"{score.kl:.4f}"),
@@ -199,9 +198,12 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
 
 def _describe_verification(verification: Verification) -> str:
     same = verification.num_frozen - len(verification.violations)
-    moved = verification.num_trained - len(verification.unmoved) - len(verification.below_resolution)
+    still = (*verification.unmoved, *verification.below_resolution, *(verification.rankless or ()))
+    moved = verification.num_trained - len(still)
     rounded = len(verification.below_resolution)
     note = f" ({rounded} more moved by less than the checkpoint's data type holds)" if rounded else ""
+    if verification.rankless:
+        note += f" ({len(verification.rankless)} were left no rank)"
     if verification.num_extras:
         carried = verification.num_extras - len(verification.changed_extras)
         note += f", {carried} of {verification.num_extras} stored tensors that are no parameters carried along"

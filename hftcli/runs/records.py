@@ -293,6 +293,13 @@ class RoundResult(FileSection):
     versions: dict[str, str] = Field(default_factory=dict)
     """Installed versions of what computes, in the start that finished the round; empty in a file of an earlier hft."""
 
+    @property
+    def ending(self) -> str:
+        """What ended the round early, and the step whose weights were kept in place of the last one's; to follow a sentence."""
+        ended = f"; ended by stop.{self.stopped_by}" if self.stopped_by else ""
+        is_earlier = self.kept_step not in (None, self.num_steps)
+        return ended + (f"; the weights are those of step {self.kept_step:,}" if is_earlier else "")
+
 
 class Checksums(FileSection):
     """What a checkpoint's files were when they were written."""

@@ -173,7 +173,8 @@ def foresee_run(
     for name, spec in specs.items():
         if spec is not first:
             # It starts from a model of the same shape and tokenizer, which is not there yet, and asks the same tasks.
-            spec = spec.model_copy(update={"model": first.model, "scoring": Scoring()})
+            scoring = Scoring(every_steps=spec.scoring.every_steps, num_points=spec.scoring.num_points)
+            spec = spec.model_copy(update={"model": first.model, "scoring": scoring})
         task = read_assignment(spec, needs_weights=False)
         build_arguments(task.spec, run.round(name).steps)
         rows = tokenize_rows(task, partial(on_progress, name))

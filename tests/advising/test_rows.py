@@ -79,6 +79,7 @@ def test_a_folder_holds_one_search(order):
         ({**ASKED, "tools": [{"name": "look"}]}, "the key 'tools' carries meaning"),
         ({"messages": [{"role": "system", "content": "Be brief."}, *TURNS]}, "a turn of the system's carries meaning"),
         ({"messages": TURNS, "tools": [{"name": "look"}]}, "a list of tools carries meaning"),
+        ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}, "reasoning_content carries meaning"),
     ],
 )
 def test_a_question_is_not_asked_without_a_part_of_it(row: dict, said: str):

@@ -26,6 +26,12 @@ def test_the_most_surprising_come_first():
     assert (changed[0].question, changed[0].answers, changed[0].before, changed[0].after) == ("Q1", ("fox",), "fox", "cat")
 
 
+def test_a_lost_question_whose_answer_became_likelier_comes_late():
+    before = [make(0, "fox", 1, 4.0), make(1, "fox", 1, 0.5), make(2, "fox", 1)]
+    after = [make(0, "hen", 0, 1.0), make(1, "hen", 0, 1.0), make(2, "hen", 0)]
+    assert [item.index for item in list_changed({"t": (before, after)})] == [1, 0, 2]
+
+
 @pytest.mark.parametrize(
     ("text", "refuses"),
     [

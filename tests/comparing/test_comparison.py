@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from written_runs import FACTS, REWORDED, SKILL, make_score, write_run
+from written_runs import FACTS, REWORDED, SKILL, make_predictions, make_score, write_run
 
 from hftcli.comparing.comparison import compare_runs
 from hftcli.errors import InputError
 from hftcli.reporting.figures import draw_frontier
 from hftcli.reporting.measures import print_comparison
+from hftcli.runs.run import Run
 
 RATES = ("3e-4", "5e-4", "7e-4")
 
@@ -72,6 +73,20 @@ def test_runs_that_were_asked_in_other_ways_are_refused(tmp_path, override, way,
     with pytest.raises(InputError) as caught:
         compare_runs([full, write_run(tmp_path / "half", override, rows=tuple(scores))])
     assert said in caught.value.message
+
+
+def test_runs_that_were_asked_other_questions_are_refused(tmp_path):
+    """As many of them, so that no count tells."""
+    runs = [write_run(tmp_path / str(seed), f"freeze.seed={seed}") for seed in (1, 2, 3)]
+    for folder, first in zip(runs, ("fox", "fox", "hen"), strict=True):
+        asked = [
+            one.model_copy(update={"question": f"Q{one.index}", "answers": (first if one.index == 0 else "cat",)})
+            for one in make_predictions(1, 1, 1)
+        ]
+        Run(folder).rounds[0].write_predictions("before", FACTS, asked)
+    assert compare_runs(runs[:2]).methods
+    with pytest.raises(InputError, match=f"{runs[2]} asked {FACTS} other questions than {runs[0]}"):
+        compare_runs(runs)
 
 
 def test_settings_without_a_seed_in_common_are_refused_by_name(tmp_path):

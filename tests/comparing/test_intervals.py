@@ -6,7 +6,7 @@ import random
 import pytest
 from written_runs import make_predictions
 
-from hftcli.comparing.intervals import average, estimate_change, estimate_rise, find_paired_interval
+from hftcli.comparing.intervals import average, estimate_change, estimate_rise, find_paired_interval, find_share_interval
 from hftcli.comparing.statistics import Estimate
 
 
@@ -19,9 +19,18 @@ def test_paired_interval_of_nothing_changed_is_wilsons(lost, won, items, low, hi
     assert find_paired_interval(lost, won, items) == pytest.approx((low, high), abs=1e-6)
 
 
+@pytest.mark.parametrize(("won", "items"), [(150, 150), (93, 150), (0, 8), (17.5, 40)])
+def test_interval_of_a_share_ends_where_wilsons_test_does(won, items):
+    """Its ends solve (share - p) ** 2 = z ** 2 p (1 - p) / n; 1.959964 is the normal distribution's place of 97.5 %."""
+    share = won / items
+    for end in find_share_interval(share, items):
+        assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / items, abs=1e-7)
+    assert find_share_interval(share, items)[0] <= share <= find_share_interval(share, items)[1]
+
+
 def test_paired_interval_turns_with_the_sign():
     low, high = find_paired_interval(3, 9, 60)
-    assert find_paired_interval(9, 3, 60) == pytest.approx((-high, -low), abs=1e-9)
+    assert find_paired_interval(9, 3, 60) == pytest.approx((-high, -low), abs=1e-7)
 
 
 @pytest.mark.parametrize(("lost", "won", "items"), [(0, 1, 25), (1, 0, 25), (2, 7, 40), (12, 1, 50), (0, 30, 30), (5, 5, 400)])

@@ -180,6 +180,8 @@ def test_made_model_that_is_not_scored_as_its_run_is_refused(tmp_path):
         ("freeze={rank: fisher}", "half by fisher"),
         ("freeze={rank: magnitude, importance: {freezes: least}}", "half by magnitude, the least frozen"),
         ("freeze={grain: columns, trainable_fraction: 1.0}", "full"),
+        ("freeze={interpolate: 0.5}", "half + interpolate"),
+        ("freeze={trainable_fraction: 1.0, pull: {strength: 0.1}}", "full + pull"),
     ],
 )
 def test_rules_go_by_names_of_their_own(tmp_path, override: str, title: str):

@@ -4,6 +4,7 @@ What to expect is read off transformers' own rendering.
 """
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, supports_tool_calling
 
 from hftcli.data.prepare import prepare_dataset
+from hftcli.data.templates import CHAT_TEMPLATES
 from hftcli.data.tokens import IGNORED
 from hftcli.errors import DataError
 from hftcli.recipe.sections import TrainSection
@@ -28,6 +30,7 @@ def say(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
+DAY = datetime(2024, 7, 26)  # that every template prints as today
 QUESTION, ANSWER = say("user", "How much is 6 x 7?"), say("assistant", "Forty-two, says Ada.")
 SECOND, LAST = say("user", "u"), say("assistant", "s")  # letters that every header has too
 THOUGHT = say("assistant", "<think>\nSix sevens, then.\n</think>\nIt is 42.")
@@ -69,9 +72,10 @@ def read(name: str) -> str:
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str | None:
     """What transformers makes of a conversation, by the template that TRL would train with; None where that is nothing."""
     try:
-        variant = get_training_chat_template(tokenizer)
+        variant = get_training_chat_template(tokenizer) or tokenizer.chat_template
     except ValueError:
-        variant = None
+        variant = tokenizer.chat_template
+    variant = re.sub(r"strftime_now\(['\"](.*?)['\"]\)", lambda found: repr(DAY.strftime(found[1])), variant)
     for shape in (lambda content: content, lambda content: [{"type": "text", "text": content}]):
         shaped = [{**message, "content": shape(message["content"])} for message in messages]
         try:
@@ -133,6 +137,26 @@ def find_given(text: str, before: list[dict], tokenizer: PreTrainedTokenizerBase
         return ""
     common = next((place for place, pair in enumerate(zip(text, asked, strict=False)) if pair[0] != pair[1]), len(asked))
     return re.match(r"(.*[>\]\s])?", asked[:common], re.DOTALL).group()
+
+
+def test_a_thought_that_is_not_printed_is_missed_though_its_words_stand_in_the_answer(
+    speaker: PreTrainedTokenizerBase, tmp_path: Path
+):
+    speaker.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    kept = say("assistant", "It is 42.")
+    prepare([QUESTION, kept], speaker, tmp_path)
+    with pytest.raises(DataError, match="turn 2, the assistant's: 'It is 42.' is not in the text"):
+        prepare([QUESTION, say("assistant", "<think>42</think>It is 42.")], speaker, tmp_path)
+
+
+def test_a_template_prints_the_same_date_on_every_day(speaker: PreTrainedTokenizerBase, tmp_path: Path):
+    """As Llama 3.2's and gpt-oss's ask for it: otherwise another day would train other rows."""
+    speaker.chat_template = "Today: {{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}\n" + CHAT_TEMPLATES["chatml"]
+    ids, _ = prepare([QUESTION, say("assistant", "It is 42.")], speaker, tmp_path)
+    assert speaker.decode(ids).startswith("Today: 26 Jul 2024, 2024-07-26\n<|im_start|>user\n")
 
 
 @pytest.mark.parametrize("with_list", [True, False])

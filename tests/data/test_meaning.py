@@ -88,7 +88,9 @@ def test_meaning_that_is_not_supported_is_refused_by_name(
     given = [*UNSUPPORTED]
     if name in ("alpaca", "question-answer", "prompt-completion", "plain prompt-completion", "plain prompt-answer"):
         given += ["context", "passage", "choices", "options", "reasoning", "thinking"]
-    if "completion" in row or name in ("messages", "sharegpt"):
+    if "text" in row:
+        given += ["label", "labels", "prompt", "summary", "answer", "context"]
+    elif "chosen" not in row:
         given.append("label")
     for column in given:
         with pytest.raises(DataError, match=f"row 1: column '{column}' carries meaning") as caught:

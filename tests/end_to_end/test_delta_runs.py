@@ -94,6 +94,9 @@ def test_bad_input(hft, tmp_path):
         ),
         "less than or equal to 1": ("merge", "--base", base, "--tuned", base, "--interpolate", 2, "--output", "out"),
         "no other keys than those of freeze": ("reset", "--base", base, "--tuned", base, "--set", "x=1", "--output", "out"),
+        "a reset draws once what goes back, and freeze.interpolate acts": tuple(
+            f"reset --base {base} --tuned {base} --set freeze.interpolate=0.5 --output out".split()
+        ),
     }
     for message, command in arguments.items():
         assert message in hft(*command, code=2).stderr

@@ -8,6 +8,8 @@ import pytest
 from hftcli.freezing.activations import Adapters, Workload
 from hftcli.freezing.budget import Budget
 from hftcli.freezing.narrowing import narrow_plan
+from hftcli.freezing.rule import FreezeRule
+from hftcli.freezing.selection import make_plan
 from hftcli.launching.cards import AS_GIVEN, CHECKPOINTED, OFFLOADED, judge_cards, list_ways, make_full
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +86,13 @@ def test_the_verdict_on_a_7b_model(plans):
     large = {verdict.card_gb: verdict for verdict in judge_cards(plans.make_setting("Llama-3.1-70B", "half", WORK).budget)}
     assert (large[80].setting, large[80].num_full_cards) == (None, 19)
     assert large[80].words.startswith("does not fit on one 80 GB card: 149.0 GB at the least")
+
+
+def test_full_fine_tuning_is_the_same_beside_every_grain(plans):
+    whole = make_full(plans.make_setting("Llama-2-7B", "half", WORK).budget)
+    for grain in ("entries", "columns", "directions"):
+        plan = make_plan(whole.network.units, FreezeRule(grain=grain), 0)
+        assert make_full(replace(whole, plan=plan)).half.total_bytes == whole.half.total_bytes
 
 
 def test_the_smallest_number_of_cards_is_the_first_that_fits(plans):

@@ -7,6 +7,7 @@ from written_runs import FACTS, SKILL, complete_round, write_made, write_run
 from hftcli.reporting.card import CARD_NAME, find_base, make_card, write_card, write_made_card
 from hftcli.reporting.page import make_page
 from hftcli.runs.files import read_model, write_model
+from hftcli.runs.history import HISTORY_NAME, History, describe_round
 from hftcli.runs.made import CheckpointIdentity, MergeManifest
 from hftcli.runs.records import Source
 from hftcli.runs.run import Run
@@ -47,6 +48,46 @@ def test_each_source_of_a_mixture_has_its_own_rows(run):
     assert "1,000 rows used" in content
     assert "7 rows used" in content
     assert "1,007 rows used" not in content
+
+
+def test_what_else_acted_is_said(tmp_path):
+    run = Run(write_run(tmp_path / "mean", "freeze.interpolate=0.5"))
+    complete_round(run, 0)
+    assert "| besides freezing | freeze.interpolate |" in make_card(run, run.rounds[0])
+    assert "<dd>freeze.interpolate</dd>" in make_page(run)
+
+
+def test_each_round_of_a_sequence_has_the_card_of_its_time(tmp_path):
+    """The first knows of one round, and a task's name is no dataset of the hub."""
+    tasks = ("tinyworld/topic", "tinyworld/reverse")
+    rows = tuple(dict.fromkeys(tasks, score) for score in (0.1, 0.5, 0.9))
+    run = Run(write_run(tmp_path / "run", rows=rows, tasks=tasks, objective="continual"))
+    for index, round_ in enumerate(run.rounds):
+        complete_round(run, index)
+        result = round_.read_result()
+        source = Source(path=tasks[index], fingerprint="0f", num_bytes=None)
+        data = result.data.model_copy(update={"format": "task", "sources": (source,)})
+        write_model(round_.result_path, result.model_copy(update={"data": data}))
+    first, second = (make_card(run, round_) for round_ in run.rounds)
+    assert "in each of" not in first
+    assert "in each of 2 rounds, drawn anew for each" in " ".join(second.split())
+    assert "datasets:" not in second
+
+
+def test_a_run_that_starts_from_a_run_tells_of_its_rounds(run, tmp_path):
+    """What preference optimization froze, fine-tuning before it may have trained."""
+    (first,) = run.rounds
+    past = describe_round(first.read_spec(), "abcd")
+    write_model(first.checkpoint / HISTORY_NAME, History(rounds=(past,)))
+    (first.checkpoint / CARD_NAME).write_text("---\nlicense: mit\ndatasets: [owner/rows]\n---\n# A model\n")
+    second = Run(write_run(tmp_path / "second", f"model.path={first.checkpoint}", objective="dpo"))
+    complete_round(second, 0)
+    words = " ".join(make_card(second, second.rounds[0]).split())
+    assert "the model of tinyworld that is embedded in hft after supervised fine-tuning and then preference" in words
+    assert "as far as the last run goes: the rounds before it drew their own" in words
+    assert "| round 1 before this run | supervised fine-tuning, plan `abcd` |" in words
+    assert "license: mit" in words
+    assert "datasets: - owner/rows" in words
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,16 @@ def test_page_shows_scores_questions_and_losses(run):
     assert "learning_rate: 0.0007" in text  # the recipe
 
 
+def test_time_of_a_resumed_round_is_that_of_its_last_start(run):
+    (round_,) = run.rounds
+    write_model(
+        round_.result_path, round_.read_result().model_copy(update={"resumed_from": 40, "kept_step": 20, "num_steps": 60})
+    )
+    page = make_page(run)
+    assert "1.0 s, 00-sft from step 40" in page
+    assert "00-sft; the weights are those of step 20" in page
+
+
 def test_plan_has_a_square_for_each_unit_that_says_what_it_is(run):
     page, plan = make_page(run), run.rounds[0].read_plan()
     squares = re.findall(r'class="(trained|frozen)"><title>(\S+): (trained|frozen)</title>', page)
