@@ -40,7 +40,8 @@ class ModelSection(Section):
     each tensor. What trains has float32 masters in any case."""
 
     chat_template: HomePath | None = None
-    """A Jinja file, or one that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the model."""
+    """A Jinja file, or one that ships with hft (`chatml`, `tulu`); null takes the tokenizer's own. Saved with the model.
+    One that prints today's date prints 26 July 2024 on every day, so that the same rows are trained and asked tomorrow."""
 
     attn_implementation: str | None = None
     """Attention kernel, as transformers names it; null lets transformers choose, which is `sdpa`. Packed rows on a GPU are
