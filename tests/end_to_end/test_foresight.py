@@ -131,6 +131,21 @@ def test_it_fails_before_there_are_weights(foresee, monkeypatch, objective, chan
     assert expected in caught.value.message
 
 
+def test_a_later_round_is_looked_ahead_of_as_the_first_is(foresee, tmp_path):
+    """The second task has one step of 4 rows, and cannot be measured at three."""
+    for task, number in (("long", 20), ("short", 4)):
+        (tmp_path / "tasks" / task).mkdir(parents=True)
+        rows = json.dumps([{"prompt": f"{index}?", "answer": "a"} for index in range(number)])
+        for split in ("train", "eval", "test"):
+            (tmp_path / "tasks" / task / f"{split}.json").write_text(rows)
+    changes = {
+        "model.path": "tinyworld", "data.path": "null", "data.root": tmp_path / "tasks", "continual.tasks": "[long, short]",
+        "data.max_length": 64, "eval.num_points": 3,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="eval.num_points is 3, and the round has 1 steps"):
+        foresee(changes, "continual")
+
+
 def test_what_would_not_fail_is_foretold(foresee):
     (outlook,) = foresee({"train.num_train_epochs": 3}).values()
     assert (outlook.num_steps, outlook.num_sequences, outlook.num_warmup_steps) == (6, 6, 1)
