@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from hftcli.data.templates import Span, Template, Tools, make_signs, split_layout
+from hftcli.data.templates import NO_TEMPLATE_FIX, PROBE, Span, Template, Tools, make_signs, split_layout
 from hftcli.data.turns import Message, Messages
 from hftcli.errors import DataError
 
@@ -66,6 +66,40 @@ def render_question(messages: Messages, template: Template) -> str:
     except DataError as error:
         raise DataError(error.message, "take it out, or write it into the user's turn") from None
     return text
+
+
+def render_opening(messages: Messages, template: Template) -> str:
+    """A conversation up to where training puts the first character of what the assistant answers.
+
+    Behind the generation prompt, or in place of its end, a template may print a blank, an empty thought or a channel.
+
+    Raises:
+        DataError: the template does not render it, or prints no answer.
+    """
+    return _split_at_answer(messages, template)[0]
+
+
+def find_answer(text: str, messages: Messages, template: Template) -> Span:
+    """The characters of the last turn's content, the assistant's, in the text of a conversation.
+
+    Raises:
+        DataError: the content is not in the text whole.
+    """
+    opening, closing = _split_at_answer(messages[:-1], template)
+    content = messages[-1]["content"]
+    for variant in (content, content.strip(), content.rstrip(), content.lstrip()):
+        if text == opening + variant + closing:
+            return len(opening), len(opening) + len(variant)
+    return find_contents(text, messages, template)[-1]  # an answer with a thought of its own
+
+
+def _split_at_answer(messages: Messages, template: Template) -> tuple[str, str]:
+    """What the template prints before and after an answer."""
+    text = template.render([*messages, {"role": "assistant", "content": PROBE}])
+    opening, sign, closing = text.partition(PROBE)
+    if not sign:
+        raise DataError("the chat template does not print what the assistant answers", NO_TEMPLATE_FIX)
+    return opening, closing
 
 
 def _match_layout(text: str, messages: Messages, layout: tuple[str, ...]) -> list[Span] | None:

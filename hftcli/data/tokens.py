@@ -17,8 +17,10 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from hftcli.data.chat import Rendering, render_row
+from hftcli.data.contents import find_answer, render_opening
 from hftcli.data.special import Encoded
 from hftcli.data.templates import NO_TEMPLATE_FIX, Template, find_template
+from hftcli.data.turns import Messages
 from hftcli.errors import DataError, ModelError
 from hftcli.recipe.sections import TrainSection
 from hftcli.tasks.examples import Cut, Example, Task
@@ -61,7 +63,8 @@ def tokenize_training(
     num_truncated = 0
     for start in range(0, len(task.examples), BATCH_SIZE):
         on_progress(start, len(task.examples))
-        rows, whole = tokenize_examples(task.examples[start : start + BATCH_SIZE], task.cut, max_length, tokenizer)
+        batch = task.examples[start : start + BATCH_SIZE]
+        rows, whole = tokenize_examples(batch, task.cut, max_length, tokenizer, is_trained=True)
         for (ids, labels), length in zip(rows, whole, strict=True):
             lengths.append(length)
             if len(ids) > max_length:
@@ -86,12 +89,15 @@ def tokenize_training(
 
 
 def tokenize_examples(
-    examples: Sequence[Example], cut: Cut, max_length: int, tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example], cut: Cut, max_length: int, tokenizer: PreTrainedTokenizerBase, is_trained: bool = False
 ) -> tuple[list[Tokens], list[int]]:
     """Token ids and labels of questions with their answers, as in training: the answer and its end have labels.
 
     Plain prompts lose what `max_length` asks for of their body, and of nothing else. What does not fit without its body stays
     longer than `max_length`, and so does a conversation.
+
+    Args:
+        is_trained: whether what a chat template prints between its generation prompt and the answer has labels too.
 
     Returns:
         The tokens of each question, and how many it has before the cut.
@@ -99,36 +105,76 @@ def tokenize_examples(
     Raises:
         ModelError: the tokenizer or its chat template does not serve.
     """
-    render = _make_renderer(tokenizer)
+    render = _make_renderer(tokenizer, is_trained)
     rows, lengths, _ = _fit_examples(examples, cut, max_length, tokenizer, lambda example: render(example, example.answer))
     return rows, lengths
 
 
-def _make_renderer(tokenizer: PreTrainedTokenizerBase) -> Callable[[Example, str], Rendering]:
+def _make_renderer(tokenizer: PreTrainedTokenizerBase, is_trained: bool = False) -> Callable[[Example, str], Rendering]:
     """What lays out a question with an answer as training does; one of several answers that are listed has no end."""
     template = find_template(tokenizer)
 
     def render(example: Example, answer: str) -> Rendering:
-        if example.options:
-            asked = render_prompt(example.prompt, template)
-            return Rendering(asked.text + answer, [(len(asked.text), len(asked.text) + len(answer))], asked.is_plain)
-        completion = answer if isinstance(example.prompt, str) else [{"role": "assistant", "content": answer}]
-        return render_row({"prompt": example.prompt, "completion": completion}, tokenizer, template, TrainSection())
+        return render_answer(example.prompt, answer, tokenizer, template, not example.options, is_trained)
 
     return render
 
 
-def render_prompt(prompt: str | list[dict[str, str]], template: Template | None) -> Rendering:
-    """A question alone, ready to be answered.
+def render_answer(
+    prompt: str | Messages,
+    answer: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    has_end: bool = True,
+    is_trained: bool = False,
+) -> Rendering:
+    """A question with an answer where training puts it.
+
+    What a chat template prints between its generation prompt and the answer, such as a blank or an empty thought, is trained
+    with the answer, and is a part of the question where that is asked: so the span begins with the answer's first character.
+
+    Args:
+        has_end: whether the end that is learned with the answer follows it.
+        is_trained: whether the span is that of training, with what stands before the answer.
 
     Raises:
+        DataError: the chat template does not render it.
+        ModelError: the tokenizer has no chat template for a conversation, or no end token for plain text.
+    """
+    if isinstance(prompt, str) and not has_end:
+        return Rendering(prompt + answer, [(len(prompt), len(prompt) + len(answer))], is_plain=True)
+    if isinstance(prompt, str):
+        return render_row({"prompt": prompt, "completion": answer}, tokenizer, template, TrainSection())
+    template = _need_template(template)
+    messages = [*prompt, {"role": "assistant", "content": answer}]
+    if not has_end:
+        text = template.render(messages)
+        start, end = find_answer(text, messages, template)
+        return Rendering(text[:end], [(start, end)], is_plain=False)
+    rendering = render_row({"prompt": prompt, "completion": messages[-1:]}, tokenizer, template, TrainSection())
+    if is_trained:
+        return rendering
+    start, _ = find_answer(rendering.text, messages, template)
+    spans = [(max(first, start), last) for first, last in rendering.spans if last > start]
+    return Rendering(rendering.text, spans or [(start, start)], is_plain=False)
+
+
+def render_prompt(prompt: str | Messages, template: Template | None) -> Rendering:
+    """A question alone, up to where training puts its answer.
+
+    Raises:
+        DataError: the chat template does not render it.
         ModelError: it is a conversation, and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         return Rendering(prompt, [], is_plain=True)
+    return Rendering(render_opening(prompt, _need_template(template)), [], is_plain=False)
+
+
+def _need_template(template: Template | None) -> Template:
     if template is None:
         raise ModelError("the questions are conversations, but the tokenizer has no chat template", NO_TEMPLATE_FIX)
-    return Rendering(template.render(prompt, add_generation_prompt=True), [], is_plain=False)
+    return template
 
 
 def tokenize_prompts(
@@ -166,30 +212,36 @@ def lay_out_prompts(examples: Sequence[Example], cut: Cut, max_length: int, toke
     A tokenizer may join the end of a question and the beginning of its answer in one token. Training shows that token, so a
     model is asked before it. Of the answer no more shows in what is asked than where that border lies.
     """
-    template, render = find_template(tokenizer), _make_renderer(tokenizer)
-    alone, _, shortened = _fit_examples(
-        examples, cut, max_length, tokenizer, lambda example: render_prompt(example.prompt, template)
-    )  # fmt: skip
+    render = _make_renderer(tokenizer)
+
+    def render_alone(example: Example) -> Rendering:
+        answered = render(example, _list_answers(example)[0])
+        return Rendering(answered.text[: answered.spans[0][0]], [], answered.is_plain)
+
+    alone, _, shortened = _fit_examples(examples, cut, max_length, tokenizer, render_alone)
     backend, layouts = get_backend(tokenizer), []
     for start in range(0, len(examples), BATCH_SIZE):
         batch = shortened[start : start + BATCH_SIZE]
-        renderings = [render(example, answer) for example in batch for answer in example.options or (example.answer,)]
+        renderings = [render(example, answer) for example in batch for answer in _list_answers(example)]
         encodings = backend.encode_batch([one.text for one in renderings], add_special_tokens=renderings[0].is_plain)
         made = iter(zip(renderings, encodings, strict=True))
         for example, (ids, _) in zip(batch, alone[start : start + BATCH_SIZE], strict=True):
-            own = [next(made) for _ in example.options or (example.answer,)]
-            text = render_prompt(example.prompt, template).text
-            layouts.append(_find_border(text, ids, own, tokenizer))
+            layouts.append(_find_border(ids, [next(made) for _ in _list_answers(example)], tokenizer))
     return layouts
 
 
+def _list_answers(example: Example) -> tuple[str, ...]:
+    """All right answers of a question whose answer is generated."""
+    return example.options or (example.answer,)
+
+
 def _find_border(
-    text: str, alone: list[int], answered: Sequence[tuple[Rendering, tokenizers.Encoding]], tokenizer: PreTrainedTokenizerBase
+    alone: list[int], answered: Sequence[tuple[Rendering, tokenizers.Encoding]], tokenizer: PreTrainedTokenizerBase
 ) -> Layout:
     """Where the tokens of a question end in all of its layouts.
 
     Args:
-        text, alone: the question alone.
+        alone: the question alone, as it stands before the first answer.
         answered: with each right answer.
     """
     rows = [label_tokens(*pair) for pair in answered]
@@ -199,7 +251,8 @@ def _find_border(
     whole, prompt = (
         tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (alone, first[:border])
     )
-    # A template may write a turn that is answered unlike one that is to be answered: then only the latter can be asked.
+    # An answer that brings a thought of its own stands behind another beginning: then the first one's is asked.
+    text = answered[0][0].text[: answered[0][0].spans[0][0]]
     if not all(rendering.text.startswith(text) for rendering, _ in answered) or not whole.startswith(prompt):
         return Layout(alone, "", [ids[start:] for (ids, _), start in zip(rows, starts, strict=True)])
     return Layout(first[:border], whole[len(prompt) :], [ids[border:] for ids, _ in rows])

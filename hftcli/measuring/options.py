@@ -14,10 +14,9 @@ from itertools import accumulate, pairwise
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hftcli.data.chat import Rendering
 from hftcli.data.prepare import deal_rows
 from hftcli.data.templates import find_template
-from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, label_tokens, render_prompt
+from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, label_tokens, render_answer
 from hftcli.models.device import find_exact_device, make_exact
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ class Question:
 def tokenize_questions(
     rows: Sequence[tuple[str | list[dict[str, str]], Sequence[str]]], max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
-    """Tokenize each prompt together with each of its options, as one text with no end token.
+    """Tokenize each prompt together with each of its options where training puts it, as one text with no end token.
 
     Args:
         rows: prompts, each with its options.
@@ -53,11 +52,9 @@ def tokenize_questions(
     if not rows:
         return []
     template = find_template(tokenizer)
-    renderings = []
-    for prompt, options in rows:
-        asked = render_prompt(prompt, template)
-        start = len(asked.text)
-        renderings += [Rendering(asked.text + option, [(start, start + len(option))], asked.is_plain) for option in options]
+    renderings = [
+        render_answer(prompt, option, tokenizer, template, has_end=False) for prompt, options in rows for option in options
+    ]
     texts = [rendering.text for rendering in renderings]
     encodings = get_backend(tokenizer).encode_batch(texts, add_special_tokens=renderings[0].is_plain)
     tokens = iter([label_tokens(*pair) for pair in zip(renderings, encodings, strict=True)])

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data.written_rows import CUE, INSTRUCTION, make_long
+from data.written_rows import CUE, INSTRUCTION, make_long, read_template, say, tokenize
 from transformers import PreTrainedTokenizerBase
 
 from hftcli.data.asked import tidy_task
 from hftcli.data.prepare import prepare_task
 from hftcli.data.templates import CHAT_TEMPLATES
+from hftcli.data.tokens import IGNORED, tokenize_prompts
 from hftcli.errors import DataError
 from hftcli.measuring.questions import tokenize_task
 from hftcli.recipe.sections import DataSection
@@ -73,3 +74,70 @@ def test_an_answer_of_special_tokens_alone_is_refused(byte_tokenizer: PreTrained
     ):
         with pytest.raises(DataError, match="task t: question 2: its answer is nothing but special tokens: ' </s>'"):
             use()
+
+
+# What a template prints before an answer, and what its generation prompt ends with.
+THOUGHT = "<think>\n\n</think>\n\n"
+BETWEEN = {
+    "nothing": ("", ""),
+    "an empty thought, as Qwen 3": (THOUGHT, ""),
+    "a blank, as Llama 2": (" ", ""),
+    "less than the prompt, as R1": ("", "<think>\n"),
+    "the end of the prompt's thought": (THOUGHT, "<think>\n"),
+}
+
+
+TEMPLATE = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}\
+{% if m.role == 'assistant' %}{% generation %}{{ 'BEFORE' + m.content.strip() + '<|im_end|>' }}{% endgeneration %}\
+{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\nPROMPTED' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_a_question_is_asked_up_to_where_training_puts_the_answer(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+):
+    before, prompted = BETWEEN[name]
+    tokenizer.chat_template = TEMPLATE.replace("BEFORE", before).replace("PROMPTED", prompted)
+    end = tokenizer.eos_token_id
+    texts = [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{before}" for asked in ("Which one?", "Answer:")]
+    opening, bare = (tokenizer(text)["input_ids"] for text in texts)
+    answers = [tokenizer(text)["input_ids"] for text in ("Paris", "Rome")]
+    rows = [{"messages": [say("user", "Which one?"), say("assistant", text)]} for text in ("Paris", "Rome")]
+    trained = [ids for ids, _ in tokenize(rows, tokenizer, tmp_path)]
+    line = tokenizer("\n")["input_ids"]
+    assert trained == [[*opening, *answer, end, *line] for answer in answers]
+
+    question = Example([say("user", "Which one?")], "Paris")
+    asked = tokenize_task(Task("t", (question,), max_new_tokens=16, stops="\n"), 256, tokenizer)
+    (layout,), ((ids, labels),) = asked.layouts, asked.rows
+    assert (layout.prompt, layout.lead, layout.answers) == (opening, "", [[*answers[0], end, *line]])
+    assert ids == trained[0]
+    assert [label for label in labels if label != IGNORED] == [*answers[0], end]
+    assert asked.faults == {}
+    assert tokenize_prompts([question], "middle", 256, tokenizer) == [opening]
+
+    listed = replace(question, options=("Paris", " Rome"))
+    several = tokenize_task(Task("t", (listed,), "closed_book", 16, stops="\n"), 256, tokenizer)
+    assert several.layouts[0].prompt == opening
+    assert several.layouts[0].answers == answers
+    choice = tokenize_task(Task("t", (listed,), "choice", bare_prompt=[say("user", "Answer:")]), 256, tokenizer)
+    for found, prompt in ((several.questions[0], opening), (choice.questions[0], opening), (choice.bare_questions[0], bare)):
+        assert (found.prompt, found.options, found.nums_scored) == (prompt, answers, [5, 4])
+
+
+def test_an_answer_with_a_thought_of_its_own_is_asked_before_it(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    tokenizer.chat_template = read_template("qwen3")
+    answer = "<think>\nFrance.\n</think>\n\nParis"
+    [(ids, _)] = tokenize([{"messages": [say("user", "Which one?"), say("assistant", answer)]}], tokenizer, tmp_path)
+    asked = tokenize_task(Task("t", (Example([say("user", "Which one?")], answer),), max_new_tokens=64), 256, tokenizer)
+    assert tokenizer.decode(asked.prompts[0]) == "<|im_start|>user\nWhich one?<|im_end|>\n<|im_start|>assistant\n"
+    assert asked.prompts[0] + asked.layouts[0].answers[0] == ids
+    assert asked.faults == {}
+
+
+def test_a_template_that_prints_no_answer_is_refused(tokenizer: PreTrainedTokenizerBase):
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError, match="does not print what the assistant answers"):
+        tokenize_prompts([Example([say("user", "Which one?")], "")], "middle", 64, tokenizer)

@@ -112,6 +112,24 @@ def test_what_is_asked_has_the_tokens_of_training(embedded, shared):
     assert grade_answer(asked.task, asked.task.examples[0], layout, bare, tokenizer).score == 0
 
 
+def test_a_blank_that_the_template_prints_is_the_first_token_s_of_the_answer(shared):
+    """As Llama 2's: what is asked ends before the token that holds both."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories15M")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% else %}"
+        "{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    example = Example([{"role": "user", "content": "Which animal?"}], "fox")
+    asked = tokenize_task(Task("t", (example,), max_new_tokens=8), 64, tokenizer)
+    (layout,), ((ids, labels),) = asked.layouts, asked.rows
+    assert tokenizer.decode(ids).endswith("Which animal? [/INST] fox</s>")
+    assert (layout.prompt + layout.answers[0], layout.lead) == (ids, " ")
+    assert [label for label in labels if label != -100] == layout.answers[0]
+    assert tokenizer.convert_ids_to_tokens(layout.answers[0][0]).startswith("\u2581")
+    assert asked.faults == {}
+    assert grade_answer(asked.task, example, layout, layout.answers[0][:-1], tokenizer).score == 1
+
+
 def test_a_model_that_learned_a_row_answers_it(shared):
     """Trained on the row as training lays it out, it is right by generation and by likelihood."""
     from transformers import AutoModelForCausalLM
