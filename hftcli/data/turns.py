@@ -137,12 +137,15 @@ def read_messages(value: Any, name: str) -> Messages:
     """The turns of a conversation that is to be answered.
 
     Raises:
-        DataError: naming the turn and the field that is none, or that would not be asked.
+        DataError: naming the turn and the field that is none, or that would not be asked; or the assistant has the last word.
     """
     try:
-        return read_turns(value, name, Lost()).messages
+        messages = read_turns(value, name, Lost()).messages
     except DataError as error:
         raise DataError(error.message, 'give turns like {"role": "user", "content": "..."}') from None
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{name}[{len(messages) - 1}], the last turn, is the assistant's: the answer would be shown", "drop it")
+    return messages
 
 
 def _read_message(turn: Message, place: str, keys: Keys, lost: Lost) -> Message:

@@ -123,6 +123,7 @@ def test_prompts_are_read_with_their_answers_or_answered_by_the_base(models, tmp
         ([{"prompt": "x", "answer": ["y"]}], 'row 1: expected {"prompt": "...", "answer": "..."}'),
         ([{"prompt": "x", "context": "y"}], "row 1: the key 'context' carries meaning"),
         ([{"prompt": "x", "answer": "y", "tools": [{}]}], "row 1: the key 'tools' carries meaning"),
+        ([{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}], "row 1: prompt[1], the last"),
         ([{"prompt": [{"role": "user", "text": "y"}]}], "row 1: field 'prompt[0].content' is missing"),
     ],
 )

@@ -121,6 +121,11 @@ def test_messages_are_turns_under_either_name(speaker):
     )
     with pytest.raises(DataError, match=r"prompt 2: field 'messages\[0\].role' is 'sir'"):
         encode_prompts(speaker, [{"prompt": turns}, {"prompt": [{"role": "sir", "content": "a"}]}], None, None)
+    answered = {"messages": [*turns, {"role": "assistant", "content": "Hello to you."}]}
+    with pytest.raises(
+        DataError, match=r"prompt 2: messages\[1\], the last turn, is the assistant's: the answer would be shown"
+    ):
+        encode_prompts(speaker, [{"prompt": turns}, answered], None, None)
 
 
 PARTS = "{% for m in messages %}{{ m.role }}: {% if m.content is not string %}{{ m.content[0].text }}{% endif %}\n{% endfor %}"
