@@ -67,13 +67,17 @@ def generate_answers(
     num_ranks: int = 1,
     temperature: float = 0.0,
     on_batch: Progress = ignore_progress,
+    keeps_end: bool = False,
 ) -> list[list[int]]:
     """Let a model answer a task's questions.
 
     Of its `generation_config` no more than the ends count, by `add_ends`, so that no checkpoint brings rules along.
 
+    Args:
+        keeps_end: whether the token that ended an answer stays.
+
     Returns:
-        Token ids of each answer without its end, on all ranks.
+        Token ids of each answer, on all ranks.
     """
     answers_NS = torch.zeros(len(asked.prompts), asked.num_new_tokens, dtype=torch.long, device=device)
     # One number for each place of each answer: what is drawn does not depend on the batch or the rank.
@@ -87,14 +91,15 @@ def generate_answers(
         on_batch(index + 1, len(batches))
     if num_ranks > 1:
         torch.distributed.all_reduce(answers_NS)
-    return [[token for token in answer if token != NOTHING] for answer in answers_NS.tolist()]
+    gone = {NOTHING} if keeps_end else {NOTHING, *asked.end_ids}  # an end is nowhere but at the end
+    return [[token for token in answer if token not in gone] for answer in answers_NS.tolist()]
 
 
 def _generate_batch(
     model: PreTrainedModel, prompts: list[list[int]], end_ids: list[int], uniforms_BS: torch.Tensor, temperature: float,
     device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
-    """Answers (B, S): token ids, and `NOTHING` from the end token on."""
+    """Answers (B, S): token ids, and `NOTHING` behind the end token."""
     longest = max(map(len, prompts))
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -113,6 +118,7 @@ def _generate_batch(
             logits_to_keep=1,
         ).logits  # fmt: skip
         tokens_B = choose_tokens(logits_BTV[:, -1].float(), uniforms_BS[going.to(uniforms_BS.device), step], temperature)
+        answers_BS[going, step] = tokens_B
         goes_on_B = ~torch.isin(tokens_B, ends)
         if not goes_on_B.all():
             going, tokens_B, mask_BT, positions_BT = (
@@ -121,7 +127,6 @@ def _generate_batch(
             if not len(going):
                 break
             cache.reorder_cache(goes_on_B.nonzero()[:, 0])
-        answers_BS[going, step] = tokens_B
         ids_BT, positions_BT = tokens_B[:, None], positions_BT[:, -1:] + 1
         mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
     return answers_BS

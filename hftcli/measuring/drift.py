@@ -25,7 +25,7 @@ from hftcli.data.turns import read_messages
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.asking import generate_answers, predict_answers
 from hftcli.measuring.evaluation import Drift
-from hftcli.measuring.questions import Row, TokenizedTask, tokenize_task
+from hftcli.measuring.questions import Row, TokenizedTask, find_turn_ends, tokenize_task
 from hftcli.models.deltas import hash_checkpoint
 from hftcli.tasks import load_task
 from hftcli.tasks.examples import Example, Task
@@ -155,30 +155,34 @@ def identify_writer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 def draw_answers(
     base: PreTrainedModel, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device,
-    num_tokens: int = SAMPLE_TOKENS,
+    num_tokens: int = SAMPLE_TOKENS, ends: Sequence[int] = (),
 ) -> list[Row]:  # fmt: skip
-    """Prompts with what the base draws after them, which has labels."""
-    end_ids = sorted({tokenizer.eos_token_id} - {None})
+    """Prompts with what the base draws after them, which has labels.
+
+    Args:
+        ends: tokens that end an answer, besides the tokenizer's end token; the one that is drawn is a part of it.
+    """
+    end_ids = sorted({tokenizer.eos_token_id, *ends} - {None})
     asked = TokenizedTask(
         Task("samples of the base", ()), [], [Layout(prompt, "", []) for prompt in prompts], num_tokens, end_ids
     )
     rows = []
-    for prompt, answer in zip(prompts, generate_answers(base, asked, device, temperature=1.0), strict=True):
-        drawn = answer if len(answer) == num_tokens else answer + end_ids
+    answers = generate_answers(base, asked, device, temperature=1.0, keeps_end=True)
+    for prompt, drawn in zip(prompts, answers, strict=True):
         rows.append((prompt + drawn, [IGNORED] * len(prompt) + drawn))
     return rows
 
 
 def read_prompts(
     source: str, root: str | None, max_length: int, max_examples: int | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Row], list[list[int]]]:
+) -> tuple[list[Row], list[list[int]], list[int]]:
     """Prompts with their answers, which have labels; or, where a file has none, prompts alone.
 
     Args:
         source: a task, or a file of rows `{"prompt": "...", "answer": "..."}`: JSON lines, or one JSON array.
 
     Returns:
-        Rows and prompts, one of them empty.
+        Rows and prompts, one of them empty, and the tokens that end an answer to these prompts.
 
     Raises:
         InputError: no such task or file, a row of another form, or one that is too long.
@@ -186,13 +190,13 @@ def read_prompts(
     if not Path(source).is_file():
         task = load_task(source, root, max_examples=max_examples)
         bare = tuple(dataclasses.replace(example, options=()) for example in task.examples)
-        return tokenize_task(Task(source, bare, cut=task.cut), max_length, tokenizer).rows, []
+        return tokenize_task(Task(source, bare, cut=task.cut), max_length, tokenizer).rows, [], []
     rows = _read_rows(Path(source))
     answered = "answer" in rows[0]
     examples = tuple(_make_example(row, answered, f"{source}: row {number}") for number, row in enumerate(rows, start=1))
     examples = examples[:max_examples]
     if answered:
-        return tokenize_task(Task(source, examples), max_length, tokenizer).rows, []
+        return tokenize_task(Task(source, examples), max_length, tokenizer).rows, [], []
     room = max_length - SAMPLE_TOKENS
     tidied, _ = tidy_task(Task(source, examples), tokenizer)
     prompts = tokenize_prompts(tidied.examples, "middle", room, tokenizer)
@@ -206,7 +210,7 @@ def read_prompts(
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) > room:
             raise DataError(f"{source}: prompt {number} has {len(prompt)} tokens, more than {room}", "raise --max-length")
-    return [], prompts
+    return [], prompts, find_turn_ends(tidied, tokenizer)
 
 
 def _read_rows(path: Path) -> list[Any]:

@@ -27,7 +27,7 @@ from hftcli.tasks.asking import put_task
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, and batches done and in all
 Texts = tuple[list[Row], list[int]]
-Prompts = tuple[list[Row], list[list[int]]]
+Prompts = tuple[list[Row], list[list[int]], list[int]]
 
 USUAL_LENGTH = 2048  # tokens, where neither the user nor a run says how many, and the model has places for them
 
@@ -103,7 +103,8 @@ class Exam:
     Attributes:
         own, foreign: tasks of hft and of lm-evaluation-harness, by name.
         texts: base text as tokens, with the text that each row is of; None lets the base write some.
-        prompts: prompts with answers, or, where they have none, the task that asks the base for them; None measures nothing.
+        prompts: prompts with answers, or, where they have none, prompts that ask the base for them and what ends these; None
+            measures nothing.
     """
 
     asked: Examination
@@ -217,8 +218,11 @@ def measure_drifts(
     on_text = measure_drift(base, model, rows, owners, source, device, _name("base text", on_progress))
     if exam.prompts is None:
         return on_text, None
-    answered, asking = exam.prompts
-    rows, owners = _own_all(answered or draw_answers(base, asking, tokenizer, device))
+    answered, asking, ends = exam.prompts
+    if not answered:
+        assert exam.base_folder is not None  # else nothing is asked of a base
+        answered = draw_answers(base, asking, tokenizer, device, ends=(*ends, *read_ends(exam.base_folder)))
+    rows, owners = _own_all(answered)
     return on_text, measure_drift(base, model, rows, owners, str(asked.prompts), device, _name("prompts", on_progress))
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
+from hftcli.data.templates import CHAT_TEMPLATES
 from hftcli.data.tokens import IGNORED
 from hftcli.errors import DataError, InputError
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, measure_ratio, read_prompts, read_texts
@@ -97,7 +98,7 @@ def test_texts_are_read_in_pieces(models, tmp_path):
 
 def test_prompts_are_read_with_their_answers_or_answered_by_the_base(models, tmp_path):
     base, _, tokenizer = models
-    answered, none = read_prompts(
+    answered, none, _ = read_prompts(
         str(write_lines(tmp_path / "a.jsonl", {"prompt": "One and two is", "answer": " three"})), None, 64, None, tokenizer
     )
     (ids, labels), *_ = answered
@@ -105,13 +106,31 @@ def test_prompts_are_read_with_their_answers_or_answered_by_the_base(models, tmp
     assert tokenizer.decode([token for token in labels if token != IGNORED]) == f" three{tokenizer.eos_token}"
     array = tmp_path / "b.json"
     array.write_text(json.dumps([{"prompt": "One and two is"}, {"prompt": "The fox"}]))
-    none, prompts = read_prompts(str(array), None, 128, None, tokenizer)
-    assert none == []
+    none, prompts, ends = read_prompts(str(array), None, 128, None, tokenizer)
+    assert (none, ends) == ([], [])
     assert [tokenizer.decode(prompt) for prompt in prompts] == ["One and two is", "The fox"]
     for prompt, (ids, labels) in zip(prompts, draw_answers(base, prompts, tokenizer, CPU), strict=True):
         assert ids[: len(prompt)] == prompt
         assert labels == [IGNORED] * len(prompt) + ids[len(prompt) :]
     assert len(read_prompts("tinyworld/facts", None, 128, 7, tokenizer)[0]) == 7
+
+
+def test_answers_of_the_base_end_where_a_turn_ends(models, tmp_path):
+    base, _, tokenizer = models
+    prompts = [tokenizer(text)["input_ids"] for text in ("One and two is", "The fox", "A cat")]
+    whole = [ids[len(prompt) :] for prompt, (ids, _) in zip(prompts, draw_answers(base, prompts, tokenizer, CPU), strict=True)]
+    end = whole[0][2]
+    for prompt, drawn, (ids, labels) in zip(
+        prompts, whole, draw_answers(base, prompts, tokenizer, CPU, ends=[end]), strict=True
+    ):
+        expected = drawn[: drawn.index(end) + 1] if end in drawn else drawn
+        assert (ids, labels) == (prompt + expected, [IGNORED] * len(prompt) + expected)
+    turning = copy.deepcopy(tokenizer)
+    turning.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    turning.chat_template = CHAT_TEMPLATES["chatml"]
+    path = write_lines(tmp_path / "turns.jsonl", {"prompt": [{"role": "user", "content": "The fox"}]})
+    _, _, ends = read_prompts(str(path), None, 128, None, turning)
+    assert ends == sorted([tokenizer.eos_token_id, turning.convert_tokens_to_ids("<|im_end|>")])
 
 
 @pytest.mark.parametrize(
