@@ -28,6 +28,7 @@ from hftcli.data.tokens import Progress, ignore_progress
 from hftcli.data.turns import Messages, read_messages
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.asking import choose_tokens
+from hftcli.measuring.grading import decode_answer
 from hftcli.measuring.questions import find_turn_ends
 from hftcli.models.checkpoint import load_finished
 from hftcli.models.configs import read_ends
@@ -42,6 +43,7 @@ OnText = Callable[[str], None]
 BATCH_PROMPTS = 16  # prompts that are answered at once
 TURN = Example([{"role": "user", "content": "Is it so?"}], "Yes.")  # shows what ends an answer under a template
 ARRAY = re.compile(r'\s*\[\s*[{"]')  # how a JSON array of prompts begins
+BEFORE = 16  # tokens of a prompt that are decoded with an answer: alone it would lose the blank that it begins with
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 
 
@@ -91,14 +93,14 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText, end_ids: Sequence[int] = ()):
         self.tokenizer, self.on_text, self.end_ids = tokenizer, on_text, end_ids
+        self.prompt: list[int] | None = None
         self.ids: list[int] = []
         self.shown = ""
-        self.is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         """Take the next tokens; the first that come are the prompt's."""
-        if self.is_prompt:
-            self.is_prompt = False
+        if self.prompt is None:
+            self.prompt = value.flatten().tolist()[-BEFORE:]
             return
         self.ids += value.flatten().tolist()
         text = self._decode()
@@ -110,8 +112,7 @@ class TextStream:
         self._show(self._decode())
 
     def _decode(self) -> str:
-        text: str = self.tokenizer.decode(cut_end(self.ids, self.end_ids), skip_special_tokens=True)
-        return text
+        return decode_answer(self.prompt or [], cut_end(self.ids, self.end_ids), self.tokenizer)
 
     def _show(self, text: str) -> None:
         if len(text) > len(self.shown):
@@ -207,7 +208,7 @@ class Speaker:
             room = min(self._find_room(prompts[index]) for index in batch)
             found = self._generate({index: prompts[index] for index in batch}, manner, min(room, manner.max_new_tokens))
             for index, ids in zip(batch, found, strict=True):
-                answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True)
+                answers[index] = decode_answer(prompts[index], ids, self.tokenizer)
             num_done += len(batch)
             on_batch(num_done, len(order))
         return answers

@@ -166,8 +166,27 @@ def test_half_a_character_is_not_shown():
     for token in ids:
         stream.put(torch.tensor([token]))
     stream.end()
-    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=False)
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) or "\N{REPLACEMENT CHARACTER}" in stream.shown
+
+
+def test_an_answer_is_shown_as_it_was_written(shared):
+    """A special token in it, and the blank that it begins with, which decoders take from a text of its own."""
+    speaker = Speaker(str(shared / "models" / "stories260K"), "float32")
+    (prompt,) = encode_prompts(speaker, [{"prompt": "Once upon a"}], None, None)
+    ids = torch.tensor([prompt])
+    found = speaker.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    whole, before = (speaker.tokenizer.decode(ids, skip_special_tokens=False) for ids in (found[0].tolist(), prompt))
+    (answer,) = speaker.complete([prompt], Manner(max_new_tokens=4))
+    assert answer.startswith(" ")
+    assert before + answer == whole
+    pieces: list[str] = []
+    stream = TextStream(speaker.tokenizer, pieces.append, [speaker.tokenizer.eos_token_id])
+    spoken = speaker.tokenizer.convert_tokens_to_ids(["\u2581time", "<unk>", "\u2581there", "</s>"])
+    for ids in (prompt, *([token] for token in spoken)):
+        stream.put(torch.tensor([ids]))
+    stream.end()
+    assert "".join(pieces) == stream.shown == " time<unk> there"
 
 
 def test_prompts_are_lines_of_text_or_of_json():
