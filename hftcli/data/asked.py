@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.chat import strip_end
+from hftcli.data.chat import Rendering, strip_end
 from hftcli.data.special import Findings, SpecialTokens, list_texts
 from hftcli.data.templates import find_template
-from hftcli.data.tokens import get_backend
+from hftcli.data.tokens import get_backend, label_tokens
 from hftcli.errors import DataError
 from hftcli.tasks.examples import Example, Task
 
@@ -71,6 +71,14 @@ def tidy_example(example: Example, special: SpecialTokens) -> tuple[Example, Fin
         findings.special.update(special.pattern.findall(text))
     tidied = dataclasses.replace(example, prompt=prompt, body=body, rules=rules, answer=answer, options=tuple(options))
     return tidied, findings
+
+
+def tokenize_text(text: str, special: SpecialTokens) -> list[int]:
+    """Plain text that is gone on with, in the tokens that training gives it: with one beginning, and with no end."""
+    text = special.tidy_opening(text, Findings())
+    if not text:  # what is written from nothing
+        return [special.tokenizer.bos_token_id] if special.beginning else []
+    return label_tokens(Rendering(text, [], is_plain=True), get_backend(special.tokenizer).encode(text))[0]
 
 
 def _tidy_prompt(prompt: Any, special: SpecialTokens, findings: Findings) -> Any:

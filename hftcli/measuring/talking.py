@@ -22,9 +22,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hftcli.data.asked import tokenize_text
 from hftcli.data.contents import render_question
+from hftcli.data.special import Findings, SpecialTokens
 from hftcli.data.templates import find_template
-from hftcli.data.tokens import Progress, ignore_progress
+from hftcli.data.tokens import Progress, get_backend, ignore_progress
 from hftcli.data.turns import Messages, read_messages
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.asking import choose_tokens
@@ -130,6 +132,7 @@ class Speaker:
 
     Attributes:
         has_template: whether the tokenizer has a chat template.
+        special: the tokenizer's special tokens.
         num_places: tokens that a prompt and its answer may have together; None where the model does not bound them.
 
     Raises:
@@ -140,7 +143,9 @@ class Speaker:
         transformers.utils.logging.disable_progress_bar()
         folder = fetch_checkpoint(path)
         self.tokenizer = load_tokenizer(folder if tuned is None else fetch_checkpoint(tuned))
+        get_backend(self.tokenizer)
         self.template = find_template(self.tokenizer)
+        self.special = SpecialTokens(self.tokenizer, self.template)
         self.has_template = self.template is not None
         if needs_template and not self.has_template:
             raise ModelError(
@@ -154,13 +159,13 @@ class Speaker:
         self.end_ids = sorted({*read_ends(folder), *turn_ends, *([eos] if eos is not None else [])})
 
     def render(self, messages: Messages) -> list[int]:
-        """A conversation as tokens, up to where the assistant begins.
+        """A conversation as tokens, up to where the assistant begins, without what the template prints anyway.
 
         Raises:
-            DataError: the chat template does not render it, or not all of it.
+            DataError: the chat template does not render it, or not all of it; or a turn is nothing but special tokens.
         """
         assert self.template is not None
-        text = render_question(messages, self.template)
+        text = render_question(self.special.tidy_turns(messages, True, Findings()), self.template)
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
@@ -318,7 +323,7 @@ def encode_prompts(
             elif is_chat:
                 prompts.append(speaker.render([*opening, {"role": "user", "content": one}]))
             else:
-                prompts.append(speaker.tokenizer(one)["input_ids"])
+                prompts.append(tokenize_text(one, speaker.special))
         except DataError as error:
             raise DataError(f"prompt {number}: {error.message}", error.fix) from None
     return prompts

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
@@ -187,6 +188,21 @@ def test_an_answer_is_shown_as_it_was_written(shared):
         stream.put(torch.tensor([ids]))
     stream.end()
     assert "".join(pieces) == stream.shown == " time<unk> there"
+
+
+def test_a_prompt_has_one_beginning_and_no_end(speaker, shared):
+    """As rows and questions have it, whatever the tokenizer puts around a text and the prompt brings along."""
+    plain = Speaker(str(shared / "models" / "stories260K"), "float32")
+    ids = plain.tokenizer("Once upon", add_special_tokens=False)["input_ids"]
+    plain.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert plain.tokenizer("Once upon")["input_ids"] == [1, *ids, 2]
+    rows = [{"prompt": "Once upon"}, {"prompt": "<s>Once upon"}, {"prompt": ""}]
+    assert encode_prompts(plain, rows, None, None) == [[1, *ids], [1, *ids], [1]]
+    rows = [{"prompt": "Hello"}, {"prompt": "<|bos|>Hello<|end|>"}]
+    first, second = encode_prompts(speaker, rows, None, None)
+    assert first == second
 
 
 def test_prompts_are_lines_of_text_or_of_json():
