@@ -143,7 +143,7 @@ def generate(
 ) -> None:
     """Answer prompts, one on each line of a file.
 
-    What is written has {"prompt", "answer"} on each line.
+    What is written has {"prompt", "answer"} on each line, and "is_cut": true where the answer had not ended at the limit.
     """
     from hftcli.runners import resolve_subject
 
@@ -160,21 +160,26 @@ def generate(
     if system is not None and chat is False:
         raise InputError("--system gives a turn, and --no-chat asks without turns", "drop one of the two")
     rows = read_prompt_lines(sys.stdin, "standard input") if prompts == "-" else read_prompts_from(Path(prompts))
-    if (answered := next((place for place, row in enumerate(rows, start=1) if "answer" in row), None)) is not None:
-        raise DataError(f"--prompts {prompts}, prompt {answered} has an `answer`, which would be lost", "give it another name")
+    for key in ("answer", "is_cut"):
+        if (found := next((place for place, row in enumerate(rows, start=1) if key in row), None)) is not None:
+            raise DataError(f"--prompts {prompts}, prompt {found} has an `{key}`, which would be lost", "give it another name")
     speaker = Speaker(subject.path, dtype)
     encoded = encode_prompts(speaker, rows, chat, system)
     with show_counts() as on_progress:
         answers = speaker.complete(
             encoded, Manner(max_new_tokens, temperature, top_p, seed), lambda done, total: on_progress("prompts", done, total)
         )
-    text = "".join(
-        json.dumps({**row, "answer": answer}, ensure_ascii=False) + "\n" for row, answer in zip(rows, answers, strict=True)
-    )
+    written = [
+        {**row, "answer": answer.text, **({"is_cut": True} if answer.is_cut else {})}
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
     if output is None:
         print(text, end="")
     else:
         write_text(output, text)
+    if num_cut := sum(answer.is_cut for answer in answers):
+        print(f"({num_cut} of {len(answers)} answers were cut before they ended: see --max-new-tokens)", file=sys.stderr)
 
 
 def check_drawing(temperature: float, top_p: float, seed: int = 0) -> None:

@@ -24,18 +24,34 @@ class Grade:
     Attributes:
         text: what was written, as far as it counts.
         score, lenient: in [0, 1].
+        is_cut: whether it had not ended where it was cut.
     """
 
     text: str
     score: float
     lenient: float
+    is_cut: bool = False
 
 
-def grade_answer(task: Task, example: Example, layout: Layout, written: list[int], tokenizer: PreTrainedTokenizerBase) -> Grade:
-    """Judge what was written after a question, token ids without the end."""
+def grade_answer(
+    task: Task, example: Example, layout: Layout, written: list[int], tokenizer: PreTrainedTokenizerBase,
+    num_new_tokens: int | None = None,
+) -> Grade:  # fmt: skip
+    """Judge what was written after a question, token ids without the end.
+
+    Args:
+        num_new_tokens: where an answer that had not ended was cut; None where none was.
+    """
     text, is_begun = read_written(task, layout, written, tokenizer)
     metric = METRICS[task.metric]
-    return Grade(text, metric.strict(text, example) if is_begun else 0.0, metric.lenient(text, example))
+    is_cut = len(written) == num_new_tokens and not _is_stopped(task, layout, written, tokenizer)
+    return Grade(text, metric.strict(text, example) if is_begun else 0.0, metric.lenient(text, example), is_cut)
+
+
+def _is_stopped(task: Task, layout: Layout, written: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a character ends an answer, within a token that does not."""
+    text = decode_answer(layout.prompt, written, tokenizer).removeprefix(layout.lead)
+    return any(stop in text for stop in task.stops)
 
 
 def read_written(

@@ -57,7 +57,7 @@ def score_task(
     if asked.layouts and not is_read_only:
         answers = generate_answers(model, asked, device, rank, num_ranks, temperature, on_batch)
         written = zip(task.examples, asked.layouts, answers, strict=True)
-        grades = [grade_answer(task, *one, tokenizer) for one in written]
+        grades = [grade_answer(task, *one, tokenizer, asked.num_new_tokens) for one in written]
     model.train(was_training)
     if asked.bare_questions:
         predictions = _judge_choices(asked, found, is_read_only)
@@ -95,6 +95,7 @@ def summarize(predictions: Sequence[Prediction]) -> Score:
         nll=math.fsum(nll * num_tokens for nll, num_tokens in read) / sum(num for _, num in read) if read else None,
         num_examples=len(predictions),
         num_impossible=sum(prediction.fault is not None for prediction in predictions),
+        num_cut=sum(cut) if (cut := [one.is_cut for one in predictions if one.is_cut is not None]) else None,
         others={name: _average([prediction.others[name] for prediction in predictions]) for name in predictions[0].others},
     )
 
@@ -131,7 +132,7 @@ def _judge_several(asked: TokenizedTask, found: list[list[float]], grades: Seque
 def _keep(grade: Grade | None) -> dict[str, Any]:
     if grade is None:
         return {"prediction": None, "score": None, "lenient": None}
-    return {"prediction": grade.text, "score": grade.score, "lenient": grade.lenient}
+    return {"prediction": grade.text, "score": grade.score, "lenient": grade.lenient, "is_cut": grade.is_cut}
 
 
 def _judge_choices(asked: TokenizedTask, found: list[list[float]], is_read_only: bool) -> list[Prediction]:

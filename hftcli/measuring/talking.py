@@ -66,6 +66,18 @@ class Manner:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        is_cut: whether it had not ended where the limit of tokens, or the model's places, cut it.
+    """
+
+    text: str
+    is_cut: bool
+
+
 class Draw:
     """A processor of logits as transformers calls it: leaves the one of the token that is drawn.
 
@@ -192,7 +204,7 @@ class Speaker:
             stream.end()
         return stream.shown, num_left_out
 
-    def complete(self, prompts: Sequence[list[int]], manner: Manner, on_batch: Progress = ignore_progress) -> list[str]:
+    def complete(self, prompts: Sequence[list[int]], manner: Manner, on_batch: Progress = ignore_progress) -> list[Answer]:
         """Answer prompts, those of like length together.
 
         Raises:
@@ -208,12 +220,12 @@ class Speaker:
         roomy = [index for index in order if self._find_room(prompts[index]) >= manner.max_new_tokens]
         batches = [roomy[start : start + BATCH_PROMPTS] for start in range(0, len(roomy), BATCH_PROMPTS)]
         batches += [[index] for index in order[len(roomy) :]]
-        answers, num_done = [""] * len(prompts), 0
+        answers, num_done = [Answer("", is_cut=False)] * len(prompts), 0
         for batch in batches:
-            room = min(self._find_room(prompts[index]) for index in batch)
-            found = self._generate({index: prompts[index] for index in batch}, manner, min(room, manner.max_new_tokens))
+            limit = min(manner.max_new_tokens, *(self._find_room(prompts[index]) for index in batch))
+            found = self._generate({index: prompts[index] for index in batch}, manner, limit)
             for index, ids in zip(batch, found, strict=True):
-                answers[index] = decode_answer(prompts[index], ids, self.tokenizer)
+                answers[index] = Answer(decode_answer(prompts[index], ids, self.tokenizer), len(ids) == limit)
             num_done += len(batch)
             on_batch(num_done, len(order))
         return answers

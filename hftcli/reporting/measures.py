@@ -36,7 +36,7 @@ def make_score_table(
         title += ";\nchange with its 95 % interval; lost of those known before, won of the others; p of McNemar's exact test"
     if has_choices:
         title += f";\n{ADJUSTED_NOTE}"
-    title += describe_ways(befores)
+    title += describe_ways(befores) + describe_cuts(befores, ", before") + describe_cuts(afters, ", after")
     if has_faults:
         title += ";\nno model's: questions with a right answer that would not count if a model gave it"
     table = Table(title=title, title_justify="left")
@@ -69,6 +69,15 @@ def describe_ways(scores: Mapping[str, Score]) -> str:
         for reason, number in score.left_out.items()
     ]
     return "".join(f";\n{line}" for line in lines)
+
+
+def describe_cuts(scores: Mapping[str, Score], moment: str = "") -> str:
+    """Of which tasks answers had not ended where they were cut, a line each; nothing where all had."""
+    return "".join(
+        f";\n{Path(task).name}{moment}: {score.num_cut} of {score.num_examples} answers cut before they ended"
+        for task, score in scores.items()
+        if score.num_cut
+    )
 
 
 def describe_transitions(items: ItemChange | None) -> tuple[str, ...]:
@@ -263,7 +272,8 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         print_measures(evaluation.model_dump(mode="json"))
         return
     if evaluation.tasks:
-        say(f"scores in points (0 to 100), nll in nats per token{describe_ways(evaluation.tasks)}:")
+        notes = describe_ways(evaluation.tasks) + describe_cuts(evaluation.tasks)
+        say(f"scores in points (0 to 100), nll in nats per token{notes}:")
         names = list(dict.fromkeys(name for score in evaluation.tasks.values() for name in score.others))
         faults = ("no model's",) if any(score.num_impossible for score in evaluation.tasks.values()) else ()
         table = make_number_table("task", "score", "lenient", *names, "nll", "questions", *faults, "seconds")

@@ -28,7 +28,7 @@ from hftcli.reporting.card import takes_turns
 from hftcli.reporting.curves import CURVES, draw_curves
 from hftcli.reporting.energy import list_energies
 from hftcli.reporting.headline import OBJECTIVES, make_headline
-from hftcli.reporting.measures import describe_adjusted, describe_transitions, describe_ways
+from hftcli.reporting.measures import describe_adjusted, describe_cuts, describe_transitions, describe_ways
 from hftcli.reporting.places import hide_folders, show_place
 from hftcli.reporting.rounding import list_roundings
 from hftcli.reporting.rounds import describe_pairs, find_speed
@@ -81,7 +81,7 @@ def make_page(run: Run) -> str:
         num_finished=len(rounds),
         facts=list(_list_facts(recipe, rounds, plans)),
         knowledge=list(_describe_knowledge(run, rounds)),
-        ways=describe_ways(rounds[0][0].read_scores().before).split("\n")[1:],
+        ways=_list_ways(rounds),
         traits=describe_traits(answers),
         changed=list_shown(answers),
         matrices=list(_describe_matrices(matrix)) if matrix else [],
@@ -163,6 +163,13 @@ class Knowledge:
     adjusted: tuple[str, ...]
     nll: str
     marks: tuple[float, float] | None  # before and after in per cent of the bar
+
+
+def _list_ways(rounds: Sequence[tuple[Round, RoundResult]]) -> list[str]:
+    """How the tasks were asked, and of which answers were cut, a line each."""
+    before, after = rounds[0][0].read_scores().before, rounds[-1][0].read_scores().after
+    said = describe_ways(before) + describe_cuts(before, ", before") + describe_cuts(after, ", after")
+    return said.split("\n")[1:]
 
 
 def _describe_knowledge(run: Run, rounds: Sequence[tuple[Round, RoundResult]]) -> Iterator[Knowledge]:

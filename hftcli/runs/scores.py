@@ -24,6 +24,9 @@ class Score(Section):
     """Questions asked."""
     num_impossible: int = 0
     """Questions with a right answer that would not count as right if a model gave it; 0 in a file of an earlier hft."""
+    num_cut: int | None = None
+    """Answers that had not ended where the limit of tokens cut them; null where none is written, where another program asked,
+    and in a file of an earlier hft."""
     way: str | None = None
     """How the questions were asked: `plain`, or `chat` through the chat template, and after how many answered ones, such as
     `chat, 5 shots`; null in a file of an earlier hft, and where another program asked."""
@@ -60,6 +63,8 @@ class Prediction(Section):
     of an earlier hft."""
     answers: tuple[str, ...] = ()
     """The right answers; none where `question` is null."""
+    is_cut: bool | None = None
+    """Whether the answer had not ended where the limit of tokens cut it; null as `num_cut` is."""
     fault: str | None = None
     """Why a right answer would not count as right if a model gave it; null where each does."""
 

@@ -1,5 +1,7 @@
 """Scores by likelihood and by generation are those of greedy decoding and of loops by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,6 +63,24 @@ def test_only_the_likelihood_is_measured_where_nothing_else_is_asked(embedded, q
     assert (read.score, read.lenient, read.num_examples) == (None, None, len(questions))
     assert {(row.prediction, row.score, row.lenient) for row in predictions} == {(None, None, None)}
     assert read.nll == score_task(model, asked, tokenizer, CPU)[0].nll
+
+
+def test_answers_that_had_not_ended_are_counted(embedded, questions):
+    model, tokenizer = embedded
+    task = Task("task", questions, max_new_tokens=3, is_cut_given=True)
+    asked = tokenize_task(task, 256, tokenizer)
+    cut = []
+    for prompt in asked.prompts:
+        ids = torch.tensor([prompt])
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        cut.append(not {*asked.end_ids} & {*found[0, len(prompt) :].tolist()})
+    scored, predictions = score_task(model, asked, tokenizer, CPU)
+    assert 0 < scored.num_cut == sum(cut)
+    assert [prediction.is_cut for prediction in predictions] == cut
+    assert score_task(model, asked, tokenizer, CPU, is_read_only=True)[0].num_cut is None
+    # A character ends an answer too, where its token is no end.
+    letters = replace(asked, task=replace(task, stops="".join(map(chr, range(32, 127)))))
+    assert score_task(model, letters, tokenizer, CPU)[0].num_cut == 0
 
 
 def test_the_model_is_left_in_the_mode_it_came_in(embedded):

@@ -32,18 +32,22 @@ def speaker() -> Speaker:
     return Speaker(str(EMBEDDED), "float32", needs_template=True)
 
 
-def ask_transformers(messages: list[dict[str, str]]) -> str:
+def generate_greedily(messages: list[dict[str, str]]) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED).eval()
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    return found[0, ids.shape[1] :].tolist()
+
+
+def ask_transformers(messages: list[dict[str, str]]) -> str:
+    return AutoTokenizer.from_pretrained(EMBEDDED).decode(generate_greedily(messages), skip_special_tokens=True)
 
 
 def test_answers_are_those_of_transformers_one_by_one_and_together(speaker):
     expected = [ask_transformers([{"role": "user", "content": question}]) for question in QUESTIONS]
     rows, num_pieces = [{"prompt": question} for question in QUESTIONS], []
-    assert speaker.complete(encode_prompts(speaker, rows, None, None), SHORT) == expected
+    assert [answer.text for answer in speaker.complete(encode_prompts(speaker, rows, None, None), SHORT)] == expected
     for question, right in zip(QUESTIONS, expected, strict=True):
         pieces: list[str] = []
         answer, num_left_out = speaker.answer([{"role": "user", "content": question}], SHORT, pieces.append)
@@ -151,10 +155,10 @@ def test_an_end_that_is_no_special_token_is_not_shown(speaker, monkeypatch):
     """As a conversation has it on the screen, and is told again in the next turn."""
     told = [{"role": "user", "content": QUESTIONS[0]}]
     (answer,) = speaker.complete([speaker.render(told)], SHORT)
-    (first,) = speaker.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    (first,) = speaker.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(speaker, "end_ids", [*speaker.end_ids, first])
     pieces: list[str] = []
-    assert answer
+    assert answer.text
     assert speaker.answer(told, SHORT, pieces.append)[0] == "".join(pieces) == ""
 
 
@@ -179,8 +183,8 @@ def test_an_answer_is_shown_as_it_was_written(shared):
     found = speaker.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     whole, before = (speaker.tokenizer.decode(ids, skip_special_tokens=False) for ids in (found[0].tolist(), prompt))
     (answer,) = speaker.complete([prompt], Manner(max_new_tokens=4))
-    assert answer.startswith(" ")
-    assert before + answer == whole
+    assert answer.text.startswith(" ")
+    assert before + answer.text == whole
     pieces: list[str] = []
     stream = TextStream(speaker.tokenizer, pieces.append, [speaker.tokenizer.eos_token_id])
     spoken = speaker.tokenizer.convert_tokens_to_ids(["\u2581time", "<unk>", "\u2581there", "</s>"])
@@ -255,6 +259,14 @@ def test_the_commands(hft, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == QUESTIONS
     assert rows[0]["answer"] == ask_transformers([{"role": "user", "content": QUESTIONS[0]}])
+    short = hft("generate", "tinyworld", "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 2)
+    written = [generate_greedily([{"role": "user", "content": question}]) for question in QUESTIONS]
+    eos = AutoTokenizer.from_pretrained(EMBEDDED).eos_token_id
+    are_cut = [eos not in ids[:2] for ids in written]
+    assert any(are_cut)
+    assert [json.loads(line).get("is_cut", False) for line in short.stdout.splitlines()] == are_cut
+    assert f"({sum(are_cut)} of 3 answers were cut before they ended: see --max-new-tokens)" in short.stderr
+    assert [row.get("is_cut", False) for row in rows] == [eos not in ids for ids in written]
     assert "tinyworld is no run" in hft("chat", "tinyworld", "--beside", "start", code=2).stderr
     assert "no such file" in hft("generate", "tinyworld", "--prompts", tmp_path / "no", code=2).stderr.lower()
 
@@ -292,6 +304,6 @@ def test_a_model_without_turns_does_not_chat(shared):
     assert "hft generate" in raised.value.fix
     speaker = Speaker(str(shared / "models" / "stories260K"), "float32")
     (answer,) = speaker.complete(encode_prompts(speaker, [{"prompt": "Once upon a time"}], None, None), Manner(8))
-    assert answer.strip()
+    assert answer.text.strip()
     with pytest.raises(ModelError, match="no chat template"):
         encode_prompts(speaker, [{"prompt": "a"}], True, None)

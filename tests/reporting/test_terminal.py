@@ -23,6 +23,14 @@ def test_names_and_titles_of_tables_are_no_markup(capsys):
     assert capsys.readouterr().out.count(name) == 2
 
 
+def test_answers_that_were_cut_are_said(capsys):
+    before, after = make_score(0.5).model_copy(update={"num_cut": 0}), make_score(0.7).model_copy(update={"num_cut": 3})
+    print_whole(make_score_table({"facts": before}, {"facts": after}, {}, "before and after"))
+    printed = capsys.readouterr().out
+    assert "facts, after: 3 of 100 answers cut before they ended" in printed
+    assert "facts, before" not in printed
+
+
 @pytest.mark.parametrize("width", [20, 200])
 def test_a_divided_table_keeps_them(width):
     table = make_number_table("task", "[/a]", "[b]")
