@@ -194,6 +194,7 @@ def read_prompts(
     rows = _read_rows(Path(source))
     answered = "answer" in rows[0]
     examples = tuple(_make_example(row, answered, f"{source}: row {number}") for number, row in enumerate(rows, start=1))
+    _check_alike(examples, source)
     examples = examples[:max_examples]
     if answered:
         return tokenize_task(Task(source, examples), max_length, tokenizer).rows, [], []
@@ -222,12 +223,24 @@ def _read_rows(path: Path) -> list[Any]:
     return rows
 
 
+def _check_alike(examples: Sequence[Example], source: str) -> None:
+    """Raises: DataError: a prompt is a text and the first one messages, or the other way round."""
+    kinds = ["a text" if isinstance(example.prompt, str) else "messages" for example in examples]
+    odd = next((number for number, kind in enumerate(kinds, start=1) if kind != kinds[0]), None)
+    if odd is not None:
+        raise DataError(
+            f"{source}: row {odd}: its prompt is {kinds[odd - 1]}, and the first row's {kinds[0]}", "give all rows the one kind"
+        )
+
+
 def _make_example(row: Any, answered: bool, place: str) -> Example:
     keys = ("prompt", "answer") if answered else ("prompt",)
     kinds = {"prompt": str | list, "answer": str}
     if not isinstance(row, dict) or not all(isinstance(row.get(key), kinds[key]) and row[key] for key in keys):
         form = ", ".join(f'"{key}": "..."' for key in keys)
         raise DataError(f"{place}: expected {{{form}}}, where the prompt is a text or messages; got {str(row)[:60]}")
+    if "answer" in row and not answered:
+        raise DataError(f"{place} has an answer, and the first row has none", "give all rows an answer, or none")
     refuse_keys(row, (*QUESTION_KEYS, *(ANSWER_KEYS if answered else ())), place)
     prompt = row["prompt"]
     if not isinstance(prompt, str):

@@ -143,6 +143,11 @@ def test_answers_of_the_base_end_where_a_turn_ends(models, tmp_path):
         ([{"prompt": "x", "context": "y"}], "row 1: the key 'context' carries meaning"),
         ([{"prompt": "x", "answer": "y", "tools": [{}]}], "row 1: the key 'tools' carries meaning"),
         ([{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}], "row 1: prompt[1], the last"),
+        ([{"prompt": "x"}, {"prompt": "y", "answer": "z"}], "row 2 has an answer, and the first row has none"),
+        (
+            [{"prompt": "x", "answer": "y"}, {"prompt": [{"role": "user", "content": "x"}], "answer": "y"}],
+            "row 2: its prompt is messages, and the first row's a text",
+        ),
         ([{"prompt": [{"role": "user", "text": "y"}]}], "row 1: field 'prompt[0].content' is missing"),
     ],
 )
