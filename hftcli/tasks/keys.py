@@ -8,15 +8,15 @@ from typing import Any
 
 from hftcli.errors import DataError
 
-# What a question is about, or a part of it.
+# What a question is about, a part of it, or how it is asked.
 QUESTION_KEYS = (
     "system", "system_prompt", "history", "tools", "functions", "image", "images", "video", "videos", "audio", "audios",
-    "documents", "context", "passage", "choices", "options", "instruction", "input",
+    "documents", "context", "passage", "choices", "options", "instruction", "input", "chat_template_kwargs",
 )  # fmt: skip
 # What is said besides of the answer, or of how it is trained.
 ANSWER_KEYS = (
-    "reasoning", "reasoning_content", "thinking", "chat_template_kwargs", "function_call", "tool_calls", "weight", "weights",
-    "sample_weight", "loss_mask", "mask", "train", "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
+    "reasoning", "reasoning_content", "thinking", "function_call", "tool_calls", "weight", "weights", "sample_weight",
+    "loss_mask", "mask", "train", "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
 )  # fmt: skip
 
 

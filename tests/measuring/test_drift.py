@@ -140,6 +140,10 @@ def test_answers_of_the_base_end_where_a_turn_ends(models, tmp_path):
         ([{"prompt": "x", "answer": "y"}, {"prompt": "z"}], 'row 2: expected {"prompt": "...", "answer": "..."}'),
         ([{"prompt": [{"role": "user", "content": "word " * 200}]}], "prompt 1 has"),
         ([{"prompt": "x", "answer": ["y"]}], 'row 1: expected {"prompt": "...", "answer": "..."}'),
+        (
+            [{"prompt": "x", "chat_template_kwargs": {"enable_thinking": False}}],
+            "row 1: the key 'chat_template_kwargs' carries",
+        ),
         ([{"prompt": "x", "context": "y"}], "row 1: the key 'context' carries meaning"),
         ([{"prompt": "x", "answer": "y", "tools": [{}]}], "row 1: the key 'tools' carries meaning"),
         ([{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}], "row 1: prompt[1], the last"),

@@ -219,7 +219,7 @@ def test_prompts_are_lines_of_text_or_of_json():
         {"prompt": "b"},
     ]
     assert read_prompt_lines(["[INST] a [/INST]\n"], "f") == [{"prompt": "[INST] a [/INST]"}]
-    for key in ("tools", "system", "history", "context"):
+    for key in ("tools", "system", "history", "context", "chat_template_kwargs"):
         with pytest.raises(DataError, match=f"f, prompt 2: the key '{key}' carries meaning that would not be asked"):
             read_prompt_lines(['{"prompt": "a"}', json.dumps({"prompt": "b", key: ["c"]})], "f")
     for lines in (

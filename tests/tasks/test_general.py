@@ -47,6 +47,7 @@ def test_closed_book(tmp_path):
         ([OPEN, {**OPEN, "answers": "Shakespeare"}], "row 2: 'answers': expected 1 or more texts, got \"Shakespeare\""),
         ([{"passage": "It is.", "question": " ", "answer": True}], "row 1: 'question': expected a text"),
         ([OPEN, {**OPEN, "context": "He was a poet."}], "row 2: the key 'context' carries meaning that would not be asked"),
+        ([{**OPEN, "chat_template_kwargs": {"a": 1}}], "row 1: the key 'chat_template_kwargs' carries meaning"),
         ([{**OPEN, "choices": ["Marlowe", "Bacon"]}], "row 1: 'answer': expected"),
         ([OPEN, {**OPEN, "choices": ["Marlowe", "Bacon"]}], "row 2: the key 'choices' carries meaning"),
         ([{**CHOICE, "passage": "Titan is a moon."}], "row 1: the key 'passage' carries meaning"),
