@@ -319,7 +319,8 @@ def encode_prompts(
 
     Raises:
         ModelError: it is to be taken, and there is none.
-        DataError: naming the prompt that is no conversation, or that the template does not render whole.
+        DataError: naming the prompt that is no conversation, has another system turn, or that the template does not render
+            whole.
     """
     asked = [row.get("messages", row.get("prompt")) for row in rows]
     needs_turns = as_chat or system is not None or any(not isinstance(one, str) for one in asked)
@@ -331,7 +332,7 @@ def encode_prompts(
     for number, one in enumerate(asked, start=1):
         try:
             if not isinstance(one, str):
-                prompts.append(speaker.render([*opening, *read_messages(one, "messages")]))
+                prompts.append(speaker.render(_open(read_messages(one, "messages"), opening)))
             elif is_chat:
                 prompts.append(speaker.render([*opening, {"role": "user", "content": one}]))
             else:
@@ -339,6 +340,19 @@ def encode_prompts(
         except DataError as error:
             raise DataError(f"prompt {number}: {error.message}", error.fix) from None
     return prompts
+
+
+def _open(messages: Messages, opening: Messages) -> Messages:
+    """Messages after the system turn that all are to have.
+
+    Raises:
+        DataError: they have one of their own, and it says something else.
+    """
+    if not opening or messages[0]["role"] not in ("system", "developer"):
+        return [*opening, *messages]
+    if messages[0]["content"] != opening[0]["content"]:
+        raise DataError("--system and the conversation's own system turn differ", "drop one of the two")
+    return messages
 
 
 def read_prompts_from(path: Path) -> list[dict[str, Any]]:

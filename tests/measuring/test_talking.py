@@ -133,6 +133,14 @@ def test_messages_are_turns_under_either_name(speaker):
         encode_prompts(speaker, [{"prompt": turns}, answered], None, None)
 
 
+def test_a_conversation_has_one_system_turn(speaker):
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert encode_prompts(speaker, [{"messages": own}], None, "Be brief.") == [speaker.render(own)]
+    assert encode_prompts(speaker, [{"messages": own[1:]}], None, "Be brief.") == [speaker.render(own)]
+    with pytest.raises(DataError, match="prompt 2: --system and the conversation's own system turn differ"):
+        encode_prompts(speaker, [{"messages": own[1:]}, {"messages": own}], None, "Be loud.")
+
+
 PARTS = "{% for m in messages %}{{ m.role }}: {% if m.content is not string %}{{ m.content[0].text }}{% endif %}\n{% endfor %}"
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endif %}"
