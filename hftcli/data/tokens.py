@@ -6,9 +6,8 @@ task that is too long loses a part of its body, and never its answer or its end.
 Shapes: T tokens of a row.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -184,11 +183,7 @@ def tokenize_prompts(
 
     They are tokenized without their answers, which must not show in them.
     """
-    template = find_template(tokenizer)
-    rows, _, _ = _fit_examples(
-        examples, cut, max_length, tokenizer, lambda example: render_prompt(example.prompt, template)
-    )  # fmt: skip
-    return [ids for ids, _ in rows]
+    return [layout.prompt for layout in lay_out_bare(examples, cut, max_length, tokenizer)]
 
 
 @dataclass(frozen=True)
@@ -199,11 +194,22 @@ class Layout:
         prompt: the token ids that stand before every right answer.
         lead: the end of the question's text where a token of an answer covers it too: what is written must begin with it.
         answers: the token ids of each right answer after the prompt, the lead and the end that is learned with them.
+        is_cut: whether the question lost a part of its body.
     """
 
     prompt: list[int]
     lead: str
     answers: list[list[int]]
+    is_cut: bool = False
+
+
+def lay_out_bare(examples: Sequence[Example], cut: Cut, max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[Layout]:
+    """The questions of `tokenize_prompts`, of which no right answer is known."""
+    template = find_template(tokenizer)
+    rows, lengths, _ = _fit_examples(
+        examples, cut, max_length, tokenizer, lambda example: render_prompt(example.prompt, template)
+    )  # fmt: skip
+    return [Layout(ids, "", [], len(ids) < length) for (ids, _), length in zip(rows, lengths, strict=True)]
 
 
 def lay_out_prompts(examples: Sequence[Example], cut: Cut, max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[Layout]:
@@ -218,7 +224,7 @@ def lay_out_prompts(examples: Sequence[Example], cut: Cut, max_length: int, toke
         answered = render(example, _list_answers(example)[0])
         return Rendering(answered.text[: answered.spans[0][0]], [], answered.is_plain)
 
-    alone, _, shortened = _fit_examples(examples, cut, max_length, tokenizer, render_alone)
+    alone, lengths, shortened = _fit_examples(examples, cut, max_length, tokenizer, render_alone)
     backend, layouts = get_backend(tokenizer), []
     for start in range(0, len(examples), BATCH_SIZE):
         batch = shortened[start : start + BATCH_SIZE]
@@ -227,7 +233,7 @@ def lay_out_prompts(examples: Sequence[Example], cut: Cut, max_length: int, toke
         made = iter(zip(renderings, encodings, strict=True))
         for example, (ids, _) in zip(batch, alone[start : start + BATCH_SIZE], strict=True):
             layouts.append(_find_border(ids, [next(made) for _ in _list_answers(example)], tokenizer))
-    return layouts
+    return [replace(layout, is_cut=len(ids) < length) for layout, (ids, _), length in zip(layouts, alone, lengths, strict=True)]
 
 
 def _list_answers(example: Example) -> tuple[str, ...]:
@@ -304,7 +310,7 @@ def cut_body(example: Example, cut: Cut, offsets: Sequence[tuple[int, int]], num
         run = inside[skipped : skipped + num_over]
         gone = (run[0][0], run[-1][1])
     prompt = str(example.prompt)[: gone[0]] + str(example.prompt)[gone[1] :]
-    return dataclasses.replace(example, prompt=prompt, body=(first, last - (gone[1] - gone[0])))
+    return replace(example, prompt=prompt, body=(first, last - (gone[1] - gone[0])))
 
 
 def label_tokens(rendering: Rendering, encoding: tokenizers.Encoding | Encoded) -> Tokens:

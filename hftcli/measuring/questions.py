@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hftcli.data.asked import tidy_task
-from hftcli.data.tokens import IGNORED, Layout, Tokens, get_backend, lay_out_prompts, tokenize_examples, tokenize_prompts
+from hftcli.data.tokens import IGNORED, Layout, Tokens, get_backend, lay_out_bare, lay_out_prompts, tokenize_examples
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.grading import find_faults, find_longest
 from hftcli.measuring.options import Question, tokenize_questions
@@ -59,11 +59,13 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
     """Tokenize a task's questions.
 
     Args:
-        max_length: tokens of a plain question with its answer, be it the right one or the model's. The body is cut to it, then
-            the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most half of it.
+        max_length: tokens of a question with its answer, be it the right one or the model's. A plain question's body is cut to
+            it, then the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most
+            half of it.
 
     Raises:
-        DataError: a question does not fit, even without its body, or an answer is nothing but special tokens.
+        DataError: a question does not fit, even without its body, or as a conversation, which has none; or an answer is
+            nothing but special tokens.
         ModelError: the task asks in conversations, and the tokenizer has no chat template.
     """
     task, _ = tidy_task(task, tokenizer)
@@ -94,11 +96,10 @@ def _tokenize_rows(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBa
     except ModelError as error:
         raise ModelError(f"task {task.name}: {error.message}", error.fix) from None
     rows = []
-    for number, (example, (ids, labels)) in enumerate(zip(task.examples, tokens, strict=True), start=1):
-        length = max_length if isinstance(example.prompt, str) else len(ids)
-        if (labels[:length] == IGNORED).all():
+    for number, (ids, labels) in enumerate(tokens, start=1):
+        if (labels[:max_length] == IGNORED).all():
             raise _describe_overlong(task, number, f"is longer than data.max_length, {max_length} tokens")
-        rows.append((ids[:length], labels[:length].tolist()))
+        rows.append((ids[:max_length], labels[:max_length].tolist()))
     if num_cut := sum(length > len(ids) for length, (ids, _) in zip(lengths, rows, strict=True)):
         logger.warning(
             "%s: %d of %d questions lose a part: they have more than %d tokens", task.name, num_cut, len(rows), max_length
@@ -131,13 +132,18 @@ def _lay_out(asked: TokenizedTask, max_length: int, tokenizer: PreTrainedTokeniz
         if len(layout.prompt) > room:
             fault = f"has {len(layout.prompt)} tokens, and data.max_length {max_length} leaves {room} beside the answer"
             raise _describe_overlong(task, number, fault)
+    if num_cut := sum(layout.is_cut for layout in layouts):
+        logger.warning(
+            "%s: %d of %d questions lose a part where they are asked: they have more than %d tokens, and %d are the answer's",
+            task.name, num_cut, len(layouts), room, num_new_tokens,
+        )  # fmt: skip
     return replace(asked, layouts=layouts, num_new_tokens=num_new_tokens)
 
 
 def _lay_out_prompts(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[Layout]:
     if task.has_answers:
         return lay_out_prompts(task.examples, task.cut, max_length, tokenizer)
-    return [Layout(ids, "", []) for ids in tokenize_prompts(task.examples, task.cut, max_length, tokenizer)]
+    return lay_out_bare(task.examples, task.cut, max_length, tokenizer)
 
 
 def find_task_faults(asked: TokenizedTask, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -195,7 +201,9 @@ def find_stops(characters: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _describe_overlong(task: Task, number: int, fault: str) -> DataError:
-    return DataError(f"task {task.name}: question {number}, even without its body, {fault}", "raise data.max_length")
+    is_plain = isinstance(task.examples[number - 1].prompt, str)
+    how = "even without its body" if is_plain else "a conversation, of which nothing is cut"
+    return DataError(f"task {task.name}: question {number}, {how}, {fault}", "raise data.max_length")
 
 
 def find_ends(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -43,6 +43,38 @@ def test_what_is_scored_fits(embedded, caplog):
     assert 28 <= len(prompt) <= 32
 
 
+def test_a_question_that_is_cut_to_be_asked_is_counted(embedded, caplog):
+    """With its right answer it fits, and beside as many tokens as may be written it does not."""
+    _, tokenizer = embedded
+    prompts = ["Why?\n" + "x " * number + "\nAnswer:" for number in range(100)]
+    prompt = next(prompt for prompt in prompts if len(tokenizer(prompt)["input_ids"]) >= 48)
+    examples = (Example(prompt, " fox", (5, len(prompt) - 8)), Example("Why?\nAnswer:", " fox", (0, 4)))
+    with caplog.at_level(logging.WARNING):
+        asked = tokenize_task(Task("t", examples, max_new_tokens=32), 64, tokenizer)
+    assert len(asked.rows[0][0]) > len(asked.prompts[0])
+    [said] = [record.message for record in caplog.records if "lose a part" in record.message]
+    assert said == (
+        "t: 1 of 2 questions lose a part where they are asked: they have more than 32 tokens, and 32 are the answer's"
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        tokenize_task(Task("t", examples, "instructions", 32, has_answers=False), 64, tokenizer)
+    assert "t: 1 of 2 questions lose a part where they are asked" in caplog.text
+
+
+def test_a_conversation_that_is_too_long_is_not_read_whole(embedded, caplog):
+    _, tokenizer = embedded
+    user, long_user = ({"role": "user", "content": "Why? " * number} for number in (1, 60))
+    fault = "task t: question 2, a conversation, of which nothing is cut, is longer than data.max_length, 64 tokens"
+    with pytest.raises(DataError, match=fault):
+        tokenize_task(Task("t", (Example([user], "x"), Example([long_user], "x"))), 64, tokenizer)
+    with caplog.at_level(logging.WARNING):
+        asked = tokenize_task(Task("t", (Example([user], "fox " * 200 + "fox"),)), 64, tokenizer)
+    assert "t: 1 of 1 questions lose a part: they have more than 64 tokens" in caplog.text
+    [(ids, labels)] = asked.rows
+    assert (len(ids), labels[-1]) == (64, ids[-1])
+
+
 def decode_greedily(model, prompt: list[int], asked: TokenizedTask) -> list[int]:
     """One row, no cache, no padding: all tokens again for each new one."""
     ids = list(prompt)
