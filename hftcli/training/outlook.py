@@ -1,7 +1,7 @@
 """What a round is going to do, known before it has weights: rows, steps, the learning rate, what trains, what it holds."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters
 from hftcli.freezing.redrawing import count_draws, settle_every
 from hftcli.launching.planning import make_budget
+from hftcli.measuring.questions import TokenizedTask
 from hftcli.models.device import is_mixed, is_sharded
 from hftcli.models.masters import open_masters
 from hftcli.models.reader import Start
@@ -23,7 +24,7 @@ from hftcli.recipe.sections import TrainSection
 from hftcli.runs.masters import MastersState
 from hftcli.runs.records import Outlook
 from hftcli.runs.run import Run
-from hftcli.runs.spec import Scoring
+from hftcli.runs.spec import RoundSpec, Scoring
 from hftcli.training.own_rows import stand_in
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.stages import Assignment, Rows
@@ -42,12 +43,13 @@ class Passes:
 
 
 def look_ahead(task: Assignment, rows: Rows) -> Outlook:
-    """Raises: InputError: no step would train."""
+    """Raises: InputError: no step would train, or something else of the round would come to nothing."""
     spec, plan = task.spec, task.plan
     num_steps = count_steps(task, len(rows.train))
     num_warmup_steps = count_warmup_steps(spec.train.warmup_steps, num_steps)
     check_schedule(spec.train, num_steps, num_warmup_steps)
     check_points(spec.scoring, num_steps)
+    check_likelihoods(spec, rows.asked)
     check_draws(task, len(rows.train), num_steps)
     budget = make_budget(
         spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available(), find_counted(task)
@@ -110,6 +112,26 @@ def check_points(scoring: Scoring, num_steps: int) -> None:
     if scoring.num_points is not None and scoring.num_points > num_steps:
         raise InputError(
             f"eval.num_points is {scoring.num_points}, and the round has {num_steps} steps", "give that many or fewer"
+        )
+
+
+def check_likelihoods(spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> None:
+    """See that what decides by likelihood has right answers to take it of: one task without would leave nothing measured.
+
+    Args:
+        asked: what is measured, by name.
+
+    Raises:
+        InputError: a task has none.
+    """
+    stop, scoring = spec.stop, spec.scoring
+    has_budget, picks = stop.max_forgetting is not None, spec.checkpoint.best is not None
+    deciding = (*scoring.known * has_budget, *scoring.learned * (has_budget or picks or stop.min_learning is not None))
+    unread = [name for name in deciding if not (asked[name].rows or asked[name].questions)]
+    if stop.by == "nll" and unread:
+        raise InputError(
+            f"stop.by is nll, and {unread[0]} has no right answers of which a likelihood could be measured, but rules",
+            f"set stop.by: score, or leave {unread[0]} out of eval.tasks",
         )
 
 

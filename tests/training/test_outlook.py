@@ -1,0 +1,48 @@
+"""What a round is going to do, known before it has weights, and what of it would come to nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training.quiet_rounds import KNOWN, LEARNED, ONCE, make_spec, make_start
+
+from hftcli.errors import InputError
+from hftcli.recipe.evaluation import StopSection
+from hftcli.recipe.sections import CheckpointSection
+from hftcli.training.outlook import look_ahead
+from hftcli.training.reading import read_assignment, tokenize_rows
+from hftcli.training.stages import Assignment, Rows
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("outlook") / "start")
+
+
+def read(start: Path, freeze: dict, **values: object) -> tuple[Assignment, Rows]:
+    task = read_assignment(make_spec(start, freeze, **values))
+    return task, tokenize_rows(task, lambda done, total: None)
+
+
+@pytest.mark.parametrize(
+    ("stop", "best", "deciding"),
+    [
+        ({"by": "nll", "max_forgetting": 0.1}, None, [KNOWN, LEARNED]),
+        ({"by": "nll", "min_learning": 0.1}, None, [LEARNED]),
+        ({"by": "nll"}, "learning", [LEARNED]),
+        ({"by": "score", "max_forgetting": 0.1}, None, []),
+    ],
+)
+def test_what_decides_by_likelihood_has_right_answers(start: Path, stop: dict, best: str | None, deciding: list[str]):
+    """As IFEval has none, whose rules tell what is right."""
+    scoring = ONCE.model_copy(update={"every_steps": 2})
+    values = {"scoring": scoring, "stop": StopSection(**stop), "checkpoint": CheckpointSection(best=best)}
+    task, rows = read(start, {}, **values)
+    look_ahead(task, rows)
+    for name in (KNOWN, LEARNED):
+        unread = replace(rows, asked={**rows.asked, name: replace(rows.asked[name], rows=[], questions=[])})
+        if name not in deciding:
+            look_ahead(task, unread)
+            continue
+        with pytest.raises(InputError, match=f"stop.by is nll, and {name} has no right answers"):
+            look_ahead(task, unread)
