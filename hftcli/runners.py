@@ -35,9 +35,10 @@ from hftcli.reporting.figures import draw_matrix
 from hftcli.reporting.page import write_page
 from hftcli.runs.files import write_model
 from hftcli.runs.history import read_history
+from hftcli.runs.measured import split_tasks
 from hftcli.runs.records import Manifest, RoundResult
 from hftcli.runs.run import Round, Run
-from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring, split_tasks
+from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring
 from hftcli.runs.versions import list_versions
 from hftcli.tasks import check_tasks, find_sequence, is_task
 from hftcli.tasks.check import check_sequence

@@ -330,11 +330,6 @@ def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
 def check_measuring(recipe: Recipe, objective: Objective, source: RecipeFile) -> Iterator[str]:
     """What is to happen by what is measured within a round, where nothing is measured that could decide it."""
     asked, stop, best = recipe.eval, recipe.stop, recipe.checkpoint.best
-    trained = {recipe.data.path, *(part.path for part in recipe.data.sources)} if objective != "continual" else set()
-    has_known = any(name not in trained for name in asked.tasks)
-    has_pairs = objective == "dpo" and asked.held_out.path is not None and stop.by == "score"
-    has_rows = objective == "sft" and asked.held_out.path is not None and (stop.by == "nll" or recipe.data.pattern is not None)
-    learns = objective == "continual" or has_pairs or has_rows or any(name in trained for name in asked.tasks)
     if asked.measures_within and not (asked.tasks or asked.held_out.path or objective == "continual"):
         key = "every_steps" if asked.every_steps is not None else "num_points"
         yield f"{source.place(('eval', key))}: eval.{key} would have no effect: name what to measure under eval.tasks"
@@ -353,13 +348,6 @@ def check_measuring(recipe: Recipe, objective: Objective, source: RecipeFile) ->
         place, name = source.place(keys), ".".join(keys)
         if not asked.measures_within:
             yield f"{place}: {name} goes by what is measured within a round: set eval.every_steps or eval.num_points"
-        if name == "stop.max_forgetting" and not has_known:
-            yield f"{place}: {name} needs a task that asks for what was known before: name it under eval.tasks"
-        if (name == "stop.min_learning" or (best == "learning" and name == "checkpoint.best")) and not learns:
-            yield (
-                f"{place}: {name} needs something that asks for what is trained on: the task of data.path under eval.tasks, or "
-                "eval.held_out with stop.by: nll"
-            )
     if best == "within_budget" and stop.max_forgetting is None:
         yield f"{source.place(('checkpoint', 'best'))}: checkpoint.best within_budget needs a budget: set stop.max_forgetting"
 

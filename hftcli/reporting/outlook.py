@@ -32,6 +32,15 @@ def describe_outlook(outlook: Outlook, spec: RoundSpec) -> Iterator[str]:
 
     if outlook.masters != "none":
         yield f"start   {STATES[outlook.masters]}"
+    if spec.scoring.list_steps(outlook.num_steps):
+        yield f"curve   {_describe_curve(spec)}"
+
+
+def _describe_curve(spec: RoundSpec) -> str:
+    """Which tasks count as known and which as learned."""
+    pairs = ("held-out pairs",) if spec.objective == "dpo" and spec.held_out else ()
+    kinds = {"known": spec.scoring.known, "learned": (*spec.scoring.learned, *pairs)}
+    return ", ".join(f"{word}: {', '.join(names) or 'nothing'}" for word, names in kinds.items())
 
 
 def _describe_rates(outlook: Outlook, train: TrainSection) -> str:

@@ -1,8 +1,7 @@
 """What the front asks of a worker, round.json, and what the worker says while it is at work."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from hftcli.errors import InputError
 from hftcli.freezing.budget import ReferenceMode
@@ -10,10 +9,9 @@ from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.evaluation import StopSection
 from hftcli.recipe.methods import MethodSection
-from hftcli.recipe.recipe import Objective, Recipe
+from hftcli.recipe.recipe import Objective
 from hftcli.recipe.section import FileSection, Section, Version
 from hftcli.recipe.sections import CheckpointSection, DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
-from hftcli.runs.scores import HELD_OUT
 
 
 class EarlierRound(Section):
@@ -115,32 +113,6 @@ class RoundSpec(FileSection):
                 "change one of the three so that it divides",
             )
         return self.train.global_batch_size // batch
-
-
-def split_tasks(
-    recipe: Recipe, task: str | None = None, earlier: Sequence[str] = (), sequence: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What asks for what a round trains on, what for what was known before it, and when that is measured within the round.
-
-    Nothing where it is not measured.
-
-    Args:
-        task: what a round of a sequence trains on.
-        earlier: the tasks of the rounds before it.
-        sequence: all of them.
-    """
-    if not recipe.eval.measures_within:
-        return {}
-    trained = {task} if task is not None else {recipe.data.path, *(source.path for source in recipe.data.sources)}
-    asked = (*(() if task is None else (task,)), *recipe.eval.tasks)
-    held_out = (HELD_OUT,) if recipe.eval.held_out.path is not None and recipe.objective == "sft" else ()
-    known = (*earlier, *(name for name in recipe.eval.tasks if name not in trained and name not in sequence))
-    return {
-        "learned": (*dict.fromkeys(name for name in asked if name in trained), *held_out),
-        "known": known,
-        "every_steps": recipe.eval.every_steps,
-        "num_points": recipe.eval.num_points,
-    }
 
 
 class Progress(Section):

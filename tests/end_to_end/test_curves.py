@@ -177,7 +177,7 @@ def test_enough_learned_ends_the_round(hft, settings, tmp_path):
     ("given", "said"),
     [
         ({"stop.max_forgetting": 0.02}, "goes by what is measured within a round: set eval.every_steps or eval.num_points"),
-        ({"eval.every_steps": 5, "eval.tasks": f"[{SKILL}]", "stop.max_forgetting": 0.02}, "was known before: name it under"),
+        ({"eval.every_steps": 5, "eval.tasks": f"[{SKILL}]", "stop.max_forgetting": 0.02}, "asks for what was known before"),
         ({"eval.every_steps": 5, "eval.tasks": f"[{FACTS}]", "checkpoint.best": "learning"}, "asks for what is trained on"),
         ({"eval.every_steps": 5, "checkpoint.best": "within_budget"}, "needs a budget: set stop.max_forgetting"),
         ({"eval.every_steps": 5, "eval.num_points": 5}, "every_steps and num_points both say when to measure"),

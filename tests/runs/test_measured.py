@@ -1,0 +1,71 @@
+"""Which tasks count as learned in a round and which as known, and what no task could decide."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hftcli.errors import InputError
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.recipe import Recipe
+from hftcli.runs.measured import split_tasks
+from hftcli.runs.scores import HELD_OUT
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """Two files of questions, and two folders of tasks."""
+    for name in ("q", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "Where?", "answers": ["Here"]}) + "\n")
+    for path in ("tasks/A", "tasks/B", "tasks/BoolQA/BoolQA"):
+        (tmp_path / path).mkdir(parents=True)
+        for split in ("train", "test"):
+            (tmp_path / path / f"{split}.json").write_text(json.dumps([{"prompt": "a", "answer": "b"}]))
+    (tmp_path / "linked").symlink_to(tmp_path / "tasks")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read(*given: str, objective: str = "sft") -> Recipe:
+    return load_recipe(None, ["model.path=m", "eval.num_points=2", *given], objective)
+
+
+@pytest.mark.parametrize(
+    ("given", "learned", "known"),
+    [
+        (("data.path=./q.jsonl", "eval.tasks=[q.jsonl, other.jsonl]"), ("q.jsonl",), ("other.jsonl",)),
+        (("data.path=q.jsonl", "eval.tasks=[tasks/../q.jsonl, ./other.jsonl]"), ("tasks/../q.jsonl",), ("./other.jsonl",)),
+        (("data.sources=[{path: tasks/B}, {path: ./other.jsonl}]", "data.root=tasks", "eval.tasks=[A, B, other.jsonl]"),
+         ("B", "other.jsonl"), ("A",)),
+        (("data.path=tasks/A/train.json", "data.root=tasks", "eval.tasks=[A, B]"), ("A",), ("B",)),
+        (("data.path=tasks/A/test.json", "data.root=linked", "eval.tasks=[A, B]"), ("A",), ("B",)),
+        (("data.path=linked/A", "data.root=tasks", "eval.tasks=[A, B]"), ("A",), ("B",)),
+        (("data.path=tasks/BoolQA/BoolQA/train.json", "data.root=tasks", "eval.tasks=[A, standard/BoolQA]"),
+         ("standard/BoolQA",), ("A",)),
+        (("data.path=tinyworld/skill", "eval.tasks=[tinyworld/facts, tinyworld/skill]"), ("tinyworld/skill",),
+         ("tinyworld/facts",)),
+        (("data.path=.", "eval.tasks=[q.jsonl]"), (), ("q.jsonl",)),
+        (("data.path=q.jsonl", "eval.tasks=[other.jsonl]", "eval.held_out.path=h.jsonl"), (HELD_OUT,), ("other.jsonl",)),
+    ],
+)  # fmt: skip
+def test_a_task_of_the_rows_that_are_trained_on_is_learned(place, given, learned, known):
+    """However the paths are written; a folder in which a file of questions lies among others is not that file."""
+    found = split_tasks(read(*given))
+    assert (found["learned"], found["known"]) == (learned, known)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("stop.max_forgetting=0.1", "data.path=./q.jsonl"), "was known before: q.jsonl asks for what is trained on"),
+        (("stop.min_learning=0.1", "data.path=other.jsonl"), "stop.min_learning needs something that asks for"),
+        (("checkpoint.best=learning", "data.path=other.jsonl"), "checkpoint.best needs something that asks for"),
+    ],
+)
+def test_what_no_task_could_decide_is_refused(place, given, expected):
+    with pytest.raises(InputError) as caught:
+        split_tasks(read("eval.tasks=[q.jsonl]", *given))
+    assert expected in caught.value.message
+    assert caught.value.fix
+    swapped = {"data.path=./q.jsonl": "data.path=./other.jsonl", "data.path=other.jsonl": "data.path=./q.jsonl"}
+    assert split_tasks(read("eval.tasks=[q.jsonl]", *(swapped.get(key, key) for key in given)))["num_points"] == 2
