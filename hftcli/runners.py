@@ -153,13 +153,14 @@ def prepare_continual(recipe: Recipe) -> Run:
                 for earlier, round_ in zip(sequence.tasks[:place], rounds, strict=False)
             ),
             scoring=Scoring(
-                before=() if place else (*sequence.tasks, *recipe.eval.tasks),
-                after=(*sequence.tasks[: place + 2], *recipe.eval.tasks),  # the next task too: what transfers to it
-                likelihood=sequence.tasks[place + 2 :],
+                before=() if place else tuple(dict.fromkeys((*sequence.tasks, *recipe.eval.tasks))),
+                # The next task too: what transfers to it.
+                after=tuple(dict.fromkeys((*sequence.tasks[: place + 2], *recipe.eval.tasks))),
+                likelihood=tuple(name for name in sequence.tasks[place + 2 :] if name not in recipe.eval.tasks),
                 max_examples=recipe.eval.max_examples,
                 temperature=temperature,
                 asking=run.settle_asking(recipe.eval),
-                **split_tasks(recipe, task, sequence.tasks[:place], sequence.tasks),
+                **split_tasks(recipe, task, sequence.tasks[:place]),
             ),
             stop=recipe.stop,
         )

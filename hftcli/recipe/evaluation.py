@@ -44,7 +44,7 @@ class EvalSection(AskingSection):
 
     tasks: tuple[HomePath, ...] = ()
     """Tasks to score before and after each round, such as `tinyworld/facts`. With continual learning they stand beside those of
-    the sequence: what the model knew besides."""
+    the sequence: what the model knew besides. One that is of the sequence as well counts as known until its own round."""
 
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Ask the first so many questions of each task; null asks all."""

@@ -12,9 +12,7 @@ from hftcli.runs.scores import HELD_OUT
 from hftcli.tasks import locate_rows
 
 
-def split_tasks(
-    recipe: Recipe, task: str | None = None, earlier: Sequence[str] = (), sequence: Sequence[str] = ()
-) -> dict[str, Any]:
+def split_tasks(recipe: Recipe, task: str | None = None, earlier: Sequence[str] = ()) -> dict[str, Any]:
     """What asks for what a round trains on, what for what was known before it, and when that is measured within the round.
 
     Nothing where it is not measured.
@@ -22,7 +20,6 @@ def split_tasks(
     Args:
         task: what a round of a sequence trains on.
         earlier: the tasks of the rounds before it.
-        sequence: all of them.
 
     Raises:
         InputError: a limit goes by what nothing measures.
@@ -30,7 +27,7 @@ def split_tasks(
     if not recipe.eval.measures_within:
         return {}
     learned = list_learned(recipe) if task is None else (task,)
-    known = (*earlier, *(name for name in recipe.eval.tasks if name not in learned and name not in sequence))
+    known = tuple(dict.fromkeys((*earlier, *(name for name in recipe.eval.tasks if name not in learned))))
     _check_limits(recipe, learned, known)
     held_out = (HELD_OUT,) if recipe.eval.held_out.path is not None and recipe.objective == "sft" else ()
     return {

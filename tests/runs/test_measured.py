@@ -8,6 +8,7 @@ import pytest
 from hftcli.errors import InputError
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.recipe import Recipe
+from hftcli.runners import prepare_continual
 from hftcli.runs.measured import split_tasks
 from hftcli.runs.scores import HELD_OUT
 
@@ -69,3 +70,22 @@ def test_what_no_task_could_decide_is_refused(place, given, expected):
     assert caught.value.fix
     swapped = {"data.path=./q.jsonl": "data.path=./other.jsonl", "data.path=other.jsonl": "data.path=./q.jsonl"}
     assert split_tasks(read("eval.tasks=[q.jsonl]", *(swapped.get(key, key) for key in given)))["num_points"] == 2
+
+
+def test_a_task_of_the_sequence_that_is_asked_besides_counts_as_known_until_its_round(place):
+    """And is scored after every round, not by likelihood alone."""
+    tasks = ["tinyworld/newcomers", "tinyworld/topic", "tinyworld/reverse", "tinyworld/sum"]
+    asked = f"eval.tasks=[tinyworld/facts, {tasks[3]}]"
+    given = ["model.path=tinyworld", f"continual.tasks=[{', '.join(tasks)}]", asked, f"output={place}/run"]
+    run = prepare_continual(read(*given, "stop.max_forgetting=0.1", objective="continual"))
+    run.lock.release()
+    found = [round_.read_spec().scoring for round_ in run.rounds]
+    both = ("tinyworld/facts", tasks[3])
+    assert [scoring.known for scoring in found] == [both, (tasks[0], *both), (*tasks[:2], *both), (*tasks[:3], both[0])]
+    assert [scoring.learned for scoring in found] == [(task,) for task in tasks]
+    assert [scoring.likelihood for scoring in found] == [(tasks[2],), (), (), ()]
+    for scoring in found:
+        assert {*both} < {*scoring.after}
+        assert not {*scoring.after} & {*scoring.likelihood}
+        assert len({*scoring.after}) == len(scoring.after)
+    assert found[0].before == (*tasks, both[0])
