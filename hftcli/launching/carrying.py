@@ -4,6 +4,7 @@ from hftcli.errors import InputError
 from hftcli.launching.holding import NEEDS_WHOLE_WEIGHTS
 from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import check_offload, check_pull
+from hftcli.recipe.effects import SORTING
 from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import find_benchmark, find_rows
 
@@ -29,7 +30,21 @@ def check_round(spec: RoundSpec) -> None:
     check_packages(spec.train, spec.launch)
     check_offload(spec)
     check_pull(spec)
+    check_sorting(spec)
     check_method(spec)
+
+
+def check_sorting(spec: RoundSpec) -> None:
+    """Raises: InputError: a loss sorts the pairs of a micro-batch, and there is one pair in it."""
+    losses = () if spec.dpo is None else (spec.dpo.loss_type,) if isinstance(spec.dpo.loss_type, str) else spec.dpo.loss_type
+    sorting = [name for name in losses if name in SORTING]
+    if sorting and spec.train.per_device_train_batch_size == 1:
+        raise InputError(
+            f"dpo.loss_type {sorting[0]} sorts the pairs of a micro-batch, of which each process has one at a time: nothing is "
+            "sorted, and the loss is sigmoid's",
+            "set train.per_device_train_batch_size to 2 or more, with a train.global_batch_size that has as many for each "
+            "process, and train.fit: null; or take dpo.loss_type: sigmoid",
+        )
 
 
 def check_method(spec: RoundSpec) -> None:

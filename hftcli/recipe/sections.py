@@ -273,7 +273,7 @@ class DpoSection(OpenSection):
 
     loss_type: LossType | Annotated[tuple[LossType, ...], Field(min_length=1)] = "sigmoid"
     """The loss on a pair's rewards, or several that are added; `sigmoid` is that of the DPO paper (arXiv 2305.18290, equation
-    7)."""
+    7). `aot` and `aot_unpaired` sort within a micro-batch: `train.per_device_train_batch_size` changes what they are."""
 
     loss_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """The weight of each of several losses; null weighs each 1."""

@@ -29,6 +29,7 @@ from hftcli.freezing.redrawing import choose_plan
 from hftcli.freezing.roles import Unit, assign_roles
 from hftcli.freezing.rule import ImportanceRule
 from hftcli.freezing.selection import FreezePlan
+from hftcli.launching.carrying import check_sorting
 from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
 from hftcli.measuring.questions import add_ends, hold_out, report_faults, tokenize_task
@@ -172,7 +173,7 @@ def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[Roun
     """The round with its loss kernel, and where it asks for that its micro-batch and checkpointing, chosen for this machine.
 
     Raises:
-        InputError: nothing fits, or there is neither a GPU nor `train.memory_bytes`.
+        InputError: nothing fits, or too little for a loss that sorts, or there is neither a GPU nor `train.memory_bytes`.
     """
     has_gpu = torch.cuda.is_available()
     budget = make_budget(spec, network, plan, spec.launch.num_ranks, is_mixed(spec), has_gpu)
@@ -186,7 +187,9 @@ def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[Roun
         devices = range(torch.cuda.device_count())
         memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
     fit = choose_fit(spec, budget, memory_bytes, has_gpu)
-    return spec.model_copy(update={"train": apply_fit(spec.train, fit)}), fit
+    spec = spec.model_copy(update={"train": apply_fit(spec.train, fit)})
+    check_sorting(spec)
+    return spec, fit
 
 
 def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:

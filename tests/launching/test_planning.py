@@ -11,6 +11,7 @@ from hftcli.freezing.budget import Budget
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
+from hftcli.launching.carrying import check_sorting
 from hftcli.launching.planning import (
     PLAIN_BYTES,
     apply_fit,
@@ -217,3 +218,31 @@ def test_names_of_kernels():
 def test_a_micro_batch_is_no_more_than_a_processes_share(batch, micro, processes, expected):
     train = TrainSection(global_batch_size=batch, per_device_train_batch_size=micro)
     assert bound_batch(train, processes).per_device_train_batch_size == expected
+
+
+@pytest.mark.parametrize("loss", ["aot", ("sigmoid", "aot_unpaired")])
+def test_a_loss_that_sorts_has_pairs_to_sort(network, monkeypatch, loss):
+    """Be it one pair as it is given, as a process's share of the batch, or as the fit finds it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    pairs = make_spec(bf16=False).model_copy(update={"objective": "dpo", "reference": "precompute"})
+    plan = make_plan(network.units, FreezeRule(), 0)
+    budget = make_budget(pairs.model_copy(update={"dpo": DpoSection()}), network, plan, 1, False, has_gpu=False)
+
+    def check(loss: str | tuple[str, ...], num_processes: int, size: int) -> None:
+        train = bound_batch(TrainSection(global_batch_size=4, per_device_train_batch_size=size), num_processes)
+        launch = LaunchSection(num_processes=num_processes)
+        check_sorting(pairs.model_copy(update={"dpo": DpoSection(loss_type=loss), "train": train, "launch": launch}))
+
+    def fit(loss: str | tuple[str, ...], size: int) -> int:
+        train = pairs.train.model_copy(update={"memory_bytes": need(budget, 2 * size, None)})
+        spec = pairs.model_copy(update={"dpo": DpoSection(loss_type=loss), "train": train})
+        return fit_round(spec, network, plan)[1].per_device_train_batch_size
+
+    for num_processes, size in ((1, 1), (4, 4)):
+        check("sigmoid", num_processes, size)
+        with pytest.raises(InputError, match="sorts the pairs of a micro-batch, of which each process has one at a time"):
+            check(loss, num_processes, size)
+    check(loss, 2, 4)
+    assert (fit("sigmoid", 1), fit(loss, 2)) == (1, 2)
+    with pytest.raises(InputError, match="sorts the pairs of a micro-batch"):
+        fit(loss, 1)
