@@ -149,7 +149,8 @@ def _print_launch(run: "Run", recipe: "Recipe", place: Place) -> None:
     if place.dry_run:
         _foresee(run, recipe)
     if place.slurm:
-        script = slurm.write_script(run, recipe.objective, run.rounds[0].read_spec().launch)
+        launch = run.rounds[0].read_spec().launch
+        script = slurm.write_script(run, recipe.objective, launch, recipe.checkpoint.is_on)
         if place.dry_run:
             print(f"# {script}\n{script.read_text(encoding='utf-8')}")
         elif place.submit:

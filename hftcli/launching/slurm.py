@@ -2,7 +2,7 @@
 
 The batch script runs the front on the first node; the front starts every round with srun, one rank a task, so that a run of
 many rounds keeps its allocation, and a signal to srun reaches the ranks with no launcher in between. Exit code 75 queues the
-job again, unless it was cancelled: the same command then goes on where it stopped.
+job again, unless it was cancelled, or has no step checkpoints: the same command then goes on where it stopped.
 """
 
 import os
@@ -67,11 +67,15 @@ done
 
 [ "$code" -ne 138 ] || code=75 # USR1 came before the front could take it, and nothing had begun
 if [ "$code" -eq 75 ] && [ -z "$cancelled" ]; then
-    echo "stopped by a signal; the job is queued again"
-    scontrol requeue "$SLURM_JOB_ID"
+    {ending}
 fi
 exit "$code"
 """
+REQUEUE = """\
+echo "stopped by a signal; the job is queued again"
+    scontrol requeue "$SLURM_JOB_ID"\
+"""
+NO_REQUEUE = 'echo "stopped by a signal; there are no step checkpoints to go on from, so the job is not queued again"'
 
 
 def make_step_command(worker: Sequence[str], launch: LaunchSection, port: int) -> list[str]:
@@ -86,7 +90,9 @@ def make_step_command(worker: Sequence[str], launch: LaunchSection, port: int) -
     ]  # fmt: skip
 
 
-def make_script(run: Run, command: Sequence[str], launch: LaunchSection, environment: Mapping[str, str]) -> str:
+def make_script(
+    run: Run, command: Sequence[str], launch: LaunchSection, environment: Mapping[str, str], has_steps: bool = True
+) -> str:
     """The text of the batch script.
 
     Args:
@@ -94,6 +100,7 @@ def make_script(run: Run, command: Sequence[str], launch: LaunchSection, environ
         command: what the first node runs.
         launch: with `num_nodes` and `num_processes` resolved, and a section `slurm`.
         environment: what goes along to the nodes. Secrets are left out: sbatch hands on those of the shell that submits.
+        has_steps: whether step checkpoints are written: without them a round would begin again and again.
     """
     slurm, (num_nodes, num_processes) = launch.slurm or SlurmSection(), launch.shape
     options = {
@@ -116,21 +123,23 @@ def make_script(run: Run, command: Sequence[str], launch: LaunchSection, environ
         folder=shlex.quote(os.getcwd()),
         exports="\n".join(exports),
         command=shlex.join(command),
+        ending=REQUEUE if has_steps else NO_REQUEUE,
     )
 
 
-def write_script(run: Run, subcommand: str, launch: LaunchSection) -> Path:
+def write_script(run: Run, subcommand: str, launch: LaunchSection, has_steps: bool) -> Path:
     """Write the batch script of a claimed run.
 
     Args:
         subcommand: that of `hft` which goes on with the run: `sft`, `dpo`.
         launch: with `num_nodes` and `num_processes` resolved, and a section `slurm`.
+        has_steps: as in `make_script`.
 
     Raises:
         InputError: `.deepspeed_env` is faulty.
     """
     command = [sys.executable, "-m", "hftcli", subcommand, "--recipe", str(run.recipe_path), "--output", str(run.folder)]
-    write_text(run.script_path, make_script(run, command, launch, collect_environment(os.environ)))
+    write_text(run.script_path, make_script(run, command, launch, collect_environment(os.environ), has_steps))
     return run.script_path
 
 

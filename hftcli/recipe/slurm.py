@@ -36,7 +36,7 @@ class SlurmSection(Section):
 
     signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 300
     """Seconds before the time limit at which the run is told to write a checkpoint, stop and queue again: more than a step and
-    a step checkpoint take."""
+    a step checkpoint take. With both intervals of `checkpoint` null it stops and is not queued again: it would begin anew."""
 
     options: tuple[Annotated[str, Field(pattern=r"^-.*$")], ...] = ()
     """Other options of sbatch, each as on its command line: `--qos=long`."""

