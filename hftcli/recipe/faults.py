@@ -333,10 +333,17 @@ def check_measuring(recipe: Recipe, objective: Objective, source: RecipeFile) ->
     if asked.measures_within and not (asked.tasks or asked.held_out.path or objective == "continual"):
         key = "every_steps" if asked.every_steps is not None else "num_points"
         yield f"{source.place(('eval', key))}: eval.{key} would have no effect: name what to measure under eval.tasks"
-    if not (asked.tasks or objective == "continual" or recipe.data.pattern is not None):
+    has_choices = recipe.data.pattern is not None and asked.held_out.path is not None
+    if not (asked.tasks or objective == "continual"):
         for key in ("chat", "shots", "max_new_tokens", "temperature", "max_examples", "strict", "allow_code"):
-            if getattr(asked, key) != type(asked).model_fields[key].default:
+            acts = has_choices and key == "strict"
+            if getattr(asked, key) != type(asked).model_fields[key].default and not acts:
                 yield f"{source.place(('eval', key))}: eval.{key} would have no effect: name what to ask under eval.tasks"
+    elif has_choices and asked.shots:
+        yield (
+            f"{source.place(('eval', 'shots'))}: eval.shots answers questions before those of eval.tasks, and none before "
+            "those that data.pattern makes of eval.held_out: drop one of the two"
+        )
     given = {
         ("stop", "max_forgetting"): stop.max_forgetting, ("stop", "min_learning"): stop.min_learning,
         ("checkpoint", "best"): best,

@@ -142,6 +142,27 @@ def test_a_pattern_has_no_effect_elsewhere(objective):
         load_recipe(None, ["data.pattern={prompt: 'a {b}', verbalizers: {0: x, 1: y}}"], objective)
 
 
+@pytest.mark.parametrize(
+    "key", ["shots=2", "max_examples=5", "chat=true", "max_new_tokens=4", "temperature=0.5", "allow_code=true"]
+)
+def test_how_tasks_are_asked_has_no_effect_on_the_choices_of_held_out_rows(key):
+    """But for whether a right answer must be one that can be given."""
+    given = ["model.path=m", "data={path: r, pattern: {prompt: 'a {b}', verbalizers: {0: x, 1: y}}}"]
+    held_out = [*given, "eval.held_out.path=h"]
+    for base in (given, held_out):
+        with pytest.raises(RecipeError, match=f"eval.{key.partition('=')[0]} would have no effect: name what to ask"):
+            load_recipe(None, [*base, f"eval.{key}"], "sft")
+    assert load_recipe(None, [*held_out, "eval.strict=true"], "sft").eval.strict
+    with pytest.raises(RecipeError, match="eval.strict would have no effect"):
+        load_recipe(None, [*given, "eval.strict=true"], "sft")
+    asked = [*held_out, "eval.tasks=[tinyworld/facts]", f"eval.{key}"]
+    if key != "shots=2":
+        load_recipe(None, asked, "sft")
+        return
+    with pytest.raises(RecipeError, match="eval.shots answers questions before those of eval.tasks, and none before"):
+        load_recipe(None, asked, "sft")
+
+
 def read_by_hand(model: torch.nn.Module, tokenizer, prompt: str, word: str) -> tuple[float, int]:
     """Log-likelihood of what follows a prompt, and how many tokens it is."""
     ids, start = tokenizer(prompt + word)["input_ids"], len(tokenizer(prompt)["input_ids"])
