@@ -27,6 +27,13 @@ def settle_every(rule: FreezeRule, units: Sequence[Unit], num_rows: int, batch_s
     return min(max(num_rows // (batch_size * len(list_blocks(units, rule))), LEAST_STEPS), MOST_STEPS)
 
 
+def count_cycle_steps(rule: FreezeRule, units: Sequence[Unit], num_rows: int, batch_size: int) -> int:
+    """Steps from one change of the learning rate to the next: of all blocks, where that goes on once a cycle."""
+    if rule.redraw is None or rule.redraw.schedule == "step":
+        return 1
+    return settle_every(rule, units, num_rows, batch_size) * len(list_blocks(units, rule))
+
+
 def list_draws(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_draws: int) -> list[frozenset[str]]:
     """The names of what trains, draw by draw."""
     assert rule.redraw is not None

@@ -23,6 +23,7 @@ OPEN_SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Fate]]] = {
 }
 # Names of other tools for what a recipe has by another.
 OTHER_NAMES = {"track": "train.report_to", "trackers": "train.report_to"}
+STEP_COUNTS = ("num_decay_steps", "num_stable_steps", "timescale")  # of `train.lr_scheduler_kwargs`
 # Keys of the one objective that would have no effect under the other.
 FOREIGN_KEYS = {
     "sft": ("dpo", "reference", "data.drop_identical", "continual"),
@@ -320,10 +321,23 @@ def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     }  # fmt: skip
     for key in (key for key, is_on in others.items() if is_on):
         yield f"{place}: {name} does not go with {key}, which takes what trains to be the same in every step: drop one"
-    if redraw is not None and redraw.schedule == "cycle" and recipe.train.warmup_steps:
+    if redraw is not None and redraw.schedule == "cycle":
+        yield from _check_cycle(recipe, source)
+
+
+def _check_cycle(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Settings of a schedule that are counted in steps, where it goes on once a cycle of them."""
+    if recipe.train.warmup_steps:
         yield (
             f"{source.place(('train', 'warmup_steps'))}: train.warmup_steps is {recipe.train.warmup_steps:g}, and with "
             "freeze.redraw.schedule cycle the whole first cycle would have a learning rate of 0: set train.warmup_steps: 0"
+        )
+    given = recipe.train.extra.get("lr_scheduler_kwargs") or {}
+    for key in (key for key in STEP_COUNTS if key in given):
+        yield (
+            f"{source.place(('train', 'lr_scheduler_kwargs', key))}: train.lr_scheduler_kwargs.{key} counts steps, and with "
+            "freeze.redraw.schedule cycle the learning rate goes on once a cycle, so that it would count cycles: take another "
+            "train.lr_scheduler_type, or set freeze.redraw.schedule: step"
         )
 
 

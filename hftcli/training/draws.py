@@ -2,7 +2,14 @@
 
 from dataclasses import replace
 
-from hftcli.freezing.redrawing import count_draws, describe_draw, list_blocks, list_draws, plan_draws, settle_every
+from hftcli.freezing.redrawing import (
+    count_cycle_steps,
+    count_draws,
+    describe_draw,
+    list_draws,
+    plan_draws,
+    settle_every,
+)  # fmt: skip
 from hftcli.methods.redraw import Redraw
 from hftcli.runs.records import DrawReport
 from hftcli.training.outlook import count_steps
@@ -17,8 +24,7 @@ def settle_draws(task: Assignment, rows: Rows) -> Assignment:
             every = settle_every(rule, units, len(rows.train), spec.train.global_batch_size)
             draws = list_draws(units, rule, spec.index, count_draws(count_steps(task, len(rows.train)), every))
             method.take_draws(draws, every)
-            if rule.redraw.schedule == "cycle":
-                method.cycle_steps = every * len(list_blocks(units, rule))
+            method.cycle_steps = count_cycle_steps(rule, units, len(rows.train), spec.train.global_batch_size)
             return replace(task, plan=plan_draws(units, rule, spec.index, draws))
     return task
 

@@ -13,7 +13,7 @@ from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters
-from hftcli.freezing.redrawing import count_draws, settle_every
+from hftcli.freezing.redrawing import count_cycle_steps, count_draws, settle_every
 from hftcli.launching.planning import make_budget
 from hftcli.measuring.questions import TokenizedTask
 from hftcli.models.device import is_mixed, is_sharded
@@ -47,7 +47,8 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     spec, plan = task.spec, task.plan
     num_steps = count_steps(task, len(rows.train))
     num_warmup_steps = count_warmup_steps(spec.train.warmup_steps, num_steps)
-    check_schedule(spec.train, num_steps, num_warmup_steps)
+    cycle_steps = count_cycle_steps(spec.freeze, task.network.units, len(rows.train), spec.train.global_batch_size)
+    check_schedule(spec.train, num_steps, num_warmup_steps, cycle_steps)
     check_points(spec.scoring, num_steps)
     check_likelihoods(spec, rows.asked)
     check_draws(task, len(rows.train), num_steps)
@@ -149,14 +150,22 @@ def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:
         )
 
 
-def check_schedule(train: TrainSection, num_steps: int, num_warmup_steps: int) -> None:
-    """Raises: InputError: the schedule does not take its settings, or has a learning rate of 0 in every step, or an odd one."""
+def check_schedule(train: TrainSection, num_steps: int, num_warmup_steps: int, cycle_steps: int = 1) -> None:
+    """See that a schedule makes of its settings what a learning rate may be.
+
+    Args:
+        cycle_steps: after so many steps the learning rate goes on, as after one of the schedule's.
+
+    Raises:
+        InputError: the schedule does not take its settings, or has a learning rate of 0 in every step, or an odd one.
+    """
+    num_changes = math.ceil(num_steps / cycle_steps)
     name, options = train.lr_scheduler_type, train.extra.get("lr_scheduler_kwargs")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], train.learning_rate)
-    steps = sorted({*range(0, num_steps, max(num_steps // NUM_TRIED_STEPS, 1)), num_warmup_steps, num_steps - 1})
+    tried = sorted({*range(0, num_changes, max(num_changes // NUM_TRIED_STEPS, 1)), num_warmup_steps, num_changes - 1})
     try:
-        [share_at] = get_scheduler(name, optimizer, num_warmup_steps, num_steps, options).lr_lambdas
-        shares = {step: share_at(step) for step in steps if step < num_steps}
+        [share_at] = get_scheduler(name, optimizer, num_warmup_steps, num_changes, options).lr_lambdas
+        shares = {change * cycle_steps: share_at(change) for change in tried if change < num_changes}
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(
             f"train.lr_scheduler_type {name} does not take train.lr_scheduler_kwargs {options or {}}: {error}",

@@ -12,6 +12,9 @@ GIVEN = {
     "interpolate": "freeze.interpolate=0.5",
     "redraw": "freeze.redraw.every=5",
 }
+CYCLES = (
+    "freeze.group=layer", GIVEN["redraw"], "freeze.redraw.order=cyclic", "freeze.redraw.schedule=cycle", "train.warmup_steps=0",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,17 @@ GIVEN = {
             ("freeze.group=layer", GIVEN["redraw"], "freeze.redraw.order=cyclic", "freeze.redraw.schedule=cycle"),
             "the whole first cycle would have a learning rate of 0",
         ),
+        *(
+            (
+                (*CYCLES, f"train.lr_scheduler_type={name}", f"train.lr_scheduler_kwargs={{{key}: 9}}"),
+                f"train.lr_scheduler_kwargs.{key} counts steps, and with freeze.redraw.schedule cycle",
+            )
+            for name, key in (
+                ("warmup_stable_decay", "num_decay_steps"),
+                ("warmup_stable_decay", "num_stable_steps"),
+                ("inverse_sqrt", "timescale"),
+            )
+        ),
         (("freeze.redraw.order=cyclic",), "freeze.redraw.every is missing"),
         (("freeze.roles.attention=layers.*.(q|k",), "roles.attention: 'layers.*.(q|k' is no pattern"),
         (("freeze.roles.atention=layers.*.q",), "input should be 'attention', 'mixer'"),
@@ -59,6 +73,11 @@ def test_what_does_not_go_together_is_refused(overrides: tuple[str, ...], expect
     with pytest.raises(RecipeError) as caught:
         load_recipe("tinyworld", overrides)
     assert expected in caught.value.message
+
+
+def test_what_a_schedule_does_not_count_in_steps_goes_with_cycles():
+    given = (*CYCLES, "train.lr_scheduler_type=cosine_with_min_lr", "train.lr_scheduler_kwargs={min_lr_rate: 0.1}")
+    assert load_recipe("tinyworld", given).freeze.redraw.schedule == "cycle"
 
 
 def test_a_role_that_is_given_twice_is_named(tmp_path: Path):

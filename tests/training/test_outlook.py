@@ -13,6 +13,8 @@ from hftcli.training.outlook import look_ahead
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.stages import Assignment, Rows
 
+LAYERS = {"group": "layer", "embeddings": "freeze", "head": "freeze"}  # of two: each a block of its own
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,3 +48,18 @@ def test_what_decides_by_likelihood_has_right_answers(start: Path, stop: dict, b
             continue
         with pytest.raises(InputError, match=f"stop.by is nll, and {name} has no right answers"):
             look_ahead(task, unread)
+
+
+@pytest.mark.parametrize(("schedule", "step"), [("step", 2), ("cycle", 3)])
+def test_a_schedule_is_tried_as_often_as_it_goes_on(start: Path, schedule: str, step: int):
+    """A rate that rises from its first step on: of four steps, or of two cycles of two."""
+    train = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}}
+    redraw = {"redraw": {"every": 1, "order": "cyclic", "schedule": schedule}}
+    with pytest.raises(InputError, match=f"the learning rate is .* in step {step} of 4, and train.learning_rate, its peak"):
+        look_ahead(*read(start, LAYERS | redraw, train=train))
+
+
+def test_a_schedule_of_one_cycle_has_one_rate(start: Path):
+    train = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}, "max_steps": 2}
+    redraw = {"redraw": {"every": 1, "order": "cyclic", "schedule": "cycle"}}
+    assert look_ahead(*read(start, LAYERS | redraw, train=train)).num_steps == 2
