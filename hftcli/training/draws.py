@@ -12,7 +12,7 @@ from hftcli.freezing.redrawing import (
 )  # fmt: skip
 from hftcli.methods.redraw import Redraw
 from hftcli.runs.records import DrawReport
-from hftcli.training.outlook import count_steps
+from hftcli.training.outlook import count_pass, count_steps
 from hftcli.training.stages import Assignment, Rows
 
 
@@ -21,10 +21,11 @@ def settle_draws(task: Assignment, rows: Rows) -> Assignment:
     rule, units, spec = task.spec.freeze, task.network.units, task.spec
     for method in task.methods:
         if isinstance(method, Redraw) and rule.redraw is not None:
-            every = settle_every(rule, units, len(rows.train), spec.train.global_batch_size)
+            num_rows, batch_size = count_pass(task, rows), spec.train.global_batch_size
+            every = settle_every(rule, units, num_rows, batch_size)
             draws = list_draws(units, rule, spec.index, count_draws(count_steps(task, len(rows.train)), every))
             method.take_draws(draws, every)
-            method.cycle_steps = count_cycle_steps(rule, units, len(rows.train), spec.train.global_batch_size)
+            method.cycle_steps = count_cycle_steps(rule, units, num_rows, batch_size)
             return replace(task, plan=plan_draws(units, rule, spec.index, draws))
     return task
 

@@ -47,11 +47,11 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     spec, plan = task.spec, task.plan
     num_steps = count_steps(task, len(rows.train))
     num_warmup_steps = count_warmup_steps(spec.train.warmup_steps, num_steps)
-    cycle_steps = count_cycle_steps(spec.freeze, task.network.units, len(rows.train), spec.train.global_batch_size)
+    cycle_steps = count_cycle_steps(spec.freeze, task.network.units, count_pass(task, rows), spec.train.global_batch_size)
     check_schedule(spec.train, num_steps, num_warmup_steps, cycle_steps)
     check_points(spec.scoring, num_steps)
     check_likelihoods(spec, rows.asked)
-    check_draws(task, len(rows.train), num_steps)
+    check_draws(task, count_pass(task, rows), num_steps)
     budget = make_budget(
         spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available(), find_counted(task)
     )
@@ -90,6 +90,12 @@ def count_steps(task: Assignment, num_sequences: int) -> int:
     if passes.max_steps > 0:
         return passes.max_steps
     return math.ceil(passes.num_train_epochs * math.ceil(num_sequences / train.global_batch_size))
+
+
+def count_pass(task: Assignment, rows: Rows) -> int:
+    """Sequences of a pass over the rows: where replay spells the passes out, with its own rows behind them, of the task's."""
+    replay = task.spec.method.replay
+    return rows.report.num_sequences if replay is not None and replay.when == "after" else len(rows.train)
 
 
 def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
@@ -137,7 +143,14 @@ def check_likelihoods(spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> No
 
 
 def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:
-    """Raises: InputError: the round ends with its first draw."""
+    """See that there is more than one draw.
+
+    Args:
+        num_sequences: of a pass over the rows.
+
+    Raises:
+        InputError: the round ends with its first draw.
+    """
     rule = task.spec.freeze
     if rule.redraw is None:
         return

@@ -7,8 +7,12 @@ import pytest
 from training.quiet_rounds import KNOWN, LEARNED, ONCE, make_spec, make_start
 
 from hftcli.errors import InputError
+from hftcli.methods.redraw import Redraw
 from hftcli.recipe.evaluation import StopSection
+from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.sections import CheckpointSection
+from hftcli.runs.spec import EarlierRound
+from hftcli.training.draws import settle_draws
 from hftcli.training.outlook import look_ahead
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.stages import Assignment, Rows
@@ -63,3 +67,17 @@ def test_a_schedule_of_one_cycle_has_one_rate(start: Path):
     train = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}, "max_steps": 2}
     redraw = {"redraw": {"every": 1, "order": "cyclic", "schedule": "cycle"}}
     assert look_ahead(*read(start, LAYERS | redraw, train=train)).num_steps == 2
+
+
+@pytest.mark.parametrize("when", ["mixed", "after"])
+def test_blocks_take_turns_by_one_pass_over_the_rows(start: Path, tmp_path: Path, when: str):
+    """Of 16 rows in batches of 8, which BAdam's rule raises to 50 steps a block; replay after the task lays out 200 passes."""
+    redraw = {"redraw": {"every": "auto", "order": "cyclic"}}
+    values = {"method": MethodSection(replay={"when": when}), "train": {"max_steps": 400}}
+    spec = make_spec(start, LAYERS | redraw, place=1, **values)
+    task = read_assignment(spec.model_copy(update={"earlier": (EarlierRound(task=LEARNED, folder=str(tmp_path)),)}))
+    rows = tokenize_rows(task, lambda done, total: None)
+    assert len(rows.train) == {"mixed": 16, "after": 400 * 8}[when] + 2  # a tenth of 16 is replayed
+    (found,) = [method for method in settle_draws(task, rows).methods if isinstance(method, Redraw)]
+    assert found.every == 50
+    assert look_ahead(task, rows).num_steps == {"mixed": 400, "after": 401}[when]
