@@ -37,7 +37,8 @@ class ImportanceRule(BaseModel):
     model writes of itself: 64 from nothing, the same every time."""
 
     samples: Annotated[int, Field(ge=1)] = 64
-    """How many rows are read, of those at `path` or, with rank `gradient`, of the round's own; drawn by `freeze.seed`."""
+    """How many rows are read, of those at `path` or, with rank `gradient`, of the round's own, without those that methods add;
+    drawn by `freeze.seed`."""
 
 
 class PullRule(BaseModel):

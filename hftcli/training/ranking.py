@@ -64,7 +64,7 @@ def make_key(task: Assignment, rows: Rows) -> str:
         "start": identify_writer(task.start, task.tokenizer),
         "rank": freeze.rank,
         "samples": rows.scored_digest or SAMPLES,
-        "new": (hash_tokens(rows.train), importance.samples) if freeze.rank == "gradient" else None,
+        "new": (hash_tokens(rows.own), importance.samples) if freeze.rank == "gradient" else None,
         "model": task.spec.model.model_dump(include={"dtype"}),
         "seed": freeze.seed,
         "mixed": is_mixed(task.spec),
@@ -78,7 +78,7 @@ def find_scores(task: Assignment, rows: Rows, key: str) -> UnitScores:
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         rank = task.spec.freeze.rank
-        source = "the round's rows" if rank == "gradient" else "" if rank in ("magnitude", "spectrum") else OWN
+        source = "the round's own rows" if rank == "gradient" else "" if rank in ("magnitude", "spectrum") else OWN
         if rows.scored is not None:
             source = f"freeze.importance {rows.scored_digest}"
         write_model(kept, UnitScores(rank=rank, source=source, key=key, scores=take_scores(task, rows)))
@@ -105,7 +105,7 @@ def take_scores(task: Assignment, rows: Rows) -> dict[str, float]:
         return score_wanda(units, read, {name: values[:, 0, 0].to(device) for name, values in moments.items()})
     model = load_finished(task.start, torch.bfloat16 if is_mixed(task.spec) else torch.float32, device)
     if freeze.rank == "gradient":
-        new = draw_rows(rows.train, importance.samples, "gradient", freeze.seed)
+        new = draw_rows(rows.own, importance.samples, "gradient", freeze.seed)
         return score_gradient(units, model, list_lessons(new), device)
     texts = draw_texts(model, task.tokenizer, device) if rows.scored is None else ()
     read_texts = [ids for ids, _ in texts] if rows.scored is None else list_token_ids(rows.scored)

@@ -234,7 +234,7 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     asked = {name: add_ends(questions, (*read_ends(task.start), *ends), tokenizer) for name, questions in asked.items()}
     for questions in asked.values():
         report_faults(questions, spec.scoring.asking.strict)
-    return Rows(dataset, report, "+".join(digests), asked, pairs, ends, kept, kept_digest, scored, scored_digest)
+    return Rows(dataset, own, report, "+".join(digests), asked, pairs, ends, kept, kept_digest, scored, scored_digest)
 
 
 def note_shared(report: DataReport, held_out: Dataset, trained: Dataset) -> DataReport:

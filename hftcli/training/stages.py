@@ -62,7 +62,8 @@ class Rows:
 
     Attributes:
         train: what is trained on.
-        report: what became of the round's own rows.
+        own: the round's own rows, without what methods add and in the order in which they were read.
+        report: what became of them.
         tokens_digest: hash of all tokens that are trained on, those that methods add among them.
         asked: the tasks to score, and held-out rows.
         pairs: held-out preference pairs; None where there are none.
@@ -74,6 +75,7 @@ class Rows:
     """
 
     train: Dataset
+    own: Dataset
     report: DataReport
     tokens_digest: str
     asked: dict[str, TokenizedTask]

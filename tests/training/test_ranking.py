@@ -18,7 +18,7 @@ from hftcli.recipe.methods import MethodSection
 from hftcli.recipe.sections import CheckpointSection
 from hftcli.runs.run import Round
 from hftcli.runs.spec import EarlierRound
-from hftcli.training.ranking import make_key
+from hftcli.training.ranking import make_key, take_scores
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.round import run_round
 
@@ -133,15 +133,19 @@ def test_gradient_of_the_new_rows(start: Path, weights: dict, tmp_path: Path):
     check_plan(round_, scores)
 
 
-def test_scores_of_the_new_rows_are_kept_by_what_replay_makes_of_them(start: Path, tmp_path: Path):
-    keys = []
-    for fraction in (0.25, 0.25, 0.5):
-        method = MethodSection.model_validate({"replay": {"fraction": fraction}})
-        spec = make_spec(start, {"rank": "gradient"}, place=1, method=method)
+def test_scores_of_the_new_rows_are_of_the_task_s_own_whatever_replay_adds(start: Path, tmp_path: Path):
+    found = []
+    for method in ({}, {"replay": {"fraction": 0.5}}, {"replay": {"fraction": 0.5, "when": "after"}}):
+        section = MethodSection.model_validate(method)
+        spec = make_spec(start, {"rank": "gradient", "importance": {"samples": 8}}, place=1, method=section)
         earlier = (EarlierRound(task="tinyworld/newcomers", folder=str(tmp_path)),)
         task = read_assignment(spec.model_copy(update={"earlier": earlier}))
-        keys.append(make_key(task, tokenize_rows(task, lambda done, total: None)))
-    assert keys[0] == keys[1] != keys[2]
+        rows = tokenize_rows(task, lambda done, total: None)
+        found.append((len(rows.train), make_key(task, rows), take_scores(task, rows)))
+    sizes, keys, scores = zip(*found, strict=True)
+    assert sizes == (16, 16 + 8, 4 * 8 + 8)
+    assert len({*keys}) == 1
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_gradient_of_pairs_is_that_of_the_preference(start: Path, tmp_path: Path):
