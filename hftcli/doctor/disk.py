@@ -8,7 +8,6 @@ from pathlib import Path
 from hftcli.doctor.doctor import MAX_FILLED_FRACTION, Finding, find_existing
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.recipe import Recipe
-from hftcli.recipe.sections import CheckpointSection
 from hftcli.runs.files import read_model
 from hftcli.runs.made import DELTA_NAME, DeltaRecord
 from hftcli.runs.run import Round
@@ -27,8 +26,8 @@ def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, nu
         return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
     kept = num_rounds * (count_checkpoint_bytes(recipe, start, plan) + count_earlier_bytes(plan))
     masters, earlier_masters = count_masters_bytes(recipe, start, plan, num_rounds)
-    passing = count_step_bytes(recipe.checkpoint, plan, num_ranks) + earlier_masters
-    return judge_disk(folder, shutil.disk_usage(folder).free, kept + masters, passing, masters)
+    passing = count_step_bytes(recipe, plan, num_ranks) + earlier_masters
+    return judge_disk(folder, shutil.disk_usage(folder).free, kept + masters, passing, masters, name_uncounted(recipe))
 
 
 def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int:
@@ -82,29 +81,57 @@ def count_file_bytes(start: Path) -> int:
     return sum(file.stat().st_size for file in start.glob("*.safetensors"))
 
 
-def count_step_bytes(checkpoint: CheckpointSection, plan: FreezePlan, num_ranks: int) -> int:
+def count_step_bytes(recipe: Recipe, plan: FreezePlan, num_ranks: int) -> int:
     """Most bytes of a round's step checkpoints at a time: those kept, and the one being written.
 
-    Each holds for every trained weight a float32 master and two moments; under DeepSpeed, what the ranks compute with too.
+    Each holds for every trained weight a float32 master and two moments; under DeepSpeed, what the ranks compute with too; and
+    what else has to be remembered of it.
     """
-    if not checkpoint.is_on:
+    if not recipe.checkpoint.is_on:
         return 0
-    return (checkpoint.keep + 1) * plan.num_trainable * (12 if num_ranks == 1 else 16)
+    weight_bytes = (12 if num_ranks == 1 else 16) + count_remembered_bytes(recipe, num_ranks)
+    return (recipe.checkpoint.keep + 1) * plan.num_trainable * weight_bytes
 
 
-def judge_disk(folder: Path, free_bytes: int, kept_bytes: int, passing_bytes: int, masters_bytes: int = 0) -> Finding:
+def count_remembered_bytes(recipe: Recipe, num_ranks: int) -> int:
+    """Most bytes, for every trained weight, that a step checkpoint has besides, in float32.
+
+    The best step so far, the start that `freeze.pull` pulls to, the mean of `freeze.average`, with `dynamic` a gradient, and
+    Proximal SFT's copy, which each rank writes whole.
+    """
+    rule, tokens = recipe.freeze, recipe.method.token_weights
+    goes_back = recipe.checkpoint.best is not None or recipe.stop.max_forgetting is not None
+    num_averaged = 0 if rule.average is None else 2 if rule.average == "dynamic" else 1
+    renews = tokens is not None and tokens.kind == "psft" and tokens.snapshot_steps is not None
+    return 4 * (goes_back + (rule.pull is not None) + num_averaged + renews * num_ranks)
+
+
+def name_uncounted(recipe: Recipe) -> str:
+    """What else step checkpoints have, in words, which grows with the rows; empty where that is little."""
+    anchor = recipe.method.anchor
+    if anchor is None or anchor.top_k is None or not recipe.checkpoint.is_on:
+        return ""
+    return f"method.anchor.top_k's {8 * anchor.top_k} bytes for each trained token, once for each rank"
+
+
+def judge_disk(
+    folder: Path, free_bytes: int, kept_bytes: int, passing_bytes: int, masters_bytes: int = 0, uncounted: str = ""
+) -> Finding:
     """Compare what is free with what a run needs.
 
     Args:
         kept_bytes: what the run leaves.
         passing_bytes: what it needs besides until it is done.
         masters_bytes: of what it leaves, the float32 masters.
+        uncounted: what of its step checkpoints is not counted, in words.
     """
     message = f"{free_bytes / 1e9:,.1f} GB free at {folder}, and the run leaves {kept_bytes / 1e9:,.3f} GB of checkpoints"
     if masters_bytes:
         message += f", {masters_bytes / 1e9:,.3f} GB of it float32 masters"
     if passing_bytes:
         message += f", with {passing_bytes / 1e9:,.3f} GB of step checkpoints and earlier masters at a time until it is done"
+    if uncounted:
+        message += f"; each step checkpoint has {uncounted}, on top"
     needed_bytes = kept_bytes + passing_bytes
     if needed_bytes > free_bytes:
         fix = "free some, give an --output on a larger disk, or set checkpoint.format: delta, which leaves about half"

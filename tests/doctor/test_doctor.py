@@ -210,10 +210,28 @@ def test_a_start_that_is_a_delta_is_counted_whole(tmp_path, plan):
         ([], 8, 3 * 200 * 16),
         (["checkpoint.keep=1"], 1, 2 * 200 * 12),
         (["checkpoint.save_every_minutes=null"], 1, 0),
+        (["eval.num_points=3", "checkpoint.best=learning"], 1, 3 * 200 * (12 + 4)),
+        (["eval.num_points=3", "stop.max_forgetting=0.1"], 8, 3 * 200 * (16 + 4)),
+        (["freeze.pull.strength=1"], 1, 3 * 200 * (12 + 4)),
+        (["freeze.average=0.9", "freeze.pull.strength=1"], 1, 3 * 200 * (12 + 4 + 4)),
+        (["freeze.average=dynamic"], 1, 3 * 200 * (12 + 4 + 4)),
+        (["method.token_weights.kind=psft"], 1, 3 * 200 * (12 + 4)),
+        (["method.token_weights.kind=psft"], 8, 3 * 200 * (16 + 8 * 4)),  # each rank writes all of it
+        (["method.token_weights={kind: psft, snapshot_steps: null}"], 8, 3 * 200 * 16),  # it stays the start
+        (["freeze.pull.strength=1", "checkpoint.save_every_minutes=null"], 1, 0),
     ],
 )
 def test_step_checkpoints_are_those_kept_and_the_one_being_written(plan, overrides, num_ranks, num_bytes):
-    assert count_step_bytes(load_recipe(None, overrides).checkpoint, plan, num_ranks) == num_bytes
+    """And all that each of them remembers of a trained weight."""
+    assert count_step_bytes(load_recipe(None, overrides), plan, num_ranks) == num_bytes
+
+
+def test_what_step_checkpoints_hold_of_the_rows_is_said(tmp_path, plan):
+    given = [f"output={tmp_path}", "method.anchor={strength: 1, top_k: 16}"]
+    found = check_disk(load_recipe(None, given), tmp_path, plan, 1, 1)
+    assert found.message.endswith("method.anchor.top_k's 128 bytes for each trained token, once for each rank, on top")
+    for others in (["method.anchor.top_k=null"], ["checkpoint.save_every_minutes=null"]):
+        assert "anchor" not in check_disk(load_recipe(None, [*given, *others]), tmp_path, plan, 1, 1).message
 
 
 def test_every_round_of_a_run_leaves_a_checkpoint(tmp_path, plan, monkeypatch):
