@@ -23,8 +23,9 @@ from hftcli.data.cache import default_cache, hash_tokens
 from hftcli.data.prepare import deal_rows
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError, TrainingError
+from hftcli.launching.planning import find_arithmetic
 from hftcli.models.description import identify_start
-from hftcli.models.device import count_batch_tokens, is_mixed
+from hftcli.models.device import count_batch_tokens, is_mixed, name_device
 from hftcli.models.start_copy import evaluating
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.spec import RoundSpec
@@ -166,7 +167,9 @@ def make_key(trainer: Trainer, spec: RoundSpec, start: Path, num_kept: int, with
         "start": identify_start(start),
         "tokens": hash_tokens(trainer.train_dataset.select_columns(columns)),
         "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
-        "mixed": is_mixed(spec),
+        "arithmetic": find_arithmetic(is_mixed(spec), spec.launch.num_ranks, spec.launch.offload),
+        "embeddings": str(trainer.model.get_input_embeddings().weight.dtype),  # frozen ones may be held in bfloat16
+        "device": name_device(trainer.args.device),
         "packing": spec.train.packing,
         "num_kept": num_kept,
         "without_target": without_target,

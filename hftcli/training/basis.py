@@ -40,9 +40,11 @@ class Basis:
 
     Args:
         num_ranks: how many ranks share the questions.
+        embeddings_dtype: in which the model holds its input embeddings: frozen ones may be held in bfloat16, in which all
+            that follows is then added up.
     """
 
-    def __init__(self, task: Assignment, num_ranks: int, device: torch.device):
+    def __init__(self, task: Assignment, num_ranks: int, device: torch.device, embeddings_dtype: torch.dtype):
         spec = task.spec
         self.folder = default_cache("scores")
         self.shaping = {
@@ -50,6 +52,7 @@ class Basis:
             "tokenizer": hashlib.sha256(get_backend(task.tokenizer).to_str().encode()).hexdigest(),
             "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
             "mixed": is_mixed(spec),
+            "embeddings": str(embeddings_dtype),
             "adapter": spec.method.adapter,  # it stands in the untouched model too
             "split": spec.launch.split,
             "ranks": num_ranks,

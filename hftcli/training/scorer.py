@@ -56,7 +56,8 @@ class Scorer:
         """Scores of the untouched model: those that an earlier run kept, and of the others anew."""
         asked, args, is_first = self.rows.asked, self.trainer.args, self.attempt.reporter.is_first
         names = {name: name in self.held_out for name in (*self.spec.scoring.before, *self.choices, *self.held_out)}
-        basis = Basis(self.task, args.world_size, args.device) if is_first and names else None
+        dtype = self.trainer.model.get_input_embeddings().weight.dtype
+        basis = Basis(self.task, args.world_size, args.device, dtype) if is_first and names else None
         kept = {name: basis.read(asked[name], is_read_only) for name, is_read_only in names.items()} if basis else {}
         known = [[name for name, score in kept.items() if score is not None]]
         if args.world_size > 1:

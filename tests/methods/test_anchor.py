@@ -16,9 +16,9 @@ from hftcli import PACKAGE
 from hftcli.errors import InputError
 from hftcli.launching.processes import StopRequest
 from hftcli.methods.anchor import Anchor
-from hftcli.methods.expectations import read_expectations
+from hftcli.methods.expectations import make_key, read_expectations
 from hftcli.recipe.methods import AnchorSection, MethodSection
-from hftcli.recipe.sections import CheckpointSection
+from hftcli.recipe.sections import CheckpointSection, LaunchSection
 from hftcli.training.loss import SFT_OUTPUTS, find_columns, keep_logits, set_loss_kernel, shape_loss
 from hftcli.training.round import run_round
 
@@ -158,6 +158,18 @@ def test_what_is_kept_is_of_this_base_and_these_rows_alone(tmp_path, monkeypatch
     other.write_bytes(b"12345678")
     with pytest.raises(InputError, match="is damaged"):
         read_expectations(other, starts, 5)
+
+
+def test_what_is_kept_is_of_its_arithmetic(tmp_path):
+    """Which is another in bfloat16, another there by DeepSpeed, and another where frozen embeddings are held in bfloat16."""
+    plain, mixed = (make_spec({"anchor": {"strength": 1, "top_k": 5}}, bf16=bf16) for bf16 in (False, True))
+    trainer = make_trainer(plain, {"new": make_rows(10, 11)}, tmp_path)
+    sharded = mixed.model_copy(update={"launch": LaunchSection(num_processes=2)})
+    keys = [make_key(trainer, spec, EMBEDDED, 5, False) for spec in (plain, mixed, sharded)]
+    assert keys[0] == make_key(trainer, plain, EMBEDDED, 5, False)
+    trainer.model.get_input_embeddings().to(torch.bfloat16)
+    keys.append(make_key(trainer, mixed, EMBEDDED, 5, False))
+    assert len({*keys}) == 4
 
 
 def read_losses(run) -> list[float]:
