@@ -168,10 +168,13 @@ def make_plan(
     if not rule.divides:
         return write_plan(units, trained, rule, round_index)
     list_inputs(inside, rule.blocks, num_heads)  # of those that another round draws as well
-    above = [unit for unit in inside if unit.role != "norm" and (unit.layer or 0) >= num_frozen_layers]
+    everywhere = [unit for unit in inside if unit.role != "norm"]
+    above = [unit for unit in everywhere if (unit.layer or 0) >= num_frozen_layers]
     # Biases and norms follow the draw in any case.
     matrices = [unit for unit in above if unit in chosen] if "matrices" in rule.grain else above
     share = Fraction(str(rule.trainable_fraction))
+    if "matrices" not in rule.grain:  # else the draw has made up for what is below
+        share = raise_share(share, *(sum(unit.parameters[0].num_elements for unit in part) for part in (above, everywhere)))
     parts: dict[str, Any]
     if rule.grain == "columns":
         parts = {"columns": open_columns(matrices, share, is_shared=rule.choice == "quiet")}
@@ -261,7 +264,7 @@ def choose_in_layers(
     for pool, groups in pools.items():
         weight_above = sum(_weigh(item, rule) for items in groups.values() for item in items.values())
         weight_below = sum(_weigh(item, rule) for item in below[pool].values())
-        share_above = min(share * (weight_above + weight_below) / weight_above, Fraction(1))
+        share_above = raise_share(share, weight_above, weight_above + weight_below)
         seen = taken = 0
         for group in rank_random(groups, rule.seed, round_index):
             items = groups[group]
@@ -298,6 +301,11 @@ def choose_outside_layers(units: Iterable[Unit], rule: FreezeRule) -> set[Unit]:
     bridge = "freeze" if rule.frozen_prefix else "train"
     decisions = {"embedding": embeddings, "bridge": bridge, "head": rule.head, "final_norm": "train"}
     return {unit for unit in units if decisions[unit.role] == "train"}
+
+
+def raise_share(share: Fraction, above: int, total: int) -> Fraction:
+    """The share of what is above a frozen prefix that is this share of all, or all that there is."""
+    return min(share * total / above, Fraction(1))
 
 
 def find_closest(totals: Sequence[int], target: Fraction) -> int:

@@ -11,7 +11,7 @@ from hftcli.freezing.budget import Budget, HostWork, MeasuredStep, Memory
 from hftcli.freezing.counts import measure_layer_share
 from hftcli.freezing.proposal import propose_roles, write_proposal
 from hftcli.freezing.roles import Parameter
-from hftcli.freezing.selection import FreezePlan, make_plan
+from hftcli.freezing.selection import FreezePlan, count_frozen_layers, make_plan
 from hftcli.launching.cards import judge_cards
 from hftcli.reporting.lines import say
 from hftcli.reporting.terminal import format_bytes, print_json, print_whole
@@ -134,16 +134,23 @@ def describe_imbalance(budget: Budget) -> str | None:
     asked = rule.layer_fraction
     if budget.adapters is not None or abs(share - asked) <= MOST_IMBALANCE:
         return None
-    said = (
-        f"warning: {share:.1%} of the weights in the layers train, and freeze.trainable_fraction asks for "
-        f"{asked:.1%}: the units of a group are not of one size"
-    )
+    said = f"warning: {share:.1%} of the weights in the layers train, and freeze.trainable_fraction asks for {asked:.1%}: "
+    if (left := measure_above(budget)) < rule.trainable_fraction:
+        return f"{said}freeze.frozen_prefix {rule.frozen_prefix:g} leaves {left:.1%} of them"
+    said += "the units of a group are not of one size"
     balanced = make_plan(
         budget.network.units, rule.model_copy(update={"balance": "weights"}), plan.round_index, budget.network.num_heads
     )
     offered = measure_layer_share(balanced.roles)
     is_closer = abs(offered - asked) < abs(share - asked)
     return f"{said}; freeze.balance: weights would train {offered:.1%}" if is_closer else said
+
+
+def measure_above(budget: Budget) -> float:
+    """The share of the layers' weights that a frozen prefix leaves."""
+    num_frozen = count_frozen_layers(budget.network.units, budget.plan.rule)
+    sizes = [(unit.layer, unit.num_parameters) for unit in budget.network.units if unit.layer is not None]
+    return sum(size for layer, size in sizes if layer >= num_frozen) / sum(size for _, size in sizes)
 
 
 def _make_role_table(plan: FreezePlan, word: str) -> Table:

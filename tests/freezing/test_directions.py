@@ -11,6 +11,7 @@ from hftcli.doctor.disk import count_earlier_bytes
 from hftcli.errors import ModelError
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget
+from hftcli.freezing.counts import measure_layer_share
 from hftcli.freezing.roles import Unit, assign_roles
 from hftcli.freezing.rule import QUIET, FreezeRule
 from hftcli.freezing.selection import FreezePlan, complete_plan, make_plan
@@ -230,3 +231,20 @@ def test_bad_grains(rule: dict):
 
 def test_quiet_is_short_for_a_rule():
     assert FreezeRule.model_validate("quiet") == FreezeRule(grain=("matrices", "directions"), blocks=32)
+
+
+@pytest.mark.parametrize("grain", ["directions", "columns", "entries", ("matrices", "directions")])
+def test_a_frozen_prefix_keeps_the_share_of_parts(grain: str | tuple[str, ...]):
+    """A quarter of 8 layers is frozen whole, and of each matrix above two thirds train; or of two layers all that there is."""
+    units = build_units("llama", **CONFIGS["llama"] | {"num_hidden_layers": 8})
+    asked = 0.25 if grain == ("matrices", "directions") else 0.5
+    for prefix, trained, lowest in ((0.25, asked, 2), (0.75, asked / 2, 6)):
+        rule = FreezeRule(grain=grain, frozen_prefix=prefix, balance="weights")
+        budget = make_budget(Network("llama", units, 4), rule, Workload(1, 8))
+        assert measure_layer_share(budget.plan.roles) == pytest.approx(trained, abs=0.02)
+        assert min(int(name.split(".")[2]) for name in budget.plan.trained if ".layers." in name) == lowest
+        assert bool(budget.plan.parts) == (prefix == 0.25 or asked == 0.25)
+        said = describe_imbalance(budget)
+        assert (said is None) == (prefix == 0.25)
+        if said is not None:
+            assert said.endswith(f"asks for {asked:.1%}: freeze.frozen_prefix 0.75 leaves 25.0% of them")
