@@ -13,7 +13,7 @@ from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters
-from hftcli.freezing.redrawing import count_cycle_steps, count_draws, settle_every
+from hftcli.freezing.redrawing import NUM_TRIED_DRAWS, count_cycle_steps, count_draws, list_draws, settle_every
 from hftcli.launching.planning import make_budget
 from hftcli.measuring.questions import TokenizedTask
 from hftcli.models.device import is_mixed, is_sharded
@@ -143,23 +143,29 @@ def check_likelihoods(spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> No
 
 
 def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:
-    """See that there is more than one draw.
+    """See that there is more than one draw, and that they differ.
 
     Args:
         num_sequences: of a pass over the rows.
 
     Raises:
-        InputError: the round ends with its first draw.
+        InputError: the round ends with its first draw, or any would be that one.
     """
-    rule = task.spec.freeze
+    rule, units = task.spec.freeze, task.network.units
     if rule.redraw is None:
         return
-    every = settle_every(rule, task.network.units, num_sequences, task.spec.train.global_batch_size)
+    every = settle_every(rule, units, num_sequences, task.spec.train.global_batch_size)
     if count_draws(num_steps, every) < 2:
         meant = f"auto, which is {every} here" if rule.redraw.every == "auto" else str(every)
         raise InputError(
             f"freeze.redraw.every is {meant}, and the round has {num_steps} steps: what trains in the first would train in all",
             "lower it, train for longer, or drop freeze.redraw",
+        )
+    if len({*list_draws(units, rule, task.spec.index, NUM_TRIED_DRAWS)}) == 1:
+        raise InputError(
+            f"freeze.redraw draws the same every time: with freeze.trainable_fraction {rule.trainable_fraction:g} and "
+            f"freeze.group {rule.group}, nothing waits for another draw",
+            "lower freeze.trainable_fraction, or drop freeze.redraw",
         )
 
 
