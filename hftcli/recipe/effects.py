@@ -95,6 +95,9 @@ def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
             )
     if is_given(recipe, "data.seed") and len(recipe.data.sources) < 2:
         yield f"{_place('data.seed', source)}: data.seed would have no effect without several data.sources: drop it"
+    if len(recipe.data.sources) == 1 and recipe.data.sources[0].weight is not None:
+        place = source.place(("data", "sources", "0", "weight"))
+        yield f"{place}: data.sources.0.weight would have no effect: it is a share beside other sources, so drop it"
     yield from _check_length(recipe, source)
     yield from _check_places(recipe, source)
     yield from _check_root(recipe, objective, source)

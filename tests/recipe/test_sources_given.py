@@ -62,6 +62,7 @@ def test_a_path_replaces_what_the_recipe_says_of_its_rows(tmp_path: Path):
         ("[{path: a, max_examples: true}]", "data.sources.0.max_examples: input should be a number, got True"),
         ("[{weight: 1}]", "data.sources.0.path is missing"),
         ("[{path: a, weight: 1}, {path: b}]", "give every one of the sources a weight, or none"),
+        ("[{path: a, weight: 1}]", "data.sources.0.weight would have no effect: it is a share beside other"),
         ("{path: a, sources: [{path: b}]}", "path and sources are both given"),
         ("[a.jsonl]", "data.sources.0"),
     ],
@@ -70,6 +71,11 @@ def test_faults_of_sources_are_named(data: str, fault: str, tmp_path: Path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(tmp_path, f"model: {{path: m}}\ndata: {data}"), (), "sft")
     assert fault in caught.value.message
+
+
+def test_a_run_s_own_recipe_with_the_weight_of_one_source_is_read(tmp_path: Path):
+    path = write(tmp_path, "model: {path: m}\ndata: [{path: a, weight: 1}]")
+    assert load_recipe(path, (), "sft", is_written=True).data.sources == (SourceSection(path="a", weight=1),)
 
 
 def test_a_key_that_is_given_twice_on_the_command_line():
