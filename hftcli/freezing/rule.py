@@ -33,8 +33,8 @@ class ImportanceRule(BaseModel):
     trains where the most is."""
 
     path: RowsPath | None = None
-    """With ranks `wanda` and `fisher`: rows, as under `data.path`, or a task, that the scores are of. Null takes texts that the
-    model writes of itself: 64 from nothing, the same every time."""
+    """With ranks `wanda` and `fisher`: rows, as under `data.path`, or a task, which means its test rows, that the scores are
+    of. Null takes texts that the model writes of itself: 64 from nothing, the same every time."""
 
     samples: Annotated[int, Field(ge=1)] = 64
     """How many rows are read, of those at `path` or, with rank `gradient`, of the round's own, without those that methods add;

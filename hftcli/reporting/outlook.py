@@ -21,6 +21,8 @@ def describe_outlook(outlook: Outlook, spec: RoundSpec) -> Iterator[str]:
     )
     if data.num_held_out_in_train:
         yield f"held    {data.num_held_out_in_train:,} of {data.num_held_out:,} held-out rows are also trained on"
+    if data.num_asked_in_named:
+        yield f"asked   {data.num_asked_in_named:,} questions of the rows that freeze.keep or freeze.importance names"
     yield (
         f"steps   {outlook.num_steps:,} of {spec.train.global_batch_size} {unit} out of {outlook.num_sequences:,}; "
         f"{_describe_rates(outlook, spec.train)}"

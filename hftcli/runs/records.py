@@ -87,6 +87,8 @@ class DataReport(Section):
     """Rows under `eval.held_out`, or pairs; 0 where their answers are asked for, as with `data.pattern`."""
     num_held_out_in_train: int = 0
     """Those of them that are also trained on, token for token."""
+    num_asked_in_named: int = 0
+    """Questions that are asked of tasks whose test rows `freeze.keep` or `freeze.importance` names."""
     num_special: int = 0
     """Rows in whose text special tokens are written out."""
     special_tokens: dict[str, int] = Field(default_factory=dict)

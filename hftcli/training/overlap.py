@@ -1,12 +1,14 @@
-"""Held-out rows that are trained on as well: what is measured on them says nothing of rows that were not."""
+"""Held-out rows that are trained on, and questions that were named to be kept: they say nothing of rows that were not."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 from datasets import Dataset
 
 from hftcli.methods.distill import HASHED_ROWS, hash_row
+from hftcli.tasks import is_task, locate_rows
 
 COLUMNS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")  # that make a row: the first, or of a pair the others
 
@@ -28,3 +30,21 @@ def hash_rows(rows: Dataset) -> Iterator[bytes]:
                 yield from (hash_row(ids[start:stop]) for start, stop in pairwise(accumulate(lengths, initial=0)))
         else:
             yield from (b"".join(map(hash_row, row)) for row in zip(*parts, strict=True))
+
+
+def list_named(path: str, asked: Iterable[str], root: str | None) -> tuple[str, ...]:
+    """Of the tasks that are asked, those whose test rows are what a key of `freeze` names.
+
+    Args:
+        path: of rows, or a task.
+        root: `data.root`.
+    """
+    return tuple(name for name in asked if name == path or _shares_file(path, name, root))
+
+
+def _shares_file(path: str, name: str, root: str | None) -> bool:
+    """Whether rows are of the file that a task asks from; two tasks of benchmarks are two, be they of one file."""
+    if is_task(path) and is_task(name):
+        return False
+    named, asked = locate_rows(path, root, "test") if is_task(path) else Path(path), locate_rows(name, root, "test")
+    return named is not None and asked is not None and named.resolve() == asked.resolve()

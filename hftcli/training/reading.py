@@ -5,7 +5,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.carrying import check_sorting
 from hftcli.launching.packages import check_packages
 from hftcli.launching.planning import apply_fit, choose_fit, make_budget
-from hftcli.measuring.questions import add_ends, hold_out, report_faults, tokenize_task
+from hftcli.measuring.questions import TokenizedTask, add_ends, hold_out, report_faults, tokenize_task
 from hftcli.methods import make_methods
 from hftcli.methods.method import draw_rows
 from hftcli.models.checkpoint import WITHOUT_ROUTER_LOSS
@@ -47,7 +47,7 @@ from hftcli.runs.spec import RoundSpec
 from hftcli.tasks import is_task, load_task
 from hftcli.tasks.asking import put_task
 from hftcli.tasks.general import FORMS, SUFFIX, read_lines
-from hftcli.training.overlap import count_shared
+from hftcli.training.overlap import count_shared, list_named
 from hftcli.training.own_rows import find_turn
 from hftcli.training.stages import Assignment, Rows
 
@@ -217,6 +217,7 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     scored, scored_digest = None, ""
     if freeze.importance is not None and freeze.importance.path is not None:
         scored, scored_digest = read_named(spec, tokenizer, "freeze.importance", freeze.importance)
+    report = note_named(report, spec, task.asked)
     with naming("eval.held_out"):
         if spec.held_out and spec.objective == "dpo":
             pairs, held_out = prepare_pairs(spec.held_out, tokenizer, cache)
@@ -243,6 +244,21 @@ def note_shared(report: DataReport, held_out: Dataset, trained: Dataset) -> Data
     if num_shared:
         logger.warning("eval.held_out: %d of %d held-out rows are also trained on", num_shared, len(held_out))
     return report.model_copy(update={"num_held_out": len(held_out), "num_held_out_in_train": num_shared})
+
+
+def note_named(report: DataReport, spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> DataReport:
+    """The report with how many questions are asked that `freeze` was told of, which is said.
+
+    Args:
+        asked: the tasks to score, by name.
+    """
+    found: dict[str, int] = {}
+    for key, rule in (("freeze.keep", spec.freeze.keep), ("freeze.importance", spec.freeze.importance)):
+        for name in list_named(rule.path, asked, spec.data.root) if rule is not None and rule.path is not None else ():
+            found[name] = len(asked[name].task.examples)
+            logger.warning("%s names the rows of %s, of which %d questions are asked: they say nothing of others",
+                           key, name, found[name])  # fmt: skip
+    return report.model_copy(update={"num_asked_in_named": sum(found.values())})
 
 
 def read_named(

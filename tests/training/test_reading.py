@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
-from hftcli.training.overlap import count_shared
+from hftcli.training.overlap import count_shared, list_named
 from hftcli.training.reading import holds_questions, read_assignment, read_named, tokenize_rows
 from hftcli.training.saving import load_saved_tokenizer
 
@@ -64,6 +64,44 @@ def test_held_out_rows_that_are_also_trained_on_are_said(tmp_path, objective: st
         report = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).report
         assert (report.num_held_out, report.num_held_out_in_train) == expected
         assert ("eval.held_out: 2 of 4 held-out rows are also trained on" in caplog.text) == (name == "other")
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "found"),
+    [
+        ("tinyworld/facts", ("tinyworld/facts", "tinyworld/facts-reworded"), ("tinyworld/facts",)),
+        ("rows/birds/test.json", ("birds", "trace/FOMC", "q.jsonl"), ("birds",)),
+        ("rows/../q.jsonl", ("birds", "q.jsonl"), ("q.jsonl",)),
+        ("trace/FOMC", ("birds", "FOMC", "tinyworld/facts"), ("FOMC",)),
+        ("rows/FOMC/test.json", ("birds", "trace/FOMC"), ("trace/FOMC",)),
+        ("rows/birds/train.json", ("birds",), ()),
+        ("owner/name", ("birds", "q.jsonl"), ()),
+    ],
+)
+def test_tasks_whose_test_rows_are_named_are_told_by_their_file(tmp_path, monkeypatch, path, asked, found):
+    """And two of one benchmark that share a file by their names."""
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert list_named(path, asked, "rows") == found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["freeze.grain=directions", "freeze.keep={path: tinyworld/facts, samples: 4}"],
+        ["freeze.rank=fisher", "freeze.importance.path=tinyworld/facts"],
+    ],
+)
+def test_questions_that_are_to_be_kept_and_are_asked_are_counted(tmp_path, caplog, given):
+    for name, asked, expected in (("same", "tinyworld/facts", 7), ("other", "tinyworld/facts-reworded", 0)):
+        caplog.clear()
+        others = [f"eval.tasks=[{asked}, tinyworld/skill]", "eval.max_examples=7", f"output={tmp_path}/{name}"]
+        run, round_ = prepare_single(load_recipe("tinyworld", [*given, *others]))
+        run.lock.release()
+        report = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).report
+        assert report.num_asked_in_named == expected
+        said = "names the rows of tinyworld/facts, of which 7 questions are asked: they say nothing of others"
+        assert (said in caplog.text) == (expected == 7)
 
 
 def test_fine_tuning_asks_and_keeps_tasks_that_lie_under_a_root(tmp_path, monkeypatch):
