@@ -55,8 +55,9 @@ def make_array(rows: list[list[int] | np.ndarray]) -> pyarrow.ListArray:
 
 
 def open_shards(folder: Path) -> Dataset:
-    """The rows of a folder's files, mapped from disk."""
-    return datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
+    """The rows of a folder's files, mapped from disk, without what `datasets` may have written beside them."""
+    files = [file for file in sorted(folder.glob("*.arrow")) if not file.name.startswith("cache-")]
+    return datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in files])
 
 
 def pack_shards(tokens: Dataset, max_length: int, folder: Path) -> None:

@@ -36,7 +36,8 @@ class Replay(Method):
             replayed.append(rows[self.section.extra])
         if self.section.when == "after":
             dataset = dataset.select(order_passes(len(dataset), self.spec.train, order_seed))
-            replayed = [datasets.concatenate_datasets(replayed).shuffle(order_seed)]
+            # Kept in memory: else it is written beside the tokens of an earlier task, in the cache.
+            replayed = [datasets.concatenate_datasets(replayed).shuffle(order_seed, keep_in_memory=True)]
         return datasets.concatenate_datasets([dataset, *replayed])
 
     def set_arguments(self, args: TrainingArguments) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 from datasets import Dataset
 from methods.rounds import make_rows, make_spec, make_trainer
 
+from hftcli.data.shards import ShardWriter, open_shards
+from hftcli.data.tokens import TOKEN_FEATURES
 from hftcli.launching.carrying import check_method
 from hftcli.methods import make_methods
 from hftcli.methods.method import draw_rows
@@ -53,6 +55,20 @@ def test_replay_after_the_task_is_one_pass_behind_all_epochs(tmp_path):
     assert len(set(firsts[20:25]) & set(range(10))) == 5
     assert set(firsts[25:]) > set(range(300, 307))
     assert firsts[25:] != sorted(firsts[25:])
+
+
+def test_replay_after_the_task_leaves_the_tokens_of_earlier_ones_in_the_cache_alone(tmp_path):
+    """An earlier hft wrote the order of what it replayed beside them, and read that as tokens from then on."""
+    writer = ShardWriter(tmp_path, TOKEN_FEATURES)
+    writer.write(make_rows(*range(100, 140)).to_dict())
+    writer.close()
+    new = make_rows(*range(10))
+    found = replay(new, {"new": new, "a": open_shards(tmp_path)}, ("a",), fraction=0.5, when="after")
+    assert len(found) == 10 + 20
+    assert [file.name for file in tmp_path.iterdir()] == ["tokens-00000.arrow"]
+    open_shards(tmp_path).shuffle(1)
+    assert len([*tmp_path.iterdir()]) == 2
+    assert list_firsts(open_shards(tmp_path)) == list(range(100, 140))
 
 
 def test_the_order_after_which_replay_comes_goes_by_the_seed_of_the_data():
