@@ -238,7 +238,9 @@ class Run:
             InputError: the folder holds something else, or another `hft` is at work in it.
         """
         text = dump_recipe(recipe)
-        others = self.folder.iterdir() if self.folder.exists() and not self.recipe_path.exists() else ()
+        # A recipe alone is the user's own, beside whatever else is there.
+        is_run = self.recipe_path.exists() and (self.holder_path.exists() or self.manifest_path.exists())
+        others = self.folder.iterdir() if self.folder.exists() and not is_run else ()
         if any(not path.name.startswith(CLAIM_NAMES) for path in others):
             raise InputError(f"{self.folder} is not empty and holds no run", "give another --output")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -127,6 +127,16 @@ def test_foreign_folder_is_left_alone(tmp_path, manifest):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_with_a_recipe_of_the_user_s_own_is_left_alone(tmp_path, manifest):
+    held = {"recipe.yaml": "train: {seed: 1}\n", "job.sh": "sbatch\n", "rounds/notes.txt": "precious"}
+    (tmp_path / "rounds").mkdir()
+    for name, text in held.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        Run(tmp_path).claim(load_recipe(None), LaunchSection(), manifest)
+    assert {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == held
+
+
 def test_files_are_written_whole_and_leave_no_litter(tmp_path):
     write_text(tmp_path / "a.json", "old")
     write_model(tmp_path / "a.json", Progress(phase="loading"))
