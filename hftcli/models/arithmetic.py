@@ -14,6 +14,7 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -249,8 +250,7 @@ def create_folder(output: Path) -> Iterator[Path]:
     if output.exists():
         raise InputError(f"--output {output} is already there", "give a name that is free; nothing is written over")
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = output.with_name(f".{output.name}.hft-{uuid4().hex[:8]}")  # not tempfile's, which nobody else may read
     temporary.mkdir()
     try:
         yield temporary

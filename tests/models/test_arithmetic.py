@@ -216,6 +216,15 @@ def test_what_is_there_is_never_written_over(base, tuned, tmp_path):
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
+def test_what_is_hidden_under_the_name_stays(base, tuned, tmp_path):
+    (tmp_path / ".mean").mkdir()
+    (tmp_path / ".mean" / "thesis.txt").write_text("precious")
+    interpolate_models(base, tuned, 0.5, tmp_path / "mean")
+    assert (tmp_path / ".mean" / "thesis.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mean", "mean"]
+    assert (tmp_path / "mean").stat().st_mode == (tmp_path / ".mean").stat().st_mode
+
+
 def test_a_merge_that_fails_leaves_nothing(base, tmp_path):
     train(base, tmp_path / "full", tmp_path / "delta")
     (tmp_path / "delta" / "delta.safetensors").write_bytes(b"")
