@@ -22,6 +22,7 @@ from hftcli.data.tokens import Progress, ignore_progress
 from hftcli.errors import ModelError
 from hftcli.models.device import count_batch_tokens
 from hftcli.models.tensors import write_tensors
+from hftcli.runs.files import name_temporary
 
 Inputs = Mapping[str, tuple[str, int, int]]  # by input: a module that reads it, blocks, their width
 
@@ -144,7 +145,7 @@ def add_source(moments: Moments, found: dict[str, torch.Tensor], source: str) ->
 def write_moments(path: Path, moments: Moments) -> None:
     """Keep moments, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = name_temporary(path)
     write_tensors(temporary, moments.tensors, {"sources": json.dumps(moments.sources)})
     temporary.replace(path)
 

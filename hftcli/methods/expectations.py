@@ -28,6 +28,7 @@ from hftcli.models.description import identify_start
 from hftcli.models.device import count_batch_tokens, is_mixed, name_device
 from hftcli.models.start_copy import evaluating
 from hftcli.models.tensors import write_tensors
+from hftcli.runs.files import name_temporary
 from hftcli.runs.spec import RoundSpec
 
 SUMMED = 2**22  # numbers that the ranks add up at once
@@ -195,6 +196,6 @@ def read_expectations(path: Path, starts_R1: torch.Tensor, num_kept: int) -> Exp
 def write_expectations(path: Path, found: Expectations) -> None:
     """Keep them under their key, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = name_temporary(path)
     write_tensors(temporary, found.tensors, {"key": path.stem})
     temporary.replace(path)

@@ -1,8 +1,8 @@
 """Files written whole or not at all: under a temporary name and renamed, so that a reader never meets half of one."""
 
-import os
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 from pydantic import BaseModel, ValidationError
 
@@ -11,9 +11,14 @@ from hftcli.errors import InputError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def name_temporary(path: Path) -> Path:
+    """Where to write a file before it gets its name: beside it, and where no other process writes it, on whatever machine."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = name_temporary(path)
     temporary.write_bytes(content)
     temporary.replace(path)
 

@@ -134,11 +134,13 @@ def measure_own(task: Assignment, inputs: Inputs) -> dict[str, torch.Tensor]:
     identity = {"start": identify_writer(task.start, task.tokenizer), "samples": SAMPLES, "inputs": inputs, "dtype": str(dtype)}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = default_cache("moments") / f"{name}.safetensors"
-    if not path.exists():
-        model = load_finished(task.start, dtype, device)
-        texts = [ids for ids, _ in draw_texts(model, task.tokenizer, device)]
-        write_moments(path, Moments(measure_moments(model, model, inputs, texts, device), (OWN,)))
-    return read_moments(path, inputs).tensors
+    if path.exists():
+        return read_moments(path, inputs).tensors
+    model = load_finished(task.start, dtype, device)
+    texts = [ids for ids, _ in draw_texts(model, task.tokenizer, device)]
+    found = measure_moments(model, model, inputs, texts, device)
+    write_moments(path, Moments(found, (OWN,)))
+    return found
 
 
 def measure_rows(task: Assignment, inputs: Inputs, rows: Dataset) -> dict[str, torch.Tensor]:

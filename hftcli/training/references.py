@@ -30,6 +30,7 @@ from hftcli.models.description import identify_start
 from hftcli.models.device import count_batch_tokens, find_device, name_device
 from hftcli.models.start_copy import StartCopy, evaluating
 from hftcli.models.tensors import write_tensors
+from hftcli.runs.files import name_temporary
 from hftcli.runs.records import ReferenceReport
 from hftcli.runs.spec import RoundSpec
 
@@ -244,6 +245,6 @@ def read_log_probs(path: Path, num_pairs: int) -> torch.Tensor:
 def write_log_probs(path: Path, log_probs_P2: torch.Tensor) -> None:
     """Keep the log-probabilities under their key, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = name_temporary(path)
     write_tensors(temporary, {"log_probs": log_probs_P2}, {"key": path.stem})
     temporary.replace(path)

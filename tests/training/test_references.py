@@ -8,9 +8,11 @@ from training.preferences import compute_loss, make_trainer
 
 from hftcli.errors import InputError
 from hftcli.freezing.rule import FreezeRule
+from hftcli.measuring.moments import Moments, write_moments
+from hftcli.methods.expectations import Expectations, write_expectations
 from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.runs.spec import RoundSpec
-from hftcli.training.references import make_reference_key, read_log_probs
+from hftcli.training.references import make_reference_key, read_log_probs, write_log_probs
 
 
 def test_the_shared_reference_leaves_the_trained_tensors_in_place(tmp_path):
@@ -37,6 +39,20 @@ def test_precomputed_log_probs_are_reused_and_another_s_are_refused(tmp_path):
     other.write_bytes(b"not a file of tensors")
     with pytest.raises(InputError, match="is damaged"):
         read_log_probs(other, num_pairs=3)
+
+
+@pytest.mark.parametrize("kind", ["references", "moments", "expectations"])
+def test_what_another_run_writes_into_the_cache_at_the_same_time_is_left_to_it(tmp_path, kind):
+    write = {
+        "references": lambda path: write_log_probs(path, torch.ones(3, 2)),
+        "moments": lambda path: write_moments(path, Moments({"x": torch.ones(1, 2, 2)}, ("rows",))),
+        "expectations": lambda path: write_expectations(path, Expectations(*torch.ones(4, 1).unbind())),
+    }[kind]
+    half_written = tmp_path / ".key.safetensors"
+    half_written.write_bytes(b"another run's")
+    write(tmp_path / "key.safetensors")
+    assert half_written.read_bytes() == b"another run's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".key.safetensors", "key.safetensors"]
 
 
 def test_the_key_covers_weights_tokens_precision_and_options(tmp_path):
