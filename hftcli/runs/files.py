@@ -7,6 +7,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ValidationError
 
 from hftcli.errors import InputError
+from hftcli.runs.seals import flush
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -30,7 +31,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_model(path: Path, model: BaseModel) -> None:
     """Write what crosses a file, as JSON, whole or not at all."""
-    write_text(path, model.model_dump_json(indent=2) + "\n")
+    write_text(path, _dump(model))
+
+
+def keep_model(path: Path, model: BaseModel) -> None:
+    """`write_model`, and on the disk when it returns: what the file stands for may then be removed."""
+    temporary = name_temporary(path)
+    temporary.write_text(_dump(model), encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def _dump(model: BaseModel) -> str:
+    return model.model_dump_json(indent=2) + "\n"
 
 
 def read_model(path: Path, kind: type[Model]) -> Model:

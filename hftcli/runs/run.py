@@ -60,10 +60,10 @@ from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import LaunchSection
 from hftcli.recipe.source import RecipeFile
 from hftcli.recipe.trainer_keys import TELLING_KEYS
-from hftcli.runs.files import read_model, write_model, write_text
+from hftcli.runs.files import keep_model, read_model, write_model, write_text
 from hftcli.runs.records import Checksums, Manifest, Outlook, RoundResult
 from hftcli.runs.scores import Moment, Prediction, Scores
-from hftcli.runs.seals import find_damage
+from hftcli.runs.seals import find_damage, flush_files
 from hftcli.runs.spec import RoundSpec
 
 # How the names begin that a run's folder may hold while it is claimed, those of files being written among them.
@@ -176,6 +176,13 @@ class Round:
         """Raises: FileNotFoundError: the task was not scored at that moment."""
         lines = self.predictions_path(moment, task).read_text(encoding="utf-8").split("\n")  # answers have U+2028 and its like
         return [Prediction.model_validate_json(line) for line in lines if line]
+
+    def flush(self) -> None:
+        """Have all that the round leaves on the disk, and not only in the machine's memory; its step checkpoints are there."""
+        parts = [self.folder / name for name in ("checkpoint", "adapter", "method", "quiet", "predictions")]
+        parts += [self.plan_path, self.metrics_path, self.importance_path, self.checksums_path, self.scores_path]
+        paths = [path for part in parts if part.exists() for path in (part, *part.rglob("*"))]
+        flush_files(self.folder, [str(path.relative_to(self.folder)) for path in paths])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows that were logged, in order."""
@@ -298,7 +305,7 @@ class Run:
         """Take a finished round into the manifest."""
         manifest = self.read_manifest()
         rounds = {**manifest.rounds, round_.name: result}
-        write_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
+        keep_model(self.manifest_path, manifest.model_copy(update={"rounds": rounds}))
 
     def remove_spent(self, round_: Round, result: RoundResult) -> None:
         """Remove what nothing goes on from any more: a finished round's step checkpoints, and the masters of those before it.

@@ -18,7 +18,7 @@ from hftcli.models.description import make_start_key
 from hftcli.models.device import is_mixed, is_offloaded, is_sharded, name_precision
 from hftcli.models.proof import verify_checkpoint
 from hftcli.models.reader import Start
-from hftcli.runs.files import write_model
+from hftcli.runs.files import keep_model, write_model
 from hftcli.runs.records import RoundResult, StepSaves
 from hftcli.runs.run import Round
 from hftcli.runs.scores import PairScores, Scores
@@ -223,7 +223,9 @@ def prove(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded, traine
             round_.bases_path, round_.adapter if task.spec.method.adapter else None, find_entries_file(round_, task.plan),
         )  # fmt: skip
     write_model(round_.scores_path, Scores(before=scorer.before, after=after, points=tuple(trained.curve.points)))
-    write_model(round_.result_path, make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores))
+    result = make_result(attempt, task, rows, loaded, trained, saved, verification, pair_scores)
+    round_.flush()  # the front then removes the step checkpoints, and the masters of earlier rounds
+    keep_model(round_.result_path, result)
 
 
 def find_entries_file(round_: Round, plan: FreezePlan) -> Path | None:

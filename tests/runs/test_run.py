@@ -1,9 +1,11 @@
 """A run on disk: claimed once, never written over, read back or refused."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import yaml
+from written_runs import make_result
 
 from hftcli.errors import InputError, NewerFile
 from hftcli.recipe.loading import load_recipe
@@ -142,6 +144,22 @@ def test_files_are_written_whole_and_leave_no_litter(tmp_path):
     write_model(tmp_path / "a.json", Progress(phase="loading"))
     assert read_model(tmp_path / "a.json", Progress).phase == "loading"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_manifest_is_on_the_disk_before_it_has_its_name(trained, monkeypatch):
+    """What it tells of is then removed."""
+    flush, flushed = os.fsync, {}
+
+    def see(descriptor: int) -> None:
+        flush(descriptor)
+        flushed.setdefault(os.fstat(descriptor).st_ino, trained.manifest_path.stat().st_ino)
+
+    monkeypatch.setattr(os, "fsync", see)
+    before = trained.manifest_path.stat().st_ino
+    trained.record(trained.round("00-sft"), make_result("0f", None))
+    assert flushed[trained.manifest_path.stat().st_ino] == before
+    assert trained.folder.stat().st_ino in flushed
+    assert trained.read_manifest().rounds.keys() == {"00-sft"}
 
 
 @pytest.mark.parametrize("text", ["{", '{"phase": "flying"}', '{"phase": "loading", "more": 1}'])
