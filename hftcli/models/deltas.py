@@ -58,6 +58,8 @@ class Stack:
 def open_stack(folder: Path, base: Path | None = None) -> Stack:
     """Find what a checkpoint stands on, and check that each base is the one that the delta on it was made on.
 
+    A base that is not where delta.json says, in a run that was moved or copied, is looked for in the run as it is now.
+
     Args:
         base: taken for whichever base of the stack it is, instead of where delta.json says that one was.
 
@@ -75,6 +77,9 @@ def open_stack(folder: Path, base: Path | None = None) -> Stack:
             continue
         folder = Path(delta.record.base.path)
         if differences := find_differences(delta.record.base, folder):
+            if not find_differences(delta.record.base, beside := locate_beside(delta)):
+                folder = beside
+                continue
             if base is not None and not is_used:
                 folder, differences = base, find_differences(delta.record.base, base)
             _refuse_base(delta, folder, differences)
@@ -85,6 +90,12 @@ def open_stack(folder: Path, base: Path | None = None) -> Stack:
             )
         _refuse_base(deltas[0], base, find_differences(deltas[0].record.base, base))
     return Stack(folder, tuple(deltas))
+
+
+def locate_beside(delta: Delta) -> Path:
+    """Where a delta's base is if it is an earlier round of the same run, wherever that was moved or copied to."""
+    base = Path(delta.record.base.path)
+    return delta.folder.resolve().parent.parent / base.parent.name / base.name
 
 
 def _refuse_base(delta: Delta, base: Path, differences: list[str]) -> None:

@@ -159,6 +159,25 @@ def test_a_base_that_was_moved_is_found_where_it_is_said_to_be(copied):
     assert_same({name: reader.read(name) for name in expected}, expected)
 
 
+def test_the_rounds_of_a_run_that_was_moved_or_copied_find_one_another(copied, monkeypatch):
+    """The base of the first stays where it is; what stands at the old place now is another model."""
+    rounds = copied / "run" / "rounds"
+    train(copied / "base", copied / "aside", rounds / "00-a" / "checkpoint")
+    train(rounds / "00-a" / "checkpoint", copied / "aside", rounds / "01-b" / "checkpoint", 1)
+    expected = read_all(rounds / "01-b" / "checkpoint")
+    (copied / "run").rename(copied / "moved")
+    last = copied / "moved" / "rounds" / "01-b" / "checkpoint"
+    assert_same(read_all(last), expected)
+    monkeypatch.chdir(last)
+    assert [delta.folder.parent.name for delta in open_stack(Path()).deltas] == ["00-a", ""]
+    shutil.copytree(copied / "moved", copied / "run")
+    flip_last_bit(rounds / "00-a" / "checkpoint" / "delta.safetensors")
+    assert_same(read_all(last), expected)
+    flip_last_bit(last.parent.parent / "00-a" / "checkpoint" / "delta.safetensors")
+    with pytest.raises(ModelError, match=f"{rounds}/00-a/checkpoint is not the base that .* has other bytes"):
+        open_stack(last)
+
+
 def test_another_base_is_refused_and_so_is_a_base_for_a_full_checkpoint(copied):
     shutil.copytree(copied / "base", copied / "other")
     flip_last_bit(copied / "other" / "model.safetensors")
