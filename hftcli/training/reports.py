@@ -120,13 +120,17 @@ class RoundCallback(TrainerCallback):
         if self.reporter.is_first:
             with self.reporter.round.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if not math.isfinite(self.loss):
-            raise TrainingError(
-                f"the loss became {self.loss} at step {state.global_step} and the round is stopped; "
-                f"{self.reporter.round.describe_kept()}",
-                "the same command would come to the same point: lower train.learning_rate and give another --output, or look "
-                "at the data with `hft data`; metrics.jsonl has every step",
-            )
+        check_finite(self.loss, f"the loss became {self.loss} at step {state.global_step}", self.reporter.round)
+
+
+def check_finite(value: float, what: str, round_: Round) -> None:
+    """Raises: TrainingError: a round has come to something that is not a number; `what` says to what."""
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"{what} and the round is stopped; {round_.describe_kept()}",
+            "the same command would come to the same point: lower train.learning_rate and give another --output, or look "
+            "at the data with `hft data`; metrics.jsonl has every step",
+        )
 
 
 def cut_metrics(round_: Round, step: int) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ from hftcli.training.reports import (
     Clock,
     Reporter,
     RoundCallback,
+    check_finite,
     describe_hardware,
     measure_optimizer_bytes,
     measure_peak_memory,
@@ -150,6 +151,8 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
     memory.attach(callback, curve)
     with clock.measure("training"):
         outcome = trainer.train(resume_from_checkpoint=str(loaded.step) if loaded.step else None)
+    loss = outcome.training_loss  # of the steps after the last row of metrics.jsonl too
+    check_finite(loss, f"the loss became {loss} by step {trainer.state.global_step}", attempt.round)
     with keeper.stopping(trainer):
         keeper.check()
     if curve.kept_step not in (None, trainer.state.global_step):

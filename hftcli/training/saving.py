@@ -17,6 +17,7 @@ from hftcli.runs.records import AdapterReport, Checksums
 from hftcli.runs.run import Round
 from hftcli.runs.seals import list_files, seal_files
 from hftcli.training.offload import Masters
+from hftcli.training.reports import check_finite
 from hftcli.training.stages import Assignment, Attempt, Rows, Saved
 
 
@@ -48,12 +49,18 @@ def save_round(
         masters: what trains, in host memory, with `launch.offload`.
         merged: float32 values of what methods merged, where the model holds them rounded.
         moments: hash of the moments of earlier inputs that the round leaves.
+
+    Raises:
+        TrainingError: a weight became something that is not a number.
     """
     spec, plan, checkpoint, is_first = task.spec, task.plan, attempt.round.checkpoint, attempt.reporter.is_first
     start = Start(spec.model, task.start, (*plan.trained, *plan.frozen))
     outcome = gather_outcome(model, start, plan, is_sharded(spec), is_first, masters, merged)
     if not is_first:
         return Saved()
+    loss = measure_updates(outcome.masters, start)
+    for name, update in loss.updates.items():  # of the last step no later loss tells
+        check_finite(update, f"{name} moved by {update}", attempt.round)
     tokenizer = load_saved_tokenizer(task)
     configs = settle_configs(task.start, type(model).__name__, tokenizer, spec.model.dtype, rows.ends)
     carried = {name: stored for name, stored in start.masters.items() if name not in outcome.masters}
@@ -65,7 +72,6 @@ def save_round(
         save_checkpoint(configs, outcome.masters, checkpoint, start)
     write_model(checkpoint / HISTORY_NAME, extend_history(task.start, spec, plan.fingerprint, seal, moments))
     write_model(attempt.round.checksums_path, Checksums(files=seal_files(checkpoint, list_files(checkpoint))))
-    loss = measure_updates(outcome.masters, start)
     update_norm, dropped_norm = loss.norms
     report = MastersReport(
         start=start.masters_state, seal=seal, num_tensors=len(rounded) + len(carried),
