@@ -1,5 +1,6 @@
 """From a recipe to a finished run: rounds are prepared as files, launched one after another, and read back."""
 
+import logging
 import os
 import platform
 import re
@@ -42,6 +43,8 @@ from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring
 from hftcli.runs.versions import list_versions
 from hftcli.tasks import check_tasks, find_sequence, is_task
 from hftcli.tasks.check import check_sequence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -232,8 +235,26 @@ def resolve_start(path: str) -> Start:
     """What `model.path` means: a finished run, the embedded model, a folder, or a hub id, which is left to the worker.
 
     Raises:
-        ModelError: no such folder, or a run that is not finished.
+        ModelError: no such folder, a run that is not finished, or a checkpoint whose round was not verified.
     """
+    start = find_start(path)
+    if not is_verified(start):
+        raise ModelError(
+            f"model.path {path}: {Path(start.path).parent} did not pass its verification",
+            f"`hft verify {Path(start.path).parent}` names what is wrong; give another start, or run it again in a new folder",
+        )
+    return start
+
+
+def is_verified(start: Start) -> bool:
+    """Whether nothing was wrong with the round that wrote a start; of one that no round wrote, nothing is known."""
+    round_ = Round(Path(start.path).parent)
+    is_known = Path(start.path) == round_.checkpoint and round_.spec_path.exists() and round_.is_done
+    return not is_known or round_.read_result().verification.passed
+
+
+def find_start(path: str) -> Start:
+    """`resolve_start`, be it verified or not."""
     if path == QUICK_START:  # a folder of the user's own by that name is ./tinyworld
         path = str(PACKAGE / QUICK_START / "model")
     folder = Path(path)
@@ -269,9 +290,11 @@ def resolve_subject(path: str) -> Subject:
     run = Run(Path(path))
     if not run.recipe_path.exists():
         return Subject(resolve_start(path).path if path == QUICK_START else path)
-    last = resolve_start(path).path
+    last = find_start(path)
+    if not is_verified(last):
+        logger.warning("%s was not verified: `hft verify %s` names what is wrong", path, path)
     spec = run.rounds[0].read_spec()
-    return Subject(last, spec.model.path, spec.data.root, spec.data.max_length)
+    return Subject(last.path, spec.model.path, spec.data.root, spec.data.max_length)
 
 
 def plan_recipe(

@@ -1,16 +1,17 @@
 """A checkpoint knows the rounds behind it, wherever it goes; a run's folder holds the rounds of its recipe and no others."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from hftcli import PACKAGE
-from hftcli.errors import InputError
+from hftcli.errors import InputError, ModelError
 from hftcli.freezing.rule import FreezeRule
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import DataSection, LaunchSection, ModelSection, TrainSection
-from hftcli.runners import prepare_continual, prepare_single, resolve_start
+from hftcli.runners import prepare_continual, prepare_single, resolve_start, resolve_subject
 from hftcli.runs.files import write_model
 from hftcli.runs.history import HISTORY_NAME, History, PastRound, extend_history, read_history
 from hftcli.runs.run import Run
@@ -65,6 +66,24 @@ def test_a_checkpoint_of_an_earlier_hft_is_told_by_its_round():
     checkpoint = Path(__file__).parent / "version_1" / "continual" / "rounds" / "01-sums" / "checkpoint"
     assert not (checkpoint / HISTORY_NAME).exists()
     assert resolve_start(str(checkpoint)).num_rounds == 2
+
+
+def test_a_run_that_was_not_verified_is_no_start_and_is_asked_with_a_word(tmp_path, caplog):
+    run = shutil.copytree(Path(__file__).parent / "version_1" / "sft", tmp_path / "run")
+    checkpoint = run / "rounds" / "00-sft" / "checkpoint"
+    assert resolve_start(str(run)).path == str(checkpoint)
+    assert resolve_subject(str(run)).path == str(checkpoint)
+    assert caplog.text == ""
+    path = checkpoint.with_name("result.json")
+    result = json.loads(path.read_text())
+    result["verification"]["violations"] = ["model.norm.weight"]
+    path.write_text(json.dumps(result))
+    for given in (run, checkpoint):
+        with pytest.raises(ModelError, match=f"model.path {given}: .*00-sft did not pass its verification") as caught:
+            resolve_start(str(given))
+        assert f"hft verify {checkpoint.parent}" in caught.value.fix
+    assert resolve_subject(str(run)).path == str(checkpoint)
+    assert f"{run} was not verified: `hft verify {run}` names what is wrong" in caplog.text
 
 
 def names(run: Run) -> list[str]:
