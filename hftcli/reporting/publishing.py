@@ -18,7 +18,7 @@ from hftcli.reporting.card import CARD_NAME, SNAPSHOT, find_base, make_card
 from hftcli.runs.files import read_model
 from hftcli.runs.history import HISTORY_NAME, read_history
 from hftcli.runs.made import DELTA_NAME, DeltaRecord
-from hftcli.runs.run import Round, Run
+from hftcli.runs.run import Round, Run, find_checkpoint_damage
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -52,14 +52,19 @@ def prepare_upload(run: Run, repo: str) -> Upload:
     """Gather a finished run's files, and look through them.
 
     Raises:
-        InputError: the run is not finished or not verified, nobody else has what its delta is laid over, the repository's name
-            is none, or a file holds a secret.
+        InputError: the run is not finished or not verified, its files are not those that it wrote, nobody else has what its
+            delta is laid over, the repository's name is none, or a file holds a secret.
     """
     if not REPO.fullmatch(repo):
         raise InputError(f"--repo {repo} is no name of a repository", "give OWNER/NAME")
     last = find_last(run)
     checkpoint = last.checkpoint
     check_base(checkpoint)
+    if damage := find_checkpoint_damage(checkpoint):
+        raise InputError(
+            f"{checkpoint} is not what its round wrote, and is not shared: {'; '.join(damage)}",
+            "restore it, or run its recipe again in a new folder",
+        )
     files: dict[str, Path | bytes] = {
         path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()
     }

@@ -120,6 +120,19 @@ def test_the_card_says_what_was_forgotten(run):
     assert f"| {SKILL} | yes | 0.0 | 90.0 | +90.0 points |" in card.content
 
 
+def test_what_the_round_did_not_write_stays(run):
+    """The card came later, and may be edited."""
+    (round_,) = run.rounds
+    weights = round_.checkpoint / "model.safetensors"
+    seal = {"num_bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    round_.checksums_path.write_text(json.dumps({"files": {"model.safetensors": seal}}))
+    (round_.checkpoint / "README.md").write_text("my own words")
+    assert prepare_upload(run, "me/half").files["model.safetensors"] == weights
+    weights.write_bytes(b"weightz")
+    with pytest.raises(InputError, match="not what its round wrote.*: model.safetensors has other bytes than were written"):
+        prepare_upload(run, "me/half")
+
+
 SNAPSHOT = "/c/hub/models--me--first/snapshots/0f3a"
 
 
