@@ -164,7 +164,7 @@ def verify_round(round_: Round) -> Verification:
     if result.entries and not (round_.entries_path.exists() and seal_file(round_.entries_path).sha256 == result.entries):
         raise ModelError(f"{round_.entries_path} is not the file that the round wrote", "restore the file")
     verification = verify_checkpoint(
-        fetch_checkpoint(spec.model.path), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
+        fetch_checkpoint(round_.find_start()), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
         result.verification.moved_in_memory, round_.bases_path, round_.adapter if spec.method.adapter else None,
         round_.entries_path if result.entries else None,
     )  # fmt: skip

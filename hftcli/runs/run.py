@@ -146,6 +146,15 @@ class Round:
         """What the worker was asked for."""
         return read_model(self.spec_path, RoundSpec)
 
+    def find_start(self) -> str:
+        """Where the round began: an earlier round of its run is taken where that is now, if the run was moved or copied."""
+        spec = self.read_spec()
+        before = Round(Path(spec.earlier[-1].folder)) if spec.earlier else None
+        if before is None or before.checkpoint != Path(spec.model.path):
+            return spec.model.path
+        beside = Round(self.folder.parent / before.name).checkpoint
+        return str(beside) if beside.is_dir() else spec.model.path
+
     def read_plan(self) -> FreezePlan:
         """What trains, and what is frozen."""
         return read_model(self.plan_path, FreezePlan)

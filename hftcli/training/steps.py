@@ -38,6 +38,9 @@ from hftcli.training.internals import Memory, ResumableTrainer
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "step.json"
+# Where the start and the rows are, in a folder that may be moved; hashes say which they are.
+PLACES = {"model": {"path"}, "earlier": {"__all__": {"folder"}}}
+ROWS_PLACES = {"data": {"path": True, "root": True, "sources": {"__all__": {"path"}}}}
 DIGEST_MARK, BODY_END = '"digest": "', '"\n}'  # around the hash of step.json, its last field
 
 
@@ -267,7 +270,8 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
             "another --output",
         )
     # Where the ranks are, how they are reached, and who is told of them changes nothing that they compute.
-    specs = [spec.model_dump(mode="json", exclude={"version", "launch"}) for spec in (manifest.spec, origin.spec)]
+    elsewhere: dict[str, Any] = {"version": True, "launch": True, **PLACES, **(ROWS_PLACES if manifest.tokens_digest else {})}
+    specs = [spec.model_dump(mode="json", exclude=elsewhere) for spec in (manifest.spec, origin.spec)]
     differences = [key for key in find_differences(*specs) if key not in TELLING_KEYS]
     if manifest.spec.version < 3 and manifest.spec.train.bf16 and origin.spec.train.bf16 is not False:
         differences = [key for key in differences if key != "train.bf16"]  # true was what null is now

@@ -67,6 +67,13 @@ def test_a_finished_run_is_verified(hft, left):
     assert not found["violations"] + found["unmoved"] + found["damaged"]
 
 
+def test_a_round_of_a_run_that_was_moved_is_verified():
+    """Its start is named by a path where nothing is; the round that wrote it is beside it."""
+    last = Run(VERSION_1 / "continual").rounds[-1]
+    assert last.read_spec().model.path == f"{ROOT}/continual/rounds/00-colours/checkpoint"
+    assert verify_round(last).passed
+
+
 def test_a_finished_run_is_measured(hft, left, tmp_path):
     """Its scores now are those that it had."""
     hft("eval", "--model", left / "sft", "--tasks", "tinyworld/newcomers", "--max-examples", 2, "--output", tmp_path / "e.json")

@@ -21,7 +21,7 @@ from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
 from hftcli.runs.run import Round
 from hftcli.runs.seals import list_files
-from hftcli.runs.spec import RoundSpec
+from hftcli.runs.spec import EarlierRound, RoundSpec
 from hftcli.training.steps import MANIFEST_NAME, Origin, choose_step, clear_remains, read_step, remove_steps
 from hftcli.training.worker import explain_failure
 
@@ -196,6 +196,24 @@ def test_a_checkpoint_without_a_hash_of_its_tokens_is_taken_and_that_is_said(rou
     assert "they could not be compared" in caplog.text
     with pytest.raises(InputError, match="differs in the freeze plan"):
         choose_step(round_, replace(origin, fingerprint="f" * 64))
+
+
+def test_a_step_of_a_run_that_was_moved_is_gone_on_from(round_, origin):
+    """What its start and its rows are is told by hashes; which tasks came before is not."""
+    spec = json.loads((round_.steps / "4" / MANIFEST_NAME).read_text())["spec"]
+    spec["model"]["path"], spec["data"]["path"], spec["data"]["root"] = "/old/model", "/old/rows.jsonl", "/old/tasks"
+    spec["earlier"] = [{"task": "a", "folder": "/old/rounds/00-a"}]
+    rewrite_manifest(round_.steps / "4", spec=spec)
+    given = replace(origin, spec=origin.spec.model_copy(update={"earlier": (EarlierRound(task="a", folder="/new/00-a"),)}))
+    assert choose_step(round_, given) == round_.steps / "4"
+    with pytest.raises(InputError, match="it differs in the rows"):
+        choose_step(round_, replace(given, tokens_digest="d" * 64))
+    other = given.spec.model_copy(update={"earlier": (EarlierRound(task="b", folder="/old/rounds/00-a"),)})
+    with pytest.raises(InputError, match="it differs in earlier$"):
+        choose_step(round_, replace(given, spec=other))
+    rewrite_manifest(round_.steps / "4", version=1, tokens_digest="", data_key="k")
+    with pytest.raises(InputError, match="it differs in data.path, data.root$"):
+        choose_step(round_, given)
 
 
 def test_a_checkpoint_that_lacks_a_key_with_a_default_is_taken(round_, origin):
