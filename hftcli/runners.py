@@ -293,8 +293,9 @@ def resolve_subject(path: str) -> Subject:
     last = find_start(path)
     if not is_verified(last):
         logger.warning("%s was not verified: `hft verify %s` names what is wrong", path, path)
-    spec = run.rounds[0].read_spec()
-    return Subject(last.path, spec.model.path, spec.data.root, spec.data.max_length)
+    first = run.rounds[0]
+    spec = first.read_spec()
+    return Subject(last.path, first.find_start(), spec.data.root, spec.data.max_length)
 
 
 def plan_recipe(

@@ -73,7 +73,7 @@ class Lora(Method):
         """The checkpoint that the adapters stand on."""
         if not self.spec.earlier or self.open_fraction:
             return start
-        return fetch_checkpoint(Round(Path(self.spec.earlier[0].folder)).read_spec().model.path)
+        return fetch_checkpoint(Round(Path(self.spec.earlier[0].folder)).find_start())
 
     def read_last(self) -> Adapter:
         """The adapters to go on with."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +15,9 @@ from hftcli.freezing.positions import find_max_positions
 from hftcli.freezing.roles import Parameter
 from hftcli.models.deltas import hash_checkpoint, open_stack
 from hftcli.models.masters import open_masters
-from hftcli.runs.run import find_checkpoint_damage
+from hftcli.runs.files import write_model
+from hftcli.runs.run import Round, find_checkpoint_damage
+from hftcli.runs.spec import HubStart, RoundSpec
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,21 @@ def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
         raise ModelError(f"{folder} has no weights as safetensors", "convert them with transformers' save_pretrained")
     open_stack(folder)
     return folder
+
+
+def pin_start(round_: Round) -> RoundSpec:
+    """What the worker was asked for, a hub id with the commit that the first process that comes finds.
+
+    Raises:
+        ModelError: see `fetch_checkpoint`.
+    """
+    spec = round_.read_spec()
+    if Path(spec.model.path).is_dir():
+        return spec
+    with FileLock(round_.start_path.with_suffix(".lock")):
+        if not round_.start_path.exists():
+            write_model(round_.start_path, HubStart(commit=fetch_checkpoint(spec.model.path).name))
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"path": round_.find_start()})})
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

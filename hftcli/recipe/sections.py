@@ -33,7 +33,7 @@ class ModelSection(Section):
     """A folder with a Hugging Face checkpoint, the folder of a finished run, a hub id, or `tinyworld`."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub id; null takes the newest."""
+    """Branch, tag or commit of a hub id; null takes the newest when the run begins."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Data type that the start's weights are converted to, once, and in which the checkpoint is written; null keeps that of

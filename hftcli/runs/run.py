@@ -10,6 +10,7 @@
       report.html             the run on one page
       rounds/00-sft/          Round
         round.json              RoundSpec: everything the worker needs, written by the runner
+        start.json              HubStart: the commit of a start on the hub
         freeze_plan.json        FreezePlan: which parameters train
         outlook.json            Outlook: what the round is going to do
         progress.json           Progress: where the worker is
@@ -64,7 +65,7 @@ from hftcli.runs.files import keep_model, read_model, write_model, write_text
 from hftcli.runs.records import Checksums, Manifest, Outlook, RoundResult
 from hftcli.runs.scores import Moment, Prediction, Scores
 from hftcli.runs.seals import find_damage, flush_files
-from hftcli.runs.spec import RoundSpec
+from hftcli.runs.spec import HubStart, RoundSpec
 
 # How the names begin that a run's folder may hold while it is claimed, those of files being written among them.
 CLAIM_NAMES = (".lock", ".holder", "..holder.", ".recipe.yaml.", ".manifest.json.")
@@ -87,6 +88,7 @@ class Round:
     folder: Path
 
     spec_path = Inside("round.json")
+    start_path = Inside("start.json")
     plan_path = Inside("freeze_plan.json")
     outlook_path = Inside("outlook.json")
     progress_path = Inside("progress.json")
@@ -147,8 +149,13 @@ class Round:
         return read_model(self.spec_path, RoundSpec)
 
     def find_start(self) -> str:
-        """Where the round began: an earlier round of its run is taken where that is now, if the run was moved or copied."""
+        """Where the round began: a folder, or a hub id at the commit that was found when the round was first started.
+
+        An earlier round of the run is taken where that is now, if the run was moved or copied.
+        """
         spec = self.read_spec()
+        if self.start_path.exists():
+            return f"{spec.model.path.partition('@')[0]}@{read_model(self.start_path, HubStart).commit}"
         before = Round(Path(spec.earlier[-1].folder)) if spec.earlier else None
         if before is None or before.checkpoint != Path(spec.model.path):
             return spec.model.path

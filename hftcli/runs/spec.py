@@ -115,6 +115,13 @@ class RoundSpec(FileSection):
         return self.train.global_batch_size // batch
 
 
+class HubStart(FileSection):
+    """Which model a hub id was when the round was first started; it is that one in all that the run does."""
+
+    commit: str
+    """The hub's commit."""
+
+
 class Progress(Section):
     """Where a worker is, for the front to show, and to see that it is not hung."""
 

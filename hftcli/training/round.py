@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.processes import StopRequest
 from hftcli.models.checkpoint import load_model, restore_masters
-from hftcli.models.description import make_start_key
+from hftcli.models.description import make_start_key, pin_start
 from hftcli.models.device import is_mixed, is_offloaded, is_sharded, name_precision
 from hftcli.models.proof import verify_checkpoint
 from hftcli.models.reader import Start
@@ -74,7 +74,7 @@ def read_round(attempt: Attempt) -> tuple[Assignment, Rows]:
         attempt.reporter.report("tokenizing", done, total)
 
     attempt.reporter.report("starting")
-    task = read_assignment(attempt.round.read_spec())
+    task = read_assignment(pin_start(attempt.round))
     with attempt.clock.measure("tokenizing"):
         attempt.reporter.report("tokenizing")
         rows = tokenize_rows(task, show)

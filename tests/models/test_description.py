@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
+from methods.rounds import make_spec
 from safetensors.torch import load_file
 
 from hftcli.errors import ModelError
-from hftcli.models.description import describe_model, fetch_checkpoint
+from hftcli.methods import make_methods
+from hftcli.models.description import describe_model, fetch_checkpoint, pin_start
 from hftcli.recipe.loading import load_recipe
-from hftcli.runners import resolve_start
+from hftcli.runners import prepare_single, resolve_start
 
 
 def test_a_description_needs_the_config_alone(folder, tmp_path):
@@ -23,8 +26,9 @@ def test_a_description_needs_the_config_alone(folder, tmp_path):
         fetch_checkpoint(str(tmp_path))
 
 
-def test_a_revision_of_a_hub_id_is_the_one_that_is_read(folder, tmp_path, monkeypatch):
-    """As the hub's own cache keeps them: a folder for each commit, and files that name the commits of branches and tags."""
+@pytest.fixture
+def kept(folder, tmp_path, monkeypatch) -> Path:
+    """As the hub's own cache keeps a model: a folder for each commit, and files that name the commits of branches and tags."""
     kept = tmp_path / "models--owner--name"
     for commit, name, size in (("a" * 40, "main", 16), ("b" * 40, "v1", 8)):
         snapshot = kept / "snapshots" / commit
@@ -34,6 +38,10 @@ def test_a_revision_of_a_hub_id_is_the_one_that_is_read(folder, tmp_path, monkey
         (kept / "refs" / name).parent.mkdir(exist_ok=True)
         (kept / "refs" / name).write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return kept
+
+
+def test_a_revision_of_a_hub_id_is_the_one_that_is_read(kept):
     for given, commit, size in (("", "a", 16), ("@main", "a", 16), ("@v1", "b", 8), (f"@{'b' * 40}", "b", 8)):
         found = fetch_checkpoint(resolve_start(f"owner/name{given}").path)
         assert found == kept / "snapshots" / (commit * 40)
@@ -41,6 +49,28 @@ def test_a_revision_of_a_hub_id_is_the_one_that_is_read(folder, tmp_path, monkey
     with pytest.raises(ModelError, match="model.path owner/name@v2: no such folder, and the hub does not give it"):
         fetch_checkpoint("owner/name@v2")
     assert load_recipe(None, ["model.path=owner/name", "model.revision=v1"], needs_rows=False).model.place == "owner/name@v1"
+
+
+def test_a_hub_id_is_one_model_in_all_that_a_run_does(kept, tmp_path):
+    """What a branch names when the run goes on is another."""
+    recipe = load_recipe(None, ["model.path=owner/name", "data.path=tinyworld/skill", f"output={tmp_path / 'run'}"])
+    run, round_ = prepare_single(recipe)
+    assert pin_start(round_).model.path == f"owner/name@{'a' * 40}"
+    (kept / "refs" / "main").write_text("b" * 40)
+    run.lock.release()
+    prepare_single(recipe)
+    assert round_.read_spec().model.path == "owner/name"
+    for path in (pin_start(round_).model.path, round_.find_start()):
+        assert fetch_checkpoint(path) == kept / "snapshots" / ("a" * 40)
+    (method,) = make_methods(make_spec({"lora": {}}, (("new", round_.folder),)))
+    assert method.find_base(tmp_path) == kept / "snapshots" / ("a" * 40)
+
+
+def test_the_start_of_a_folder_is_not_pinned(folder, tmp_path):
+    recipe = load_recipe(None, [f"model.path={folder}", "data.path=tinyworld/skill", f"output={tmp_path / 'run'}"])
+    _, round_ = prepare_single(recipe)
+    assert pin_start(round_) == round_.read_spec()
+    assert not round_.start_path.exists()
 
 
 @pytest.mark.parametrize("config", [{"model_type": "no-such-type"}, {"model_type": "llama", "hidden_size": 15}])

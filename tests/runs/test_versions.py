@@ -17,7 +17,7 @@ from hftcli.runs.history import History
 from hftcli.runs.made import DeltaRecord, MergeManifest
 from hftcli.runs.records import Checksums, Manifest, Outlook, RoundResult
 from hftcli.runs.scores import Scores
-from hftcli.runs.spec import RoundSpec
+from hftcli.runs.spec import HubStart, RoundSpec
 
 VERSION_1 = Path(__file__).parent / "version_1"
 ROUND = VERSION_1 / "sft" / "rounds" / "00-sft"
@@ -37,6 +37,7 @@ FIRST: dict[type[BaseModel], dict] = {
         "weight": 0.5, "plan": None, "files": {},
     },
     History: {"rounds": [{"index": 0, "objective": "sft", "task": None, "fingerprint": "0f", "parent": "m"}]},
+    HubStart: {"commit": "0f"},
     Outlook: {
         "data": json.loads((ROUND / "result.json").read_text())["data"], "num_sequences": 6, "num_steps": 2,
         "num_warmup_steps": 1, "is_warmup_dropped": False, "num_trainable": 5, "num_parameters": 9, "fingerprint": "0f",
