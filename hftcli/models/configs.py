@@ -2,7 +2,8 @@
 
 They are the start's, as they are in its files, with no more changed than training settles: with which token an answer ends, the
 chat template, the data type where the recipe gives one, and a token to pad with where there is none. So whatever a trainer sets
-for itself on the model's config, as that no cache is used, is not saved.
+for itself on the model's config, as that no cache is used, is not saved. Code of its own (`auto_map`) that a start names is not
+named any more: what trained is the library's class, and the code does not come along.
 """
 
 import json
@@ -72,6 +73,8 @@ def settle_configs(
     if generation.get("pad_token_id") is None and tokenizer.pad_token_id is not None:
         generation["pad_token_id"] = tokenizer.pad_token_id
     config["architectures"] = [architecture]
+    for settings in (config, tokenizer.init_kwargs):
+        settings.pop("auto_map", None)
     if dtype is not None:
         config.pop("torch_dtype", None)  # the older name
         config["dtype"] = dtype

@@ -55,6 +55,19 @@ def test_nothing_else_changes(start, tmp_path):
     assert configs.ends.added_ids == ()
 
 
+def test_code_of_the_start_s_own_is_not_named_where_it_does_not_come_along(start, tmp_path):
+    """Programs that are let run such code would look for it in vain."""
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    write(start, CONFIG | {"auto_map": own}, GENERATION)
+    path = start / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}))
+    (tmp_path / "end").mkdir()
+    settle(start, 2).write(tmp_path / "end")
+    assert read(tmp_path / "end", "config.json") == CONFIG | {"architectures": ["LlamaForCausalLM"]}
+    assert "auto_map" not in read(tmp_path / "end", "tokenizer_config.json")
+    assert load_tokenizer(tmp_path / "end").get_vocab() == load_tokenizer(start).get_vocab()
+
+
 @pytest.mark.parametrize(
     ("own", "trained", "expected", "added"),
     [
