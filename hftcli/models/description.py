@@ -19,6 +19,9 @@ from hftcli.runs.files import write_model
 from hftcli.runs.run import Round, find_checkpoint_damage
 from hftcli.runs.spec import HubStart, RoundSpec
 
+# What is fetched of a model on the hub beside its weights; the text files are vocabularies of tokenizers in their slow form.
+FETCHED = ("*.json", "*.model", "*.jinja", "README.md", "merges.txt", "vocab.txt")
+
 
 @dataclass(frozen=True)
 class ModelDescription:
@@ -109,7 +112,7 @@ def fetch_checkpoint(path: str, needs_weights: bool = True) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            patterns = ["*.json", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if needs_weights else [])]
+            patterns = [*FETCHED, *(["*.safetensors"] if needs_weights else [])]
             name, revision = split_revision(path)
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

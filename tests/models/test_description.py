@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from methods.rounds import make_spec
 from safetensors.torch import load_file
 
@@ -71,6 +72,23 @@ def test_the_start_of_a_folder_is_not_pinned(folder, tmp_path):
     _, round_ = prepare_single(recipe)
     assert pin_start(round_) == round_.read_spec()
     assert not round_.start_path.exists()
+
+
+def test_a_tokenizer_in_its_slow_form_is_fetched_whole(folder, tmp_path, monkeypatch):
+    """The hub is a folder; the library says which of its files the patterns mean."""
+    hub = shutil.copytree(folder, tmp_path / "hub")
+    for name in ("vocab.json", "merges.txt", "vocab.txt", "notes.txt", "modeling_own.py"):
+        (hub / name).touch()
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        (tmp_path / "here").mkdir()
+        for file in filter_repo_objects([path.name for path in hub.iterdir()], allow_patterns=allow_patterns):
+            shutil.copy(hub / file, tmp_path / "here")
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = {path.name for path in fetch_checkpoint("owner/name").iterdir()}
+    assert found == {path.name for path in hub.iterdir()} - {"notes.txt", "modeling_own.py"}
 
 
 @pytest.mark.parametrize("config", [{"model_type": "no-such-type"}, {"model_type": "llama", "hidden_size": 15}])
