@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hftcli.reporting.lines import fold, open_console
 from hftcli.reporting.outlook import describe_outlook
-from hftcli.runs.run import Round
+from hftcli.runs.run import Round, Run
 from hftcli.runs.spec import Progress as Place
 
 BEFORE = ("starting", "tokenizing")  # it is known what the round is going to do
@@ -105,7 +105,7 @@ class RunClock:
         """The round's name, and which of how many it is where there are several."""
         if self.folder != round_.folder.parent:
             self.folder = round_.folder.parent
-            self.names = sorted(path.parent.name for path in self.folder.glob("*/round.json"))
+            self.names = [other.name for other in Run(self.folder.parent).rounds]
         place = self.names.index(round_.name) + 1 if round_.name in self.names else 1
         return f"task {place} of {len(self.names)}, {round_.name}" if len(self.names) > 1 else round_.name
 

@@ -48,6 +48,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ class Round:
     def name(self) -> str:
         """The folder's name: its place among the rounds, and what it trains."""
         return self.folder.name
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """What rounds are ordered by: the number that the name begins with, of two digits or more."""
+        number = self.name.partition("-")[0]
+        return int(number) if number.isdigit() else 0, self.name
 
     @property
     def is_done(self) -> bool:
@@ -228,7 +235,7 @@ class Run:
     @property
     def rounds(self) -> list[Round]:
         """The rounds that were started, in order."""
-        return [Round(path.parent) for path in sorted(self.folder.glob("rounds/*/round.json"))]
+        return sorted((Round(path.parent) for path in self.folder.glob("rounds/*/round.json")), key=attrgetter("place"))
 
     @property
     def last_finished(self) -> Round | None:

@@ -38,6 +38,15 @@ def test_the_time_left_after_a_resume_counts_from_the_step_it_goes_on_from(tmp_p
     assert clock.describe_left(20.0) == "about 36 min left"
 
 
+def test_more_rounds_than_two_digits_count_are_in_their_order(tmp_path):
+    run = Run(tmp_path / "run")
+    for place in (100, 11, 9, 101, 10):
+        run.round(f"{place:02d}-topic").folder.mkdir(parents=True)
+        run.round(f"{place:02d}-topic").spec_path.touch()
+    assert [round_.name.partition("-")[0] for round_ in run.rounds] == ["09", "10", "11", "100", "101"]
+    assert RunClock().name_round(run.round("100-topic")) == "task 4 of 5, 100-topic"
+
+
 def test_one_round_is_no_task_of_several(tmp_path):
     run = Run(write_run(tmp_path / "run"))
     assert RunClock().name_round(run.rounds[0]) == "00-sft"
