@@ -208,8 +208,9 @@ class Round:
         flush_files(self.folder, [str(path.relative_to(self.folder)) for path in paths])
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows that were logged, in order."""
-        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        """The rows that were logged, in order; one that was being written when the round was killed has no end, and is none."""
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 @dataclass(frozen=True)

@@ -252,10 +252,10 @@ def remove_steps(round_: Round, keep: int) -> None:
 
 
 def clear_remains(round_: Round) -> None:
-    """Remove what an earlier start was writing or removing when it was killed."""
+    """Remove what an earlier start was writing or removing when it was killed: folders; a file, such as .DS_Store, is none."""
     if round_.steps.is_dir():
         for path in round_.steps.iterdir():
-            if not path.name.isdigit():
+            if path.is_dir() and not path.name.isdigit():
                 shutil.rmtree(path)
 
 

@@ -237,6 +237,14 @@ def test_recipe_of_a_newer_hft_is_left_alone(trained):
     assert trained.recipe_path.read_text() == written
 
 
+def test_a_row_of_metrics_that_was_cut_short_is_none(tmp_path):
+    round_ = Round(tmp_path)
+    round_.metrics_path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert round_.read_metrics() == [{"step": 1, "loss": 2.5}]
+    round_.metrics_path.write_text("")
+    assert round_.read_metrics() == []
+
+
 def test_answers_are_read_back_with_every_mark_in_them(tmp_path):
     answer = "a\u2028b\u2029c\x85d\x0be\x0cf\x1eg\r\nh"
     written = [Prediction(index=0, prediction=answer, score=1.0, lenient=None, nll=1.0, num_tokens=1, question=answer)] * 2
