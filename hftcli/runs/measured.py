@@ -43,7 +43,8 @@ def list_learned(recipe: Recipe) -> tuple[str, ...]:
 
     They are named alike, or a file of the task is trained on, or the folder of its training rows, however paths are written.
     """
-    trained = {part.path for part in (recipe.data, *recipe.data.sources) if part.path is not None}
+    paths = (recipe.data.path, *(source.path for source in recipe.data.sources))
+    trained = {path for path in paths if path is not None}
     places = {_find_place(path) for path in trained}
     return tuple(
         name for name in dict.fromkeys(recipe.eval.tasks) if name in trained or places & _list_places(name, recipe.data.root)
