@@ -27,6 +27,7 @@ FRONT = (
     "errors", "freezing", "recipe", "tasks", "runs", "comparing", "launching", "doctor.doctor", "measuring.evaluation",
     "reporting", "runners", "commands",
 )  # fmt: skip
+TOP = {"hftcli", "recipes", "scripts", "tests", "Makefile", "pyproject.toml", "README.md", "LICENSE"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_README_LINES = 400, 60, 220
 
 
@@ -173,3 +174,12 @@ def test_every_field_in_a_file_is_documented(sections: list[type[Section]]):
         for field, info in section.model_fields.items():
             is_section = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
             assert info.description or is_section, f"{section.__name__}.{field} has no docstring"
+
+
+def test_nothing_else_stands_at_the_top():
+    """What a test or a measurement left there was once committed unseen."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
+    if not tracked:
+        pytest.skip("this is no checkout of git")
+    found = {Path(path).parts[0] for path in tracked}
+    assert {name for name in found if not name.startswith(".")} <= TOP
