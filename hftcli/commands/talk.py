@@ -165,6 +165,8 @@ def generate(
             raise DataError(f"--prompts {prompts}, prompt {found} has an `{key}`, which would be lost", "give it another name")
     speaker = Speaker(subject.path, dtype)
     encoded = encode_prompts(speaker, rows, chat, system)
+    if chat is None and system is None and speaker.has_template and any(isinstance(row.get("prompt"), str) for row in rows):
+        print("(texts are asked as a user's turn, through the chat template; --no-chat asks them as they are)", file=sys.stderr)
     with show_counts() as on_progress:
         answers = speaker.complete(
             encoded, Manner(max_new_tokens, temperature, top_p, seed), lambda done, total: on_progress("prompts", done, total)

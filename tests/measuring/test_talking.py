@@ -272,6 +272,10 @@ def test_the_commands(hft, tmp_path):
     eos = AutoTokenizer.from_pretrained(EMBEDDED).eos_token_id
     are_cut = [eos not in ids[:2] for ids in written]
     assert any(are_cut)
+    said = "texts are asked as a user's turn, through the chat template; --no-chat asks them as they are"
+    assert said in short.stderr
+    bare = hft("generate", "tinyworld", "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 2, "--no-chat")
+    assert said not in bare.stderr
     assert [json.loads(line).get("is_cut", False) for line in short.stdout.splitlines()] == are_cut
     assert f"({sum(are_cut)} of 3 answers were cut before they ended: see --max-new-tokens)" in short.stderr
     assert [row.get("is_cut", False) for row in rows] == [eos not in ids for ids in written]
