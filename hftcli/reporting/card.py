@@ -232,7 +232,7 @@ def takes_turns(checkpoint: Path) -> bool:
 
 def find_base(run: Run) -> Base:
     """What the run's first round began from; where rounds of hft made that, what the first of these began from."""
-    path = run.rounds[0].read_spec().model.path
+    path = run.rounds[0].find_start()
     rounds = read_history(Path(path)).rounds if Path(path).is_dir() else ()
     if not rounds:
         return _read_base(path)

@@ -11,6 +11,7 @@ from hftcli.runs.history import HISTORY_NAME, History, describe_round
 from hftcli.runs.made import CheckpointIdentity, MergeManifest
 from hftcli.runs.records import Source
 from hftcli.runs.run import Run
+from hftcli.runs.spec import HubStart
 
 USED = {"many.jsonl": 1000, "few.jsonl": 7}
 
@@ -142,3 +143,13 @@ def test_a_start_that_was_converted_is_not_called_untouched(run):
     assert "what was frozen is bit for bit as it was once converted to bfloat16" in words
     assert "1 of 1 frozen parameters bit-identical to the start once it is converted to bfloat16 (model.dtype)" in words
     assert "bit for bit as it was once converted to bfloat16" in make_page(run)
+
+
+def test_the_base_is_the_commit_that_was_trained(run):
+    """What `main` is on the hub by now may be another one."""
+    (round_,) = run.rounds
+    spec = round_.read_spec()
+    write_model(round_.spec_path, spec.model_copy(update={"model": spec.model.model_copy(update={"path": "owner/name"})}))
+    write_model(round_.start_path, HubStart(commit="0123abcd"))
+    base = find_base(run)
+    assert (base.hub_id, base.revision) == ("owner/name", "0123abcd")
