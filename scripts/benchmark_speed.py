@@ -154,7 +154,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a setting in a turn, after one that is not")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--memory-bytes", type=int, help="the limit of the last rows")
-    parser.add_argument("--grains", action="store_true", help="compare the grains in place of the other rules")
+    parser.add_argument(
+        "--grains", nargs="*", choices=GRAINS, metavar="NAME",
+        help="compare the grains in place of the other rules, or those that are named alone",
+    )  # fmt: skip
     parser.add_argument("--levers", action="store_true", help="compare what changes the loss in place of the other rules")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count the CPU's seconds: on one thread of a machine that others use as well"
@@ -199,9 +202,11 @@ def make_settings(path: str, arguments: argparse.Namespace) -> list[Setting]:
         plain = make_budget(FULL)
         plain = replace(plain, work=replace(plain.work, loss="plain"))  # which most of them need
         return [Setting(name, "none", plain, MethodSection.model_validate(method)) for name, method in levers.items()]
-    if arguments.grains:
+    if arguments.grains is not None:
         rules = {FULL: rules[FULL], HALF: rules[HALF]}
-        rules |= {name: FreezeRule.model_validate(rule) for name, rule in GRAINS.items()}
+        rules |= {
+            name: FreezeRule.model_validate(rule) for name, rule in GRAINS.items() if name in (arguments.grains or GRAINS)
+        }
         return [Setting(rule, "none", make_budget(rule)) for rule in rules]
     settings = [Setting(rule, name, make_budget(rule, every)) for name, every in (("none", None), ("all", 1)) for rule in rules]
     ways = {rule: [replace(make_budget(rule), work=way) for way in list_works(make_budget(rule), kernels)] for rule in rules}
