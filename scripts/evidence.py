@@ -18,6 +18,7 @@ MEASURES = {
     "texts, lost": ("text", "+.2f"),
 }  # fmt: skip
 REPLAYS = {"": "", "with 1 %": " + replay 1 %", "with 10 %": " + replay 10 %"}
+LESS = (("facts", "full"), ("facts", "half"), ("skill", "half"))
 STAGES = {"one": "one process", "0": "ZeRO 0", "1": "1", "2": "2", "3": "3"}
 Row = tuple[str, ...]
 
@@ -40,7 +41,7 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
         ("model", "trains", "less", "rate", "left after each task", "lost by the end", "texts, lost"), list_differences(streams)
     )
     for bench, arms in json.loads(SKILL.read_text(encoding="utf-8")).items():
-        columns = ("trains", "rate", "skill", "facts", "facts reworded", "facts less half's", "skill less half's")
+        columns = ("trains", "rate", "skill", "facts", "facts reworded", *(f"{key} less {other}'s" for key, other in LESS))
         tables[f"skill-{bench}"] = make_table(columns, list_skills(arms))
     ways = json.loads(WAYS.read_text(encoding="utf-8"))
     for model, known in ways.items():
@@ -120,12 +121,12 @@ def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
 
 def list_skills(arms: dict[str, Any]) -> Iterator[Row]:
     """A row for each arm on tinyworld, in points."""
-    half = {run["seed"]: run for run in arms["half"]["runs"]}
+    beside = {other: {run["seed"]: run for run in arms[other]["runs"]} for _, other in LESS}
     for name, arm in arms.items():
         cells = [describe([run[key] for run in arm["runs"]], ".1f") for key in ("skill", "facts", "reworded")]
         less = [
-            "" if name == "half" else describe([run[key] - half[run["seed"]][key] for run in arm["runs"]], "+.1f")
-            for key in ("facts", "skill")
+            "" if name == other else describe([run[key] - beside[other][run["seed"]][key] for run in arm["runs"]], "+.1f")
+            for key, other in LESS
         ]
         yield name, f"{arm['rate']:g}", *cells, *less
 
