@@ -46,6 +46,8 @@ def print_plan(budget: Budget, checked: tuple[Budget, MeasuredStep] | None, is_l
     if (redraw := plan.rule.redraw) is not None:
         every = "50 to 100 steps, by the rows" if redraw.every == "auto" else f"{redraw.every} steps"
         say(f"freeze.redraw: another draw every {every}, order {redraw.order}; what follows is the largest of them.")
+        if not plan.frozen:
+            say("Every draw trains all that there is: this is full fine-tuning.")
     if not plan.is_ranked:
         say(f"freeze.rank: {plan.rule.rank}: a round scores its start first; until then, a draw stands in for these units.")
     print_whole(_make_role_table(plan, "adapted" if budget.adapters is not None else "train"))

@@ -1,5 +1,6 @@
 """What a round is going to do, known before it has weights: rows, steps, the learning rate, what trains, what it holds."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters
-from hftcli.freezing.redrawing import NUM_TRIED_DRAWS, count_cycle_steps, count_draws, list_draws, settle_every
+from hftcli.freezing.redrawing import count_cycle_steps, count_draws, settle_every
 from hftcli.launching.planning import make_budget
 from hftcli.measuring.questions import TokenizedTask
 from hftcli.models.device import is_mixed, is_sharded
@@ -29,6 +30,8 @@ from hftcli.training.own_rows import stand_in
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.stages import Assignment, Rows
 from hftcli.training.trainers import build_arguments, make_deepspeed_config
+
+logger = logging.getLogger(__name__)
 
 NUM_TRIED_STEPS = 10_000  # of a schedule
 
@@ -143,29 +146,25 @@ def check_likelihoods(spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> No
 
 
 def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:
-    """See that there is more than one draw, and that they differ.
+    """See that there is more than one draw.
 
     Args:
         num_sequences: of a pass over the rows.
 
     Raises:
-        InputError: the round ends with its first draw, or any would be that one.
+        InputError: the round ends with its first draw.
     """
-    rule, units = task.spec.freeze, task.network.units
+    rule = task.spec.freeze
     if rule.redraw is None:
         return
-    every = settle_every(rule, units, num_sequences, task.spec.train.global_batch_size)
+    if not task.plan.frozen:
+        logger.warning("freeze.redraw: every draw trains all that there is, so that the round is full fine-tuning")
+    every = settle_every(rule, task.network.units, num_sequences, task.spec.train.global_batch_size)
     if count_draws(num_steps, every) < 2:
         meant = f"auto, which is {every} here" if rule.redraw.every == "auto" else str(every)
         raise InputError(
             f"freeze.redraw.every is {meant}, and the round has {num_steps} steps: what trains in the first would train in all",
             "lower it, train for longer, or drop freeze.redraw",
-        )
-    if len({*list_draws(units, rule, task.spec.index, NUM_TRIED_DRAWS)}) == 1:
-        raise InputError(
-            f"freeze.redraw draws the same every time: with freeze.trainable_fraction {rule.trainable_fraction:g} and "
-            f"freeze.group {rule.group}, nothing waits for another draw",
-            "lower freeze.trainable_fraction, or drop freeze.redraw",
         )
 
 

@@ -13,6 +13,7 @@ from training.quiet_rounds import (
     launch,
     make_spec,
     make_start,
+    read_all_losses,
     read_batch,
     read_model,
     read_weights,
@@ -76,19 +77,15 @@ def test_four_steps_by_hand(start: Path, tmp_path: Path, every: int, states: str
     assert found == (turns if every == 2 else [(step, step, f"layer {(step - 1) % 2}") for step in (1, 2, 3, 4)])
 
 
-@pytest.mark.parametrize(
-    ("rule", "fraction"),
-    [
-        ({"redraw": {"every": 1}}, 1),
-        ({"group": "layer", "redraw": {"every": 2, "order": "cyclic"}}, 1),
-        ({"group": "layer", "redraw": {"every": 1}}, 0.9),  # which is both layers
-    ],
-)
-def test_draws_that_are_all_the_same_are_refused(start: Path, rule: dict, fraction: float):
-    task = read_assignment(make_spec(start, rule | {"trainable_fraction": fraction}))
-    rows = tokenize_rows(task, lambda done, total: None)
-    with pytest.raises(InputError, match=f"freeze.redraw draws the same every time: with freeze.trainable_fraction {fraction}"):
-        look_ahead(task, rows)
+@pytest.mark.parametrize("rule", [{"redraw": {"every": 1}}, {"group": "layer", "redraw": {"every": 2, "order": "cyclic"}}])
+def test_all_at_once_is_full_fine_tuning_and_said_to_be(start: Path, tmp_path: Path, rule: dict, caplog):
+    full = {"trainable_fraction": 1.0}
+    task = read_assignment(make_spec(start, full | rule))
+    look_ahead(task, tokenize_rows(task, lambda done, total: None))
+    assert "every draw trains all that there is, so that the round is full fine-tuning" in caplog.text
+    losses = read_all_losses(tmp_path, start, full, full | rule)
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("states", ["drop", "keep"])
