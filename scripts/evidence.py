@@ -33,8 +33,6 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
             known = {name: arms[name] for name in names if name in arms and len(list_rates(model, name)) > 1}
             if bench == "ways" or not set(names) - set(BENCHES["ways"]) - set(known):
                 tables[f"stream-{bench}-{model}"] = make_table(columns, list_arms(known))
-        if set(BENCHES["ways"]) - set(arms):
-            continue
         replayed = [how or name for name in list(MEASURES)[1:] for how in REPLAYS]
         tables[f"stream-replay-{model}"] = make_table(("trains", "rate", *replayed), list_replays(model, arms))
     tables["stream-beside"] = make_table(

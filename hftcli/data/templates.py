@@ -5,6 +5,7 @@ signs in place of their contents, and tells what a row says from what the templa
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ Tools = list[dict[str, Any]]
 SIGN_START, SIGN_END = "\ue000", "\ue001"  # around a sign: no template knows them, and none takes them for white space
 PROBE = f"{SIGN_START}?{SIGN_END}"
 # Templates that print today's date would teach another text on every day: they print this one, Llama 3.2's own default.
-DATE = {"Y": "2024", "m": "07", "d": "26", "b": "Jul", "B": "July", "y": "24", "A": "Friday", "a": "Fri", "H": "00", "M": "00",
-        "S": "00"}  # fmt: skip
+DAY = datetime(2024, 7, 26)
+DIRECTIVES = ("-d", "-m", "-H", "-I", "-M", "-S", *"aAbBdDeFHIjmMpSTuwyY")
 DATED = (
     "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f"|replace('%{code}', '{value}')" for code, value in DATE.items())
+    + "".join(f"|replace('%{directive}', '{DAY.strftime(f'%{directive}')}')" for directive in DIRECTIVES)
     + " }}{%- endmacro -%}"
 )
 NO_TEMPLATE_FIX = "set model.chat_template to chatml, tulu or a Jinja file"

@@ -198,7 +198,7 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
 
 def _describe_verification(verification: Verification) -> str:
     same = verification.num_frozen - len(verification.violations)
-    still = (*verification.unmoved, *verification.below_resolution, *(verification.rankless or ()))
+    still = (*verification.unmoved, *verification.below_resolution, *verification.rankless)
     moved = verification.num_trained - len(still)
     rounded = len(verification.below_resolution)
     note = f" ({rounded} more moved by less than the checkpoint's data type holds)" if rounded else ""

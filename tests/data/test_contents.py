@@ -154,9 +154,12 @@ def test_a_thought_that_is_not_printed_is_missed_though_its_words_stand_in_the_a
 
 def test_a_template_prints_the_same_date_on_every_day(speaker: PreTrainedTokenizerBase, tmp_path: Path):
     """As Llama 3.2's and gpt-oss's ask for it: otherwise another day would train other rows."""
-    speaker.chat_template = "Today: {{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}" + CHAT_TEMPLATES["chatml"]
+    speaker.chat_template = (
+        "Today: {{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}, {{ strftime_now('%A, %B %-d') }}"
+        + CHAT_TEMPLATES["chatml"]
+    )
     ids, _ = prepare([QUESTION, say("assistant", "It is 42.")], speaker, tmp_path)
-    assert speaker.decode(ids).startswith("Today: 26 Jul 2024, 2024-07-26<|im_start|>user\n")
+    assert speaker.decode(ids).startswith("Today: 26 Jul 2024, 2024-07-26, Friday, July 26<|im_start|>user\n")
 
 
 @pytest.mark.parametrize("with_list", [True, False])

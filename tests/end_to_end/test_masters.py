@@ -57,7 +57,8 @@ def assert_scored(folder: Path, mixed: bool, found: dict[str, Score], round_: Ro
     model = PlainModel(folder, mixed)
     for name, score in found.items():
         if name == HELD_OUT:
-            assert score.nll == pytest.approx(model.read_mean(ALL_ROWS), abs=1e-4)
+            # hft reads them in several batches, the script in one: in bfloat16 the sums depend on how many rows a batch has.
+            assert score.nll == pytest.approx(model.read_mean(ALL_ROWS), abs=1e-2 if mixed else 1e-4)
             continue
         task = name.removeprefix("tinyworld/")
         opinion = model.score(list_rows(task), TASKS[task])
@@ -152,7 +153,7 @@ def test_every_score_of_sft_then_dpo_is_that_of_the_files(hft, settings, change,
     margins = (0.1 * (after - before)).diff(dim=1).neg().flatten().tolist()
     likelier = (after[:, 0] > after[:, 1]).tolist()
     scores = second.read_result().pairs.after
-    assert scores.reward_margin == pytest.approx(sum(margins) / len(margins), abs=1e-3 if mixed else 1e-5)
+    assert scores.reward_margin == pytest.approx(sum(margins) / len(margins), abs=1e-2 if mixed else 1e-5)
     assert scores.reward_accuracy == sum(margin > 0 for margin in margins) / len(margins)
     assert scores.likelihood_accuracy == sum(likelier) / len(likelier)
 
