@@ -40,10 +40,12 @@ from hftcli.runs.measured import split_tasks
 from hftcli.runs.records import Manifest, RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring
+from hftcli.runs.verification import Verification
 from hftcli.runs.versions import list_versions
 from hftcli.tasks import check_tasks, find_sequence, is_task
 from hftcli.tasks.check import check_sequence
 
+SMALL_GRADIENT = 1e-6  # AdamW's steps shrink with gradients whose weights have less than its epsilon of 1e-8
 logger = logging.getLogger(__name__)
 
 
@@ -225,10 +227,21 @@ def finish_round(run: Run, round_: Round, on_progress: Callable[[Round, Progress
         raise VerificationError(
             f"{round_.folder}: {len(verification.violations)} frozen parameters moved, {len(verification.unmoved)} trained "
             f"ones did not, {len(verification.faults)} faults in all",
-            f"hft verify {round_.folder} names them",
+            f"hft verify {round_.folder} names them" + _explain_stillness(round_, verification),
         )
     write_card(run, round_)
     return result
+
+
+def _explain_stillness(round_: Round, verification: Verification) -> str:
+    """Why what trains did not move, where that is the only fault and the log says it."""
+    norms = [row["grad_norm"] for row in round_.read_metrics() if "grad_norm" in row] if round_.metrics_path.exists() else []
+    if verification.faults != verification.unmoved or not norms or max(norms) > SMALL_GRADIENT:
+        return ""
+    return (
+        f"; the gradients' norm was {max(norms):.1e} at most, so that steps were less than a weight's last digit: the loss taught "
+        "nothing (see what `method` leaves of it), or the rows were known already"
+    )
 
 
 def resolve_start(path: str) -> Start:

@@ -81,6 +81,7 @@ class Setting:
     budget: Budget
     method: MethodSection = field(default_factory=MethodSection)
     held_bytes: list[int] = field(default_factory=list)  # beside the model by its methods, once it was timed
+    peak_bytes: list[int] = field(default_factory=list)  # of the GPU's allocator, in each turn
 
     @property
     def num_trained(self) -> int:
@@ -252,6 +253,9 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int, is_cp
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-6, fused=True)
     inputs = make_inputs(model.config.vocab_size, work, device)
     methods = prepare_methods(model, setting, inputs)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     parts = []
     for _ in range(num_steps + 1):
         times = [read_clock(device, is_cpu_time)]
@@ -273,6 +277,8 @@ def time_setting(model: PreTrainedModel, setting: Setting, num_steps: int, is_cp
             method.end_step()
         times.append(read_clock(device, is_cpu_time))
         parts.append([later - earlier for earlier, later in pairwise(times)])
+    if device.type == "cuda":
+        setting.peak_bytes.append(torch.cuda.max_memory_allocated())
     if tuner is not None:
         tuner.unload()
     for place, layer in plain.items():
@@ -290,7 +296,7 @@ def prepare_methods(model: PreTrainedModel, setting: Setting, inputs: dict[str, 
     for method in methods:
         method.prepare_model(model, setting.budget.plan, Path(), False, False)
         method.start(SimpleNamespace(model=model))
-        method.count_own_rows(len(inputs["input_ids"]) - 1)
+        method.num_given = len(inputs["input_ids"]) - 1
         if setting.method.anchor is not None and setting.method.anchor.top_k is not None:
             with torch.no_grad():
                 log_probs_NV = read_distributions(model, inputs | {"places": find_places(inputs)}, False)
@@ -332,7 +338,9 @@ def print_levers(turns: list[dict[Setting, Seconds]], settings: list[Setting], a
         f"{settings[0].budget.work.arithmetic}{', CPU seconds' if arguments.cpu_time else ''}; medians of {len(turns)} "
         f"interleaved turns of {arguments.steps} steps; ratios: median (range) within a turn, over plain training\n"
     )
-    print("| | forward s | backward s | step s | ratio | holds MiB |\n|---|---|---|---|---|---|")
+    has_peak = bool(settings[0].peak_bytes)
+    columns = ("", "forward s", "backward s", "step s", "ratio", "holds MiB", *["peak MiB"] * has_peak)
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for setting in settings:
         parts = ("forward", "backward", "step")
         medians = [statistics.median(getattr(turn[setting], part) for turn in turns) for part in parts]
@@ -340,6 +348,7 @@ def print_levers(turns: list[dict[Setting, Seconds]], settings: list[Setting], a
         print(
             f"| {setting.rule} | {' | '.join(f'{value:.3f}' for value in medians)} | {statistics.median(ratios):.3f} "
             f"({ratios[0]:.3f} to {ratios[-1]:.3f}) | {sum(setting.held_bytes) / 2**20:.1f} |"
+            + (f" {max(setting.peak_bytes) / 2**20:,.0f} |" if has_peak else "")
         )
 
 
@@ -354,7 +363,8 @@ def print_table(turns: list[dict[Setting, Seconds]], settings: list[Setting], ar
         "full fine-tuning with the same checkpointing or in the same memory; TFLOP/s without what is computed again\n"
     )
     columns = ("rule", "checkpointing", "trains", "forward s", "backward s", "optimizer s", "step s", "ratio", "FLOP count")
-    columns = (*columns, "TFLOP/s", "needs MiB")
+    has_peak = bool(settings[0].peak_bytes)
+    columns = (*columns, "TFLOP/s", "needs MiB", *["peak MiB"] * has_peak)
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for setting in settings:
         name, _, _ = setting.checkpointing.partition(":")
@@ -373,6 +383,7 @@ def print_table(turns: list[dict[Setting, Seconds]], settings: list[Setting], ar
             + f" | {' | '.join(cells)} | {(flops.total - flops.recompute) * num_tokens / step / 1e12:.3f} | "
             + ("" if setting.rule == LORA else f"{setting.budget.half.high_bytes / 2**20:,.0f}")
             + " |"
+            + (f" {max(setting.peak_bytes) / 2**20:,.0f} |" if has_peak else "")
         )
 
 

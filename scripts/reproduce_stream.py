@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hftcli.comparing.points import read_point
+from hftcli.errors import VerificationError
 
 RESULTS = Path(__file__).with_name("stream.json")
 TASKS = ("FOMC", "NumGLUE-cm", "Py150", "NumGLUE-ds")
@@ -182,7 +183,8 @@ class Stream:
 
         Returns:
             What was left of each task right after it, what was lost of it by the end, what is left there, and how the texts
-            fared; and learning against forgetting within the run.
+            fared; and learning against forgetting within the run. Of a run that hft stopped, as gradients were so small that
+            weights did not move, the task.
         """
         output = self.folder / f"{arm.replace(',', '').replace(' ', '-').replace('%', 'percent')}-{rate:g}-{seed}"
         given = COMMON | ARMS[arm] | {
@@ -190,7 +192,14 @@ class Stream:
             "freeze.seed": seed, "train.seed": seed,
         }  # fmt: skip
         options = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
-        run_hft(["continual", "--recipe", "trace", "--model", str(self.model), "--output", str(output), *options])
+        try:
+            run_hft(["continual", "--recipe", "trace", "--model", str(self.model), "--output", str(output), *options])
+        except subprocess.CalledProcessError as error:
+            if error.returncode != VerificationError.exit_code:
+                raise
+            last = max(path.parent.name for path in output.glob("rounds/*/result.json"))
+            print(f"{output.name}: weights that train did not move in {last}", file=sys.stderr, flush=True)
+            return {"seed": seed, "stopped": last.partition("-")[2]}
         report = json.loads(run_hft(["report", str(output), "--json"]))
         ((_, text),) = report["general_nll"].items()
         nll = report["nll"]

@@ -15,6 +15,7 @@ see_places        of which rows a micro-batch is                               s
 read_ahead        before the forward pass of a micro-batch                     anchor, distill, token_weights, ift, self_replay
 penalize_tokens   a term of each token's loss, by the whole distribution       anchor, distill, self_replay
 weigh_tokens      what a token counts in the loss                              token_weights, ift, self_replay
+list_metrics      what a row of metrics.jsonl has of it                        token_weights
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
@@ -179,6 +180,10 @@ class Method:
             entropies_BT: of what could stand in their places, nats.
         """
         return None
+
+    def list_metrics(self) -> Mapping[str, float]:
+        """What rows of metrics.jsonl have of the micro-batch whose loss was just computed, by name; they have the means."""
+        return {}
 
     def compute_penalty(self) -> torch.Tensor | None:
         """What a step's loss has on top, () with a gradient; None for nothing."""

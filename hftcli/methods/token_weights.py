@@ -23,7 +23,9 @@ Shapes: B sequences of a micro-batch, each a row or several packed ones, T token
 trains on, R rows of a sequence.
 """
 
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,14 @@ from hftcli.methods.ift import find_documents
 from hftcli.methods.method import Method
 from hftcli.models.start_copy import StartCopy
 from hftcli.recipe.methods import TokenWeightsSection
+from hftcli.runs.run import Round
 from hftcli.runs.spec import RoundSpec
 
+logger = logging.getLogger(__name__)
+
 EAFT_TOKENS = 20  # of arXiv 2601.02151: their largest entropy is a weight of 1
+METRIC = "token_weight"
+LITTLE_WEIGHT = 0.05  # of the mean token of a round: it teaches next to nothing
 
 
 class TokenWeights(Method):
@@ -47,6 +54,7 @@ class TokenWeights(Method):
     copy: StartCopy | None = None
     num_steps = 0
     documents_BT: torch.Tensor | None = None
+    mean_weight: torch.Tensor | None = None
 
     def __init__(self, spec: RoundSpec, section: TokenWeightsSection):
         super().__init__(spec, section)
@@ -104,10 +112,27 @@ class TokenWeights(Method):
 
     def weigh_tokens(self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:
         """What each trained token counts, (B, T); anything where none is trained."""
-        if not self.asks_places:
-            return self._weigh(log_probs_BT, entropies_BT, is_trained_BT)
-        is_own_BT = self.is_own_BT[:, 1:]
-        return self._weigh(log_probs_BT, entropies_BT, is_trained_BT & ~is_own_BT).masked_fill(is_own_BT, 1)
+        is_own_BT = self.is_own_BT[:, 1:] if self.asks_places else torch.zeros_like(is_trained_BT)
+        is_taught_BT = is_trained_BT & ~is_own_BT
+        weights_BT = self._weigh(log_probs_BT, entropies_BT, is_taught_BT)
+        self.mean_weight = weights_BT[is_taught_BT].mean() if bool(is_taught_BT.any()) else None
+        return weights_BT.masked_fill(is_own_BT, 1)
+
+    def list_metrics(self) -> Mapping[str, float]:
+        """The mean weight of the rows' trained tokens."""
+        return {} if self.mean_weight is None else {METRIC: self.mean_weight.item()}
+
+    def finish(self, trainer: Trainer, round_: Round) -> None:
+        """Say where the tokens counted so little that the round taught next to nothing."""
+        if trainer.args.process_index:
+            return
+        found = [row[METRIC] for row in round_.read_metrics() if METRIC in row]
+        if found and (mean := sum(found) / len(found)) < LITTLE_WEIGHT:
+            logger.warning(
+                "method.token_weights: %s left a trained token %.2g of its weight on average: the round taught next to nothing; "
+                "%s", self.section.kind, mean,
+                "raise method.token_weights.max_perplexity" if self.section.kind == "stm" else "lower its strength, or drop it",
+            )  # fmt: skip
 
     def _weigh(self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:
         """The same of tokens of rows alone."""

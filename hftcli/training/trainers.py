@@ -218,6 +218,8 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
         # With the number of tokens in a step, TRL's loss is that of the step, and its parts are added up.
         num_parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         for method in self.methods:
+            for name, value in method.list_metrics().items():
+                self.add_metric(name, value)
             penalty = method.compute_penalty()
             if penalty is not None:
                 self.add_metric("penalty", penalty.item())

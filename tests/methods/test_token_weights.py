@@ -89,6 +89,7 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     loss = -found.log_probs.sum() / found.label_mask.sum()
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert method.list_metrics() == {"token_weight": pytest.approx(weights.sum().item() / (targets != -100).sum().item())}
     for (name, own), other in zip(model.named_parameters(), exact.parameters(), strict=True):
         assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
 
@@ -141,6 +142,20 @@ def test_no_strength_is_plain_training_and_every_kind_acts(hft, settings, tmp_pa
     assert losses["none"] == pytest.approx(losses["plain"], abs=1e-6)
     assert losses["dft"] == pytest.approx(losses["trl"], abs=1e-6)
     assert max(losses["dft"]) < min(losses["plain"])
+
+
+def test_a_round_that_weighs_nothing_is_told_apart_from_one_that_broke(hft, settings, tmp_path):
+    """No token of the skill is as certain as this: the loss is 0, and no weight that trains moves."""
+    given = {
+        "method.token_weights": "{kind: stm, max_perplexity: 1.0000001}", "train.max_steps": 2, "train.logging_steps": 1,
+        "eval.tasks": "[]",
+    }  # fmt: skip
+    error = hft("sft", "--output", tmp_path, *settings(given), code=3).stderr
+    assert "0 frozen parameters moved" in error
+    assert "the gradients' norm was 0.0e+00 at most" in error
+    (round_,) = (tmp_path / "rounds").iterdir()
+    assert [json.loads(line)["token_weight"] for line in (round_ / "metrics.jsonl").read_text().splitlines()] == [0, 0]
+    assert "stm left a trained token 0 of its weight on average" in (round_ / "worker.log").read_text()
 
 
 @pytest.mark.parametrize(
