@@ -36,8 +36,9 @@ def advise(
 ) -> None:
     """Search for the recipe that learns most of the rows and loses no more than allowed of what must be kept.
 
-    Tries all weights, the coin's half and the quiet half, with and without what is to be kept, at several learning rates: many
-    in short runs, the best in longer ones (successive halving), and the very best on fresh seeds. Given again, it goes on.
+    Tries all weights, the coin's half and the quiet half, with and without what is to be kept, and all weights anchored to what
+    the model expects, at several learning rates: many in short runs, the best in longer ones (successive halving), and the very
+    best on fresh seeds. Given again, it goes on.
     """
     seconds = read_time(time)
     for key in (override.partition("=")[0] for override in overrides or ()):

@@ -91,7 +91,7 @@ class Advice:
 
 
 def list_candidates(rows: Path, named: Path | None) -> list[Candidate]:
-    """What is tried, alone and with what is to be kept: the quiet half, all weights, the coin's half.
+    """What is tried: the quiet half, all weights, the coin's half, and what defends the old in the loss or among the rows.
 
     The quiet half, which forgot least where ways were compared, stands first: a search whose time runs out has tried it.
 
@@ -103,6 +103,7 @@ def list_candidates(rows: Path, named: Path | None) -> list[Candidate]:
     full = ("freeze.trainable_fraction=1.0",)
     quiet = ("freeze=quiet", *([] if named is None else [f"freeze.keep.path={json.dumps(str(named))}"]))
     arms: dict[str, tuple[str, ...]] = {"quiet": (*quiet, alone), "full": (*full, alone), "half": (alone,)}
+    arms["full + anchor"] = (*full, alone, "method.anchor.strength=1")
     if named is not None:
         both = f"data.sources={json.dumps([{'path': str(rows)}, {'path': str(named)}])}"
         arms |= {"full + replay": (*full, both), "quiet + replay": (*quiet, both)}
