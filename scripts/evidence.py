@@ -5,20 +5,24 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from reproduce_stream import BENCHES, list_rates
+from reproduce_stream import BENCHES, LEVERS, REPLAYED, SEEDS, list_rates
 from reproduce_stream import WAYS as STREAM_WAYS
 
 from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_learning, correct_by_holm
 from hftcli.comparing.statistics import Seed, estimate_mean
 
 FOLDER = Path(__file__).parent
-STREAM, SKILL, WAYS = FOLDER / "stream.json", FOLDER / "skill.json", FOLDER / "ways.json"
+STREAM, SKILL, WAYS, ADVICE = (FOLDER / f"{name}.json" for name in ("stream", "skill", "ways", "advice"))
 MEASURES = {
     "left after each task": ("learned", ".2f"), "lost by the end": ("forgot", "+.2f"), "left at the end": ("left", ".2f"),
     "texts, lost": ("text", "+.2f"),
 }  # fmt: skip
+DIFFERENCES = {name: key for name, (key, _) in MEASURES.items() if key != "left"}
 REPLAYS = {"": "", "with 1 %": " + replay 1 %", "with 10 %": " + replay 10 %"}
 LESS = (("facts", "full"), ("facts", "half"), ("skill", "half"))
+SAME = "the same alone"
+LESS_WITH_LEVERS = (("facts", SAME), ("skill", SAME), ("facts", "quiet"))
+OWN_LEVERS = set(LEVERS) - set(REPLAYED)  # whose table says more than half
 STAGES = {"one": "one process", "0": "ZeRO 0", "1": "1", "2": "2", "3": "3"}
 Row = tuple[str, ...]
 
@@ -26,27 +30,40 @@ Row = tuple[str, ...]
 def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dict[str, str]:
     """By the place in the page."""
     streams = json.loads(STREAM.read_text(encoding="utf-8"))
-    columns = ("trains", "rate", *MEASURES, "forgets more than half at equal learning")
     tables = {}
     for model, arms in streams.items():
         for bench, names in BENCHES.items():
-            known = {name: arms[name] for name in names if name in arms and len(list_rates(model, name)) > 1}
-            if bench == "ways" or not set(names) - set(BENCHES["ways"]) - set(known):
-                tables[f"stream-{bench}-{model}"] = make_table(columns, list_arms(known))
+            told = [name for name in names if bench != "ways" or len(list_rates(model, name)) > 1]
+            known = {name: pick_rates(model, name, arms) for name in told}
+            if all(known.values()):
+                last = f"forgets more than {SAME if bench == 'levers' else 'half'} at equal learning"
+                tables[f"stream-{bench}-{model}"] = make_table(("trains", "rate", *MEASURES, last), list_arms(known, bench))
         replayed = [how or name for name in list(MEASURES)[1:] for how in REPLAYS]
         tables[f"stream-replay-{model}"] = make_table(("trains", "rate", *replayed), list_replays(model, arms))
-    tables["stream-beside"] = make_table(
-        ("model", "trains", "less", "rate", "left after each task", "lost by the end", "texts, lost"), list_differences(streams)
+    tables["stream-beside"] = make_table(("model", "trains", "less", "rate", *DIFFERENCES), list_differences(streams))
+    tables["stream-levers-beside"] = make_table(
+        ("model", "trains", "rate", *(f"{measure}, less {SAME}" for measure in DIFFERENCES)), list_lever_differences(streams)
+    )
+    tables["advice"] = make_table(
+        ("model", "task", "named", "advised", "minutes", "to learn, at least", "to lose, at most", "learned", "lost", "kept"),
+        list_promises(json.loads(ADVICE.read_text(encoding="utf-8"))),
     )
     for bench, arms in json.loads(SKILL.read_text(encoding="utf-8")).items():
-        columns = ("trains", "rate", "skill", "facts", "facts reworded", *(f"{key} less {other}'s" for key, other in LESS))
-        tables[f"skill-{bench}"] = make_table(columns, list_skills(arms))
+        pairs = LESS_WITH_LEVERS if bench == "levers" else LESS
+        columns = ("trains", "rate", "skill", "facts", "facts reworded", *(f"{key} less {other}'s" for key, other in pairs))
+        tables[f"skill-{bench}"] = make_table(columns, list_skills(arms, pairs))
     ways = json.loads(WAYS.read_text(encoding="utf-8"))
     for model, known in ways.items():
         columns = ("trains", "share", "gradients", "states", "FLOPs", "as counted", "frozen, as verified", "launches")
         has_times = any("time" in way for way in known.values())
         tables[f"ways-{model}"] = make_table((*columns, *(["step"] * has_times)), list_ways(known, has_times))
     return tables
+
+
+def pick_rates(model: str, name: str, arms: dict[str, Any]) -> dict[str, Any]:
+    """The runs of an arm at its learning rates; nothing where some are missing."""
+    rates = {f"{rate:g}": arms.get(name, {}).get(f"{rate:g}", ()) for rate in list_rates(model, name)}
+    return rates if all(len(runs) == len(SEEDS) for runs in rates.values()) else {}
 
 
 def list_ways(known: dict[str, Any], has_times: bool) -> Iterator[Row]:
@@ -62,17 +79,40 @@ def list_ways(known: dict[str, Any], has_times: bool) -> Iterator[Row]:
         yield name, *cells, *([f"{way['time']['median']:.3f}" if "time" in way else ""] * has_times)
 
 
-def list_arms(arms: dict[str, Any]) -> Iterator[Row]:
+def list_arms(arms: dict[str, Any], bench: str) -> Iterator[Row]:
     """A row for each learning rate of each arm of a sequence, in nats per token; the comparison stands in the arm's first."""
-    others = [name for name, rates in arms.items() if name != "half" and any(read_trails(rates).values())]
-    found = [compare_at_equal_learning(read_trails(arms[name]), read_trails(arms["half"]), is_within=True) for name in others]
+    beside = {name: drop_lever(name) if bench == "levers" else "half" for name in arms}
+    others = [name for name, other in beside.items() if name != other]
+    measured = [name for name in others if any(read_trails(arms[name]).values())]
+    found = [
+        compare_at_equal_learning(read_trails(arms[name]), read_trails(arms[beside[name]]), is_within=True) for name in measured
+    ]
     p_values = correct_by_holm([one.p_value if one else None for one in found])
-    told = {name: "measured at its end alone" for name in arms if name not in (*others, "half")}
-    told |= {name: describe_difference(*one) for name, *one in zip(others, found, p_values, strict=True)}
+    told = {
+        name: "stopped" if find_stopped(arms[name]) else "measured at its end alone" for name in others if name not in measured
+    }
+    told |= {name: describe_difference(*one) for name, *one in zip(measured, found, p_values, strict=True)}
     for name, rates in arms.items():
         for rate, runs in rates.items():
-            cells = [describe([run[key] for run in runs], form) for key, form in MEASURES.values()]
-            yield name, rate, *cells, told.pop(name, "")
+            yield name, rate, *describe_ends(runs), told.pop(name, "")
+
+
+def describe_ends(runs: list[dict[str, Any]]) -> list[str]:
+    """What an arm learned and lost at a learning rate; where hft stopped some of its runs, in which tasks."""
+    if stopped := [run["stopped"] for run in runs if "stopped" in run]:
+        where = " and ".join(dict.fromkeys(stopped))
+        return [f"{len(stopped)} of {len(runs)} stopped, in {where}", *[""] * (len(MEASURES) - 1)]
+    return [describe([run[key] for run in runs], form) for key, form in MEASURES.values()]
+
+
+def find_stopped(rates: dict[str, Any]) -> set[str]:
+    """The learning rates of an arm at which hft stopped a run, as weights that train did not move."""
+    return {rate for rate, runs in rates.items() if any("stopped" in run for run in runs)}
+
+
+def drop_lever(name: str) -> str:
+    """The arm without what it adds."""
+    return name.partition(" + ")[0]
 
 
 def list_replays(model: str, arms: dict[str, Any]) -> Iterator[Row]:
@@ -93,18 +133,48 @@ def list_differences(streams: dict[str, Any]) -> Iterator[Row]:
     """
     for model, arms in streams.items():
         for name, rates in arms.items():
+            if len(list_rates(model, name)) == 1 or name in OWN_LEVERS:
+                continue
             other = "LoRA" if name == "LoRA, quiet" else "half"
-            for rate, runs in rates.items() if len(list_rates(model, name)) > 1 else ():
+            for rate, runs in rates.items():
                 beside = {run["seed"]: run for run in arms.get(other, {}).get(rate, [])}
                 if name != other and beside:
-                    differences = {
-                        key: [run[key] - beside[run["seed"]][key] for run in runs] for key in ("learned", "forgot", "text")
-                    }
-                    yield model, name, other, rate, *(describe(values, "+.2f") for values in differences.values())
+                    yield model, name, other, rate, *describe_differences(runs, beside)
+
+
+def list_lever_differences(streams: dict[str, Any]) -> Iterator[Row]:
+    """Every lever less the same way alone at the higher rate, seed by seed, at the ends of the runs; in nats per token."""
+    for model, arms in streams.items():
+        for name in (name for name in LEVERS if pick_rates(model, name, arms)):
+            *_, (rate, runs) = pick_rates(model, name, arms).items()
+            if rate not in find_stopped(arms[name]):
+                alone = {run["seed"]: run for run in arms[drop_lever(name)][rate]}
+                yield model, name, rate, *describe_differences(runs, alone)
+
+
+def describe_differences(runs: list[dict[str, Any]], beside: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """What runs left and lost, less what others did on the same seeds."""
+    for key in DIFFERENCES.values():
+        yield describe([run[key] - beside[run["seed"]][key] for run in runs], "+.2f")
+
+
+def list_promises(cases: list[dict[str, Any]]) -> Iterator[Row]:
+    """A row for each search of `hft advise`: what it promised of a further seed, and what three did; in nats per token."""
+    for case in cases:
+        named = "yes" if case["named"] else "its own texts"
+        if case["arm"] is None:
+            yield case["model"], case["task"], named, case["sentence"], f"{case['minutes']:.1f}", *[""] * 5
+            continue
+        ends = [", ".join(f"{end[key]:{form}}" for end in case["ends"]) for key, form in (("learned", ".3f"), ("lost", "+.3f"))]
+        promise = f"{case['learning']['low']:.3f}", f"{case['forgetting']['high']:+.3f}"
+        advised = f"{case['arm']}, {case['rate']:g}"
+        kept = "yes" if case["is_kept"] else "**no**"
+        yield case["model"], case["task"], named, advised, f"{case['minutes']:.1f}", *promise, *ends, kept
 
 
 def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
-    """Learning against forgetting within the runs: by seed, that of every learning rate."""
+    """Learning against forgetting within the runs: by seed, that of every learning rate at which none was stopped."""
+    rates = {rate: runs for rate, runs in rates.items() if rate not in find_stopped(rates)}
     seeds = sorted({run["seed"] for runs in rates.values() for run in runs})
     return {
         (seed,): [
@@ -117,16 +187,15 @@ def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
     }
 
 
-def list_skills(arms: dict[str, Any]) -> Iterator[Row]:
-    """A row for each arm on tinyworld, in points."""
-    beside = {other: {run["seed"]: run for run in arms[other]["runs"]} for _, other in LESS}
+def list_skills(arms: dict[str, Any], pairs: tuple[tuple[str, str], ...]) -> Iterator[Row]:
+    """A row for each arm on tinyworld, in points; last its differences from others, seed by seed."""
     for name, arm in arms.items():
         cells = [describe([run[key] for run in arm["runs"]], ".1f") for key in ("skill", "facts", "reworded")]
-        less = [
-            "" if name == other else describe([run[key] - beside[other][run["seed"]][key] for run in arm["runs"]], "+.1f")
-            for key, other in LESS
-        ]
-        yield name, f"{arm['rate']:g}", *cells, *less
+        for key, beside in pairs:
+            other = drop_lever(name) if beside == SAME else beside
+            alone = {run["seed"]: run[key] for run in arms[other]["runs"]}
+            cells.append("" if name == other else describe([run[key] - alone[run["seed"]] for run in arm["runs"]], "+.1f"))
+        yield name, f"{arm['rate']:g}", *cells
 
 
 def describe(values: list[float], form: str) -> str:

@@ -78,7 +78,11 @@ DEFENCES: dict[str, dict[str, object]] = REPLAY | {
     "TALR": {"method.token_weights.kind": "talr"},
     "EAFT": {"method.token_weights.kind": "eaft"},
     "STM": {"method.token_weights.kind": "stm"},
+    "PSFT": {"method.token_weights.kind": "psft"},
+    "IFT": {"method.ift": "{}"},
+    "distillation": {"method.distill.demonstrations": 1},
 }
+AT_BOTH_RATES = (*REPLAY, "self-replay", "anchor")
 DEFENDED = ("full", "half", "quiet")
 LEVERS = {f"{way} + {name}": WAYS[way] | given for name, given in DEFENCES.items() for way in DEFENDED}
 REPLAYED = {f"{way} + {name}": WAYS[way] | given for name, given in REPLAY.items() for way in WAYS}
@@ -138,9 +142,10 @@ def keep_result(model: str, arm: str, rate: float, run: dict[str, Any]) -> None:
 
 
 def list_rates(model: str, arm: str) -> list[float]:
-    """The learning rates of an arm; of replay beside what is no arm of LEVERS, the higher alone."""
-    rates = [rate * FACTORS.get(arm.partition(" + ")[0], 1) for rate in RATES[model]]
-    return rates[-1:] if arm in REPLAYED and arm not in LEVERS else rates
+    """The learning rates of an arm; of levers, the higher alone, but for some beside what the bench `levers` has."""
+    way, _, lever = arm.partition(" + ")
+    rates = [rate * FACTORS.get(way, 1) for rate in RATES[model]]
+    return rates if not lever or (lever in AT_BOTH_RATES and way in DEFENDED) else rates[-1:]
 
 
 class Stream:
