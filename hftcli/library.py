@@ -132,6 +132,17 @@ class Half:
         return found
 
 
+def take_texts(keep: Iterable[str]) -> tuple[str, ...]:
+    """Texts as they are given.
+
+    Raises:
+        InputError: one text alone, whose letters would be taken for texts.
+    """
+    if isinstance(keep, str):
+        raise InputError("keep takes texts, and got one string", "give a list: keep=[text]")
+    return tuple(keep)
+
+
 def freeze_half(
     model: PreTrainedModel,
     seed: int = 42,
@@ -154,7 +165,7 @@ def freeze_half(
     Raises:
         InputError: a key or a combination that cannot be, or a model that is not known.
     """
-    texts = tuple(keep)
+    texts = take_texts(keep)
     freeze = make_rule(seed, share, rule, bool(texts))
     units, num_heads = list_model_units(model.named_parameters(), model, freeze.roles)
     plan = make_plan(units, freeze, round, num_heads)
@@ -314,7 +325,7 @@ def quiet_lora(
         raise InputError("the model has no LoRA adapter on a layer of attention or mlp", "give what get_peft_model made")
     inputs = list_inputs(units, blocks, num_heads)
     with model.disable_adapter():
-        moments = read_earlier(base, inputs, tokenizer, tuple(keep))
+        moments = read_earlier(base, inputs, tokenizer, take_texts(keep))
     if not 0 < share < 1:
         raise InputError(f"share is {share}: of what adapters read, a part stays open", "give more than 0 and less than 1")
     readers: dict[str, PlainReader] = {}

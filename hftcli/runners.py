@@ -239,8 +239,8 @@ def _explain_stillness(round_: Round, verification: Verification) -> str:
     if verification.faults != verification.unmoved or not norms or max(norms) > SMALL_GRADIENT:
         return ""
     return (
-        f"; the gradients' norm was {max(norms):.1e} at most, so that steps were less than a weight's last digit: the loss taught "
-        "nothing (see what `method` leaves of it), or the rows were known already"
+        f"; the gradients' norm was {max(norms):.1e} at most, so that steps were less than a weight's last digit: the loss "
+        "taught nothing (see what `method` leaves of it), or the rows were known already"
     )
 
 

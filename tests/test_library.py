@@ -197,6 +197,8 @@ def test_what_cannot_be_is_refused(start: Path):
     model, tokenizer = load(start)
     with pytest.raises(InputError, match="give the tokenizer|goes by what the model writes"):
         freeze_half(model, grain="directions")
+    with pytest.raises(InputError, match="keep takes texts, and got one string"):
+        freeze_half(model, grain="directions", tokenizer=tokenizer, keep="a text")
     dora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(InputError, match="DoRA scales whole rows"):
         quiet_lora(dora, tokenizer)

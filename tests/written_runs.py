@@ -31,6 +31,7 @@ def write_run(
     pairs: PairScores | None = None,
     is_finished: bool = True,
     points: tuple[dict[str, float | Score], ...] = (),
+    learned: tuple[str, ...] = (),
 ) -> Path:
     """The files that a finished run leaves, with these scores: of the start, then after each round; and within it."""
     recipe = load_recipe(QUICK_START_RECIPES[objective], [*overrides, f"output={folder}"], objective)
@@ -42,7 +43,7 @@ def write_run(
         spec = RoundSpec(
             objective="dpo" if objective == "dpo" else "sft", index=index, model=recipe.model, data=recipe.data,
             freeze=recipe.freeze, train=recipe.train, launch=recipe.launch, task=task,
-            scoring=Scoring(temperature=recipe.eval.temperature or 0.0, asking=recipe.eval.asking),
+            scoring=Scoring(temperature=recipe.eval.temperature or 0.0, asking=recipe.eval.asking, learned=learned),
         )  # fmt: skip
         write_model(round_.spec_path, spec)
         before, after = (

@@ -78,7 +78,8 @@ def divide_rows(order: Order) -> Rows:
     if len(rows) < LEAST_ROWS:
         raise InputError(f"{order.data}: too few rows, {len(rows)}", f"{LEAST_ROWS} are the least that can be divided")
     given = [] if order.keep is None else read_raw(order.keep)
-    kept = [as_question(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)]
+    kept = drop_doubled([as_question(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)])
+    rows = drop_doubled(rows)
     asked = {
         "model": order.model, "data": order.data, "keep": order.keep, "limit": order.limit, "set": list(order.overrides),
         "rows": hashlib.sha256(json.dumps([rows, kept], default=str).encode()).hexdigest(),
@@ -110,8 +111,12 @@ def divide_rows(order: Order) -> Rows:
         write_rows(paths["known"], known)
     else:
         write_own_texts(order.model, paths["known"])
-        settings.append("eval.chat=false")
     return Rows(len(rows), len(trained), num_held_out, paths["trained"], paths["named"] if kept else None, tuple(settings))
+
+
+def drop_doubled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row once: what is asked must not be trained on as well."""
+    return list({json.dumps(row, sort_keys=True, default=str): row for row in rows}.values())
 
 
 def read_raw(path: str) -> list[dict[str, Any]]:
@@ -177,9 +182,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_own_texts(model: str, path: Path) -> None:
-    """What a model writes of itself, a third of each text as a question and the rest as its answer; once."""
+    """What a model writes of itself, the first third of each text and how it goes on; once."""
     import torch
 
+    from hftcli.measuring.asking import MEASURING_SEED
     from hftcli.measuring.drift import draw_texts
     from hftcli.models.checkpoint import load_finished
     from hftcli.models.description import fetch_checkpoint, load_tokenizer
@@ -189,17 +195,18 @@ def write_own_texts(model: str, path: Path) -> None:
         return
     start, device = fetch_checkpoint(runners.resolve_start(model).path), find_device(num_ranks=1, rank=0)
     tokenizer = load_tokenizer(start)
-    texts = draw_texts(load_finished(start, torch.float32, device), tokenizer, device, NUM_TEXTS, NUM_TEXT_TOKENS)
+    base = load_finished(start, torch.float32, device)
+    texts = draw_texts(base, tokenizer, device, NUM_TEXTS, NUM_TEXT_TOKENS, MEASURING_SEED)
     parts = [
         tuple(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[: len(ids) // 3], ids))
         for ids, _ in texts
         if len(ids) >= LEAST_TEXT_TOKENS
     ]
     rows = [
-        {"question": beginning, "answers": [rest]}
+        {"text": beginning, "continuation": rest}
         for beginning, text in parts
         if text.startswith(beginning) and beginning.strip() and (rest := text.removeprefix(beginning)).strip()
     ]
     if not rows:
         raise InputError(f"{model} writes no texts of its own that are long enough to ask for", "give --keep")
-    write_rows(path, rows)
+    write_rows(path, drop_doubled(rows))

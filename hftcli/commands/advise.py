@@ -13,8 +13,9 @@ from hftcli.errors import InputError
 app = typer.Typer()
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 OWN_KEYS = (
-    "model.path", "data.path", "data.sources", "data.root", "freeze", "method.self_replay", "train.learning_rate",
-    "train.max_steps", "train.num_train_epochs", "train.seed", "eval", "stop", "checkpoint.best", "output",
+    "model.path", "data.path", "data.sources", "data.root", "freeze", "method.self_replay", "method.anchor",
+    "train.learning_rate", "train.max_steps", "train.num_train_epochs", "train.seed", "eval", "stop", "checkpoint.best",
+    "output",
 )  # fmt: skip
 
 

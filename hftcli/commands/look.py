@@ -255,7 +255,8 @@ def doctor(
     is_run_given = recipe or overrides or output or hostfile or num_processes
     place = Place(hostfile)
     resolved = read_recipe(recipe, overrides, output, num_processes, place, needs_rows=False) if is_run_given else None
-    findings = _examine(resolved, is_model_given=recipe is not None)
+    is_model_given = recipe is not None or any(given.startswith(("model=", "model.path=")) for given in overrides or ())
+    findings = _examine(resolved, is_model_given)
     print_findings(findings, as_json)
     if any(finding.status == "fault" for finding in findings):
         raise typer.Exit(2)

@@ -29,4 +29,7 @@ def push(
     if dry_run:
         print(f"{format_bytes(total):>12}  in all, to {repo}; nothing was uploaded")
         return
-    print(push_upload(upload, private, update))
+    address, stale = push_upload(upload, private, update)
+    for name in stale:
+        print(f"     removed  {name}, of the model that was there before", file=sys.stderr)
+    print(address)

@@ -212,7 +212,8 @@ def _read_single(
     if unknown := [name for name in learned if name not in changes]:
         raise InputError(f"{folder}: --learned {unknown[0]} is none of its tasks: {', '.join(changes) or 'none'}")
     sources = [source.path for source in recipe.data.sources]
-    trained: set[str | None] = set(learned) or {round_.read_spec().task or recipe.data.path, *sources, HELD_OUT}
+    spec = round_.read_spec()
+    trained: set[str | None] = set(learned) or {spec.task or recipe.data.path, *sources, HELD_OUT, *spec.scoring.learned}
     gains = {name: change for name, change in changes.items() if name in trained}
     losses = {name: -change for name, change in changes.items() if name not in trained}
     asked = {name: _describe_asking(score) for name, score in before.items()}

@@ -121,7 +121,7 @@ def describe_nodes(nodes: Sequence[Node]) -> str:
     for node in nodes:
         last = node.first_rank + node.order.num_processes - 1
         ranks = f"rank {last}" if last == node.first_rank else f"ranks {node.first_rank} to {last}"
-        shown = {name: "..." if is_secret(name) else value for name, value in node.order.environment.items()}
+        shown = {name: "..." if is_secret(name, value) else value for name, value in node.order.environment.items()}
         command = shlex.join(["env", *_assign(shown), *node.order.command])
         lines += [f"# {node.host.name}: {ranks}", f"cd {shlex.quote(os.getcwd())} && {command}"]
     return "\n".join(lines)

@@ -21,7 +21,8 @@ FORWARDED_PREFIXES = (
     "TRANSFORMERS_", "UCX_", "WANDB_",
 )  # fmt: skip
 FORWARDED_NAMES = ("CUDA_HOME", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "no_proxy")
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY)$")
+SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|PASSWD|CREDENTIAL|(ACCESS|API|AUTH|PRIVATE)_?KEY", re.IGNORECASE)
+PASSWORD_IN_ADDRESS = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,6 @@ def collect_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def is_secret(name: str) -> bool:
+def is_secret(name: str, value: str) -> bool:
     """Whether a variable's value must not be shown, nor stand in a file or on a command line."""
-    return SECRET.search(name.upper()) is not None
+    return SECRET.search(name) is not None or PASSWORD_IN_ADDRESS.search(value) is not None

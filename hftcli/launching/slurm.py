@@ -116,7 +116,9 @@ def make_script(
         "signal": f"B:USR1@{slurm.signal_seconds}",
     }
     directives = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items() if not is_secret(name)]
+    secrets = [name for name, value in environment.items() if is_secret(name, value)]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items() if name not in secrets]
+    exports += [f"# {name} is not written here, as a secret: set it where sbatch is called" for name in secrets]
     return SCRIPT.format(
         directives="\n".join(f"#SBATCH {option}" for option in [*directives, "--requeue", *slurm.options]),
         path=shlex.quote(str(run.script_path)),

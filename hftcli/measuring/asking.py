@@ -20,6 +20,7 @@ from hftcli.models.device import count_batch_tokens, find_exact_device, make_exa
 
 CACHED_TOKENS = 16384  # places in the cache of a batch that is generated: 8 GiB for Llama-2-7B in 16 bits
 SAMPLING_SEED = 0  # of the draws of answers: a temperature gives the same answers every time
+MEASURING_SEED = 1  # of texts by which a model is measured: by those of the other seed, what trains may have been chosen
 NOTHING = -1  # where an answer has ended
 
 
@@ -68,6 +69,7 @@ def generate_answers(
     temperature: float = 0.0,
     on_batch: Progress = ignore_progress,
     keeps_end: bool = False,
+    seed: int = SAMPLING_SEED,
 ) -> list[list[int]]:
     """Let a model answer a task's questions.
 
@@ -81,7 +83,7 @@ def generate_answers(
     """
     answers_NS = torch.zeros(len(asked.prompts), asked.num_new_tokens, dtype=torch.long, device=device)
     # One number for each place of each answer: what is drawn does not depend on the batch or the rank.
-    generator = torch.Generator().manual_seed(SAMPLING_SEED)
+    generator = torch.Generator().manual_seed(seed)
     uniforms_NS = torch.rand(answers_NS.shape, dtype=torch.float64, generator=generator).to(find_exact_device(device))
     batches = deal_rows([len(prompt) + asked.num_new_tokens for prompt in asked.prompts], CACHED_TOKENS, num_ranks)
     for index, batch in enumerate(batches):

@@ -23,7 +23,7 @@ from hftcli.data.templates import find_template
 from hftcli.data.tokens import IGNORED, Layout, Progress, get_backend, ignore_progress, label_tokens, tokenize_prompts
 from hftcli.data.turns import read_messages
 from hftcli.errors import DataError, ModelError
-from hftcli.measuring.asking import generate_answers, predict_answers
+from hftcli.measuring.asking import SAMPLING_SEED, generate_answers, predict_answers
 from hftcli.measuring.evaluation import Drift
 from hftcli.measuring.questions import Row, TokenizedTask, find_turn_ends, tokenize_task
 from hftcli.models.deltas import hash_checkpoint
@@ -123,12 +123,13 @@ def read_texts(
 
 def draw_texts(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, num_texts: int = NUM_SAMPLES,
-    num_tokens: int = SAMPLE_TOKENS,
+    num_tokens: int = SAMPLE_TOKENS, seed: int = SAMPLING_SEED,
 ) -> list[Row]:  # fmt: skip
     """Texts that the base writes from nothing: the same every time.
 
     Args:
         num_tokens: where one that has not ended is cut.
+        seed: of the draws; MEASURING_SEED where a model is measured by the texts, as others choose what it trains.
 
     Raises:
         ModelError: the tokenizer has no token to begin a text with.
@@ -136,7 +137,7 @@ def draw_texts(
     beginning = find_beginning(tokenizer)
     if not beginning:
         raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no token to begin a text with", "give --text")
-    return draw_answers(base, [beginning] * num_texts, tokenizer, device, num_tokens)
+    return draw_answers(base, [beginning] * num_texts, tokenizer, device, num_tokens, seed=seed)
 
 
 def find_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -155,7 +156,7 @@ def identify_writer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
 def draw_answers(
     base: PreTrainedModel, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device,
-    num_tokens: int = SAMPLE_TOKENS, ends: Sequence[int] = (),
+    num_tokens: int = SAMPLE_TOKENS, ends: Sequence[int] = (), seed: int = SAMPLING_SEED,
 ) -> list[Row]:  # fmt: skip
     """Prompts with what the base draws after them, which has labels.
 
@@ -167,7 +168,7 @@ def draw_answers(
         Task("samples of the base", ()), [], [Layout(prompt, "", []) for prompt in prompts], num_tokens, end_ids
     )
     rows = []
-    answers = generate_answers(base, asked, device, temperature=1.0, keeps_end=True)
+    answers = generate_answers(base, asked, device, temperature=1.0, keeps_end=True, seed=seed)
     for prompt, drawn in zip(prompts, answers, strict=True):
         rows.append((prompt + drawn, [IGNORED] * len(prompt) + drawn))
     return rows

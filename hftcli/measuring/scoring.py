@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hftcli.comparing.items import compare_items
 from hftcli.data.tokens import Progress
 from hftcli.errors import InputError, ModelError
+from hftcli.measuring.asking import MEASURING_SEED
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, read_prompts, read_texts
 from hftcli.measuring.evaluation import PREFIX, Drift, Evaluation, Item
 from hftcli.measuring.harness import HarnessTask, find_harness_tasks, score_harness
@@ -214,7 +215,7 @@ def measure_drifts(
     asked, tokenizer, device = exam.asked, exam.tokenizer, model.device
     on_progress("base text", 0, 0)
     source = "samples of the base" if exam.texts is None else str(asked.text)
-    rows, owners = exam.texts or _own_all(draw_texts(base, tokenizer, device))
+    rows, owners = exam.texts or _own_all(draw_texts(base, tokenizer, device, seed=MEASURING_SEED))
     on_text = measure_drift(base, model, rows, owners, source, device, _name("base text", on_progress))
     if exam.prompts is None:
         return on_text, None

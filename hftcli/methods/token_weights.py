@@ -129,8 +129,8 @@ class TokenWeights(Method):
         found = [row[METRIC] for row in round_.read_metrics() if METRIC in row]
         if found and (mean := sum(found) / len(found)) < LITTLE_WEIGHT:
             logger.warning(
-                "method.token_weights: %s left a trained token %.2g of its weight on average: the round taught next to nothing; "
-                "%s", self.section.kind, mean,
+                "method.token_weights: %s left a trained token %.2g of its weight on average, so that next to nothing was "
+                "taught; %s", self.section.kind, mean,
                 "raise method.token_weights.max_perplexity" if self.section.kind == "stm" else "lower its strength, or drop it",
             )  # fmt: skip
 

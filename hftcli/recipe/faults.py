@@ -259,7 +259,9 @@ def check_methods(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
                 f"set freeze.grain: {others}, or method.lora.quiet: true"
             )
     rule = recipe.freeze
-    if rule.keep is not None and rule.divides and not (rule.reads_earlier and rule.choice != "random"):
+    is_quiet_adapter = recipe.method.open_fraction is not None
+    reads = (rule.reads_earlier or is_quiet_adapter) and rule.choice != "random"
+    if rule.keep is not None and (rule.divides or is_quiet_adapter) and not reads:
         yield (
             f"{source.place(('freeze', 'keep'))}: freeze.keep would have no effect beside freeze.grain {rule.grain_name} and "
             f"freeze.part {rule.choice}, which read no inputs: drop it, or set freeze.part: quiet"

@@ -23,7 +23,7 @@ from hftcli.reporting.share import describe_share
 from hftcli.runs.files import write_text
 from hftcli.runs.history import PastRound, read_history
 from hftcli.runs.made import DELTA_NAME, MergeManifest
-from hftcli.runs.records import RoundResult
+from hftcli.runs.records import DataReport, RoundResult, Source
 from hftcli.runs.run import Round, Run
 from hftcli.runs.tracked import find_run
 from hftcli.runs.versions import describe_versions
@@ -183,6 +183,17 @@ def _list_datasets(base: Base, result: RoundResult) -> list[str]:
     return list(dict.fromkeys([*base.datasets, *(source.path for source in sources if HUB_ID.fullmatch(source.path))]))
 
 
+def _count_rows(data: DataReport, source: Source) -> str:
+    """The rows of a source that are trained on; of a mixture by weights, what was drawn of them."""
+    if len(data.sources) == 1:
+        return f"{data.num_used:,} rows used, "
+    if source.num_used is None:
+        return ""
+    if source.weight is None:
+        return f"{source.num_used:,} rows used, "
+    return f"{source.num_sequences or 0:,} of {source.num_used:,} rows drawn, "
+
+
 def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Iterator[tuple[str, str]]:
     spec, plan = round_.read_spec(), round_.read_plan()
     yield "base", base.name + (f", revision `{base.revision}`" if base.revision else "")
@@ -191,9 +202,10 @@ def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Ite
     for earlier in run.rounds[: run.rounds.index(round_) + 1]:
         data = earlier.read_result().data
         for source in data.sources:
-            num_used = data.num_used if len(data.sources) == 1 else source.num_used
-            rows = "" if num_used is None else f"{num_used:,} rows used, "
-            yield f"data: {hide_folders(source.path)}", f"{rows}sha256 `{source.fingerprint}`"
+            yield (
+                f"data: {hide_folders(source.path, [source.path])}",
+                f"{_count_rows(data, source)}sha256 `{source.fingerprint}`",
+            )
     yield (
         "freeze plan",
         (

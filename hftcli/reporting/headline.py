@@ -69,7 +69,8 @@ def list_trained(rounds: Sequence[Round]) -> set[str]:
     rows = {place for spec in specs for place in (spec.data.path, *(source.path for source in spec.data.sources)) if place}
     asked = {name for spec in specs for name in (*spec.scoring.before, *spec.scoring.after)}
     alike = {name for name in asked if str(Path(name).resolve()) in rows}  # a recipe's paths are of the user's folder
-    return {HELD_OUT, *rows, *alike, *(spec.task for spec in specs if spec.task is not None)}
+    told = {name for spec in specs for name in spec.scoring.learned}  # of an earlier hft only where it measured within rounds
+    return {HELD_OUT, *rows, *alike, *told, *(spec.task for spec in specs if spec.task is not None)}
 
 
 def _describe_change(task: str, is_learned: bool, before: Score, after: Score, items: ItemChange | None) -> Change:

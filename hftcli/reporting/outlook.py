@@ -15,10 +15,8 @@ def describe_outlook(outlook: Outlook, spec: RoundSpec) -> Iterator[str]:
     data, unit = outlook.data, "pairs" if spec.objective == "dpo" else "sequences"
     share = data.num_trained_tokens / data.num_tokens
     lost = [f"{count:,} {word}" for count, word in ((data.num_dropped, "dropped"), (data.num_truncated, "cut")) if count]
-    yield (
-        f"rows    {', '.join([f'{data.num_used:,} of {data.num_rows:,} ({data.format})', *lost])}; {data.num_tokens:,} tokens, "
-        f"{share:.0%} of them trained"
-    )
+    rows = ", ".join([f"{data.num_used:,} of {data.num_rows:,} ({data.format}){data.mixed}", *lost])
+    yield f"rows    {rows}; {data.num_tokens:,} tokens, {share:.0%} of them trained"
     if data.num_held_out_in_train:
         yield f"held    {data.num_held_out_in_train:,} of {data.num_held_out:,} held-out rows are also trained on"
     if data.num_asked_in_named:

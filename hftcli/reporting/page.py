@@ -29,7 +29,7 @@ from hftcli.reporting.curves import CURVES, draw_curves
 from hftcli.reporting.energy import list_energies
 from hftcli.reporting.headline import OBJECTIVES, make_headline
 from hftcli.reporting.measures import describe_adjusted, describe_cuts, describe_transitions, describe_ways
-from hftcli.reporting.places import hide_folders, show_place
+from hftcli.reporting.places import hide_folders, list_texts, show_place
 from hftcli.reporting.rounding import list_roundings
 from hftcli.reporting.rounds import describe_pairs, find_speed
 from hftcli.reporting.share import describe_share, measure_share
@@ -74,6 +74,8 @@ def make_page(run: Run) -> str:
     matrix = read_matrix(run.folder) if run.matrix_path.exists() else None
     answers = read_answers(run)
     plans = [round_.read_plan() for round_, _ in rounds]
+    sources = [source.path for _, result in rounds for source in result.data.sources]
+    paths = list(list_texts([recipe.model_dump(mode="json"), manifest.parent, sources]))
     return environment.get_template(TEMPLATE).render(
         name=run.folder.resolve().name,
         objective=OBJECTIVES[recipe.objective],
@@ -96,8 +98,10 @@ def make_page(run: Run) -> str:
         roundings=list_roundings((round_.name, result) for round_, result in rounds),
         redraws=[_describe_redraws(round_, result) for round_, result in rounds if result.redraws],
         speeds=[_describe_speed(round_, result) for round_, result in rounds],
-        manifest=[(name, hide_folders(value)) for name, value in _list_manifest(manifest.model_dump(mode="json"), rounds)],
-        recipe=hide_folders(run.recipe_path.read_text(encoding="utf-8")),
+        manifest=[
+            (name, hide_folders(value, paths)) for name, value in _list_manifest(manifest.model_dump(mode="json"), rounds)
+        ],
+        recipe=hide_folders(run.recipe_path.read_text(encoding="utf-8"), paths),
     )
 
 
@@ -128,7 +132,7 @@ def _list_facts(
     ]
     (least, trained), (most, last) = min(found), max(found)
     trained = trained if most - least < 5e-4 else f"{trained} to {last}"
-    yield "model", hide_folders(recipe.model.path)
+    yield "model", hide_folders(recipe.model.path, [recipe.model.path])
     yield "parameters", f"{plans[0].num_parameters:,}"
     yield "trained in a round", trained
     yield "besides freezing", ", ".join((*recipe.freeze.additions, *recipe.method.names)) or "nothing"
@@ -226,7 +230,7 @@ def _describe_matrices(matrix: ForgettingMatrix) -> Iterator[MatrixTable]:
             yield MatrixTable(f"{name}, points", matrix.tasks, _name_rows(matrix, cells))
     if matrix.general:
         cells = [tuple(_make_cell(score, "seen") for score in row) for row in zip(*matrix.general.values(), strict=True)]
-        names = tuple(hide_folders(name) for name in matrix.general)
+        names = tuple(hide_folders(name, [name]) for name in matrix.general)
         yield MatrixTable("tasks that are never trained, points", names, _name_rows(matrix, cells))
 
 
@@ -385,5 +389,6 @@ def _list_manifest(manifest: Mapping[str, Any], rounds: Sequence[tuple[Round, Ro
     for round_, result in rounds:
         data = result.data
         sources = "; ".join(f"{source.path} ({source.fingerprint[:12]})" for source in data.sources)
-        yield f"data of {round_.name}", f"{data.num_used:,} of {data.num_rows:,} rows, {data.num_tokens:,} tokens: {sources}"
+        rows = f"{data.num_used:,} of {data.num_rows:,} rows{data.mixed}"
+        yield f"data of {round_.name}", f"{rows}, {data.num_tokens:,} tokens: {sources}"
         yield f"plan of {round_.name}", result.fingerprint

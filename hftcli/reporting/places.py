@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hftcli import PACKAGE
 from hftcli.recipe.sections import QUICK_START
@@ -38,6 +40,22 @@ def show_places(text: str) -> str:
     return text.replace(here, "") if len(here) > 1 else text
 
 
-def hide_folders(text: str) -> str:
-    """A text for others: of each path from the root of the disk its last part, since the folders say whose it is."""
+def hide_folders(text: str, known: Iterable[str] = ()) -> str:
+    """A text for others: of each path from the root of the disk its last part, since the folders say whose it is.
+
+    Args:
+        known: paths that may stand in it, whatever blanks and brackets they have.
+    """
+    for path in sorted(filter(os.path.isabs, known), key=len, reverse=True):
+        folded = re.compile(r"\s+".join(map(re.escape, path.split(" "))))  # as YAML breaks lines
+        text = Path(path).name.join(folded.split(text))
     return FOLDERS.sub("", text)
+
+
+def list_texts(value: Any) -> Iterator[str]:
+    """All texts in lists and dicts, each of which may be a path."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from list_texts(part)

@@ -29,6 +29,12 @@ FEW_CHARACTERS = 8  # of a token: what is shorter is none, and stands in many fi
 NUM_TRIES, PAUSE_SECONDS = 4, 2.0  # a connection that fails is tried again, after twice the pause each time
 MOST_TEXT_BYTES = 1 << 24  # of a file that is looked through for secrets
 EMPTY = {".gitattributes"}  # what a repository has that nobody wrote to
+WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json", ".model")
+MODEL_FILES = {
+    "config.json", "generation_config.json", "adapter_config.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", HISTORY_NAME, DELTA_NAME,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def prepare_upload(run: Run, repo: str) -> Upload:
         path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if path.is_file()
     }
     names = {"base": find_base(run).name}
-    files[CARD_NAME] = make_card(run, last, repo).encode()
+    if CARD_NAME not in files or (checkpoint / CARD_NAME).read_text(encoding="utf-8") == make_card(run, last):
+        files[CARD_NAME] = make_card(run, last, repo).encode()  # an edited one goes as it is
     for name, clean in ((HISTORY_NAME, clean_history), (DELTA_NAME, clean_delta)):
         if name in files:
             files[name] = clean((checkpoint / name).read_text(encoding="utf-8"), names["base"])
@@ -140,20 +147,21 @@ def check_secrets(upload: Upload) -> None:
             raise InputError(f"{name} holds what looks like a secret, and is not uploaded", "take it out, or make it void")
 
 
-def push_upload(upload: Upload, is_private: bool, updates: bool) -> str:
+def push_upload(upload: Upload, is_private: bool, updates: bool) -> tuple[str, list[str]]:
     """Make the repository and commit all files at once: after a failure it holds none of them, or all.
 
     Args:
         updates: write into a repository that has files already.
 
     Returns:
-        The address of the model.
+        The address of the model, and the files of a model that stood there before, which were taken away.
 
     Raises:
-        InputError: no token, one that is not valid or may not write, or a repository that is not empty.
+        InputError: no token, one that is not valid or may not write, or a repository that is not empty, or is public and should
+            not be.
         HftError: the hub cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set, and nothing is uploaded", "unset it, or look with --dry-run")
@@ -162,25 +170,43 @@ def push_upload(upload: Upload, is_private: bool, updates: bool) -> str:
     api = HfApi()
     with explaining(upload.repo):
         _try("asking who you are", api.whoami)
-        check_repository(api, upload.repo, updates)
+        stale = sorted(
+            name for name in check_repository(api, upload.repo, updates, is_private) - set(upload.files) if makes_model(name)
+        )
         _try("making the repository", lambda: api.create_repo(upload.repo, private=is_private, exist_ok=True))
-        operations = [
-            CommitOperationAdd(name, held if isinstance(held, bytes) else str(held)) for name, held in upload.files.items()
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(name, held if isinstance(held, bytes) else str(held)) for name, held in upload.files.items()),
+            *(CommitOperationDelete(name) for name in stale),
         ]
         _try("uploading", lambda: api.create_commit(upload.repo, operations, commit_message="Add what hft trained"))
-    return f"{constants.ENDPOINT}/{upload.repo}"
+    return f"{constants.ENDPOINT}/{upload.repo}", stale
 
 
-def check_repository(api: "HfApi", repo: str, updates: bool) -> None:
-    """Raises: InputError: it is there and has files, and is not to be updated."""
+def makes_model(name: str) -> bool:
+    """Whether a file says what a model or its tokenizer is: one of an earlier model would be read in place of this one's."""
+    return name.endswith(WEIGHTS) or name in MODEL_FILES
+
+
+def check_repository(api: "HfApi", repo: str, updates: bool, is_private: bool) -> set[str]:
+    """The files of a repository; none where it is not there yet.
+
+    Raises:
+        InputError: it has files, and is not to be updated; or all can see it, and nobody else should.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         held = set(_try("looking for the repository", lambda: api.list_repo_files(repo)))
     except RepositoryNotFoundError:
-        return
+        return set()
+    if is_private and not _try("asking who may see it", lambda: api.repo_info(repo)).private:
+        raise InputError(
+            f"{repo} is there already, and is public: --private makes new repositories private alone",
+            "make it private in its settings on the hub, or give another --repo",
+        )
     if held - EMPTY and not updates:
         raise InputError(f"{repo} is there already, with {len(held - EMPTY)} files", "give another --repo, or --update")
+    return held
 
 
 def _try(what: str, act: Any) -> Any:

@@ -37,8 +37,8 @@ def write_comparison(comparison: Comparison, tuning: str, path: Path) -> None:
     text = environment.get_template(TEMPLATE).render(
         title=" against ".join(method.name for method in comparison.methods),
         unit=unit.name,
-        learned=hide_folders(", ".join(comparison.learned)),
-        known=hide_folders(", ".join(comparison.known)),
+        learned=hide_folders(", ".join(comparison.learned), comparison.learned),
+        known=hide_folders(", ".join(comparison.known), comparison.known),
         tuning=tuning,
         differences=[difference.sentence for difference in comparison.differences],
         figure=base64.b64encode(render_frontier(comparison)).decode(),

@@ -15,8 +15,6 @@ from hftcli.tasks import locate_rows
 def split_tasks(recipe: Recipe, task: str | None = None, earlier: Sequence[str] = ()) -> dict[str, Any]:
     """What asks for what a round trains on, what for what was known before it, and when that is measured within the round.
 
-    Nothing where it is not measured.
-
     Args:
         task: what a round of a sequence trains on.
         earlier: the tasks of the rounds before it.
@@ -24,11 +22,10 @@ def split_tasks(recipe: Recipe, task: str | None = None, earlier: Sequence[str] 
     Raises:
         InputError: a limit goes by what nothing measures.
     """
-    if not recipe.eval.measures_within:
-        return {}
     learned = list_learned(recipe) if task is None else (task,)
     known = tuple(dict.fromkeys((*earlier, *(name for name in recipe.eval.tasks if name not in learned))))
-    _check_limits(recipe, learned, known)
+    if recipe.eval.measures_within:
+        _check_limits(recipe, learned, known)
     held_out = (HELD_OUT,) if recipe.eval.held_out.path is not None and recipe.objective == "sft" else ()
     return {
         "learned": (*learned, *held_out),

@@ -107,6 +107,14 @@ class DataReport(Section):
     """Tokens of a row before the cut: `p50`, `p90`, `p99`, `max`."""
     sources: tuple[Source, ...]
     """Where the rows came from."""
+
+    @property
+    def mixed(self) -> str:
+        """Of a mixture by weights, how many rows were drawn, in words; otherwise nothing."""
+        if all(source.weight is None for source in self.sources):
+            return ""
+        return f", {sum(source.num_sequences or 0 for source in self.sources):,} of them drawn"
+
     key: str
     """Name of the entry in the cache: a hash of all that shapes the tokens, hft's own code among it."""
     tokens_digest: str = ""

@@ -39,6 +39,11 @@ def put_task(name: str, root: str | None, max_examples: int | None, asking: Aski
     if not asking.generate:
         task = _read_only(task)
     pool: Sequence[Example] = ()
+    if asking.shots and (not task.has_answers or task.metric == "none"):
+        raise InputError(
+            f"{name} has no answered questions that could stand before others, and --shots asks for {asking.shots}",
+            "ask it by itself without --shots (eval.shots in a recipe), or drop it",
+        )
     if asking.shots:
         is_file = find_benchmark(name)[0] is FILE
         pool = task.examples if is_file else load_task(name, root, "train").examples

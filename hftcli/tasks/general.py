@@ -2,9 +2,11 @@ r"""Tasks of a file, one JSON object on each line: multiple choice, closed-book 
 
     {"question": "Which of these is a planet?", "choices": ["Mars", "Titan"], "answer": 0}
     {"question": "who wrote hamlet", "answers": ["William Shakespeare", "Shakespeare"]}
+    {"text": "Once upon a time", "continuation": " there was a king."}
 
 A task whose name ends in `.jsonl` is such a file; the keys of its first row tell which of FORMS it holds. Further keys are left
-alone, but for those of keys.py that would be a part of the question. The prompts are those of lm-evaluation-harness's ARC and
+alone, but for those of keys.py that would be a part of the question. How a text goes on has a likelihood and no score, and is
+read as it stands, with no cue before it and no end after it. The other prompts are those of lm-evaluation-harness's ARC and
 TriviaQA, `Question: ...\nAnswer:`, but a question that has its question mark gets no second, and of a closed-book answer the
 first line is kept, of which a beginning up to a full stop or comma counts. Chat templates and examples before a question are
 asking.py's.
@@ -124,6 +126,14 @@ def convert_closed_book(row: dict[str, Any], place: str) -> Example:
     return Example(f"Question: {question}{mark}\n{CUE}", answers[0], options=answers)
 
 
+def convert_continuation(row: dict[str, Any], place: str) -> Example:
+    """The beginning of a text, and how it goes on: its likelihood alone says something."""
+    for key in ("text", "continuation"):
+        if not _is_text(row.get(key)):
+            raise DataError(f"{place}: '{key}': expected a text, got {_show(row, key)}", _show_forms())
+    return Example(row["text"], row["continuation"], options=(row["continuation"],))
+
+
 def read_question(row: dict[str, Any], place: str) -> str:
     """The question of a row."""
     question = row.get("question")
@@ -188,6 +198,13 @@ FORMS = {
         shape='{"question": "...", "answer": "... #### 7"}',
         convert=convert_gsm8k,
         asking={"metric": "gsm8k", "max_new_tokens": 256, "cut": "start"},
+    ),
+    "continuation": Form(
+        key="continuation",
+        shape='{"text": "...", "continuation": "..."}',
+        convert=convert_continuation,
+        asking={"metric": "none", "cut": "start"},
+        takes_chat=False,
     ),
     "closed_book": Form(
         key="answers",

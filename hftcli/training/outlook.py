@@ -14,7 +14,7 @@ from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters
-from hftcli.freezing.redrawing import count_cycle_steps, count_draws, settle_every
+from hftcli.freezing.redrawing import NUM_TRIED_DRAWS, count_cycle_steps, count_draws, list_draws, settle_every
 from hftcli.launching.planning import make_budget
 from hftcli.measuring.questions import TokenizedTask
 from hftcli.models.device import is_mixed, is_sharded
@@ -157,9 +157,13 @@ def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:
     rule = task.spec.freeze
     if rule.redraw is None:
         return
-    if not task.plan.frozen:
-        logger.warning("freeze.redraw: every draw trains all that there is, so that the round is full fine-tuning")
-    every = settle_every(rule, task.network.units, num_sequences, task.spec.train.global_batch_size)
+    units = task.network.units
+    if len({*list_draws(units, rule, task.spec.index, NUM_TRIED_DRAWS)}) == 1:
+        logger.warning(
+            "freeze.redraw: every draw is the same: with freeze.trainable_fraction %g, nothing waits for another",
+            rule.trainable_fraction,
+        )
+    every = settle_every(rule, units, num_sequences, task.spec.train.global_batch_size)
     if count_draws(num_steps, every) < 2:
         meant = f"auto, which is {every} here" if rule.redraw.every == "auto" else str(every)
         raise InputError(

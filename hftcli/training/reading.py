@@ -167,6 +167,13 @@ def check_router(spec: RoundSpec, start: Path) -> None:
             f"{section}.router_aux_loss_coef is {weight:g}, and the model is no mixture of experts: it routes nothing",
             "drop it",
         )
+    own = 0 if config.model_type in WITHOUT_ROUTER_LOSS else getattr(config, "router_aux_loss_coef", 0)
+    is_routed = "output_router_logits" in config.to_dict() and (own if weight is None else weight)
+    if is_routed and spec.dpo is None and settings.get("label_smoothing_factor"):
+        raise InputError(
+            "train.label_smoothing_factor: TRL then leaves the loss of the model's router out of the gradient, and logs it",
+            "drop it, or do without the router's loss on purpose: train.router_aux_loss_coef: 0",
+        )
 
 
 def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[RoundSpec, FitReport | None]:

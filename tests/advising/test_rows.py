@@ -7,12 +7,16 @@ from decimal import Decimal
 
 import pytest
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hftcli import PACKAGE
 from hftcli.advising.rows import Order, as_question, divide_rows
 from hftcli.comparing.advice import list_candidates
 from hftcli.errors import DataError, InputError
+from hftcli.measuring.drift import draw_texts
 from hftcli.recipe.loading import load_recipe
 
+EMBEDDED = PACKAGE / "tinyworld" / "model"
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]
 ASKED = {"question": "Where?", "answers": ["Here", "There"]}
 
@@ -51,7 +55,25 @@ def test_without_rows_to_keep_the_model_s_own_texts_are_asked(order):
     assert rows.named is None
     asked = read(order.folder / "rows" / "known.jsonl")
     assert asked
-    assert all(row["question"].strip() and row["answers"][0].strip() for row in asked)
+    assert all(row["text"].strip() and row["continuation"].strip() for row in asked)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(EMBEDDED), AutoTokenizer.from_pretrained(EMBEDDED)
+    chosen_by = {tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in draw_texts(model, tokenizer, model.device)}
+    texts = [row["text"] + row["continuation"] for row in asked]
+    assert len(set(texts)) == len(texts)
+    assert {text for text in texts if any(other.startswith(text) for other in chosen_by)} <= {
+        "Be brief."
+    }  # which it often says
+
+
+def test_what_stands_twice_is_not_trained_on_and_asked(order, tmp_path):
+    for name in ("new", "kept"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(path.read_text() * 2)
+    rows = divide_rows(order)
+    assert rows.num_rows == 100
+    questions = [row["messages"][0]["content"] for row in read(rows.named)]
+    questions += [row["question"] for row in read(order.folder / "rows" / "known.jsonl")]
+    assert sorted(questions) == sorted({f"Q{number}" for number in range(9)})
 
 
 @pytest.mark.parametrize("keep", [True, False])

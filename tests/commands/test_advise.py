@@ -11,6 +11,12 @@ def test_times_are_read(text, seconds):
     assert read_time(text) == seconds
 
 
+@pytest.mark.parametrize("key", ["method.anchor.strength", "method.self_replay", "freeze.seed"])
+def test_what_is_searched_for_cannot_be_set(hft, tmp_path, key):
+    options = ("--model", "tinyworld", "--data", "my.jsonl", "--set", f"{key}=1", "--output", tmp_path)
+    assert f"--set {key}: hft advise sets it" in hft("advise", *options, code=2).stderr
+
+
 @pytest.mark.parametrize("text", ["30", "m", "0m", "-3m", "3 days"])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(InputError, match="is no time"):

@@ -49,6 +49,10 @@ def test_a_folder_is_no_file_to_write(hft, tmp_path):
     assert f"{prompts} is a file" in hft("report", matrix, "--html", prompts / "page.html", code=2).stderr
 
 
+def test_a_model_by_a_key_is_examined_as_one_of_a_recipe(hft, tmp_path):
+    assert "nowhere" in hft("doctor", "--set", f"model.path={tmp_path / 'nowhere'}", code=2).stdout
+
+
 def test_no_process_is_no_number_of_processes(hft):
     for command in (("sft",), ("plan",), ("doctor",), ("eval", "--model", "tinyworld", "--tasks", "tinyworld/facts")):
         said = hft(*command, "--num-processes", 0, code=2).stderr

@@ -10,6 +10,7 @@ from hftcli.comparing.comparison import compare_runs
 from hftcli.comparing.points import read_point
 from hftcli.errors import InputError, RecipeError
 from hftcli.recipe.loading import load_recipe
+from hftcli.reporting.headline import list_changes
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
 from hftcli.runs.scores import HELD_OUT, CurvePoint, PairScore, PairScores
@@ -22,6 +23,14 @@ def test_single_round_learns_what_it_trained_on_and_loses_the_rest(tmp_path):
     assert point.lost == pytest.approx({FACTS: 0.3, REWORDED: 0.2})
     assert point.learning == pytest.approx(0.8)
     assert point.forgetting == pytest.approx(0.25)
+
+
+def test_a_task_of_the_trained_rows_is_learned_whatever_they_are_called(tmp_path):
+    run = write_run(tmp_path / "run", "data.path=rows/train.json", learned=(SKILL,))
+    point = read_point(run)
+    assert point.learned == {SKILL: pytest.approx(0.9)}
+    assert point.lost == {FACTS: pytest.approx(0.3)}
+    assert [change.task for change in list_changes(Run(run)) if change.is_learned] == [SKILL]
 
 
 def test_user_says_what_measures_learning(tmp_path):

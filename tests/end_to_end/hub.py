@@ -16,6 +16,7 @@ class Hub:
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
     num_faults: int = 0  # answers of 503 still to give, to commits
     requests: list[str] = field(default_factory=list)
     url: str = ""
@@ -65,7 +66,9 @@ class Handler(BaseHTTPRequestHandler):
                 return
             files = [{"type": "file", "path": file, "oid": "0", "size": 1} for file in self.hub.repositories[name]]
             siblings = [{"rfilename": file["path"]} for file in files]
-            self.answer(files if "/tree/" in path else {"id": name, "modelId": name, "sha": "0", "siblings": siblings})
+            self.answer(files if "/tree/" in path else {
+                "id": name, "modelId": name, "sha": "0", "siblings": siblings, "private": name in self.hub.private,
+            })  # fmt: skip
         else:
             self.refuse(404, f"no such place: {path}")
 
@@ -81,6 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if name not in self.hub.repositories:  # one that is there stays as public as it is
+                self.hub.private |= {name} if asked.get("private") or asked.get("visibility") == "private" else set()
             self.hub.repositories.setdefault(name, {".gitattributes": b""})
             self.answer({"url": f"{self.hub.url}/{name}"})
         elif path == "/api/validate-yaml":
@@ -109,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             if line["key"] == "lfsFile":
                 self.hub.repositories[name][line["value"]["path"]] = line["value"]["oid"].encode()
+            if line["key"] == "deletedFile":
+                del self.hub.repositories[name][line["value"]["path"]]
         self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/0", "commitOid": "0", "success": True})
 
 

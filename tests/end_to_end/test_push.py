@@ -82,6 +82,32 @@ def test_a_repository_with_files_is_left_alone_unless_it_is_to_be_updated(hft, h
     assert "README.md" in hub.repositories["me/half"]
 
 
+def test_of_a_model_that_was_there_nothing_is_left_that_would_be_read(hft, hub, run):
+    held = (
+        ".gitattributes",
+        "model-00001-of-00002.safetensors",
+        "delta.safetensors",
+        "chat_template.jinja",
+        "LICENSE",
+        "a.png",
+    )
+    hub.repositories["me/half"] = dict.fromkeys(held, b"1")
+    said = hft("push", run.folder, "--repo", "me/half", "--update").stderr
+    assert "removed  chat_template.jinja, of the model that was there before" in said
+    left = {".gitattributes", "LICENSE", "a.png"}
+    assert set(hub.repositories["me/half"]) == set(prepare_upload(run, "me/half").files) | left
+
+
+def test_nothing_private_goes_where_all_can_see_it(hft, hub, run):
+    hub.repositories["me/half"] = {".gitattributes": b""}
+    assert "is there already, and is public" in hft("push", run.folder, "--repo", "me/half", "--private", code=2).stderr
+    assert set(hub.repositories["me/half"]) == {".gitattributes"}
+    hub.private = {"me/half"}
+    hft("push", run.folder, "--repo", "me/half", "--private")
+    hft("push", run.folder, "--repo", "me/new", "--private")
+    assert hub.private == {"me/half", "me/new"}
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "expected"),
     [
@@ -127,7 +153,8 @@ def test_what_the_round_did_not_write_stays(run):
     seal = {"num_bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
     round_.checksums_path.write_text(json.dumps({"files": {"model.safetensors": seal}}))
     (round_.checkpoint / "README.md").write_text("my own words")
-    assert prepare_upload(run, "me/half").files["model.safetensors"] == weights
+    files = prepare_upload(run, "me/half").files
+    assert (files["model.safetensors"], files["README.md"]) == (weights, round_.checkpoint / "README.md")
     weights.write_bytes(b"weightz")
     with pytest.raises(InputError, match="not what its round wrote.*: model.safetensors has other bytes than were written"):
         prepare_upload(run, "me/half")

@@ -81,5 +81,6 @@ def test_the_environment_that_goes_along(tmp_path, monkeypatch):
 
 
 def test_what_is_secret():
-    names = ["HF_TOKEN", "WANDB_API_KEY", "TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH"]
-    assert [name for name in names if is_secret(name)] == ["HF_TOKEN", "WANDB_API_KEY"]
+    secrets = {"HF_TOKEN": "a", "WANDB_API_KEY": "a", "AWS_SECRET_ACCESS_KEY": "a", "http_proxy": "http://ada:word@proxy:80"}
+    others = {"TOKENIZERS_PARALLELISM": "a", "HF_TOKEN_PATH": "/a", "https_proxy": "http://proxy:80", "NCCL_DEBUG": "a:b@c"}
+    assert [name for name, value in (secrets | others).items() if is_secret(name, value)] == list(secrets)

@@ -44,6 +44,10 @@ CYCLES = (
             ("freeze.grain=directions", "freeze.part=random", "freeze.keep.path=tinyworld/facts"),
             "freeze.keep would have no effect beside freeze.grain directions and freeze.part random",
         ),
+        (
+            ("method.lora={quiet: true}", "freeze.part=random", "freeze.keep.path=tinyworld/facts"),
+            "freeze.keep would have no effect beside freeze.grain matrices and freeze.part random",
+        ),
         (("eval.tasks=[]", "eval.shots=2"), "eval.shots would have no effect: name what to ask under eval.tasks"),
         ((GIVEN["redraw"], "method.l2sp.strength=1"), "freeze.redraw does not go with method.l2sp"),
         ((GIVEN["redraw"], "launch.offload=optimizer"), "freeze.redraw does not go with launch.offload"),

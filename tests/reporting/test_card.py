@@ -51,6 +51,21 @@ def test_each_source_of_a_mixture_has_its_own_rows(run):
     assert "1,007 rows used" not in content
 
 
+def test_of_a_mixture_by_weights_the_rows_that_were_drawn_count(run):
+    (round_,) = run.rounds
+    result = round_.read_result()
+    sources = tuple(
+        Source(path=f"/data/{name}", fingerprint="0f", num_bytes=1, num_used=used, num_sequences=7, weight=1)
+        for name, used in USED.items()
+    )
+    data = result.data.model_copy(update={"sources": sources, "num_used": 1007})
+    write_model(round_.result_path, result.model_copy(update={"data": data}))
+    assert data.mixed == ", 14 of them drawn"
+    content = make_card(run, round_)
+    assert "7 of 1,000 rows drawn, " in content
+    assert "rows used" not in content
+
+
 def test_what_else_acted_is_said(tmp_path):
     run = Run(write_run(tmp_path / "mean", "freeze.interpolate=0.5"))
     complete_round(run, 0)

@@ -15,6 +15,12 @@ def test_what_lies_here_is_shown_from_here(tmp_path, monkeypatch):
     assert show_places(f"model {tmp_path}/runs/mine") == "model runs/mine"
 
 
+def test_a_path_that_is_known_may_have_blanks_and_brackets():
+    path = "/mnt/c/Users/Jane Doe/My Drive (old)/rows.jsonl"
+    text = f"path: {path}\nagain: /mnt/c/Users/Jane Doe/My\n    Drive (old)/rows.jsonl, 1/2"
+    assert hide_folders(text, [path, "1/2"]) == "path: rows.jsonl\nagain: rows.jsonl, 1/2"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

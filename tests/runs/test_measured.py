@@ -51,8 +51,9 @@ def read(*given: str, objective: str = "sft") -> Recipe:
 )  # fmt: skip
 def test_a_task_of_the_rows_that_are_trained_on_is_learned(place, given, learned, known):
     """However the paths are written; a folder in which a file of questions lies among others is not that file."""
-    found = split_tasks(read(*given))
-    assert (found["learned"], found["known"]) == (learned, known)
+    for num_points in (2, "null"):  # a run that is measured at its ends alone tells them apart as well
+        found = split_tasks(read(*given, f"eval.num_points={num_points}"))
+        assert (found["learned"], found["known"]) == (learned, known)
 
 
 @pytest.mark.parametrize(

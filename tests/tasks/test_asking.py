@@ -7,6 +7,7 @@ import pytest
 from hftcli.errors import InputError, ModelError
 from hftcli.recipe.asking import AskingSection
 from hftcli.tasks.asking import put_task
+from hftcli.tasks.examples import Example, Task
 
 
 def write(folder, *rows):
@@ -67,6 +68,24 @@ def test_a_benchmark_s_shots_are_training_rows_asked_as_they_are_trained():
     first, last = example.body
     assert example.text[:first].count("Answer:") == 1
     assert example.text[last:] == "\nAnswer:"
+
+
+def test_what_has_no_answer_does_not_stand_before_a_question(tmp_path, monkeypatch):
+    path = write(tmp_path, *({"text": "Once upon", "continuation": f" a time {number}"} for number in range(3)))
+    with pytest.raises(InputError, match="no answered questions that could stand before others"):
+        put_task(path, None, None, AskingSection(shots=1), False)
+    ruled = Task("rules", tuple(Example(f"Shout {number}.", "") for number in range(3)), has_answers=False)
+    monkeypatch.setattr("hftcli.tasks.asking.load_task", lambda *_: ruled)
+    with pytest.raises(InputError, match="no answered questions that could stand before others"):
+        put_task(path, None, None, AskingSection(shots=1), False)
+
+
+def test_how_a_text_goes_on_is_read_as_it_stands(tmp_path):
+    path = write(tmp_path, {"text": "Once upon", "continuation": " a time"})
+    for asking in (AskingSection(chat=True), AskingSection(generate=False)):
+        task = put_task(path, None, None, asking, has_template=True)
+        assert task.examples == (Example("Once upon", " a time", options=(" a time",)),)
+        assert task.max_new_tokens is None
 
 
 def test_programs_need_leave(shared):

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from training.preferences import make_pairs
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hftcli import PACKAGE
+from hftcli.errors import InputError
 from hftcli.freezing.roles import assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
@@ -22,6 +24,7 @@ from hftcli.models.description import describe_model
 from hftcli.recipe.sections import DataSection, DpoSection, LaunchSection, ModelSection, TrainSection
 from hftcli.recipe.trainer_keys import DPO_ONLY, SFT_ONLY, SHARED, Passed
 from hftcli.runs.spec import RoundSpec
+from hftcli.training.reading import check_router
 from hftcli.training.references import SharedReference
 from hftcli.training.trainers import PairTrainer, TaskTrainer, build_arguments
 
@@ -250,6 +253,16 @@ def test_the_routers_loss_is_weighed(tmp_path):
         found.append((losses(trainer)[0], trainer.state.log_history[0].get("aux_loss", 0.0)))
     assert found[0][1] == 0.0
     assert found[1][0] - found[0][0] == pytest.approx(found[1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "is_refused"), [(0.001, {}, True), (0.0, {}, False), (0.0, {"router_aux_loss_coef": 1.0}, True),
+                                     (0.001, {"router_aux_loss_coef": 0.0}, False)],
+)  # fmt: skip
+def test_the_routers_loss_is_not_lost_beside_smoothed_labels(tmp_path, own, given, is_refused):
+    MixtralConfig(router_aux_loss_coef=own).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="leaves the loss of the model's router out") if is_refused else nullcontext():
+        check_router(make_spec(label_smoothing_factor=0.1, **given), tmp_path)
 
 
 def test_dropout_is_off_in_pairs_unless_it_is_asked_for(tmp_path):

@@ -82,10 +82,19 @@ def test_all_at_once_is_full_fine_tuning_and_said_to_be(start: Path, tmp_path: P
     full = {"trainable_fraction": 1.0}
     task = read_assignment(make_spec(start, full | rule))
     look_ahead(task, tokenize_rows(task, lambda done, total: None))
-    assert "every draw trains all that there is, so that the round is full fine-tuning" in caplog.text
+    assert "every draw is the same: with freeze.trainable_fraction 1, nothing waits for another" in caplog.text
     losses = read_all_losses(tmp_path, start, full, full | rule)
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(("share", "is_said"), [(1.0, True), (0.9, True), (0.5, False)])
+def test_draws_that_are_all_the_same_are_said_to_be(start: Path, share: float, is_said: bool, caplog):
+    """With embeddings and head frozen, something always waits, but for no draw; 0.9 of two layers are both."""
+    rule = {"group": "layer", "embeddings": "freeze", "head": "freeze", "redraw": {"every": 1}}
+    task = read_assignment(make_spec(start, rule | {"trainable_fraction": share}))
+    look_ahead(task, tokenize_rows(task, lambda done, total: None))
+    assert ("every draw is the same" in caplog.text) == is_said
 
 
 @pytest.mark.parametrize("states", ["drop", "keep"])
