@@ -57,6 +57,15 @@ class Quiet(Method):
                 if is_held or (isinstance(layer, LaidLinear) and not isinstance(layer, MovingLinear)):
                     layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
+    @contextmanager
+    def laying_aside(self) -> Iterator[None]:
+        """Of the untouched model the weights alone count: parts have the exact start, and files are asked as they are."""
+        for layer in self.layers.values():
+            layer.is_at_start = True
+        yield
+        for layer in self.layers.values():
+            layer.is_at_start = False
+
     def start(self, trainer: Trainer) -> None:
         """What a step checkpoint laid in counts."""
         self.end_step()

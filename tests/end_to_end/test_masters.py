@@ -101,6 +101,16 @@ def test_scores_are_of_the_file_and_the_dropped_update_is_said(hft, trained, sha
     assert f"<td>{report.dropped_fraction:.1%}</td>" in (trained / "report.html").read_text()
 
 
+@pytest.mark.parametrize("grain", ["directions", "columns", "entries"])
+def test_the_start_is_asked_as_its_file_holds_it_whatever_part_is_to_train(
+    hft, settings, trained, change, tmp_path, monkeypatch, grain
+):
+    monkeypatch.setenv("HFT_CACHE", str(tmp_path / "cache"))  # where no other round has asked it
+    given = {"model.path": trained, "freeze.grain": grain, "train.bf16": False, "train.max_steps": 1}
+    hft("sft", "--output", tmp_path / "part", *settings(change | given))
+    assert_scored(get_round(trained).checkpoint, False, get_round(tmp_path / "part").read_scores().before)
+
+
 def test_masters_that_do_not_round_to_the_file_fail_the_proof(hft, trained, tmp_path):
     round_ = Round(shutil.copytree(get_round(trained).folder, tmp_path / "round"))
     assert verify_round(round_).num_masters == len(round_.read_plan().trained)
