@@ -34,8 +34,8 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
     for model, arms in streams.items():
         for bench, names in BENCHES.items():
             told = [name for name in names if bench != "ways" or len(list_rates(model, name)) > 1]
-            known = {name: pick_rates(model, name, arms) for name in told}
-            if all(known.values()):
+            known = {name: rates for name in told if (rates := pick_rates(model, name, arms))}
+            if bench == "ways" or set(known) - set(BENCHES["ways"]):
                 last = f"forgets more than {SAME if bench == 'levers' else 'half'} at equal learning"
                 tables[f"stream-{bench}-{model}"] = make_table(("trains", "rate", *MEASURES, last), list_arms(known, bench))
         replayed = [how or name for name in list(MEASURES)[1:] for how in REPLAYS]
