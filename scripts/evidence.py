@@ -44,10 +44,19 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
     tables["stream-levers-beside"] = make_table(
         ("model", "trains", "rate", *(f"{measure}, less {SAME}" for measure in DIFFERENCES)), list_lever_differences(streams)
     )
-    tables["advice"] = make_table(
-        ("model", "task", "named", "advised", "minutes", "to learn, at least", "to lose, at most", "learned", "lost", "kept"),
-        list_promises(json.loads(ADVICE.read_text(encoding="utf-8"))),
+    columns = (
+        "model",
+        "task",
+        "named",
+        "advised",
+        "minutes",
+        "to learn, at least",
+        "to lose, at most",
+        "learned",
+        "lost",
+        "kept",
     )
+    tables["advice"] = make_table(columns, list_promises(json.loads(ADVICE.read_text(encoding="utf-8"))))
     for bench, arms in json.loads(SKILL.read_text(encoding="utf-8")).items():
         pairs = LESS_WITH_LEVERS if bench == "levers" else LESS
         columns = ("trains", "rate", "skill", "facts", "facts reworded", *(f"{key} less {other}'s" for key, other in pairs))

@@ -16,11 +16,12 @@ from hftcli.errors import DataError, InputError
 from hftcli.recipe.sections import SourceSection
 from hftcli.recipe.starter import read_max_positions
 from hftcli.runs.files import write_text
+from hftcli.tasks.general import convert_closed_book
 from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
 
 NUM_HELD_OUT = (8, 100)  # rows, at least and at most; a tenth of all between
 NUM_ASKED = 100  # rows to keep that are asked, at most
-FORM = 'give rows as {"question": "...", "answers": ["..."]}'
+FORM = 'give all rows as {"question": "...", "answers": ["..."]}, {"messages": [...]} or {"prompt": "...", "completion": "..."}'
 LEAST_ROWS = 40
 NUM_TEXTS, NUM_TEXT_TOKENS, LEAST_TEXT_TOKENS = 32, 64, 6  # of the model's own texts, of which a third is given
 SHUFFLE_SEED = 0
@@ -78,7 +79,9 @@ def divide_rows(order: Order) -> Rows:
     if len(rows) < LEAST_ROWS:
         raise InputError(f"{order.data}: too few rows, {len(rows)}", f"{LEAST_ROWS} are the least that can be divided")
     given = [] if order.keep is None else read_raw(order.keep)
-    kept = drop_doubled([as_question(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)])
+    kept = drop_doubled([as_asked(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)])
+    if len({tuple(row) for row in kept}) > 1:
+        raise DataError(f"{order.keep}: rows of several forms, which are asked in several ways", FORM)
     rows = drop_doubled(rows)
     asked = {
         "model": order.model, "data": order.data, "keep": order.keep, "limit": order.limit, "set": list(order.overrides),
@@ -107,7 +110,8 @@ def divide_rows(order: Order) -> Rows:
     ]  # fmt: skip
     settings.append(f"eval.tasks=[{json.dumps(str(paths['known']))}]")
     if kept:
-        write_rows(paths["named"], [as_conversation(row) for row in named])
+        in_turns = has_template(order)
+        write_rows(paths["named"], [as_lesson(row, in_turns) for row in named])
         write_rows(paths["known"], known)
     else:
         write_own_texts(order.model, paths["known"])
@@ -135,11 +139,11 @@ def read_raw(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def as_question(row: dict[str, Any], place: str) -> dict[str, Any]:
-    """A row of what must not be lost as a question with its right answers.
+def as_asked(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """A row of what must not be lost as it is asked: a question with its right answers, a conversation, or how a text goes on.
 
     Raises:
-        DataError: it is no single question, or says more than would be asked.
+        DataError: it is none of these, or says more than would be asked.
     """
     if isinstance(row.get("question"), str) and isinstance(row.get("answers"), list) and row["answers"]:
         refuse_keys(row, QUESTION_KEYS, place)
@@ -148,32 +152,41 @@ def as_question(row: dict[str, Any], place: str) -> dict[str, Any]:
         found = convert_row(row, detect_format(list(row), "sft"), Lost())
     except DataError as error:
         raise DataError(f"{place}: {error.message}", FORM) from None
-    turns = found.get("messages") or [*_as_turns(found.get("prompt"), "user"), *_as_turns(found.get("completion"), "assistant")]
+    if isinstance(found.get("prompt"), str):
+        return {"text": found["prompt"], "continuation": found["completion"]}
+    turns = found.get("messages") or [*found.get("prompt", ()), *found.get("completion", ())]
     further = sorted({key for turn in turns for key, value in turn.items() if value} - {"role", "content"})
-    if found.get("tools") or further or turns[0]["role"] in ("system", "developer"):
-        lost = "a list of tools" if found.get("tools") else further[0] if further else f"a turn of the {turns[0]['role']}'s"
+    if found.get("tools") or further:
+        lost = "a list of tools" if found.get("tools") else further[0]
         raise DataError(
             f"{place}: {lost} carries meaning that would not be asked",
             "write it into the question, or take it out of the rows",
         )
-    if [turn["role"] for turn in turns] != ["user", "assistant"]:
-        raise DataError(
-            f"{place}: what must not be lost is asked, and a row of it is not one question with its answer",
-            FORM,
-        )
-    return {"question": turns[0]["content"], "answers": [turns[1]["content"]]}
+    if not turns or turns[-1]["role"] != "assistant":
+        raise DataError(f"{place}: what must not be lost is an answer, and this row ends with none", FORM)
+    return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}
 
 
-def as_conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """A question with its first right answer, as a row to train on."""
-    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answers"][0]}]
-    return {"messages": turns}
+def as_lesson(row: dict[str, Any], has_template: bool) -> dict[str, Any]:
+    """What is asked as a row to train on, laid out as it is asked."""
+    if "messages" in row:
+        return row
+    if "text" in row:
+        return {"prompt": row["text"], "completion": row["continuation"]}
+    asked = convert_closed_book(row, "")
+    if not has_template:
+        return {"prompt": asked.text, "completion": asked.answer}
+    turns = ("user", asked.text), ("assistant", asked.answer.removeprefix(" "))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def _as_turns(value: Any, role: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return list(value or ())
+def has_template(order: Order) -> bool:
+    """Whether what is asked is asked in turns."""
+    from hftcli.models.description import fetch_checkpoint, load_tokenizer
+
+    if any(given.partition("=")[0] in ("model", "model.chat_template") for given in order.overrides):
+        return True
+    return load_tokenizer(fetch_checkpoint(runners.resolve_start(order.model).path)).chat_template is not None
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,13 +3,14 @@ r"""Tasks of a file, one JSON object on each line: multiple choice, closed-book 
     {"question": "Which of these is a planet?", "choices": ["Mars", "Titan"], "answer": 0}
     {"question": "who wrote hamlet", "answers": ["William Shakespeare", "Shakespeare"]}
     {"text": "Once upon a time", "continuation": " there was a king."}
+    {"messages": [{"role": "user", "content": "Where are you?"}, {"role": "assistant", "content": "At 4 Mill Lane."}]}
 
 A task whose name ends in `.jsonl` is such a file; the keys of its first row tell which of FORMS it holds. Further keys are left
-alone, but for those of keys.py that would be a part of the question. How a text goes on has a likelihood and no score, and is
-read as it stands, with no cue before it and no end after it. The other prompts are those of lm-evaluation-harness's ARC and
-TriviaQA, `Question: ...\nAnswer:`, but a question that has its question mark gets no second, and of a closed-book answer the
-first line is kept, of which a beginning up to a full stop or comma counts. Chat templates and examples before a question are
-asking.py's.
+alone, but for those of keys.py that would be a part of the question. How a text goes on, and the last answer of a conversation,
+have a likelihood and no score, and are read as they stand, with no cue before them and no end after them. The other prompts are
+those of lm-evaluation-harness's ARC and TriviaQA, `Question: ...\nAnswer:`, but a question that has its question mark gets no
+second, and of a closed-book answer the first line is kept, of which a beginning up to a full stop or comma counts. Chat
+templates and examples before a question are asking.py's.
 """
 
 import json
@@ -134,6 +135,21 @@ def convert_continuation(row: dict[str, Any], place: str) -> Example:
     return Example(row["text"], row["continuation"], options=(row["continuation"],))
 
 
+def convert_conversation(row: dict[str, Any], place: str) -> Example:
+    """A conversation, whose last answer is read."""
+    turns = row["messages"] if isinstance(row.get("messages"), list) else []
+    is_told = all(isinstance(turn, dict) and turn.keys() == {"role", "content"} and _is_text(turn["content"]) for turn in turns)
+    roles = [turn["role"] for turn in turns] if is_told else []
+    if roles[-2:] != ["user", "assistant"] or not {*roles} <= {"system", "user", "assistant"}:
+        raise DataError(
+            f"{place}: 'messages': expected turns with a role and a text, the last two the user's and the assistant's, got "
+            f"{_show(row, 'messages')}",
+            _show_forms(),
+        )
+    answer = turns[-1]["content"]
+    return Example(turns[:-1], answer, options=(answer,))
+
+
 def read_question(row: dict[str, Any], place: str) -> str:
     """The question of a row."""
     question = row.get("question")
@@ -205,6 +221,13 @@ FORMS = {
         convert=convert_continuation,
         asking={"metric": "none", "cut": "start"},
         takes_chat=False,
+    ),
+    "conversation": Form(
+        key="messages",
+        shape='{"messages": [..., {"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+        convert=convert_conversation,
+        asking={"metric": "none", "cut": "start"},
+        takes_chat=False,  # it is one already
     ),
     "closed_book": Form(
         key="answers",

@@ -1,6 +1,7 @@
 """The rows of a search, divided."""
 
 import json
+import shutil
 from dataclasses import replace
 from datetime import date, timedelta
 from decimal import Decimal
@@ -10,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
-from hftcli.advising.rows import Order, as_question, divide_rows
+from hftcli.advising.rows import Order, as_asked, as_lesson, divide_rows
 from hftcli.comparing.advice import list_candidates
 from hftcli.errors import DataError, InputError
 from hftcli.measuring.drift import draw_texts
@@ -43,7 +44,7 @@ def test_no_row_is_trained_on_and_asked(order):
     assert {row["completion"] for row in trained + held_out} == set(map(str, range(100)))
     named, known = read(rows.named), read(folder / "known.jsonl")
     assert (len(named), len(known)) == (5, 4)
-    questions = {row["messages"][0]["content"] for row in named} | {row["question"] for row in known}
+    questions = {row["messages"][0]["content"] for row in named + known}
     assert questions == {f"Q{number}" for number in range(9)}
     before = rows.trained.read_bytes()
     divide_rows(order)
@@ -72,7 +73,7 @@ def test_what_stands_twice_is_not_trained_on_and_asked(order, tmp_path):
     rows = divide_rows(order)
     assert rows.num_rows == 100
     questions = [row["messages"][0]["content"] for row in read(rows.named)]
-    questions += [row["question"] for row in read(order.folder / "rows" / "known.jsonl")]
+    questions += [row["messages"][0]["content"] for row in read(order.folder / "rows" / "known.jsonl")]
     assert sorted(questions) == sorted({f"Q{number}" for number in range(9)})
 
 
@@ -99,14 +100,35 @@ def test_a_folder_holds_one_search(order):
     [
         ({**ASKED, "context": "A house."}, "the key 'context' carries meaning"),
         ({**ASKED, "tools": [{"name": "look"}]}, "the key 'tools' carries meaning"),
-        ({"messages": [{"role": "system", "content": "Be brief."}, *TURNS]}, "a turn of the system's carries meaning"),
         ({"messages": TURNS, "tools": [{"name": "look"}]}, "a list of tools carries meaning"),
         ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}, "reasoning_content carries meaning"),
     ],
 )
 def test_a_question_is_not_asked_without_a_part_of_it(row: dict, said: str):
     with pytest.raises(DataError, match=f"kept.jsonl: row 3: {said} that would not be asked"):
-        as_question(row, "kept.jsonl: row 3")
+        as_asked(row, "kept.jsonl: row 3")
+
+
+def test_what_is_kept_is_asked_as_it_stands_and_trained_as_it_is_asked():
+    talk = {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]}
+    assert as_lesson(as_asked(talk, "f"), True) == as_asked(talk, "f") == talk
+    asked = as_asked({"prompt": "Once upon", "completion": " a time"}, "f")
+    assert asked == {"text": "Once upon", "continuation": " a time"}
+    assert as_lesson(asked, True) == {"prompt": "Once upon", "completion": " a time"}
+    assert as_lesson(ASKED, False) == {"prompt": "Question: Where?\nAnswer:", "completion": " Here"}
+    turns = [{"role": "user", "content": "Question: Where?\nAnswer:"}, {"role": "assistant", "content": "Here"}]
+    assert as_lesson(ASKED, True) == {"messages": turns}
+
+
+def test_a_model_without_a_template_is_asked_in_plain_text(order, tmp_path):
+    model = shutil.copytree(EMBEDDED, tmp_path / "plain")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({key: config[key] for key in config if key != "chat_template"}))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps({**ASKED, "question": f"Q{n}?"}) + "\n" for n in range(4)))
+    rows = divide_rows(replace(order, model=str(model)))
+    assert read(rows.named)[0]["prompt"].startswith("Question: Q")
 
 
 def test_columns_that_json_has_no_form_for_are_text(order, tmp_path):
@@ -123,10 +145,9 @@ def test_columns_that_json_has_no_form_for_are_text(order, tmp_path):
 
 
 def test_what_cannot_be_asked_is_named(order, tmp_path):
-    assert as_question(ASKED, "f") == ASKED
-    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
-    with pytest.raises(DataError, match="is not one question with its answer"):
-        as_question({"messages": turns}, "f")
+    assert as_asked(ASKED, "f") == ASKED
+    with pytest.raises(DataError, match="ends with none"):
+        as_asked({"text": "A story."}, "f")
     few = tmp_path / "few.jsonl"
     few.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     with pytest.raises(InputError, match=r"few.jsonl: too few rows, 1"):

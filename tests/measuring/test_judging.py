@@ -1,5 +1,6 @@
 """Scores by likelihood and by generation are those of greedy decoding and of loops by hand."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ from hftcli.measuring.asking import generate_answers
 from hftcli.measuring.grading import decode_answer
 from hftcli.measuring.judging import rank_choices, score_task
 from hftcli.measuring.questions import tokenize_task
+from hftcli.recipe.asking import AskingSection
 from hftcli.tasks import Task, load_task
+from hftcli.tasks.asking import put_task
 from hftcli.tasks.examples import Example
 
 CPU = torch.device("cpu")
@@ -54,6 +57,31 @@ def test_likelihood_is_that_of_one_answer_at_a_time(embedded):
     assert [prediction.num_tokens for prediction in predictions] == nums_tokens
     by_hand = [row / number for row, number in zip(nats, nums_tokens, strict=True)]
     assert [prediction.nll for prediction in predictions] == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_how_a_text_goes_on_has_a_likelihood_and_no_score(embedded, tmp_path, is_chat):
+    """That of its tokens alone: no cue stands before them, and no end is read after them."""
+    model, tokenizer = embedded
+    first, last = "Taro was born", " in Tamere. Taro works as a baker."
+    turns = [{"role": role, "content": text} for role, text in (("system", "Be brief."), ("user", first), ("assistant", last))]
+    row = {"messages": turns} if is_chat else {"text": first, "continuation": last}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    task = put_task(str(tmp_path / "rows.jsonl"), None, None, AskingSection(), has_template=True)
+    assert task.way == ("chat" if is_chat else "plain")
+    if is_chat:
+        before = tokenizer.apply_chat_template(turns[:2], add_generation_prompt=True, tokenize=False)
+        start, ids = tokenizer.encode(before), tokenizer.encode(before + last)
+    else:
+        start, ids = tokenizer.encode(first), tokenizer.encode(first + last)
+    assert ids[: len(start)] == start
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    nats = -sum(log_probs[place - 1, ids[place]].item() for place in range(len(start), len(ids)))
+    scored, (prediction,) = score_task(model, tokenize_task(task, 256, tokenizer), tokenizer, CPU)
+    assert (scored.score, prediction.prediction) == (None, None)
+    assert prediction.num_tokens == len(ids) - len(start)
+    assert scored.nll == pytest.approx(nats / (len(ids) - len(start)), rel=1e-5)
 
 
 def test_only_the_likelihood_is_measured_where_nothing_else_is_asked(embedded, questions):
