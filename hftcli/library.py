@@ -133,11 +133,7 @@ class Half:
 
 
 def take_texts(keep: Iterable[str]) -> tuple[str, ...]:
-    """Texts as they are given.
-
-    Raises:
-        InputError: one text alone, whose letters would be taken for texts.
-    """
+    """Raises: InputError: one text alone, whose letters would be taken for texts."""
     if isinstance(keep, str):
         raise InputError("keep takes texts, and got one string", "give a list: keep=[text]")
     return tuple(keep)

@@ -273,6 +273,9 @@ def check_origin(folder: Path, manifest: StepManifest, origin: Origin) -> None:
     elsewhere: dict[str, Any] = {"version": True, "launch": True, **PLACES, **(ROWS_PLACES if manifest.tokens_digest else {})}
     specs = [spec.model_dump(mode="json", exclude=elsewhere) for spec in (manifest.spec, origin.spec)]
     differences = [key for key in find_differences(*specs) if key not in TELLING_KEYS]
+    scoring = origin.spec.scoring
+    if scoring.every_steps is None and scoring.num_points is None:  # of the ends alone, an earlier hft told none
+        differences = [key for key in differences if key not in ("scoring.learned", "scoring.known")]
     if manifest.spec.version < 3 and manifest.spec.train.bf16 and origin.spec.train.bf16 is not False:
         differences = [key for key in differences if key != "train.bf16"]  # true was what null is now
     named = {"fingerprint": "the freeze plan", "tokens_digest": "the rows", "start_key": "the start's weights"}
