@@ -69,14 +69,24 @@ def write_rows(folder: Path, model: Path, trace: Path, texts: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     folder.mkdir(parents=True, exist_ok=True)
-    halves = [halve(json.loads(line)) for line in texts.read_text(encoding="utf-8").splitlines()[: 4 * NUM_TEXTS]]
-    written = {"known": [half for half in halves if fits(tokenizer, half["question"] + half["answers"][0])][:NUM_TEXTS]}
+    known = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()[: 4 * NUM_TEXTS]]
+    short = [row for row in known if fits(tokenizer, "".join([(half := halve(row))["question"], *half["answers"]]))]
+    written = {"known": [lay_out(row) for row in short[:NUM_TEXTS]]}
     for task in TASKS:
         rows = json.loads((trace / task / "train.json").read_text(encoding="utf-8"))
         pairs = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]
         written[task] = [pair for pair in pairs if fits(tokenizer, pair["prompt"] + pair["completion"])][:NUM_ROWS]
     for name, lines in written.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def lay_out(row: dict[str, Any]) -> dict[str, Any]:
+    """The first turn of a conversation and its answer, or a text in two halves."""
+    half = halve(row)
+    if "messages" in row:
+        turns = ("user", half["question"]), ("assistant", half["answers"][0])
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+    return {"prompt": half["question"], "completion": half["answers"][0]}
 
 
 def fits(tokenizer: Any, text: str) -> bool:
