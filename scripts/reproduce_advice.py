@@ -1,6 +1,6 @@
 """Whether a recipe of `hft advise` does what was promised of it, on two tasks and two real models.
 
-    python scripts/reproduce_advice.py --models FOLDER FOLDER --texts FILE FILE --trace FOLDER [--time 6m] [--jobs 2]
+    python scripts/reproduce_advice.py --models FOLDER FOLDER --texts FILE FILE --trace FOLDER [--time 10m] [--jobs 2]
 
 For each model, and the file of texts that it knows (as in reproduce_stream.py): a search for rows of NumGLUE-cm and one for
 rows of FOMC, with half of the texts named to keep, and one for the first where nothing is named. Each recipe is trained on
@@ -27,7 +27,7 @@ from hftcli.errors import OverBudget
 
 RESULTS = Path(__file__).with_name("advice.json")
 MAX_LENGTH = 160  # tokens of a row with its answer
-NUM_ROWS, NUM_TEXTS = 120, 64
+NUM_ROWS, NUM_TEXTS = 120, 32
 SEEDS = (11, 12, 13)
 TASKS = ("NumGLUE-cm", "FOMC")
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE", help="of each model, what it knows")
     parser.add_argument("--trace", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--time", default="6m", help="that a search may take")
+    parser.add_argument("--time", default="10m", help="that a search may take")
     parser.add_argument("--output", type=Path, default=Path("runs/advice"), metavar="FOLDER")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
