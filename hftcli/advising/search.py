@@ -85,16 +85,17 @@ class Search:
         return self._confirm(best) if best else self._report(None, [], "nothing within the limit was found")
 
     def _settle_steps(self, candidates: Sequence[Candidate]) -> int:
-        """The steps of the longest runs, by what a short one takes."""
+        """The steps of the longest runs, by what a short one takes: a second one, as the first makes what is kept for all."""
         kept = self.order.folder / "steps.json"
         if kept.exists():
             return int(json.loads(kept.read_text(encoding="utf-8")))
         batch = self._make_recipe(candidates[0], LEAST_STEPS, SEARCH_SEED).train.global_batch_size
         most = max(-(-NUM_EPOCHS * self.rows.num_trained // batch), LEAST_STEPS)
         _, first = list_rungs(len(candidates), most)[0]
-        self.tell(f"how long a run takes: {candidates[0].name}, {first} steps")
-        begun = time.monotonic()
-        run = runners.run_single(self._make_recipe(candidates[0], first, SEARCH_SEED), self.on_progress)
+        for candidate in candidates[:2]:
+            self.tell(f"how long a run takes: {candidate.name}, {first} steps")
+            begun = time.monotonic()
+            run = runners.run_single(self._make_recipe(candidate, first, SEARCH_SEED), self.on_progress)
         per_step = run.rounds[-1].read_result().seconds["training"] / first
         per_run = max(time.monotonic() - begun - first * per_step, 0.0)
         steps = fit_steps(len(candidates), most, self.order.num_seeds, self.seconds_left, per_run, per_step)
