@@ -6,6 +6,7 @@ longer (comparing/advice.py); the best is trained on fresh seeds, and what these
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,12 +19,13 @@ from hftcli.comparing.advice import (
     Advice,
     Candidate,
     Finding,
+    Promise,
     describe,
-    expect,
     fit_steps,
     judge,
     list_candidates,
     list_rungs,
+    promise_by,
     rank,
     summarize,
 )
@@ -80,9 +82,10 @@ class Search:
             if not any(self.findings.values()):
                 raise InputError("no way of training could be tried", "; ".join(set(self.left_out.values())))
         # The first point of a longer run comes later, and may lie beyond the limit where a shorter run's did not.
-        firsts = [rank(self.findings[rung])[0] for rung in sorted(self.findings, reverse=True) if self.findings[rung]]
-        best = next((one for one in firsts if one.learning > 0), None)
-        return self._confirm(best) if best else self._report(None, [], "nothing within the limit was found")
+        ranked = [one for rung in sorted(self.findings, reverse=True) for one in rank(self.findings[rung]) if one.learning > 0]
+        if not ranked:
+            return self._report(None, None, "nothing within the limit was found")
+        return self._confirm(ranked)
 
     def _settle_steps(self, candidates: Sequence[Candidate]) -> int:
         """The steps of the longest runs, by what a short one takes: a second one, as the first makes what is kept for all."""
@@ -136,9 +139,21 @@ class Search:
             given += ["stop.by=nll", f"stop.max_forgetting={self.order.limit}"]
         return load_recipe(None, [*given, *self.order.overrides], "sft")
 
-    def _confirm(self, best: Finding) -> Advice:
-        """Train the best on fresh seeds, within the budget."""
+    def _confirm(self, ranked: Sequence[Finding]) -> Advice:
+        """Train the best on fresh seeds, and where these show that one may lose too much at every point, the next."""
+        tried: list[tuple[Finding, Promise]] = []
+        for finding in ranked:
+            tried.append((finding, promise := self._train_anew(finding)))
+            if promise.is_certain or self.order.num_seeds == 1 or self.seconds_left < self.order.num_seeds * self.longest:
+                break
+            self.tell(f"{finding.candidate.name}: a seed may lose more than the limit at every point; the next best is tried")
+        best, promise = next((one for one in tried if one[1].is_certain), tried[0])
+        return self._report(best, promise, describe(promise, self.order.limit))
+
+    def _train_anew(self, best: Finding) -> Promise:
+        """Fresh seeds of a candidate, within the budget."""
         ends: list[tuple[float, float]] = []
+        leasts: list[float] = []
         for seed in range(1, self.order.num_seeds + 1):
             if ends and self.seconds_left < self.longest:
                 self.tell(f"the time is over after {len(ends)} of {self.order.num_seeds} fresh seeds")
@@ -149,17 +164,20 @@ class Search:
             except OverBudget:  # the recipe would keep nothing: the model stays what it was
                 self.tell(f"fresh seed {seed} lost more than the limit at every point: nothing of it is kept")
                 ends.append((0.0, 0.0))
+                leasts.append(math.inf)
                 continue
             point = read_point(run.folder, (), "nll")
             ends.append((point.learning, point.forgetting))
-        learning, forgetting = (expect([end[place] for end in ends]) for place in (0, 1))
-        return self._report(best, ends, describe(learning, forgetting, self.order.limit, len(ends)))
+            leasts.append(min(lost for _, lost in point.trail))
+        return promise_by(ends, leasts, self.order.limit)
 
-    def _report(self, best: Finding | None, ends: Sequence[tuple[float, float]], sentence: str) -> Advice:
-        learning, forgetting = (expect([end[place] for end in ends]) if ends else None for place in (0, 1))
+    def _report(self, best: Finding | None, promise: Promise | None, sentence: str) -> Advice:
         arms = tuple(summarize(self.findings))
         recipe = None if best is None else self._write_recipe(best)
-        advice = Advice(arms, self.left_out, best, learning, forgetting, len(ends), sentence, recipe, self._write_page())
+        learning, forgetting, num_seeds = (
+            (promise.learning, promise.forgetting, promise.num_seeds) if promise else (None, None, 0)
+        )
+        advice = Advice(arms, self.left_out, best, learning, forgetting, num_seeds, sentence, recipe, self._write_page())
         write_text(self.order.folder / "advice.json", json.dumps(asdict(advice), indent=1, default=str) + "\n")
         return advice
 

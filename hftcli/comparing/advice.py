@@ -7,7 +7,7 @@ was allowed, which is the step that a run with that budget keeps.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
 
@@ -66,6 +66,20 @@ class Expectation:
     mean: float
     low: float | None
     high: float | None
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a recipe is expected to do on a further seed.
+
+    Attributes:
+        is_certain: whether one of its points is expected to lie within the limit.
+    """
+
+    learning: Expectation
+    forgetting: Expectation
+    num_seeds: int
+    is_certain: bool
 
 
 @dataclass(frozen=True)
@@ -167,8 +181,25 @@ def expect(values: Sequence[float]) -> Expectation:
     return Expectation(mean.mean, mean.mean - reach, mean.mean + reach)
 
 
-def describe(learning: Expectation, forgetting: Expectation, limit: float, num_seeds: int) -> str:
+def promise_by(ends: Sequence[tuple[float, float]], leasts: Sequence[float], limit: float) -> Promise:
+    """What a further seed does within the budget.
+
+    Args:
+        ends: what each seed learned and lost, in nats per token; 0 and 0 of one that lost more than the limit at every point.
+        leasts: the least that each had lost at one of its points; infinite of such a one.
+        limit: of what may be lost. Where a further seed's least may be more, it may learn nothing.
+    """
+    learning, forgetting = (expect([end[place] for end in ends]) for place in (0, 1))
+    least = expect(leasts).high if math.inf not in leasts else math.inf
+    is_certain = least is not None and least <= limit
+    if learning.low is not None and not is_certain:
+        learning = replace(learning, low=min(learning.low, 0.0))
+    return Promise(learning, forgetting, len(ends), is_certain)
+
+
+def describe(promise: Promise, limit: float) -> str:
     """What may be said of the recipe, and no more than the seeds carry."""
+    learning, forgetting, num_seeds = promise.learning, promise.forgetting, promise.num_seeds
     if learning.low is None or forgetting.high is None:
         return (
             f"one seed learned {learning.mean:.3f} and lost {forgetting.mean:+.3f} nats per token: no interval, and no promise"
@@ -177,6 +208,8 @@ def describe(learning: Expectation, forgetting: Expectation, limit: float, num_s
         f"{num_seeds} fresh seeds learned {learning.mean:.3f} and lost {forgetting.mean:+.3f} nats per token; of a further one "
         f"expect {learning.low:.3f} to {learning.high:.3f} learned, {forgetting.low:+.3f} to {forgetting.high:+.3f} lost"
     )
+    if not promise.is_certain:
+        return f"{told}: it may lose more than {limit:g} at every point, and then keeps nothing"
     if learning.low <= 0:
         return f"{told}: that it learns anything is not shown"
     return told if forgetting.high <= limit else f"{told}: that it stays within {limit:g} is not shown"

@@ -1,5 +1,6 @@
 """Successive halving by hand, and what may be expected of a further seed."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hftcli.comparing.advice import (
     judge,
     list_candidates,
     list_rungs,
+    promise_by,
     rank,
     summarize,
 )
@@ -55,18 +57,23 @@ def test_a_further_seed_is_less_sure_than_the_mean():
 
 
 @pytest.mark.parametrize(
-    ("learning", "forgetting", "words"),
+    ("learning", "forgetting", "leasts", "words"),
     [
-        ([0.3], [0.0], "no promise"),
-        ([0.3, -0.1, 0.2], [0.0, 0.0, 0.0], "that it learns anything is not shown"),
-        ([0.30, 0.31, 0.30], [0.01, 0.02, 0.015], "that it stays within 0.02 is not shown"),
-        ([0.30, 0.31, 0.30], [0.01, 0.011, 0.01], "of a further one expect"),
+        ([0.3], [0.0], [0.0], "no promise"),
+        ([0.3, -0.1, 0.2], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], "that it learns anything is not shown"),
+        ([0.30, 0.31, 0.30], [0.01, 0.02, 0.015], [0.0, 0.001, 0.0], "that it stays within 0.02 is not shown"),
+        ([0.30, 0.31, 0.30], [0.01, 0.02, 0.015], [0.01, 0.02, 0.015], "it may lose more than 0.02 at every point"),
+        ([0.30, 0.31, 0.0], [0.01, 0.01, 0.0], [0.01, 0.01, math.inf], "it may lose more than 0.02 at every point"),
+        ([0.30, 0.31, 0.30], [0.01, 0.011, 0.01], [0.01, 0.011, 0.01], "of a further one expect"),
     ],
 )
-def test_no_more_is_said_than_the_seeds_carry(learning, forgetting, words):
-    sentence = describe(expect(learning), expect(forgetting), 0.02, len(learning))
+def test_no_more_is_said_than_the_seeds_carry(learning, forgetting, leasts, words):
+    promise = promise_by(list(zip(learning, forgetting, strict=True)), leasts, 0.02)
+    sentence = describe(promise, 0.02)
     assert words in sentence
     assert ("not shown" in sentence) == ("not shown" in words)
+    if "at every point" in words:  # a seed that keeps nothing has learned nothing
+        assert promise.learning.low <= 0
 
 
 def test_an_arm_goes_by_its_best_where_it_trained_longest():
