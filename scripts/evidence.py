@@ -171,14 +171,15 @@ def list_promises(cases: list[dict[str, Any]]) -> Iterator[Row]:
     """A row for each search of `hft advise`: what it promised of a further seed, and what three did; in nats per token."""
     for case in cases:
         named = "yes" if case["named"] else "its own texts"
+        minutes = "" if case["minutes"] is None else f"{case['minutes']:.1f}"
         if case["arm"] is None:
-            yield case["model"], case["task"], named, case["sentence"], f"{case['minutes']:.1f}", *[""] * 5
+            yield case["model"], case["task"], named, case["sentence"], minutes, *[""] * 5
             continue
         ends = [", ".join(f"{end[key]:{form}}" for end in case["ends"]) for key, form in (("learned", ".3f"), ("lost", "+.3f"))]
         promise = f"{case['learning']['low']:.3f}", f"{case['forgetting']['high']:+.3f}"
         advised = f"{case['arm']}, {case['rate']:g}"
-        kept = "yes" if case["is_kept"] else "**no**"
-        yield case["model"], case["task"], named, advised, f"{case['minutes']:.1f}", *promise, *ends, kept
+        kept = f"{case['num_kept']} of {len(case['ends'])}"
+        yield case["model"], case["task"], named, advised, minutes, *promise, *ends, kept
 
 
 def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
