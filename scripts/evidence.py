@@ -70,9 +70,10 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
 
 
 def pick_rates(model: str, name: str, arms: dict[str, Any]) -> dict[str, Any]:
-    """The runs of an arm at its learning rates; nothing where some are missing."""
+    """The runs of an arm at its learning rates, without one of which some are missing; nothing where that is the highest."""
     rates = {f"{rate:g}": arms.get(name, {}).get(f"{rate:g}", ()) for rate in list_rates(model, name)}
-    return rates if all(len(runs) == len(SEEDS) for runs in rates.values()) else {}
+    whole = {rate: runs for rate, runs in rates.items() if len(runs) == len(SEEDS)}
+    return whole if [*rates][-1] in whole else {}
 
 
 def list_ways(known: dict[str, Any], has_times: bool) -> Iterator[Row]:
