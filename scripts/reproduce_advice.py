@@ -1,11 +1,11 @@
 """Whether a recipe of `hft advise` does what was promised of it, on two tasks and two real models.
 
-    python scripts/reproduce_advice.py --models FOLDER FOLDER --texts FILE FILE --trace FOLDER [--time 10m] [--jobs 2]
+    python scripts/reproduce_advice.py --models FOLDER FOLDER --texts FILE FILE --trace FOLDER [--time 30m] [--jobs 2]
 
 For each model, and the file of texts that it knows (as in reproduce_stream.py): a search for rows of NumGLUE-cm and one for
 rows of FOMC, with half of the texts named to keep, and one for the first where nothing is named. Each recipe is trained on
 three seeds that its search has not seen. The promise is kept on a seed that learned at least, and lost at most, what was
-expected of a further one. Some ten minutes for a case, two at once.
+expected of a further one. Half an hour for a case, two at once.
 
 A search or a run that is finished under --output is not done again. Leaves advice.json beside this file, from which the table
 of scripts/README.md is made.
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", required=True, metavar="FOLDER")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, metavar="FILE", help="of each model, what it knows")
     parser.add_argument("--trace", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--time", default="10m", help="that a search may take")
+    parser.add_argument("--time", default="30m", help="that a search may take")
     parser.add_argument("--output", type=Path, default=Path("runs/advice"), metavar="FOLDER")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()

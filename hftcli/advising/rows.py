@@ -184,7 +184,7 @@ def has_template(order: Order) -> bool:
     """Whether what is asked is asked in turns."""
     from hftcli.models.description import fetch_checkpoint, load_tokenizer
 
-    if any(given.partition("=")[0] in ("model", "model.chat_template") for given in order.overrides):
+    if any(given.startswith("model.chat_template=") for given in order.overrides):
         return True
     return load_tokenizer(fetch_checkpoint(runners.resolve_start(order.model).path)).chat_template is not None
 

@@ -54,7 +54,7 @@ class TokenWeights(Method):
     copy: StartCopy | None = None
     num_steps = 0
     documents_BT: torch.Tensor | None = None
-    mean_weight: torch.Tensor | None = None
+    weighed: torch.Tensor | None = None  # of the last micro-batch: the weights' sum, and how many they are
 
     def __init__(self, spec: RoundSpec, section: TokenWeightsSection):
         super().__init__(spec, section)
@@ -115,12 +115,13 @@ class TokenWeights(Method):
         is_own_BT = self.is_own_BT[:, 1:] if self.asks_places else torch.zeros_like(is_trained_BT)
         is_taught_BT = is_trained_BT & ~is_own_BT
         weights_BT = self._weigh(log_probs_BT, entropies_BT, is_taught_BT)
-        self.mean_weight = weights_BT[is_taught_BT].mean() if bool(is_taught_BT.any()) else None
+        self.weighed = torch.stack([weights_BT.masked_fill(~is_taught_BT, 0).sum(), is_taught_BT.sum()])
         return weights_BT.masked_fill(is_own_BT, 1)
 
     def list_metrics(self) -> Mapping[str, float]:
         """The mean weight of the rows' trained tokens."""
-        return {} if self.mean_weight is None else {METRIC: self.mean_weight.item()}
+        total, count = (0.0, 0.0) if self.weighed is None else self.weighed.tolist()
+        return {METRIC: total / count} if count else {}
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Say where the tokens counted so little that the round taught next to nothing."""

@@ -29,11 +29,11 @@ FEW_CHARACTERS = 8  # of a token: what is shorter is none, and stands in many fi
 NUM_TRIES, PAUSE_SECONDS = 4, 2.0  # a connection that fails is tried again, after twice the pause each time
 MOST_TEXT_BYTES = 1 << 24  # of a file that is looked through for secrets
 EMPTY = {".gitattributes"}  # what a repository has that nobody wrote to
-WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json", ".model")
+WEIGHTS = re.compile(r"(model|delta|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 MODEL_FILES = {
     "config.json", "generation_config.json", "adapter_config.json", "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", HISTORY_NAME, DELTA_NAME,
+    "merges.txt", "tokenizer.model", HISTORY_NAME, DELTA_NAME,
 }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def push_upload(upload: Upload, is_private: bool, updates: bool) -> tuple[str, l
 
 def makes_model(name: str) -> bool:
     """Whether a file says what a model or its tokenizer is: one of an earlier model would be read in place of this one's."""
-    return name.endswith(WEIGHTS) or name in MODEL_FILES
+    return WEIGHTS.fullmatch(name) is not None or name in MODEL_FILES
 
 
 def check_repository(api: "HfApi", repo: str, updates: bool, is_private: bool) -> set[str]:

@@ -79,7 +79,7 @@ def test_a_repository_with_files_is_left_alone_unless_it_is_to_be_updated(hft, h
     assert "me/half is there already, with 1 files" in done.stderr
     assert set(hub.repositories["me/half"]) == {".gitattributes", "precious.bin"}
     hft("push", run.folder, "--repo", "me/half", "--update")
-    assert "README.md" in hub.repositories["me/half"]
+    assert {"README.md", "precious.bin"} <= set(hub.repositories["me/half"])
 
 
 def test_of_a_model_that_was_there_nothing_is_left_that_would_be_read(hft, hub, run):
