@@ -254,7 +254,7 @@ def _read_trail_of_rounds(rounds: Sequence[Round], learned: Sequence[str], lost:
     """Learning and forgetting by the first, second, ... point of every round of a continual run; the last is the run's end.
 
     What a task has gained by a point is against the run's start. What is lost by a point is the sum over the rounds of what
-    each had lost by then since it began.
+    each had lost by then since it began; of a task of the sequence, over the rounds after its own.
     """
     scores = [round_.read_scores() for round_ in rounds]
     tasks = [round_.read_spec().task for round_ in rounds]
@@ -265,8 +265,9 @@ def _read_trail_of_rounds(rounds: Sequence[Round], learned: Sequence[str], lost:
     for place in range(num_points.pop()):
         gains, losses = dict.fromkeys(learned, 0.0), dict.fromkeys(lost, 0.0)
         start = scores[0].before
-        for task, found in zip(tasks, scores, strict=True):
-            now = found.points[place].scores
+        for index, (task, found) in enumerate(zip(tasks, scores, strict=True)):
+            to_come = tasks[index + 1 :]
+            now = {name: score for name, score in found.points[place].scores.items() if name not in to_come}
             for name, score in now.items():
                 change = find_gain(scores[0].before[name] if name == task else start[name], score, by)
                 if change is None:

@@ -124,6 +124,23 @@ def test_curve_of_a_sequence_adds_up_what_each_round_lost_by_then(tmp_path):
     )
 
 
+def test_a_task_of_the_sequence_that_is_asked_before_its_round_is_not_lost_in_it(tmp_path):
+    """By hand: reverse falls from 0.2 to 0.1 while topic is trained, which its gain of 0.5 over the base has in it already."""
+    topic, reverse = "tinyworld/topic", "tinyworld/reverse"
+    rows = (
+        {topic: 0.1, reverse: 0.2, FACTS: 1.0},
+        {topic: 0.7, reverse: 0.1, FACTS: 0.9},
+        {topic: 0.5, reverse: 0.7, FACTS: 0.7},
+    )
+    run = write_run(tmp_path / "run", rows=rows, tasks=(topic, reverse), objective="continual")
+    for round_, found in zip(Run(run).rounds, rows[1:], strict=True):
+        measured = (CurvePoint(step=1, scores={name: make_score(value) for name, value in found.items()}),)
+        write_model(round_.scores_path, round_.read_scores().model_copy(update={"points": measured}))
+    point = read_point(run)
+    assert point.learned == pytest.approx({topic: 0.6, reverse: 0.5})
+    assert point.trail == ((pytest.approx(point.learning), pytest.approx(point.forgetting)),)
+
+
 def test_made_models_stand_beside_the_runs_that_they_are_made_of(tmp_path):
     run = write_run(tmp_path / "run", "freeze.trainable_fraction=1.0")
     made = write_made(tmp_path / "mean", run, {FACTS: 0.9, SKILL: 0.5}, kind="interpolation", weight=0.5)
