@@ -21,6 +21,11 @@ def check_levers(recipe: Recipe, objective: Objective, source: RecipeFile) -> It
 def _check_logits_readers(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """Losses in which no divergence of whole distributions can stand."""
     train = recipe.train
+    if recipe.method.trains_tokens and train.loss_kernel == "chunked":
+        yield (
+            f"{source.place(('method', 'peft'))}: the rows that TRAINABLE_TOKENS trains stand in a tied head as well, whose "
+            "own pass train.loss_kernel chunked goes round: set plain"
+        )
     for name in recipe.method.logits_readers:
         place, key = source.place(("method", name)), f"method.{name}" + (".loss: kl" if name == "self_replay" else "")
         if train.loss_kernel == "chunked":

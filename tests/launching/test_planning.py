@@ -124,6 +124,10 @@ def test_logits_are_kept_where_that_is_faster_and_they_are_few(network):
 
     smoothed = make_spec(label_smoothing_factor=0.1)
     assert make_budget(smoothed, network, plan, 1, mixed=False).work.loss == "plain", "TRL keeps the logits for it"
+    tokens = make_spec().model_copy(update={"method": MethodSection(peft={"type": "TRAINABLE_TOKENS", "token_indices": [5]})})
+    assert make_budget(tokens, network, plan, 1, mixed=False, has_gpu=True).work.loss == "plain", (
+        "a tied head has rows of its own"
+    )
     many = PLAIN_BYTES // (4 * 8 * network.vocabulary) + 1  # tokens of each of 8 rows
     assert [choose(True), choose(False), choose(False, many)] == ["chunked", "plain", "chunked"]
     assert [choose(True, kernel="plain"), choose(False, kernel="chunked"), choose(False, many, "plain")] == [

@@ -206,6 +206,13 @@ def test_every_name_is_that_of_a_layer_that_takes_adapters(start: Path, given: d
     assert caught.value.fix == fix
 
 
+def test_rows_in_a_tied_head_are_not_trained_by_a_kernel_that_goes_round_it():
+    tokens = "method.peft={type: TRAINABLE_TOKENS, token_indices: [5]}"
+    assert load_recipe(None, [tokens, "train.loss_kernel=plain"]).method.needs_logits
+    with pytest.raises(RecipeError, match="train.loss_kernel chunked goes round: set plain"):
+        load_recipe(None, [tokens, "train.loss_kernel=chunked"])
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
