@@ -27,7 +27,7 @@ from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.planning import find_arithmetic
 from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.description import identify_start
-from hftcli.models.device import count_batch_tokens, find_device, name_device
+from hftcli.models.device import count_batch_tokens, find_device, is_offloaded, name_device
 from hftcli.models.start_copy import StartCopy, evaluating
 from hftcli.models.tensors import write_tensors
 from hftcli.runs.files import name_temporary
@@ -216,12 +216,14 @@ def describe_reference(spec: RoundSpec, reference: Reference | None, second: Pre
 def make_reference_key(spec: RoundSpec, start: Path, tokens_key: str, mixed: bool, plan: FreezePlan) -> str:
     """A hash of all that shapes the reference's log-probabilities. What it left out would be trained on stale."""
     arithmetic = find_arithmetic(mixed, spec.launch.num_ranks, spec.launch.offload)
+    by_half = mixed and is_offloaded(spec)
     shaping = {
         "start": identify_start(start),
         "tokens": tokens_key,
         "model": spec.model.model_dump(include={"dtype", "attn_implementation"}),
-        "arithmetic": arithmetic,
-        "plan": plan.fingerprint if arithmetic == "autocast" else "",  # what is frozen is then held in bfloat16
+        "arithmetic": f"{arithmetic}, offloaded" if by_half else arithmetic,
+        # What is frozen is held in bfloat16 beside autocast, and what trains beside masters on the host.
+        "plan": plan.fingerprint if arithmetic == "autocast" or by_half else "",
         "device": name_device(find_device()),
         "ld_alpha": spec.dpo and spec.dpo.extra.get("ld_alpha"),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},

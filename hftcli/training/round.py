@@ -107,7 +107,11 @@ def load_start(attempt: Attempt, task: Assignment, rows: Rows) -> Loaded:
             method.prepare_model(model, plan, start, mixed, sharded)
         second = None
         if spec.reference == "full":
-            second = load_model(spec.model, start, plan, mixed, sharded).requires_grad_(False)
+            second = load_model(spec.model, start, plan, mixed, sharded)
+            if mixed and is_offloaded(spec):  # rounded as the policy is, whose masters are on the host
+                for parameter in filter(lambda held: held.requires_grad, second.parameters()):
+                    parameter.data = parameter.data.bfloat16()
+            second.requires_grad_(False)
 
         def show(done: int, total: int) -> None:
             attempt.reporter.report("referencing", done, total)

@@ -1,5 +1,7 @@
 """`launch.offload: optimizer` from the command line: the same losses, nothing lost in a stop, refused where it cannot be."""
 
+import math
+
 import pytest
 import torch
 from end_to_end.running import assert_same
@@ -35,6 +37,16 @@ def test_one_process_trains_as_without(hft, settings, small, tmp_path, share):
     assert (result.optimizer_bytes, result.gradient_bytes) == (8 * num_trained, 0)
     assert result.host_bytes == (16 + 4) * num_trained
     hft("verify", tmp_path / "offloaded")
+
+
+@pytest.mark.parametrize("reference", ["full", "precompute"])
+def test_the_reference_is_what_the_policy_starts_from(hft, settings, tmp_path, reference):
+    """In bfloat16, of a start in float32: before the first step no answer is likelier than it was, to the last bit."""
+    values = {"train.max_steps": 1, "train.global_batch_size": 4, "train.per_device_train_batch_size": 4, "eval.tasks": "[]"}
+    values |= {"reference": reference, "eval.held_out.path": "null", "train.bf16": "true", "launch.offload": "optimizer"}
+    values |= {"train.logging_steps": 1}
+    hft("dpo", "--output", tmp_path / "run", *settings(values))
+    assert read_losses(Round(tmp_path / "run" / "rounds" / "00-dpo")) == pytest.approx([math.log(2)], abs=1e-6)
 
 
 @pytest.mark.slow

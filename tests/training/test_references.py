@@ -60,11 +60,12 @@ def test_the_key_covers_weights_tokens_precision_and_options(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
 
     def make_key(
-        tokens: str = "t", mixed: bool = False, dtype: str | None = None, num_processes: int = 1, seed: int = 0, **dpo: object
-    ) -> str:
+        tokens: str = "t", mixed: bool = False, dtype: str | None = None, num_processes: int = 1, seed: int = 0,
+        offload: str = "none", **dpo: object,
+    ) -> str:  # fmt: skip
         spec = RoundSpec(
             objective="dpo", index=0, model=ModelSection(path="m", dtype=dtype), data=DataSection(path="d"),
-            freeze=FreezeRule(), train=TrainSection(), launch=LaunchSection(num_processes=num_processes),
+            freeze=FreezeRule(), train=TrainSection(), launch=LaunchSection(num_processes=num_processes, offload=offload),
             dpo=DpoSection(**dpo), reference="precompute",
         )  # fmt: skip
         plan = SimpleNamespace(fingerprint=f"half {seed}")
@@ -78,3 +79,5 @@ def test_the_key_covers_weights_tokens_precision_and_options(tmp_path):
     assert make_key(seed=1, num_processes=2) == make_key()  # in float32 both are the same numbers
     in_bfloat16 = [make_key(mixed=True), make_key(mixed=True, seed=1), make_key(mixed=True, num_processes=2)]
     assert len(set(in_bfloat16)) == 3  # one process holds what trains in float32, DeepSpeed nothing
+    offloaded = [make_key(mixed=True, offload="optimizer", seed=seed) for seed in (0, 1)]
+    assert len({*in_bfloat16, *offloaded}) == 5  # what trains is rounded, and the rest is as it was
