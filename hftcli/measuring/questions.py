@@ -54,6 +54,11 @@ class TokenizedTask:
         """The token ids of the questions alone."""
         return [layout.prompt for layout in self.layouts]
 
+    @property
+    def has_score(self) -> bool:
+        """Whether more than the likelihood of its right answers is measured."""
+        return bool(self.task.examples) and self.task.metric != "none"
+
 
 def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
     """Tokenize a task's questions.

@@ -53,7 +53,7 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     cycle_steps = count_cycle_steps(spec.freeze, task.network.units, count_pass(task, rows), spec.train.global_batch_size)
     check_schedule(spec.train, num_steps, num_warmup_steps, cycle_steps)
     check_points(spec.scoring, num_steps)
-    check_likelihoods(spec, rows.asked)
+    check_deciding(spec, rows.asked)
     check_draws(task, count_pass(task, rows), num_steps)
     budget = make_budget(
         spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available(), find_counted(task)
@@ -125,23 +125,38 @@ def check_points(scoring: Scoring, num_steps: int) -> None:
         )
 
 
-def check_likelihoods(spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> None:
-    """See that what decides by likelihood has right answers to take it of: one task without would leave nothing measured.
+def check_deciding(spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> None:
+    """See that what decides is measured by what `stop.by` says: one task that is not would leave nothing measured.
 
     Args:
         asked: what is measured, by name.
 
     Raises:
-        InputError: a task has none.
+        InputError: a task has no right answers of which a likelihood could be taken, or no score.
     """
     stop, scoring = spec.stop, spec.scoring
     has_budget, picks = stop.max_forgetting is not None, spec.checkpoint.best is not None
-    deciding = (*scoring.known * has_budget, *scoring.learned * (has_budget or picks or stop.min_learning is not None))
-    unread = [name for name in deciding if not (asked[name].rows or asked[name].questions)]
+    known, learned = scoring.known * has_budget, scoring.learned * (has_budget or picks or stop.min_learning is not None)
+    unread = [name for name in (*known, *learned) if not (asked[name].rows or asked[name].questions)]
     if stop.by == "nll" and unread:
         raise InputError(
             f"stop.by is nll, and {unread[0]} has no right answers of which a likelihood could be measured, but rules",
             f"set stop.by: score, or leave {unread[0]} out of eval.tasks",
+        )
+    if stop.by == "nll":
+        return
+    if unscored := [name for name in known if not asked[name].has_score]:
+        raise InputError(
+            f"stop.by is score, and {unscored[0]} has none, but a likelihood alone",
+            f"set stop.by: nll, or leave {unscored[0]} out of eval.tasks",
+        )
+    key = "stop.min_learning" if stop.min_learning is not None else "checkpoint.best"
+    has_pairs = spec.dpo is not None and spec.held_out is not None
+    is_learning_needed = stop.min_learning is not None or spec.checkpoint.best == "learning"
+    if is_learning_needed and not has_pairs and not any(asked[name].has_score for name in learned):
+        raise InputError(
+            f"{key} goes by what is learned, stop.by is score, and {learned[0]} has none, but a likelihood alone",
+            f"set stop.by: nll, or drop {key}",
         )
 
 

@@ -7,6 +7,7 @@ import pytest
 from training.quiet_rounds import KNOWN, LEARNED, ONCE, make_spec, make_start
 
 from hftcli.errors import InputError
+from hftcli.measuring.questions import hold_out
 from hftcli.methods.redraw import Redraw
 from hftcli.recipe.evaluation import StopSection
 from hftcli.recipe.methods import MethodSection
@@ -52,6 +53,41 @@ def test_what_decides_by_likelihood_has_right_answers(start: Path, stop: dict, b
             continue
         with pytest.raises(InputError, match=f"stop.by is nll, and {name} has no right answers"):
             look_ahead(task, unread)
+
+
+@pytest.mark.parametrize(
+    ("stop", "best", "deciding"),
+    [
+        ({"max_forgetting": 0.1}, None, [KNOWN]),
+        ({"max_forgetting": 0.1}, "learning", [KNOWN, LEARNED]),
+        ({"min_learning": 0.1}, None, [LEARNED]),
+        ({}, "learning", [LEARNED]),
+        ({"by": "nll", "max_forgetting": 0.1, "min_learning": 0.1}, None, []),
+        ({}, None, []),
+    ],
+)
+def test_what_decides_by_score_has_one(start: Path, stop: dict, best: str | None, deciding: list[str]):
+    """As a conversation has none, whose last answer is read alone."""
+    scoring = ONCE.model_copy(update={"every_steps": 2})
+    values = {"scoring": scoring, "stop": StopSection(**stop), "checkpoint": CheckpointSection(best=best)}
+    task, rows = read(start, {}, **values)
+    look_ahead(task, rows)
+    for name in (KNOWN, LEARNED):
+        told = replace(rows.asked[name], task=replace(rows.asked[name].task, metric="none"))
+        unscored = replace(rows, asked={**rows.asked, name: told})
+        if name not in deciding:
+            look_ahead(task, unscored)
+            continue
+        with pytest.raises(InputError, match=f"stop.by is score, and {name} has none, but a likelihood") as caught:
+            look_ahead(task, unscored)
+        assert caught.value.fix.startswith("set stop.by: nll, or ")
+
+
+def test_of_what_is_learned_one_score_is_enough(start: Path):
+    """Held-out rows, which have none, may stand beside it."""
+    scoring = ONCE.model_copy(update={"every_steps": 2, "learned": (LEARNED, KNOWN), "known": ()})
+    task, rows = read(start, {}, scoring=scoring, stop=StopSection(min_learning=0.1))
+    look_ahead(task, replace(rows, asked={**rows.asked, KNOWN: hold_out(rows.own)}))
 
 
 @pytest.mark.parametrize(("schedule", "step"), [("step", 2), ("cycle", 3)])
