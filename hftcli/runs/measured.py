@@ -72,5 +72,7 @@ def _check_limits(recipe: Recipe, learned: Sequence[str], known: Sequence[str]) 
         if is_on and not (learned or has_pairs or has_rows):
             raise InputError(
                 f"{key} needs something that asks for what is trained on, and of eval.tasks none does",
-                "name the task of data.path there, or give eval.held_out with stop.by: nll",
+                "give eval.held_out, with stop.by: score"
+                if recipe.objective == "dpo"
+                else "name the task of data.path there, or give eval.held_out with stop.by: nll",
             )

@@ -73,6 +73,15 @@ def test_what_no_task_could_decide_is_refused(place, given, expected):
     assert split_tasks(read("eval.tasks=[q.jsonl]", *(swapped.get(key, key) for key in given)))["num_points"] == 2
 
 
+@pytest.mark.parametrize("by", ["score", "nll"])
+def test_the_way_out_of_a_limit_on_preferences_leads_out(place, by):
+    given = ["data.path=pairs.jsonl", "stop.min_learning=0.1", "eval.tasks=[q.jsonl]"]
+    with pytest.raises(InputError) as caught:
+        split_tasks(read(*given, f"stop.by={by}", objective="dpo"))
+    assert caught.value.fix == "give eval.held_out, with stop.by: score"
+    split_tasks(read(*given, "eval.held_out.path=more.jsonl", "stop.by=score", objective="dpo"))
+
+
 def test_a_task_of_the_sequence_that_is_asked_besides_counts_as_known_until_its_round(place):
     """And is scored after every round, not by likelihood alone."""
     tasks = ["tinyworld/newcomers", "tinyworld/topic", "tinyworld/reverse", "tinyworld/sum"]
