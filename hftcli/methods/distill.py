@@ -36,6 +36,7 @@ from hftcli.runs.spec import RoundSpec
 IGNORED = -100
 USUAL_TOKENS = 1024  # of the rows before a row, where the model has places for them
 HASHED_ROWS = 1000  # rows looked at at once
+LEAST_LENGTH = 8  # of `data.max_length`
 
 
 class Distill(Method):
@@ -59,11 +60,17 @@ class Distill(Method):
         """
         places, length = describe_model(str(start)).max_positions, self.spec.data.max_length
         room = max(places - length, 0) if places is not None else self.max_tokens
-        if (self.section.max_tokens or self.section.demonstrations) > room:
+        least = self.section.max_tokens or self.section.demonstrations
+        if places is not None and least > room:
+            fix = f"set method.distill.max_tokens to {room} or less, or lower data.max_length"
+            if room < self.section.demonstrations:
+                fix = f"lower data.max_length and method.distill.max_tokens, to {places} or less together"
+                if places - least >= LEAST_LENGTH:
+                    fix = f"lower data.max_length to {places - least} or less"
             raise ModelError(
-                f"method.distill lays {self.section.max_tokens or self.section.demonstrations} tokens or more before a row of "
-                f"data.max_length {length}, and {start} has {places} positions",
-                f"set method.distill.max_tokens to {room} or less, or lower data.max_length",
+                f"method.distill lays {least} tokens or more before a row of data.max_length {length}, and {start} has "
+                f"{places} positions",
+                fix,
             )
         self.max_tokens = min(self.max_tokens, room)
         self.bos_id = load_tokenizer(start).bos_token_id

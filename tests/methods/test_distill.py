@@ -17,7 +17,7 @@ from hftcli.errors import DataError, ModelError
 from hftcli.launching.processes import StopRequest
 from hftcli.methods.distill import Distill
 from hftcli.recipe.methods import DistillSection, MethodSection
-from hftcli.recipe.sections import CheckpointSection
+from hftcli.recipe.sections import CheckpointSection, DataSection
 from hftcli.training.loss import SFT_OUTPUTS, find_columns, keep_logits, set_loss_kernel, shape_loss
 from hftcli.training.round import run_round
 
@@ -128,6 +128,24 @@ def test_rows_that_do_not_fit_are_said():
         make_method(rows, demonstrations=3, max_tokens=17)
     with pytest.raises(ModelError, match="lays 100000 tokens or more before a row of data.max_length 32, and .* positions"):
         make_method(rows, max_tokens=100000)
+
+
+@pytest.mark.parametrize(
+    ("length", "section", "fix"),
+    [
+        (128, {"max_tokens": 200}, "set method.distill.max_tokens to 128 or less, or lower data.max_length"),
+        (254, {"demonstrations": 4}, "lower data.max_length to 252 or less"),
+        (256, {"demonstrations": 4}, "lower data.max_length to 252 or less"),
+        (256, {"max_tokens": 300}, "lower data.max_length and method.distill.max_tokens, to 256 or less together"),
+    ],
+)
+def test_what_is_said_to_fit_fits(monkeypatch, length, section, fix):
+    monkeypatch.setattr("hftcli.methods.distill.describe_model", lambda path: SimpleNamespace(max_positions=256))
+    spec = make_spec({"distill": section})
+    method = Distill(spec.model_copy(update={"data": DataSection(max_length=length)}), DistillSection(**section))
+    with pytest.raises(ModelError) as caught:
+        method.check_start(START, None)
+    assert caught.value.fix == fix
 
 
 def read_losses(run) -> list[float]:
