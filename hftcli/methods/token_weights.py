@@ -45,6 +45,11 @@ logger = logging.getLogger(__name__)
 EAFT_TOKENS = 20  # of arXiv 2601.02151: their largest entropy is a weight of 1
 METRIC = "token_weight"
 LITTLE_WEIGHT = 0.05  # of the mean token of a round: it teaches next to nothing
+# What helps then with the kinds by which a token may count nothing at all, at any strength.
+REMEDIES = {
+    "stm": "raise method.token_weights.max_perplexity",
+    "psft": "raise method.token_weights.clip, or lower method.token_weights.snapshot_steps",
+}
 
 
 class TokenWeights(Method):
@@ -132,7 +137,7 @@ class TokenWeights(Method):
             logger.warning(
                 "method.token_weights: %s left a trained token %.2g of its weight on average, so that next to nothing was "
                 "taught; %s", self.section.kind, mean,
-                "raise method.token_weights.max_perplexity" if self.section.kind == "stm" else "lower its strength, or drop it",
+                REMEDIES.get(self.section.kind, "lower its strength, or drop it"),
             )  # fmt: skip
 
     def _weigh(self, log_probs_BT: torch.Tensor, entropies_BT: torch.Tensor, is_trained_BT: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hftcli import PACKAGE
 from hftcli.launching.processes import StopRequest
-from hftcli.methods.token_weights import TokenWeights
+from hftcli.methods.token_weights import METRIC, TokenWeights
 from hftcli.recipe.methods import MethodSection, TokenWeightsSection
 from hftcli.recipe.sections import CheckpointSection
 from hftcli.training.loss import find_columns, set_loss_kernel, shape_loss
@@ -156,6 +156,21 @@ def test_a_round_that_weighs_nothing_is_told_apart_from_one_that_broke(hft, sett
     (round_,) = (tmp_path / "rounds").iterdir()
     assert [json.loads(line)["token_weight"] for line in (round_ / "metrics.jsonl").read_text().splitlines()] == [0, 0]
     assert "stm left a trained token 0 of its weight on average" in (round_ / "worker.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("dft", "lower its strength, or drop it"),
+        ("stm", "raise method.token_weights.max_perplexity"),
+        ("psft", "raise method.token_weights.clip, or lower method.token_weights.snapshot_steps"),
+    ],
+)
+def test_what_would_help_is_said(kind, remedy, caplog):
+    """A token beyond PSFT's clip counts nothing at any strength."""
+    trainer = SimpleNamespace(args=SimpleNamespace(process_index=0))
+    make_method(kind).finish(trainer, SimpleNamespace(read_metrics=lambda: [{METRIC: 0.01}]))
+    assert caplog.text.rstrip().endswith(f"next to nothing was taught; {remedy}")
 
 
 @pytest.mark.parametrize(
