@@ -329,7 +329,7 @@ def _check_redraw(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
 
 def _check_cycle(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """Settings of a schedule that are counted in steps, where it goes on once a cycle of them."""
-    if recipe.train.warmup_steps:
+    if recipe.train.warmup_steps and recipe.train.lr_scheduler_type != "constant":  # which has no warm-up
         yield (
             f"{source.place(('train', 'warmup_steps'))}: train.warmup_steps is {recipe.train.warmup_steps:g}, and with "
             "freeze.redraw.schedule cycle the whole first cycle would have a learning rate of 0: set train.warmup_steps: 0"

@@ -6,6 +6,7 @@ import pytest
 
 from hftcli.errors import RecipeError
 from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.sections import TrainSection
 
 GIVEN = {
     "pull": "freeze.pull.strength=1",
@@ -85,6 +86,12 @@ def test_what_a_schedule_does_not_count_in_steps_goes_with_cycles():
 
 
 def test_a_role_that_is_given_twice_is_named(tmp_path: Path):
+def test_a_constant_rate_has_no_warm_up_that_cycles_would_lengthen():
+    given = [override for override in CYCLES if not override.startswith("train.warmup_steps")]
+    recipe = load_recipe(None, ["model.path=m", "data.path=d", *given, "train.lr_scheduler_type=constant"])
+    assert recipe.train.warmup_steps == TrainSection.model_fields["warmup_steps"].default > 0
+
+
     path = tmp_path / "my.yaml"
     path.write_text("model: {path: m}\ndata: {path: d}\nfreeze:\n  roles:\n    mlp: layers.*.up\n    mlp: layers.*.down\n")
     with pytest.raises(RecipeError, match=r"my.yaml:6: key 'freeze.roles.mlp' is given twice, first at .*my.yaml:5"):
