@@ -20,13 +20,16 @@ SWITCHES = ("nesterov", "centered", "bf16_stochastic_round")  # of `train.optim_
 # What a trainer's field is where it is not given; of the others no condition asks.
 DEFAULTS = {
     "train.optim": "adamw_torch_fused", "train.loss_type": "nll", "train.report_to": "none",
-    "train.dataloader_num_workers": 0, "dpo.f_divergence_type": "reverse_kl", "dpo.sync_ref_model": False,
-    "dpo.use_weighting": False,
+    "train.dataloader_num_workers": 0, "train.train_sampling_strategy": "random", "dpo.f_divergence_type": "reverse_kl",
+    "dpo.sync_ref_model": False, "dpo.use_weighting": False, "dpo.disable_dropout": True,
 }  # fmt: skip
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 # The losses on the difference of two rewards: the others have no other divergence (TRL's DPOTrainer).
 DIVERGING = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 SORTING = ("aot", "aot_unpaired")
+UNREWARDED = "sft"  # the loss that takes no rewards
+# Dropouts of PEFT's that are no `torch.nn.Dropout`, which alone TRL puts out; with DELORA, module_dropout is one.
+OTHER_DROPOUTS = ("boft_dropout", "rank_dropout", "module_dropout")
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,16 @@ CONDITIONS = (
     Condition("train.adam_epsilon", "train.optim", tuple(ADAMS)),
     Condition("train.label_smoothing_factor", "train.loss_type", ("nll",)),
     Condition("train.run_name", "train.report_to", ("wandb", "mlflow", "comet_ml", "trackio", "swanlab")),
+    Condition("train.project", "train.report_to", ("wandb", "mlflow", "trackio")),
     *(
         Condition(f"train.{key}", "train.report_to", ("trackio",))
-        for key in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+        for key in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
     ),
-    Condition("dpo.beta", "dpo.loss_type", tuple(name for name in get_args(LossType) if name != "sft")),
+    Condition("train.data_seed", "train.train_sampling_strategy", ("random", "group_by_length")),
+    *(
+        Condition(f"dpo.{key}", "dpo.loss_type", tuple(name for name in get_args(LossType) if name != UNREWARDED))
+        for key in ("beta", "f_divergence_type", "ld_alpha")
+    ),
     Condition("dpo.label_smoothing", "dpo.loss_type", SMOOTHED),
     Condition("dpo.f_alpha_divergence_coef", "dpo.f_divergence_type", ("alpha_divergence",)),
     Condition("dpo.discopop_tau", "dpo.loss_type", ("discopop",)),
@@ -103,12 +111,14 @@ def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
     yield from _check_root(recipe, objective, source)
     yield from _check_optimizer_arguments(recipe, source)
     yield from _check_checkpointing(recipe, source)
+    yield from _check_sections(recipe, source)
     optimizer = find_value(recipe, "train.optim")
     if recipe.launch.offload == "optimizer" and optimizer not in ("adamw_torch", "adamw_torch_fused"):
         place = _place("launch.offload", source)
         yield f"{place}: launch.offload keeps AdamW's state on the host, and train.optim is {optimizer}: drop one of the two"
     if objective == "dpo":
         yield from _check_losses(recipe, source)
+        yield from _check_dropout(recipe, source)
         if is_given(recipe, "train.label_smoothing_factor"):
             place = _place("train.label_smoothing_factor", source)
             yield f"{place}: train.label_smoothing_factor would have no effect under `hft dpo`: use dpo.label_smoothing"
@@ -231,11 +241,52 @@ def _check_checkpointing(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
             f"{_place(key, source)}: {key} would have no effect beside train.activation_checkpointing false: drop it, or set "
             "train.activation_checkpointing to true"
         )
-    if (train.extra.get("activation_checkpointing_kwargs") or {}).get("use_reentrant"):
+    given = train.extra.get("activation_checkpointing_kwargs") or {}
+    if train.fit == "auto" and "every_n_layers" in given:
+        yield f"{_place(f'{key}.every_n_layers', source)}: {key}.every_n_layers is what train.fit chooses: drop one of the two"
+    if given.get("use_reentrant"):
         yield (
             f"{_place(key, source)}: {key}.use_reentrant is true: reentrant checkpoints leave layers above frozen ones without "
             "a gradient: drop it"
         )
+
+
+def _check_sections(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Settings of the sections that are hft's own, and the loss kernel."""
+    if recipe.train.loss_kernel == "chunked" and find_value(recipe, "train.label_smoothing_factor"):
+        yield (
+            f"{_place('train.loss_kernel', source)}: train.loss_kernel chunked would have no effect beside "
+            "train.label_smoothing_factor, which reads all logits of a token: set plain, or drop one of the two"
+        )
+    if is_given(recipe, "checkpoint.keep") and not recipe.checkpoint.is_on:
+        yield (
+            f"{_place('checkpoint.keep', source)}: checkpoint.keep would have no effect without step checkpoints: drop it, or "
+            "set checkpoint.save_steps or checkpoint.save_every_minutes"
+        )
+    redraw, weighing = recipe.freeze.redraw, recipe.method.token_weights
+    if redraw is not None and redraw.order != "random" and recipe.freeze.balance == "weights":
+        yield (
+            f"{_place('freeze.balance', source)}: freeze.balance weights would have no effect beside freeze.redraw.order "
+            f"{redraw.order}, whose blocks are whole layers: drop it, or set freeze.redraw.order: random"
+        )
+    if weighing is not None and weighing.kind == "stm" and weighing.strength not in (0, 1):
+        yield (
+            f"{_place('method.token_weights.strength', source)}: method.token_weights.strength {weighing.strength:g} would "
+            "have no effect beside kind stm, with which a token counts wholly or not: drop it, or set 0 for plain training"
+        )
+
+
+def _check_dropout(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Dropout of adapters, which TRL puts out before it trains on pairs."""
+    lora, peft, found = recipe.method.lora, recipe.method.peft, []
+    if lora is not None and lora.lora_dropout not in (0, type(lora).model_fields["lora_dropout"].default):
+        found.append("method.lora.lora_dropout")
+    if peft is not None:
+        kept = OTHER_DROPOUTS[: 2 if peft.type == "DELORA" else 3]
+        given = {key: value for key, value in peft.extra.items() if key.endswith("_dropout") and key not in kept}
+        found += [f"method.peft.{key}" for key, value in given.items() if value]
+    for key in found if find_value(recipe, "dpo.disable_dropout") else ():
+        yield f"{_place(key, source)}: {key} would have no effect beside dpo.disable_dropout true: drop it, or set that false"
 
 
 def _check_losses(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
@@ -258,7 +309,7 @@ def _check_losses(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     if divergence != "reverse_kl" and (others := set(losses) - set(DIVERGING)):
         yield (
             f"{_place('dpo.f_divergence_type', source)}: dpo.f_divergence_type {divergence} is not defined for the loss "
-            f"{', '.join(sorted(others))}: take losses of {', '.join(DIVERGING)}"
+            f"{', '.join(sorted(others))}: take losses of {', '.join(name for name in DIVERGING if name != UNREWARDED)}"
         )
     if find_value(recipe, "dpo.sync_ref_model"):
         place = _place("dpo.sync_ref_model", source)

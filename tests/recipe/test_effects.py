@@ -6,7 +6,7 @@ import pytest
 
 from hftcli.errors import RecipeError
 from hftcli.recipe.effects import CONDITIONS, ROOTED
-from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.tasks import BENCHMARKS
 
 BASE = ("model.path=m", "data.path=d.jsonl")
@@ -40,6 +40,19 @@ def fail(objective: str, *overrides: str) -> str:
         ("sft", ["launch.offload=optimizer", "train.optim=sgd"], "launch.offload keeps AdamW's state on the host"),
         ("sft", ["train.run_name=x"], "beside train.report_to none"),
         ("sft", ["train.report_to=tensorboard", "train.run_name=x"], "beside train.report_to tensorboard"),
+        ("sft", ["train.report_to=tensorboard", "train.project=x"], "set train.report_to to wandb or mlflow or trackio"),
+        ("sft", ["train.report_to=wandb", "train.trackio_space_id=x"], "beside train.report_to wandb"),
+        ("sft", ["train.train_sampling_strategy=sequential", "train.data_seed=1"], "train.data_seed would have no effect"),
+        ("sft", ["train.loss_kernel=chunked", "train.label_smoothing_factor=0.1"], "train.loss_kernel chunked would have no"),
+        ("sft", ["train.fit=auto", "train.memory_bytes=9999999", "train.activation_checkpointing_kwargs={every_n_layers: 2}"],
+         "train.activation_checkpointing_kwargs.every_n_layers is what train.fit chooses"),
+        ("sft", ["checkpoint.keep=3", "checkpoint.save_every_minutes=null"], "checkpoint.keep would have no effect without"),
+        *(
+            ("sft", ["freeze={group: layer, balance: weights}", f"freeze.redraw={{every: 5, order: {order}}}"],
+             f"freeze.balance weights would have no effect beside freeze.redraw.order {order}")
+            for order in ("cyclic", "ascending", "descending")
+        ),
+        ("sft", ["method.token_weights={kind: stm, strength: 0.5}"], "strength 0.5 would have no effect beside kind stm"),
         ("sft", ["train.dataloader_prefetch_factor=2"], "set train.dataloader_num_workers to 1 or more"),
         ("sft", ["train.dataloader_in_order=false"], "set train.dataloader_num_workers to 1 or more"),
         ("sft", ["train.max_steps=9", "train.num_train_epochs=1"], "=1: train.num_train_epochs would have no effect beside "
@@ -67,10 +80,16 @@ def fail(objective: str, *overrides: str) -> str:
         ),
         ("dpo", ["dpo.loss_type=[sigmoid, hinge]", "dpo.label_smoothing=0.1"], "beside dpo.loss_type sigmoid, hinge"),
         ("dpo", ["dpo.loss_type=sft", "dpo.beta=0.5"], "dpo.beta would have no effect beside dpo.loss_type sft"),
+        ("dpo", ["dpo.loss_type=sft", "dpo.ld_alpha=0.5"], "dpo.ld_alpha would have no effect beside dpo.loss_type sft"),
+        ("dpo", ["dpo.loss_type=sft", "dpo.f_divergence_type=forward_kl"], "dpo.f_divergence_type would have no effect beside"),
+        ("dpo", ["method.lora.lora_dropout=0.2"], "lora_dropout would have no effect beside dpo.disable_dropout true"),
+        ("dpo", ["method.peft={type: LORA, lora_dropout: 0.1}"], "method.peft.lora_dropout would have no effect beside"),
+        ("dpo", ["method.peft={type: DELORA, module_dropout: 0.1}"], "method.peft.module_dropout would have no effect beside"),
         ("dpo", ["dpo.loss_type=exo_pair"], "not defined at dpo.label_smoothing 0"),
         ("dpo", ["dpo.loss_weights=[1, 2]"], "dpo.loss_weights has 2 values for 1 losses"),
         ("dpo", ["dpo.loss_type=aot", "dpo.use_weighting=true"], "dpo.use_weighting weighs pairs"),
-        ("dpo", ["dpo.loss_type=nca_pair", "dpo.f_divergence_type=forward_kl"], "is not defined for the loss nca_pair"),
+        ("dpo", ["dpo.loss_type=nca_pair", "dpo.f_divergence_type=forward_kl"], "is not defined for the loss nca_pair: "
+         "take losses of sigmoid, sigmoid_norm, hinge, ipo, exo_pair, robust, discopop"),
         ("dpo", ["dpo.f_alpha_divergence_coef=0.2"], "beside dpo.f_divergence_type reverse_kl"),
         ("dpo", ["dpo.discopop_tau=0.2"], "beside dpo.loss_type sigmoid"),
         ("dpo", ["dpo.ref_model_sync_steps=5"], "beside dpo.sync_ref_model false"),
@@ -155,13 +174,36 @@ def test_with_what_it_needs_it_is_taken():
         ["model.revision=v1"],
         ["train.activation_checkpointing=true", "train.activation_checkpointing_kwargs={every_n_layers: 2}"],
         ["train.dataloader_num_workers=1", "train.dataloader_prefetch_factor=2"],
+        *([f"train.report_to={name}", "train.project=x"] for name in ("wandb", "mlflow", "trackio")),
+        ["train.train_sampling_strategy=group_by_length", "train.data_seed=1"],
+        ["train.loss_kernel=plain", "train.label_smoothing_factor=0.1"],
+        ["train.fit=auto", "train.memory_bytes=1000000000", "train.activation_checkpointing_kwargs={preserve_rng_state: true}"],
+        ["checkpoint.keep=3", "checkpoint.save_every_minutes=null", "checkpoint.save_steps=5"],
+        ["freeze={group: layer, balance: weights}", "freeze.redraw.every=5"],
+        *([f"method.token_weights={{kind: stm, strength: {strength}}}"] for strength in (0, 1)),
     ):
         load_recipe(None, [*BASE, *overrides])
     for overrides in (
         ["dpo.loss_type=[sigmoid, robust]", "dpo.label_smoothing=0.1", "dpo.loss_weights=[1, 0.5]"],
         ["dpo.loss_type=exo_pair", "dpo.label_smoothing=1e-3"],
+        ["dpo.loss_type=[sft, sigmoid]", "dpo.ld_alpha=0.5", "dpo.f_divergence_type=forward_kl"],
+        ["method.lora.lora_dropout=0.2", "dpo.disable_dropout=false"],
+        ["method.lora.lora_dropout=0"],
+        ["method.peft={type: LOHA, module_dropout: 0.1}"],
     ):
         load_recipe(None, [*BASE, *overrides], "dpo")
+
+
+def test_a_runs_own_recipe_is_taken_again(tmp_path):
+    """It spells out every default: be that the default of what has no effect."""
+    for objective, overrides in (
+        ("sft", ["checkpoint.save_every_minutes=null", "method.token_weights.kind=stm"]),
+        ("sft", ["freeze={group: layer}", "freeze.redraw={every: 5, order: cyclic}"]),
+        ("dpo", ["method.lora={}", "dpo.loss_type=sft"]),
+        ("dpo", ["method.olora=null", "method.peft.type=LORA"]),
+    ):
+        (file := tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe(None, [*BASE, *overrides], objective)))
+        assert load_recipe(file).objective == objective
 
 
 def test_every_condition_names_keys_that_exist():
