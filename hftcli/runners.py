@@ -29,6 +29,7 @@ from hftcli.launching.planning import apply_fit, bound_batch, choose_fit, make_b
 from hftcli.launching.processes import passing_signals
 from hftcli.launching.watch import launch_round
 from hftcli.measuring.evaluation import Subject
+from hftcli.recipe.evaluation import EvalSection
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.sections import QUICK_START, DataSection, LaunchSection
 from hftcli.reporting.card import write_card
@@ -42,7 +43,8 @@ from hftcli.runs.run import Round, Run
 from hftcli.runs.spec import EarlierRound, Progress, RoundSpec, Scoring
 from hftcli.runs.verification import Verification
 from hftcli.runs.versions import list_versions
-from hftcli.tasks import check_tasks, find_sequence, is_task
+from hftcli.tasks import check_tasks, find_sequence, is_task, load_task
+from hftcli.tasks.asking import check_acting
 from hftcli.tasks.check import check_sequence
 
 SMALL_GRADIENT = 1e-6  # AdamW's steps shrink with gradients whose weights have less than its epsilon of 1e-8
@@ -90,6 +92,7 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     check_start(start, recipe.freeze)
     data = recipe.data.relocate(_make_absolute)
     check_tasks(recipe.eval.tasks, data.root)
+    check_way(recipe.eval, recipe.eval.tasks, data.root)
     spec = RoundSpec(
         objective=recipe.objective,
         index=start.num_rounds,
@@ -124,6 +127,12 @@ def prepare_single(recipe: Recipe) -> tuple[Run, Round]:
     return run, round_
 
 
+def check_way(asked: EvalSection, names: Sequence[str], root: str | None) -> None:
+    """Raises: InputError: a setting changes how none of the tasks is asked."""
+    if asked.chat is not None or asked.max_new_tokens is not None or asked.temperature:  # which alone need the rows
+        check_acting([load_task(name, root) for name in names], asked.asking, asked.temperature)
+
+
 def prepare_continual(recipe: Recipe) -> Run:
     """Check what can be checked without a model, and write the files of a run with a round for each task.
 
@@ -135,6 +144,7 @@ def prepare_continual(recipe: Recipe) -> Run:
     root = recipe.data.root and _make_absolute(recipe.data.root)
     sequence = find_sequence(recipe.continual, root)
     check_tasks(recipe.eval.tasks, root)
+    check_way(recipe.eval, (*sequence.tasks, *recipe.eval.tasks), root)
     temperature = recipe.eval.temperature if recipe.eval.temperature is not None else sequence.temperature
     launch, run = resolve_launch(recipe.launch), Run(recipe.folder)
     rounds = [run.round(f"{place:02d}-{shorten_task(task)}") for place, task in enumerate(sequence.tasks)]

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 NUM_SEEDS = 3  # of a comparison
+# What changes nothing of how tasks are asked.
+IDLE = {"chat": None, "shots": 0, "max_new_tokens": None, "generate": True, "strict": False, "allow_code": False}
 
 
 @app.command("eval")
@@ -77,16 +79,15 @@ def evaluate(
 
     subject, names = resolve_subject(model), tuple(name.strip() for name in tasks.split(",") if name.strip())
     base = resolve_subject(base).path if base else subject.base
-    check_asked(base, names, bool(text or prompts), None if generate else max_new_tokens, max_length, output)
+    asking: dict[str, Any] = {"chat": chat, "shots": shots, "max_new_tokens": max_new_tokens, "generate": generate}
+    asking |= {"strict": strict, "allow_code": allow_code}
+    check_asked(base, names, bool(text or prompts), asking, max_length, output)
     num_ranks = resolve_launch(LaunchSection(num_processes=num_processes)).num_ranks
     from hftcli.measuring.scoring import Examination, examine_model
 
-    asking = AskingSection(
-        chat=chat, shots=shots, max_new_tokens=max_new_tokens, generate=generate, strict=strict, allow_code=allow_code
-    )
     examination = Examination(
         model=subject.path, tasks=names, base=base, root=root or subject.root, max_examples=max_examples,
-        max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, asking=asking,
+        max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, asking=AskingSection(**asking),
     )  # fmt: skip
     with show_counts() as on_progress:
         evaluation, items = examine_model(examination, list_versions(), on_progress, num_ranks)
@@ -96,15 +97,16 @@ def evaluate(
 
 
 def check_asked(
-    base: str | None, tasks: tuple[str, ...], has_texts: bool, idle_cut: int | None, max_length: int | None, output: Path | None
-) -> None:
+    base: str | None, tasks: tuple[str, ...], has_texts: bool, asking: dict[str, Any], max_length: int | None,
+    output: Path | None,
+) -> None:  # fmt: skip
     """What `hft eval` is asked for.
 
     Args:
-        idle_cut: where an answer would be cut, of which none is written.
+        asking: how questions are to be asked, as `AskingSection` has it.
 
     Raises:
-        InputError: there is nothing to measure, nothing to measure it against, or no place to write it to.
+        InputError: there is nothing to measure or to ask, nothing to measure it against, or no place to write it to.
     """
     from hftcli.measuring.evaluation import PREFIX, check_output
 
@@ -115,7 +117,10 @@ def check_asked(
         raise InputError("--text and --prompts compare a model with its base", "give --base")
     if base is None and not tasks:
         raise InputError("there is nothing to measure", "give --tasks, or --base")
-    if idle_cut is not None:
+    given = {f"--{'no-' * (value is False)}{key.replace('_', '-')}" for key, value in asking.items() if value != IDLE[key]}
+    if given and not tasks:
+        raise InputError(f"{min(given)} says how tasks are asked, and none is", "name some with --tasks, or drop it")
+    if given >= {"--no-generate", "--max-new-tokens"}:
         raise InputError("--max-new-tokens cuts what is written, and --no-generate writes nothing", "drop one of the two")
     if max_length is not None and base is None and all(name.startswith(PREFIX) for name in tasks):
         raise InputError(f"--max-length has no effect on {tasks[0]}: lm-evaluation-harness asks it in its own way", "drop it")

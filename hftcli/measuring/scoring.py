@@ -24,7 +24,7 @@ from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.recipe.asking import AskingSection
 from hftcli.runs.scores import Prediction, Score
-from hftcli.tasks.asking import put_task
+from hftcli.tasks.asking import check_acting, put_task
 
 OnProgress = Callable[[str, int, int], None]  # what is being done, and batches done and in all
 Texts = tuple[list[Row], list[int]]
@@ -137,6 +137,7 @@ def prepare_exam(asked: Examination) -> Exam:
         task = put_task(name, asked.root, asked.max_examples, asked.asking, tokenizer.chat_template is not None)
         own[name] = add_ends(tokenize_task(task, max_length, tokenizer), ends, tokenizer)
         report_faults(own[name], asked.asking.strict)
+    check_acting([questions.task for questions in own.values()], asked.asking)
     foreign = find_harness_tasks(named)
     texts = prompts = None
     if base_folder is not None:

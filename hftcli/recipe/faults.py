@@ -351,7 +351,7 @@ def check_measuring(recipe: Recipe, objective: Objective, source: RecipeFile) ->
         yield f"{source.place(('eval', key))}: eval.{key} would have no effect: name what to measure under eval.tasks"
     has_choices = recipe.data.pattern is not None and asked.held_out.path is not None
     if not (asked.tasks or objective == "continual"):
-        for key in ("chat", "shots", "max_new_tokens", "temperature", "max_examples", "strict", "allow_code"):
+        for key in ("chat", "shots", "max_new_tokens", "generate", "temperature", "max_examples", "strict", "allow_code"):
             acts = has_choices and key == "strict"
             if getattr(asked, key) != type(asked).model_fields[key].default and not acts:
                 yield f"{source.place(('eval', key))}: eval.{key} would have no effect: name what to ask under eval.tasks"

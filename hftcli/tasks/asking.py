@@ -56,6 +56,28 @@ def put_task(name: str, root: str | None, max_examples: int | None, asking: Aski
     return replace(task, examples=examples, bare_prompt=bare, way=way)
 
 
+def check_acting(tasks: Sequence[Task], asking: AskingSection, temperature: float | None = None) -> None:
+    """See that each setting changes how some task is asked.
+
+    Args:
+        temperature: `eval.temperature`.
+
+    Raises:
+        InputError: one changes nothing.
+    """
+    names = ", ".join(dict.fromkeys(task.name for task in tasks))
+    is_chat_idle = not any(task.takes_chat for task in tasks)
+    is_nothing_written = all(task.max_new_tokens is None for task in tasks)
+    idle = {
+        ("--chat" if asking.chat else "--no-chat") + " (eval.chat in a recipe)": asking.chat is not None and is_chat_idle,
+        "--max-new-tokens (eval.max_new_tokens in a recipe)": asking.max_new_tokens is not None and is_nothing_written,
+        "eval.temperature": bool(temperature) and is_nothing_written,
+    }
+    for key in (key for key, is_idle in idle.items() if is_idle and tasks):
+        reason = "has a way of its own to be asked" if "chat" in key else "is read alone, and nothing is written"
+        raise InputError(f"{key} would have no effect: each of {names} {reason}", "drop it")
+
+
 def _read_only(task: Task) -> Task:
     """The task by the likelihood of its right answers, the first where there are several; multiple choice stays as it is.
 

@@ -143,7 +143,8 @@ def test_a_pattern_has_no_effect_elsewhere(objective):
 
 
 @pytest.mark.parametrize(
-    "key", ["shots=2", "max_examples=5", "chat=true", "max_new_tokens=4", "temperature=0.5", "allow_code=true"]
+    "key",
+    ["shots=2", "max_examples=5", "chat=true", "max_new_tokens=4", "temperature=0.5", "allow_code=true", "generate=false"],
 )
 def test_how_tasks_are_asked_has_no_effect_on_the_choices_of_held_out_rows(key):
     """But for whether a right answer must be one that can be given."""

@@ -32,6 +32,7 @@ def check(hft, *arguments: object) -> str:
         ({"model.path": "./no-such-model", "data.path": "d"}, "model.path ./no-such-model: no such folder"),
         ({"train.global_batch_size": 40}, "train.global_batch_size is 40, not a multiple of"),
         ({"eval.tasks": "[tinyworld/fact]"}, "unknown task 'tinyworld/fact'"),
+        ({"eval.temperature": 0.5}, "eval.temperature would have no effect: each of tinyworld/facts, tinyworld/facts-rew"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -41,7 +42,7 @@ def test_the_front_refuses_before_anything_is_written(hft, settings, tmp_path, c
 
 
 def test_a_dry_run_asks_as_many_questions_as_the_recipe_says(hft, settings, tmp_path):
-    asked = {"eval.max_examples": 7, "eval.temperature": 0.5}
+    asked = {"eval.max_examples": 7, "eval.temperature": 0.5, "eval.tasks": "[tinyworld/facts, tinyworld/sum]"}
     hft("sft", "--dry-run", "--output", tmp_path / "run", *settings(asked))
     scoring = json.loads((tmp_path / "run" / "rounds" / "00-sft" / "round.json").read_text())["scoring"]
     assert (scoring["max_examples"], scoring["temperature"]) == (7, 0.5)

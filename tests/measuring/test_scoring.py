@@ -119,6 +119,19 @@ def test_a_run_knows_its_base_and_its_scores_come_again(hft, settings, shared, t
     [
         (["--model", "tinyworld"], "there is nothing to measure"),
         (["--model", "tinyworld", "--text", "x.jsonl"], "--text and --prompts compare a model with its base"),
+        *(
+            (["--model", "tinyworld", "--base", "tinyworld", *option], f"{option[0]} says how tasks are asked, and none is")
+            for option in (
+                ["--shots", 5],
+                ["--chat"],
+                ["--no-chat"],
+                ["--strict"],
+                ["--allow-code"],
+                ["--no-generate"],
+                ["--max-new-tokens", 9],
+            )
+        ),
+        (["--model", "tinyworld", "--tasks", FACTS, "--no-chat"], f"each of {FACTS} has a way of its own to be asked"),
         (["--model", "tinyworld", "--tasks", FACTS, "--output", "x.txt"], "expected a file that ends in .json"),
     ],
 )
@@ -235,11 +248,11 @@ def test_a_foreign_task_refuses_what_would_not_change_how_it_is_asked(option, as
 
 def test_a_length_that_no_task_takes_is_refused():
     with pytest.raises(InputError, match="--max-length has no effect on harness:arc_easy"):
-        check_asked(None, ("harness:arc_easy",), False, None, 64, None)
-    check_asked(None, ("harness:arc_easy", FACTS), False, None, 64, None)
-    check_asked("base", ("harness:arc_easy",), False, None, 64, None)  # whose samples it cuts
+        check_asked(None, ("harness:arc_easy",), False, {}, 64, None)
+    check_asked(None, ("harness:arc_easy", FACTS), False, {}, 64, None)
+    check_asked("base", ("harness:arc_easy",), False, {}, 64, None)  # whose samples it cuts
 
 
 def test_a_cut_of_what_is_not_written_is_refused():
     with pytest.raises(InputError, match="--no-generate writes nothing"):
-        check_asked(None, (FACTS,), False, 3, None, None)
+        check_asked(None, (FACTS,), False, {"generate": False, "max_new_tokens": 3}, None, None)

@@ -49,6 +49,7 @@ CYCLES = (
             ("method.lora={quiet: true}", "freeze.part=random", "freeze.keep.path=tinyworld/facts"),
             "freeze.keep would have no effect beside freeze.grain matrices and freeze.part random",
         ),
+        (("eval.tasks=[]", "eval.generate=false"), "eval.generate would have no effect: name what to ask under eval.tasks"),
         (("eval.tasks=[]", "eval.shots=2"), "eval.shots would have no effect: name what to ask under eval.tasks"),
         ((GIVEN["redraw"], "method.l2sp.strength=1"), "freeze.redraw does not go with method.l2sp"),
         ((GIVEN["redraw"], "launch.offload=optimizer"), "freeze.redraw does not go with launch.offload"),
@@ -85,13 +86,13 @@ def test_what_a_schedule_does_not_count_in_steps_goes_with_cycles():
     assert load_recipe("tinyworld", given).freeze.redraw.schedule == "cycle"
 
 
-def test_a_role_that_is_given_twice_is_named(tmp_path: Path):
 def test_a_constant_rate_has_no_warm_up_that_cycles_would_lengthen():
     given = [override for override in CYCLES if not override.startswith("train.warmup_steps")]
     recipe = load_recipe(None, ["model.path=m", "data.path=d", *given, "train.lr_scheduler_type=constant"])
     assert recipe.train.warmup_steps == TrainSection.model_fields["warmup_steps"].default > 0
 
 
+def test_a_role_that_is_given_twice_is_named(tmp_path: Path):
     path = tmp_path / "my.yaml"
     path.write_text("model: {path: m}\ndata: {path: d}\nfreeze:\n  roles:\n    mlp: layers.*.up\n    mlp: layers.*.down\n")
     with pytest.raises(RecipeError, match=r"my.yaml:6: key 'freeze.roles.mlp' is given twice, first at .*my.yaml:5"):

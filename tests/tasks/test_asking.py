@@ -6,7 +6,8 @@ import pytest
 
 from hftcli.errors import InputError, ModelError
 from hftcli.recipe.asking import AskingSection
-from hftcli.tasks.asking import put_task
+from hftcli.tasks import load_task
+from hftcli.tasks.asking import check_acting, put_task
 from hftcli.tasks.examples import Example, Task
 
 
@@ -86,6 +87,23 @@ def test_how_a_text_goes_on_is_read_as_it_stands(tmp_path):
         task = put_task(path, None, None, asking, has_template=True)
         assert task.examples == (Example("Once upon", " a time", options=(" a time",)),)
         assert task.max_new_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("asking", "temperature", "said", "acts_on"),
+    [
+        ({"chat": True}, None, r"--chat \(eval.chat in a recipe\)", "planets"),
+        ({"chat": False}, None, r"--no-chat \(eval.chat in a recipe\)", "planets"),
+        ({"max_new_tokens": 3}, None, "--max-new-tokens", "tinyworld/sum"),
+        ({}, 0.5, "eval.temperature", "tinyworld/sum"),
+    ],
+)
+def test_a_setting_must_change_how_something_is_asked(planets, asking, temperature, said, acts_on):
+    facts, other = (load_task(name) for name in ("tinyworld/facts", planets if acts_on == "planets" else acts_on))
+    with pytest.raises(InputError, match=f"{said}.* would have no effect: each of tinyworld/facts"):
+        check_acting([facts], AskingSection(**asking), temperature)
+    check_acting([facts, other], AskingSection(**asking), temperature)
+    check_acting([facts], AskingSection(), 0.0)
 
 
 def test_programs_need_leave(shared):
