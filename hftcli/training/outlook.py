@@ -55,6 +55,7 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     check_points(spec.scoring, num_steps)
     check_deciding(spec, rows.asked)
     check_draws(task, count_pass(task, rows), num_steps)
+    warn_open(spec)
     budget = make_budget(
         spec, task.network, plan, spec.launch.num_ranks, is_mixed(spec), torch.cuda.is_available(), find_counted(task)
     )
@@ -158,6 +159,22 @@ def check_deciding(spec: RoundSpec, asked: Mapping[str, TokenizedTask]) -> None:
             f"{key} goes by what is learned, stop.by is score, and {learned[0]} has none, but a likelihood alone",
             f"set stop.by: nll, or drop {key}",
         )
+
+
+def warn_open(spec: RoundSpec) -> None:
+    """Say of what chooses what is closed, or frozen, that nothing is.
+
+    It is not refused, so that one key may be varied and full fine-tuning be among what is compared.
+    """
+    rule = spec.freeze
+    if rule.trainable_fraction < 1:
+        return
+    given = {"rank": rule.rank != "random"}
+    if spec.method.open_fraction is None:  # by which adapters close directions all the same
+        given |= {key: getattr(rule, key) is not None for key in ("keep", "part", "blocks")}
+    keys = " and ".join(f"freeze.{key}" for key, is_given in given.items() if is_given)
+    if keys:
+        logger.warning("%s: nothing is closed at freeze.trainable_fraction 1", keys)
 
 
 def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:

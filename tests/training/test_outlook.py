@@ -90,6 +90,37 @@ def test_of_what_is_learned_one_score_is_enough(start: Path):
     look_ahead(task, replace(rows, asked={**rows.asked, KNOWN: hold_out(rows.own)}))
 
 
+QUIET = {"grain": "directions", "keep": {"path": KNOWN}}
+CLOSED = "nothing is closed at freeze.trainable_fraction 1"
+
+
+@pytest.mark.parametrize(
+    ("freeze", "keys"),
+    [
+        (QUIET, "freeze.keep"),
+        (QUIET | {"blocks": 2}, "freeze.keep and freeze.blocks"),
+        ({"grain": "columns", "part": "random"}, "freeze.part"),
+        ({"grain": "entries", "part": "magnitude"}, "freeze.part"),
+        ({"rank": "magnitude"}, "freeze.rank"),
+        ({"rank": "fisher", "importance": {"path": KNOWN}}, "freeze.rank"),
+        ({"grain": "directions"}, None),
+        ({}, None),
+    ],
+)
+def test_where_all_trains_nothing_chooses(start: Path, freeze: dict, keys: str | None, caplog):
+    for share in (0.5, 1.0):
+        look_ahead(*read(start, freeze | {"trainable_fraction": share}))
+        assert (CLOSED in caplog.text) == (share == 1 and keys is not None)
+    if keys is not None:
+        assert f"{keys}: {CLOSED}" in caplog.text
+
+
+def test_quiet_adapters_close_directions_where_all_trains(start: Path, caplog):
+    freeze = {"trainable_fraction": 1.0, "keep": {"path": KNOWN}}
+    look_ahead(*read(start, freeze, method=MethodSection.model_validate({"lora": {"quiet": True}})))
+    assert CLOSED not in caplog.text
+
+
 @pytest.mark.parametrize(("schedule", "step"), [("step", 2), ("cycle", 3)])
 def test_a_schedule_is_tried_as_often_as_it_goes_on(start: Path, schedule: str, step: int):
     """A rate that rises from its first step on: of four steps, or of two cycles of two."""
