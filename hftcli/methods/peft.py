@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -246,8 +246,7 @@ def build_config(kind: str, given: dict[str, Any], targets: Sequence[str], is_tr
         values.setdefault("fan_in_fan_out", is_transposed)
     if kind == "IA3":
         inner = values.get("feedforward_modules") or FEEDFORWARD
-        inner = [inner] if isinstance(inner, str) else list(inner)
-        values["feedforward_modules"] = [name for name in targets if name in inner or get_last(name) in inner]
+        values["feedforward_modules"] = [name for name in targets if any(ends_with(name, part) for part in list_names(inner))]
     return make_config(cls, values)
 
 
@@ -299,6 +298,8 @@ def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Se
     for key in ("target_modules", "exclude_modules"):
         for name in given.get(key) or () if not isinstance(given.get(key), str) else ():
             refuse_unknown(name, f"method.peft.{key}", [unit.name for unit in adaptable])
+    for name in list_names(given.get("feedforward_modules") or ()):
+        refuse_unknown(name, "method.peft.feedforward_modules", [unit.name for unit in adaptable])
     return targets
 
 
@@ -354,6 +355,16 @@ def make_tuner(config: PeftConfig, model: PreTrainedModel) -> BaseTuner:
     except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
         kind = PeftType(config.peft_type).value
         raise InputError(f"method.peft: PEFT lays no adapter of type {kind} over this model: {get_line(error)}") from None
+
+
+def list_names(given: str | Iterable[str]) -> list[str]:
+    """Names of layers, of which one may stand alone."""
+    return [given] if isinstance(given, str) else list(given)
+
+
+def ends_with(name: str, part: str) -> bool:
+    """Whether a layer is called so: by the last parts of its name."""
+    return f".{name}".endswith(f".{part}")
 
 
 def get_last(name: str) -> str:

@@ -180,6 +180,8 @@ def test_keys_that_peft_does_not_take_are_named(given: dict, said: str):
 def test_the_layers_of_which_ia3_scales_the_inputs_may_be_named_alone():
     config = build_config("IA3", {"feedforward_modules": ["up_proj"]}, ["a.up_proj", "a.down_proj"])
     assert config.feedforward_modules == {"a.up_proj"}
+    config = build_config("IA3", {"feedforward_modules": "mlp.up_proj"}, ["0.mlp.up_proj", "0.mlp.down_proj"])
+    assert config.feedforward_modules == {"0.mlp.up_proj"}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,8 @@ def test_the_layers_of_which_ia3_scales_the_inputs_may_be_named_alone():
         ({"target_modules": ["layers.0.mlp.q_proj", "q_proj"]}, "names layers.0.mlp.q_proj", "did you mean q_proj?"),
         ({"target_modules": ["q_proj", "lm_head"]}, "names lm_head", "drop it"),
         ({"exclude_modules": ["donw_proj"]}, "method.peft.exclude_modules names donw_proj", "did you mean down_proj?"),
+        ({"feedforward_modules": ["up_porj"]}, "method.peft.feedforward_modules names up_porj", "did you mean up_proj?"),
+        ({"feedforward_modules": "lm_head"}, "method.peft.feedforward_modules names lm_head", "drop it"),
     ],
 )
 def test_every_name_is_that_of_a_layer_that_takes_adapters(start: Path, given: dict, said: str, fix: str):
@@ -202,7 +206,7 @@ def test_every_name_is_that_of_a_layer_that_takes_adapters(start: Path, given: d
     for name in ("q_proj", "layers.1.mlp.up_proj"):  # whether or not this round's plan trains it
         choose_targets("LORA", {"target_modules": [name, "k_proj", "v_proj", "o_proj", "down_proj"]}, plan, units)
     with pytest.raises(ModelError, match=said) as caught:
-        choose_targets("LORA", given, plan, units)
+        choose_targets("IA3" if "feedforward_modules" in given else "LORA", given, plan, units)
     assert caught.value.fix == fix
 
 
