@@ -203,8 +203,8 @@ class TrainSection(OpenSection):
     """Passes over the data; with `max_steps` there are as many as these take."""
 
     max_steps: Annotated[int, AfterValidator(_refuse_no_steps)] = -1
-    """Optimizer steps; -1 takes as many as `num_train_epochs` makes. Both together are refused; `--set` of one takes the
-    place of a file's other."""
+    """Optimizer steps; -1 takes as many as `num_train_epochs` makes. Both together are refused, where a 1 in a file counts
+    as not given; `--set` of one takes the place of a file's other."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate of AdamW."""
@@ -384,4 +384,4 @@ class ContinualSection(Section):
     protocol: Literal["paper", "scripts"] | None = None
     """Whose epochs for each task and whose decoding: those of the benchmark's paper, or of its scripts where they differ. Null
     takes `train.num_train_epochs` for each task, and the likeliest token at every place. To give `train.num_train_epochs` or
-    `train.max_steps` beside it is refused."""
+    `train.max_steps` beside it is refused, where a 1 in a file counts as not given."""

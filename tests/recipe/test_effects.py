@@ -119,6 +119,8 @@ def test_steps_or_epochs_of_the_command_line_take_the_place_of_the_files(tmp_pat
     ):
         load_recipe(file)
     assert read(file, "train.num_train_epochs=4") == (-1, 4)
+    file.write_text(file.read_text().replace("num_train_epochs: 2", "num_train_epochs: 1"))  # as a run's own recipe has it
+    assert read(file) == (9, 1)
 
 
 def test_a_file_has_no_split(tmp_path):
