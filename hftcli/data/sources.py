@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -22,6 +23,7 @@ from hftcli.runs.records import Source
 
 HUB_KEYS = {"name": "configuration", "revision": "revision"}
 SAVED_MARKS = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder: of one split, of several
+PATH_KEY, PLACE_KEY = re.compile(r"\bdata\.path\b"), re.compile(r"\bdata\.(name|split|revision)\b")  # in messages
 NUM_LISTED = 5  # files that a message names
 TYPES = ", ".join(READERS) + ", and of " + ", ".join(TEXT_READERS) + " also .gz, .bz2, .zst"
 
@@ -34,12 +36,14 @@ class Place:
         name: what messages call it.
         files: the files, in order; none where it is a saved dataset or the hub.
         saved: the folder that save_to_disk wrote; None where it is none.
+        section: of the recipe, that which says where it is.
     """
 
     source: SourceSection
     name: str
     files: tuple[Path, ...] = ()
     saved: Path | None = None
+    section: str = "data"
 
     def read(self) -> Iterator[Any]:
         """Rows, and faults in place of those that do not read."""
@@ -50,7 +54,7 @@ class Place:
         if self.files:
             yield from ((str(file), read_file(file)) for file in self.files)
         else:
-            yield self.name, read_saved(self.saved) if self.saved else map(drop_nested_nulls, _open_hub(self.source))
+            yield self.name, read_saved(self.saved) if self.saved else map(drop_nested_nulls, self._open_hub())
 
     def count_rows(self) -> int | None:
         """How many rows there are to read, where that is known before they are read."""
@@ -68,12 +72,40 @@ class Place:
         """
         files = self.files or (sorted(self.saved.glob("*.arrow")) if self.saved else ())
         if not files:
-            return Source(path=self.name, fingerprint=_identify_hub_dataset(self.source), num_bytes=None)
+            return Source(path=self.name, fingerprint=self._identify_hub_dataset(), num_bytes=None)
         digests = [_hash_file(file) for file in files]
         fingerprint = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         num_bytes = sum(file.stat().st_size for file in files)
         names = tuple(os.path.relpath(file, self.name) for file in files) if len(files) > 1 else ()
         return Source(path=self.name, files=names, fingerprint=fingerprint, num_bytes=num_bytes)
+
+    def _open_hub(self) -> Iterator[dict[str, Any]]:
+        """Rows of a hub dataset: with `max_examples` they are streamed, otherwise the whole of it is fetched and mapped."""
+        source, is_streamed = self.source, self.source.max_examples is not None
+        try:
+            options = {"split": source.split, "revision": source.revision, "streaming": is_streamed}
+            yield from datasets.load_dataset(source.path, source.name, **options)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise self._describe_missing(error) from None
+
+    def _identify_hub_dataset(self) -> str:
+        """A hash of the rows; where they are streamed, of what the hub says they are, which hashes of its files are part of."""
+        source = self.source
+        try:
+            if source.max_examples is None:
+                return hash_rows(datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision))
+            builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise self._describe_missing(error) from None
+        identity = [*Path(builder.cache_dir).parts[-4:], source.split]  # dataset, configuration, version, hash
+        return hashlib.sha256("/".join(identity).encode()).hexdigest()
+
+    def _describe_missing(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self.section}.path {self.source.path}: no such file or folder, and the hub does not give it: "
+            f"{_get_first_line(error)}",
+            f"give a file, a folder, or a hub id with its {self.section}.name and {self.section}.split",
+        )
 
 
 def _hash_file(file: Path) -> str:
@@ -87,7 +119,18 @@ def find_places(data: DataSection) -> tuple[Place, ...]:
     Raises:
         DataError: a path can only mean a file or a folder, and there is none, or none that can be read.
     """
-    return tuple(find_place(source) for source in data.parts)
+    sections = [f"data.sources.{number}" for number in range(len(data.sources))] or ["data"]
+    return tuple(find_place(source, section) for source, section in zip(data.parts, sections, strict=True))
+
+
+def name_path_alone(error: DataError, key: str) -> DataError:
+    """What is wrong with a place of which `key` gives the path, and nothing says the split or the configuration.
+
+    Args:
+        error: as `find_place` and whoever reads the place raise it.
+    """
+    message = PLACE_KEY.sub(r"\1", PATH_KEY.sub(key, error.message))
+    return DataError(message, "give a file" if PLACE_KEY.search(error.fix) else error.fix)
 
 
 def find_sources(data: DataSection) -> tuple[Source, ...]:
@@ -100,52 +143,53 @@ def describe_place(data: DataSection) -> str:
     return ", ".join(place.name for place in find_places(data))
 
 
-def find_place(source: SourceSection) -> Place:
-    """Where the rows of one source are; otherwise as `find_places`."""
+def find_place(source: SourceSection, section: str = "data") -> Place:
+    """Where the rows of one source are, which messages call by the section that says so; otherwise as `find_places`."""
     path = Path(os.path.expanduser(source.path))  # which leaves a `~` that is nobody's as it is
     if source.path.startswith(f"{QUICK_START}/"):  # a folder of the user's own by that name is ./tinyworld
         path = PACKAGE / path
     if path.is_dir():
-        return _find_in_folder(source, path)
+        return _find_in_folder(source, path, section)
     if not path.exists():
         if not _looks_local(source.path, path):
-            return Place(source, source.path)
-        raise DataError(f"data.path {source.path}: no such file or folder", _suggest_neighbor(path))
+            return Place(source, source.path, section=section)
+        raise DataError(f"{section}.path {source.path}: no such file or folder", _suggest_neighbor(path))
     if not is_readable(path):
         raise DataError(f"{path} is of no type that hft reads", f"give one of: {TYPES}")
     for key, value in (("name", source.name), ("revision", source.revision)):
         if value is not None:
-            raise DataError(f"data.{key} is {value}, a {HUB_KEYS[key]} of a hub dataset, but {path} is a file", "drop it")
-    return Place(source, str(path), files=(path,))
+            raise DataError(f"{section}.{key} is {value}, a {HUB_KEYS[key]} of a hub dataset, but {path} is a file", "drop it")
+    return Place(source, str(path), files=(path,), section=section)
 
 
-def _find_in_folder(source: SourceSection, folder: Path) -> Place:
+def _find_in_folder(source: SourceSection, folder: Path, section: str) -> Place:
     if source.revision is not None:
-        raise DataError(f"data.revision is {source.revision}, one of a hub dataset, but {folder} is a folder", "drop it")
+        raise DataError(f"{section}.revision is {source.revision}, one of a hub dataset, but {folder} is a folder", "drop it")
     if any((folder / mark).is_file() for mark in SAVED_MARKS):
-        return _find_saved(source, folder)
+        return _find_saved(source, folder, section)
     files = sorted(file for file in folder.iterdir() if is_readable(file))
     chosen = [file for file in files if file.name.partition(".")[0] == source.split]
     if source.name is not None or len(chosen) != 1:
-        chosen = _choose_files(source, folder, files)
+        chosen = _choose_files(source, folder, files, section)
     if unread := [file for file in chosen if not is_readable(file)]:
         raise DataError(f"{unread[0]} is of no type that hft reads", f"give one of: {TYPES}")
-    return Place(source, str(chosen[0] if len(chosen) == 1 else folder), files=tuple(chosen))
+    return Place(source, str(chosen[0] if len(chosen) == 1 else folder), files=tuple(chosen), section=section)
 
 
-def _choose_files(source: SourceSection, folder: Path, files: list[Path]) -> list[Path]:
+def _choose_files(source: SourceSection, folder: Path, files: list[Path], section: str) -> list[Path]:
     """The files of a split, where that is no one file by its name: as `datasets` names them, and as a snapshot's card does.
 
     Args:
         files: the readable ones that lie in the folder itself.
     """
-    splits = _ask_datasets(source, folder)
+    splits = _ask_datasets(source, folder, section)
     if not splits and source.name is None and len(files) == 1:
         splits = {"train": files}  # as `datasets` names what has no other name
     if not splits:
         found = ", ".join(file.name for file in files) or f"none of a type that hft reads ({TYPES})"
         raise DataError(
-            f"{folder}: not one file for data.split {source.split}, it holds: {found}", "set data.split, or give a file"
+            f"{folder}: not one file for {section}.split {source.split}, it holds: {found}",
+            f"set {section}.split, or give a file",
         )
     if source.name is None and (left := _find_left(folder, splits)) and not _has_card(folder):
         listed = ", ".join(os.path.relpath(file, folder) for file in left[:NUM_LISTED])
@@ -155,30 +199,31 @@ def _choose_files(source: SourceSection, folder: Path, files: list[Path]) -> lis
             "give one file, list the files under data.sources, or take away what is not to be read",
         )
     if source.split not in splits:
-        raise _describe_split(source, folder, splits)
+        raise _describe_split(source, folder, splits, section)
     return splits[source.split]
 
 
-def _describe_split(source: SourceSection, folder: Path, splits: Iterable[str]) -> DataError:
-    return DataError(f"{folder}: there is no data.split {source.split}, it holds: {', '.join(splits)}", "set data.split")
+def _describe_split(source: SourceSection, folder: Path, splits: Iterable[str], section: str) -> DataError:
+    message = f"{folder}: there is no {section}.split {source.split}, it holds: {', '.join(splits)}"
+    return DataError(message, f"set {section}.split")
 
 
-def _find_saved(source: SourceSection, folder: Path) -> Place:
+def _find_saved(source: SourceSection, folder: Path, section: str) -> Place:
     if source.name is not None:
         raise DataError(
-            f"data.name is {source.name}, a configuration of a hub dataset, but {folder} is one that `datasets` saved",
+            f"{section}.name is {source.name}, a configuration of a hub dataset, but {folder} is one that `datasets` saved",
             "drop it",
         )
     if not (folder / "dataset_dict.json").is_file():
         state = _read_mark(folder / "state.json")
         split = state.get("_split")  # where it is known: of `train[:10%]+test`, two
         if split and source.split not in (names := [part.partition("[")[0] for part in split.split("+")]):
-            raise _describe_split(source, folder, names)
-        return Place(source, str(folder), saved=folder)
+            raise _describe_split(source, folder, names, section)
+        return Place(source, str(folder), saved=folder, section=section)
     splits = _read_mark(folder / "dataset_dict.json")["splits"]
     if source.split not in splits:
-        raise _describe_split(source, folder, splits)
-    return Place(source, str(folder / source.split), saved=folder / source.split)
+        raise _describe_split(source, folder, splits, section)
+    return Place(source, str(folder / source.split), saved=folder / source.split, section=section)
 
 
 def _read_mark(path: Path) -> dict[str, Any]:
@@ -189,7 +234,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
     return found
 
 
-def _ask_datasets(source: SourceSection, folder: Path) -> dict[str, list[Path]]:
+def _ask_datasets(source: SourceSection, folder: Path, section: str) -> dict[str, list[Path]]:
     """The files of each split by the rules of `datasets`: the folder's card, or the names of files and of folders in it.
 
     Raises:
@@ -200,9 +245,9 @@ def _ask_datasets(source: SourceSection, folder: Path) -> dict[str, list[Path]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason, *more = str(error).strip().split("\n")
         if source.name is not None:
-            raise DataError(f"{folder}: data.name {source.name}: {reason}", "set data.name, or drop it") from None
+            raise DataError(f"{folder}: {section}.name {source.name}: {reason}", f"set {section}.name, or drop it") from None
         if reason.startswith("Config name is missing"):
-            raise DataError(f"{folder}: {' '.join([reason, *more[:1]])}", "set data.name") from None
+            raise DataError(f"{folder}: {' '.join([reason, *more[:1]])}", f"set {section}.name") from None
         return {}
     return {str(split): [Path(file) for file in found] for split, found in files.items() if found}
 
@@ -236,35 +281,6 @@ def _suggest_neighbor(path: Path) -> str:
         return f"there is no folder {path.parent} either"
     guess = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
     return f"did you mean {path.parent / guess[0]}?" if guess else f"look in {path.parent}"
-
-
-def _open_hub(source: SourceSection) -> Iterator[dict[str, Any]]:
-    """Rows of a hub dataset: with `max_examples` they are streamed, otherwise the whole of it is fetched and mapped."""
-    is_streamed = source.max_examples is not None
-    try:
-        options = {"split": source.split, "revision": source.revision, "streaming": is_streamed}
-        yield from datasets.load_dataset(source.path, source.name, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _describe_missing(source, error) from None
-
-
-def _identify_hub_dataset(source: SourceSection) -> str:
-    """A hash of the rows; where they are streamed, of what the hub says they are, which hashes of its files are part of."""
-    try:
-        if source.max_examples is None:
-            return hash_rows(datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision))
-        builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _describe_missing(source, error) from None
-    identity = [*Path(builder.cache_dir).parts[-4:], source.split]  # dataset, configuration, version, hash
-    return hashlib.sha256("/".join(identity).encode()).hexdigest()
-
-
-def _describe_missing(source: SourceSection, error: Exception) -> DataError:
-    return DataError(
-        f"data.path {source.path}: no such file or folder, and the hub does not give it: {_get_first_line(error)}",
-        "give a file, a folder, or a hub id with its data.name and data.split",
-    )
 
 
 def _get_first_line(error: Exception) -> str:

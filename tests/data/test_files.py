@@ -145,6 +145,31 @@ def test_files_that_would_be_left_out_are_named(names: tuple, left: str, tmp_pat
         find_places(DataSection(path=str(tmp_path)))
 
 
+def test_a_source_is_called_by_its_own_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where it is found missing as late as on the hub."""
+    for split in ("test", "dev"):
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        write_file(tmp_path / "rows" / f"{split}.jsonl", ROWS)
+    good, bad = {"path": str(tmp_path / "rows"), "split": "dev"}, {"path": str(tmp_path / "rows")}
+    with pytest.raises(DataError, match=r"there is no data\.sources\.1\.split train, it holds: validation, test$") as caught:
+        find_places(DataSection(sources=(good, bad)))
+    assert caught.value.fix == "set data.sources.1.split"
+    with pytest.raises(DataError, match=r"data\.sources\.0\.name is birds"):
+        find_places(DataSection(sources=({"path": str(tmp_path / "rows" / "dev.jsonl"), "name": "birds"}, good)))
+
+    def refuse(*given, **options):
+        raise ValueError("no such dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    hub = find_places(DataSection(sources=(good, {"path": "owner/rows"})))[1]
+    for ask in (lambda: list(hub.read()), hub.describe):
+        with pytest.raises(
+            DataError, match=r"^data\.sources\.1\.path owner/rows: no such file or folder, and the hub"
+        ) as caught:
+            ask()
+        assert caught.value.fix.endswith("its data.sources.1.name and data.sources.1.split")
+
+
 def test_what_is_no_file_of_rows_is_left_out(tmp_path: Path):
     """What `datasets` keeps beside rows, hidden files, and what a snapshot's card leaves out on purpose."""
     for name in ("my-train.jsonl", ".cache/notes.jsonl", "dataset_infos.json"):
