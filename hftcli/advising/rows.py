@@ -10,7 +10,7 @@ from typing import Any
 
 from hftcli import runners
 from hftcli.data.formats import convert_row, detect_format
-from hftcli.data.sources import find_place
+from hftcli.data.sources import find_place, name_path_alone
 from hftcli.data.turns import Lost
 from hftcli.errors import DataError, InputError
 from hftcli.recipe.sections import SourceSection
@@ -75,10 +75,10 @@ def divide_rows(order: Order) -> Rows:
         DataError: rows that do not read, or that cannot be asked.
     """
     folder = order.folder / "rows"
-    rows = read_raw(order.data)
+    rows = read_raw(order.data, "--data")
     if len(rows) < LEAST_ROWS:
         raise InputError(f"{order.data}: too few rows, {len(rows)}", f"{LEAST_ROWS} are the least that can be divided")
-    given = [] if order.keep is None else read_raw(order.keep)
+    given = [] if order.keep is None else read_raw(order.keep, "--keep")
     kept = drop_doubled([as_asked(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)])
     if len({tuple(row) for row in kept}) > 1:
         raise DataError(f"{order.keep}: rows of several forms, which are asked in several ways", FORM)
@@ -123,14 +123,21 @@ def drop_doubled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({json.dumps(row, sort_keys=True, default=str): row for row in rows}.values())
 
 
-def read_raw(path: str) -> list[dict[str, Any]]:
+def read_raw(path: str, option: str) -> list[dict[str, Any]]:
     """Rows as they stand.
+
+    Args:
+        option: what gives their place, and nothing of it besides.
 
     Raises:
         DataError: one does not read.
     """
     rows = []
-    for number, row in enumerate(find_place(SourceSection(path=path)).read(), start=1):
+    try:
+        read = list(find_place(SourceSection(path=path)).read())
+    except DataError as error:
+        raise name_path_alone(error, option) from None
+    for number, row in enumerate(read, start=1):
         if isinstance(row, DataError):
             raise row
         if not isinstance(row, dict):

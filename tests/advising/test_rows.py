@@ -85,6 +85,19 @@ def test_what_is_asked_goes_into_every_recipe(order, keep):
         assert recipe.eval.tasks == (str(order.folder / "rows" / "known.jsonl"),)
 
 
+@pytest.mark.parametrize("key", ["data", "keep"])
+def test_of_rows_that_are_given_there_is_a_path_alone(order, tmp_path, key):
+    """No key says the split: a file is to be given."""
+    (tmp_path / "rows").mkdir()
+    for split in ("test", "dev"):
+        (tmp_path / "rows" / f"{split}.jsonl").write_text((tmp_path / "new.jsonl").read_text())
+    with pytest.raises(DataError, match="there is no split train, it holds: validation, test$") as caught:
+        divide_rows(replace(order, **{key: str(tmp_path / "rows")}))
+    assert caught.value.fix == "give a file"
+    with pytest.raises(DataError, match=f"^--{key} {tmp_path}/no.jsonl: no such file"):
+        divide_rows(replace(order, **{key: f"{tmp_path}/no.jsonl"}))
+
+
 def test_a_folder_holds_one_search(order):
     divide_rows(order)
     with pytest.raises(InputError, match="holds another search"):
