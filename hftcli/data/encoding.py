@@ -22,6 +22,7 @@ from hftcli.recipe.sections import DataSection, TrainSection
 
 logger = logging.getLogger(__name__)
 
+NO_SWITCH = ", or set train.assistant_only_loss: false"  # what a fix ends with where rows are trained on by `train`
 BATCH_ROWS, BATCH_CHARACTERS = 1000, 1_000_000  # tokenized at once; the tokenizer spreads them over the cores
 
 
@@ -86,7 +87,7 @@ class RowEncoder:
             renderings = [render_row(part, self.tokenizer, self.template, self.train) for part in parts]
             for rendering in renderings:
                 if not rendering.is_plain and self.train.assistant_only_loss:
-                    _check_spans(rendering)
+                    _check_spans(rendering, is_pair=len(parts) > 1)
             return RenderedRow(number, renderings, findings)
         return None
 
@@ -132,7 +133,7 @@ def split_pair(row: Row) -> list[Row]:
     return [{**shared, "completion": row[name]} for name in ("chosen", "rejected")]
 
 
-def _check_spans(rendering: Rendering) -> None:
+def _check_spans(rendering: Rendering, is_pair: bool) -> None:
     """Raises: DataError: a conversation trains nothing, or all of it."""
     end = 0  # of what is trained from the beginning on
     for start, stop in sorted(rendering.spans):
@@ -143,4 +144,4 @@ def _check_spans(rendering: Rendering) -> None:
         reason = "all of it is trained: the chat template marks everything as the assistant's"
     else:
         return
-    raise DataError(reason, "mend the {% generation %} markers of the template, or set train.assistant_only_loss: false")
+    raise DataError(reason, f"mend the {{% generation %}} markers of the template{'' if is_pair else NO_SWITCH}")

@@ -150,6 +150,18 @@ def test_bad_pairs_are_counted_as_rows_are(tokenizer: PreTrainedTokenizerBase, t
     assert (report.num_bad, report.num_used, report.num_sequences) == (2, 2, 4)
 
 
+def test_a_pair_is_not_advised_a_switch_that_pairs_do_not_have(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    turns = [{"role": "system", "content": ""}]
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    with pytest.raises(DataError, match="all of it is trained") as caught:
+        prepare_pairs(write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": turns, **answers}]), tokenizer, tmp_path / "cache")
+    assert caught.value.fix == "mend the {% generation %} markers of the template; or leave it out with data.bad_rows: drop"
+    with pytest.raises(DataError) as caught:
+        prepare(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": turns, "completion": answers["chosen"]}]), tokenizer, tmp_path)
+    assert "or set train.assistant_only_loss: false" in caught.value.fix
+
+
 def test_a_row_of_another_kind_than_the_first_is_bad(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     turns = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     plain = {"prompt": "a", "completion": "b"}
