@@ -31,7 +31,7 @@ from hftcli.launching.watch import launch_round
 from hftcli.measuring.evaluation import Subject
 from hftcli.recipe.evaluation import EvalSection
 from hftcli.recipe.recipe import Recipe
-from hftcli.recipe.sections import QUICK_START, DataSection, LaunchSection
+from hftcli.recipe.sections import QUICK_START, ROW_KEYS, DataSection, LaunchSection
 from hftcli.reporting.card import write_card
 from hftcli.reporting.figures import draw_matrix
 from hftcli.reporting.page import write_page
@@ -212,7 +212,7 @@ def make_held_out_section(recipe: Recipe) -> DataSection | None:
     held_out = recipe.eval.held_out
     if held_out.path is None:
         return None
-    shared = recipe.data.model_dump(include={"max_length", "bad_rows", "special_tokens_in_text", "ignore_columns", "pattern"})
+    shared = recipe.data.model_dump(include={"max_length", *ROW_KEYS, "pattern"})
     return DataSection(**held_out.model_dump() | shared | {"path": _make_absolute(held_out.path)})
 
 

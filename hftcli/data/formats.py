@@ -46,6 +46,7 @@ UNSUPPORTED_CONTEXT = ("context", "passage", "choices", "options", "reasoning", 
 LABELLED = (*UNSUPPORTED_CONTEXT, "label")
 # And beside a text, what it is an example of.
 BESIDE_TEXT = (*LABELLED, "labels", "prompt", "question", "answer", "completion", "response", "summary")
+PAIRS_FIX = "train on them with `hft dpo`"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def detect_format(columns: list[str], objective: Objective = "sft") -> str:
             return name
     message = f"the columns {', '.join(columns)} are of no known format"
     if objective == "sft" and {"chosen", "rejected"} <= set(columns):
-        raise DataError(f"{message} for `hft sft`: they are preference pairs", "train on them with `hft dpo`")
+        raise DataError(f"{message} for `hft sft`: they are preference pairs", PAIRS_FIX)
     listed = "; ".join(f"{name}: {', '.join(known.columns)}" for name, known in formats.items())
     raise DataError(f"{message} for `hft {objective}`", f"rename them to one of these: {listed}")
 

@@ -14,6 +14,7 @@ from hftcli.recipe.slurm import SlurmSection
 from hftcli.recipe.trainer_keys import Seed
 
 QUICK_START = "tinyworld"  # the model and data that ship with the package
+ROW_KEYS = ("bad_rows", "special_tokens_in_text", "ignore_columns")  # of `data`: what holds for rows of other places too
 
 # transformers' names, but for those that follow an evaluation within the training.
 Schedule = Literal[

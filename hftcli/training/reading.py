@@ -16,10 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from hftcli.data.cache import default_cache
 from hftcli.data.checks import check_positions, check_token_ids, check_tokenizer
+from hftcli.data.encoding import NO_SWITCH
 from hftcli.data.ends import find_trained_ends
-from hftcli.data.formats import FORMATS
+from hftcli.data.formats import FORMATS, PAIRS_FIX
 from hftcli.data.prepare import prepare_dataset, prepare_pairs, prepare_task
 from hftcli.data.rows import read_choices
+from hftcli.data.sources import name_path_alone
 from hftcli.data.templates import set_chat_template
 from hftcli.data.tokens import Progress
 from hftcli.errors import DataError, InputError, ModelError
@@ -40,7 +42,7 @@ from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
 from hftcli.recipe.asking import AskingSection
-from hftcli.recipe.sections import DataSection, TrainSection
+from hftcli.recipe.sections import ROW_KEYS, DataSection, TrainSection
 from hftcli.runs.records import DataReport, FitReport
 from hftcli.runs.scores import HELD_OUT
 from hftcli.runs.spec import RoundSpec
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 # What a DataError calls rows that are read as those of `data` are.
 DATA_KEY = re.compile(r"\bdata\.(?=path|name|split|revision|max_examples)")
+NO_PAIRS = "give rows that `hft sft` trains on, or texts"
 
 
 def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
@@ -273,14 +276,15 @@ def read_named(
 ) -> tuple[Dataset, str]:
     """The rows that a key of `freeze` names, those of them that are read, and a hash of these."""
     assert rule.path is not None
-    data = DataSection(path=rule.path, max_length=spec.data.max_length)
+    shared = spec.data.model_dump(include={"max_length", *ROW_KEYS})
+    data = DataSection(path=rule.path, **shared)
     if is_task(rule.path):
         rows, report = prepare_task(load_task(rule.path, spec.data.root, "test"), data, tokenizer, default_cache())
     elif holds_questions(Path(rule.path)):
         asked = put_task(rule.path, None, None, AskingSection(), tokenizer.chat_template is not None)
         rows, report = prepare_task(asked, data, tokenizer, default_cache())
     else:
-        with naming(key):
+        with naming_rows(key):
             rows, report = prepare_dataset(data, TrainSection(), tokenizer, default_cache())
     name = key.rpartition(".")[2]
     return draw_rows(rows, rule.samples, name, spec.freeze.seed), f"{report.tokens_digest}/{rule.samples}/{spec.freeze.seed}"
@@ -317,3 +321,14 @@ def naming(section: str) -> Iterator[None]:
     except DataError as error:
         message, fix = (DATA_KEY.sub(f"{section}.", text) for text in (error.message, error.fix))
         raise DataError(message, fix) from None
+
+
+@contextmanager
+def naming_rows(key: str) -> Iterator[None]:
+    """The same for rows that a key of `freeze` names: it has their path alone, and they are not trained on."""
+    try:
+        yield
+    except DataError as error:
+        named = name_path_alone(error, f"{key}.path")
+        message, fix = (text.replace(NO_SWITCH, "") for text in (named.message, named.fix))
+        raise DataError(message, NO_PAIRS if PAIRS_FIX in fix else fix) from None

@@ -1,10 +1,12 @@
 """What a round reads before it has weights."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset
 
+from hftcli.errors import DataError
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_single
 from hftcli.training.overlap import count_shared, list_named
@@ -123,6 +125,60 @@ def test_fine_tuning_asks_and_keeps_tasks_that_lie_under_a_root(tmp_path, monkey
     kept, _ = read_named(spec, assignment.tokenizer, "freeze.keep", spec.freeze.keep)
     texts = [assignment.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in kept]
     assert [text.replace(" ", "") for text in texts] == ["FOMC:A"] * 2
+
+
+NAMED = [
+    ["freeze.grain=directions", "freeze.keep.path=named.jsonl"],
+    ["freeze.rank=fisher", "freeze.importance.path=named.jsonl"],
+]
+TALK = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<|user|> Me."}]}
+
+
+def read_rows_named(folder, base: str, *given: str) -> Dataset:
+    """What is read of the rows that `freeze` names."""
+    run, round_ = prepare_single(load_recipe(base, [*given, "eval.tasks=[]", f"output={folder / 'run'}"]))
+    run.lock.release()
+    rows = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None)
+    return rows.kept or rows.scored
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_what_data_says_of_rows_holds_for_those_that_are_named(tmp_path, monkeypatch, named):
+    """What the messages advise works."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (TALK, {**TALK, "images": ["x"]}, TALK)))
+    with pytest.raises(DataError, match="column 'images' carries meaning") as caught:
+        read_rows_named(tmp_path, "tinyworld", *named)
+    assert re.search("data.ignore_columns.*data.bad_rows: drop", caught.value.fix)
+    ids = {}
+    for given, expected in (("bad_rows=drop", 2), ("ignore_columns=[images]", 3)):
+        found = read_rows_named(tmp_path, "tinyworld", *named, f"data.{given}")
+        assert len(found) == expected
+        ids[given] = found[0]["input_ids"]
+    escaped = ["data.bad_rows=drop", "data.special_tokens_in_text=escape"]
+    assert len(read_rows_named(tmp_path, "tinyworld", *named, *escaped)[0]["input_ids"]) > len(ids["bad_rows=drop"])
+
+
+@pytest.mark.parametrize("named", NAMED)
+@pytest.mark.parametrize(
+    ("files", "message", "fix"),
+    [
+        ({"named.jsonl/test.jsonl": TALK, "named.jsonl/dev.jsonl": TALK}, "there is no split train", "give a file"),
+        ({"named.jsonl": {"prompt": "a", "chosen": "b", "rejected": "c"}}, "they are preference pairs", "give rows that"),
+        ({}, r"{key}.path named.jsonl: no such file", ""),
+    ],
+)  # fmt: skip
+def test_of_rows_that_are_named_there_is_a_path_alone(tmp_path, monkeypatch, named, files, message, fix):
+    monkeypatch.chdir(tmp_path)
+    for name, row in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    key = named[1].partition(".path")[0]
+    for base in ("tinyworld", "tinyworld-dpo"):
+        with pytest.raises(DataError) as caught:
+            read_rows_named(tmp_path, base, *named)
+        assert message.format(key=key) in str(caught.value).replace(f"{tmp_path}/", "")
+        assert caught.value.fix.startswith(fix)
 
 
 @pytest.mark.parametrize("is_removed", [False, True])
