@@ -212,7 +212,7 @@ def make_held_out_section(recipe: Recipe) -> DataSection | None:
     held_out = recipe.eval.held_out
     if held_out.path is None:
         return None
-    shared = recipe.data.model_dump(include={"max_length", *ROW_KEYS, "pattern"})
+    shared = recipe.data.model_dump(include={"max_length", *ROW_KEYS, "pattern", "drop_identical"})
     return DataSection(**held_out.model_dump() | shared | {"path": _make_absolute(held_out.path)})
 
 

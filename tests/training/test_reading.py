@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hftcli.errors import DataError
 from hftcli.recipe.loading import load_recipe
-from hftcli.runners import prepare_single
+from hftcli.runners import make_held_out_section, prepare_single
 from hftcli.training.overlap import count_shared, list_named
 from hftcli.training.reading import holds_questions, read_assignment, read_named, tokenize_rows
 from hftcli.training.saving import load_saved_tokenizer
@@ -66,6 +66,12 @@ def test_held_out_rows_that_are_also_trained_on_are_said(tmp_path, objective: st
         report = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).report
         assert (report.num_held_out, report.num_held_out_in_train) == expected
         assert ("eval.held_out: 2 of 4 held-out rows are also trained on" in caplog.text) == (name == "other")
+
+
+def test_held_out_pairs_are_cut_as_those_that_train(tmp_path):
+    given = ["data.drop_identical=true", "data.max_length=99", "data.bad_rows=drop"]
+    held_out = make_held_out_section(load_recipe("tinyworld-dpo", [*given, f"output={tmp_path}"]))
+    assert (held_out.drop_identical, held_out.max_length, held_out.bad_rows) == (True, 99, "drop")
 
 
 @pytest.mark.parametrize(
