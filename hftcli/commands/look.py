@@ -276,7 +276,7 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
         check_packages,
         find_existing,
     )
-    from hftcli.doctor.memory import check_host, check_memory, share_memory
+    from hftcli.doctor.memory import check_host, check_memory, give_memory, share_memory
     from hftcli.launching.command import resolve_launch
     from hftcli.launching.hosts import read_hostfile
 
@@ -307,7 +307,8 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
         start = runners.resolve_start(recipe.model.place)
         described = describe_model(start.path)
         shape = described.model_type, described.parameters, described.num_heads
-        budget = _count_adapters(runners.plan_recipe(recipe, start, *shape, probe.is_faster_in_bfloat16), recipe, start.path)
+        seen = recipe.model_copy(update={"train": give_memory(recipe.train, resolved, reports)})
+        budget = _count_adapters(runners.plan_recipe(seen, start, *shape, probe.is_faster_in_bfloat16), recipe, start.path)
     except InputError as error:
         return [*findings, Finding("model", "fault", error.message, error.fix)]
     try:

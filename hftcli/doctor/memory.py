@@ -2,13 +2,15 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from hftcli.doctor.doctor import Finding, HostReport, Status, measure_device_bytes
+from hftcli.errors import InputError
 from hftcli.freezing.budget import Budget, ReferenceMode
 from hftcli.launching.command import count_gpus
-from hftcli.recipe.sections import LaunchSection
+from hftcli.launching.planning import NO_GPU_TO_FIT
+from hftcli.recipe.sections import LaunchSection, TrainSection
 
 MAX_FILLED_FRACTION = 0.8  # of a device, where activations, or what methods hold for a while, are not counted
 
@@ -52,6 +54,8 @@ def suggest_launch(budget: Budget, rank_bytes: int) -> str:
     if budget.half_step is not None:
         fitted = replace(budget, work=replace(budget.work, num_sequences=2 if is_paired else 1, checkpoint_every=1))
         words = "train.fit: auto, which takes a micro-batch and activation checkpointing that fit"
+        if budget.work.checkpoint_every is not None:  # the recipe says what is checkpointed, and the two do not go together
+            words = words.replace(",", " without train.activation_checkpointing,")
         if not budget.limits.can_fit:
             words = "train.per_device_train_batch_size: 1 and train.activation_checkpointing: true"
         changes.append((words, fitted))
@@ -100,6 +104,23 @@ def suggest_host(budget: Budget, rank_bytes: int, machine_bytes: int) -> str:
     host_bytes = budget.num_processes * (budget.host.host_bytes if budget.host else 0)
     num_machines = max(math.ceil(host_bytes / machine_bytes), 2)
     return f"{num_machines} machines like this one, or train less with freeze.trainable_fraction or freeze.frozen_prefix"
+
+
+def give_memory(train: TrainSection, launch: LaunchSection, reports: Sequence[HostReport]) -> TrainSection:
+    """The settings with the bytes that `train.fit` is to read of the devices, where these can be seen from here.
+
+    Args:
+        launch, reports: as `share_memory` takes them.
+
+    Raises:
+        InputError: it is to read a GPU's, and there is none.
+    """
+    rank_bytes = share_memory(launch, reports)
+    if train.fit is None or train.memory_bytes is not None or rank_bytes is None:
+        return train
+    if not (all(report.num_gpus for report in reports) if launch.hostfile else count_gpus()):
+        raise InputError(*NO_GPU_TO_FIT)
+    return train.model_copy(update={"memory_bytes": rank_bytes})
 
 
 def share_memory(launch: LaunchSection, reports: Iterable[HostReport]) -> int | None:

@@ -15,6 +15,7 @@ from hftcli.recipe.sections import TrainSection
 from hftcli.runs.records import FitReport
 from hftcli.runs.spec import RoundSpec
 
+NO_GPU_TO_FIT = ("train.fit: auto reads the GPU's memory, and there is no GPU", "set train.memory_bytes")
 PLAIN_BYTES = 2**30  # of float32 logits, up to which they are kept without being asked
 
 

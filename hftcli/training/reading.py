@@ -33,7 +33,7 @@ from hftcli.freezing.rule import ImportanceRule
 from hftcli.freezing.selection import FreezePlan
 from hftcli.launching.carrying import check_sorting
 from hftcli.launching.packages import check_packages
-from hftcli.launching.planning import apply_fit, choose_fit, make_budget
+from hftcli.launching.planning import NO_GPU_TO_FIT, apply_fit, choose_fit, make_budget
 from hftcli.measuring.questions import TokenizedTask, add_ends, hold_out, report_faults, tokenize_task
 from hftcli.methods import make_methods
 from hftcli.methods.method import draw_rows
@@ -192,7 +192,7 @@ def fit_round(spec: RoundSpec, network: Network, plan: FreezePlan) -> tuple[Roun
     memory_bytes = spec.train.memory_bytes
     if memory_bytes is None:
         if not has_gpu:
-            raise InputError("train.fit: auto reads the GPU's memory, and there is no GPU", "set train.memory_bytes")
+            raise InputError(*NO_GPU_TO_FIT)
         # All ranks must choose alike, so the smallest device of the machine counts, and nothing that changes.
         devices = range(torch.cuda.device_count())
         memory_bytes = min(torch.cuda.get_device_properties(device).total_memory for device in devices)

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 from freezing.shapes import make_llama
 
+from hftcli.commands.look import _examine
 from hftcli.doctor.doctor import HostReport
-from hftcli.doctor.memory import check_host, check_memory, share_memory, suggest_launch
+from hftcli.doctor.memory import check_host, check_memory, give_memory, share_memory, suggest_launch
+from hftcli.errors import InputError
 from hftcli.freezing.activations import Network, Workload
 from hftcli.freezing.budget import Budget, Limits
 from hftcli.freezing.roles import Parameter, Unit, assign_roles
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
-from hftcli.recipe.sections import LaunchSection
+from hftcli.recipe.loading import load_recipe
+from hftcli.recipe.sections import LaunchSection, TrainSection
 from hftcli.recipe.slurm import SlurmSection
 
 REPORT = HostReport(versions={}, num_gpus=8, device_bytes=80 * 10**9, sees_file=True)
@@ -56,6 +59,8 @@ def test_a_smaller_micro_batch_is_proposed_where_activations_are_what_is_too_lar
     assert found.status == "fault"
     assert found.fix.startswith("train.fit: auto")
     assert not suggest_launch(budget, least - 1).startswith("train.fit: auto")
+    checked = replace(budget, work=replace(budget.work, checkpoint_every=1))
+    assert suggest_launch(checked, least).startswith("train.fit: auto without train.activation_checkpointing, which takes")
 
 
 def test_nothing_is_proposed_that_a_method_does_not_go_with(budget):
@@ -91,6 +96,38 @@ def test_memory_of_a_rank(monkeypatch):
     assert share_memory(hosts, [REPORT, REPORT.model_copy(update={"device_bytes": 40})]) == 40
     assert share_memory(hosts, [REPORT.model_copy(update={"num_gpus": 0, "device_bytes": 80})]) == 10
     assert share_memory(LaunchSection(slurm=SlurmSection(), num_nodes=2, num_processes=8), []) is None
+
+
+def test_a_fit_has_the_memory_that_it_would_read(monkeypatch):
+    """Of what can be seen from here, and where it is to read any."""
+    fitted = TrainSection(fit="auto")
+    monkeypatch.setattr("hftcli.doctor.memory.count_gpus", lambda: 2)
+    monkeypatch.setattr("hftcli.doctor.memory.measure_device_bytes", lambda: 80)
+    here = LaunchSection(num_nodes=1, num_processes=2)
+    assert give_memory(fitted, here, []).memory_bytes == 80
+    given, unfitted = TrainSection(fit="auto", memory_bytes=70), TrainSection()
+    assert (give_memory(given, here, []), give_memory(unfitted, here, [])) == (given, unfitted)
+    assert give_memory(fitted, LaunchSection(num_nodes=2, num_processes=2), []) == fitted
+    hosts = LaunchSection(hostfile="hosts", num_nodes=2, num_processes=8)
+    assert give_memory(fitted, hosts, [REPORT, REPORT.model_copy(update={"device_bytes": 40})]).memory_bytes == 40
+    monkeypatch.setattr("hftcli.doctor.memory.count_gpus", lambda: 0)
+    with pytest.raises(InputError, match="there is no GPU"):
+        give_memory(fitted, here, [])
+    with pytest.raises(InputError, match="there is no GPU"):
+        give_memory(fitted, hosts, [REPORT, REPORT.model_copy(update={"num_gpus": 0})])
+
+
+def test_the_doctor_counts_what_a_fit_leaves(monkeypatch):
+    """With the micro-batch as it is given the round would not fit."""
+    recipe = load_recipe("tinyworld", ["train.fit=auto", "train.bf16=false", "train.per_device_train_batch_size=32"])
+    monkeypatch.setattr("hftcli.doctor.memory.count_gpus", lambda: 1)
+    status = {}
+    for num_bytes in (10**9, 2 * 10**8):
+        monkeypatch.setattr("hftcli.doctor.memory.measure_device_bytes", lambda num_bytes=num_bytes: num_bytes)
+        for fit in ("auto", None):
+            changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"fit": fit})})
+            status[num_bytes, fit] = {one.check: one.status for one in _examine(changed, True)}["memory"]
+    assert status == {(10**9, "auto"): "ok", (10**9, None): "ok", (2 * 10**8, "auto"): "ok", (2 * 10**8, None): "fault"}
 
 
 def test_an_optimizer_on_the_host_needs_the_hosts_memory(budget, monkeypatch):
