@@ -155,23 +155,48 @@ def compare_masters(after: CheckpointReader, checkpoint: Path) -> tuple[int, tup
 
 
 def verify_round(round_: Round) -> Verification:
-    """`verify_checkpoint` for a finished round, from its files.
+    """`verify_checkpoint` for a finished round, from its files; where these are damaged and cannot be compared, their damage.
 
     Raises:
-        InputError: one of the files is missing or damaged.
+        InputError: another of the files is missing or damaged.
     """
-    spec, result = round_.read_spec(), round_.read_result()
-    if result.entries and not (round_.entries_path.exists() and seal_file(round_.entries_path).sha256 == result.entries):
-        raise ModelError(f"{round_.entries_path} is not the file that the round wrote", "restore the file")
-    verification = verify_checkpoint(
-        fetch_checkpoint(round_.find_start()), round_.checkpoint, round_.read_plan(), result.updates, spec.model.dtype,
-        result.verification.moved_in_memory, round_.bases_path, round_.adapter if spec.method.adapter else None,
-        round_.entries_path if result.entries else None,
+    spec, result, plan = round_.read_spec(), round_.read_result(), round_.read_plan()
+    damaged = tuple(find_checkpoint_damage(round_.checkpoint))
+    damaged_parts = tuple(find_part_damage(round_, plan, result.entries))
+    nothing = Verification(
+        num_frozen=0, num_trained=0, violations=(), unmoved=(), damaged=damaged, damaged_parts=damaged_parts,
+        moved_in_memory=result.verification.moved_in_memory,
     )  # fmt: skip
-    unlike = (*verification.unlike_masters, *open_masters(round_.checkpoint).find_damage())
-    return verification.model_copy(
-        update={"damaged": tuple(find_checkpoint_damage(round_.checkpoint)), "unlike_masters": unlike}
-    )
+    if damaged_parts:
+        return nothing
+    try:
+        verification = verify_checkpoint(
+            fetch_checkpoint(round_.find_start()), round_.checkpoint, plan, result.updates, spec.model.dtype,
+            result.verification.moved_in_memory, round_.bases_path, round_.adapter if spec.method.adapter else None,
+            round_.entries_path if result.entries else None,
+        )  # fmt: skip
+        unlike = (*verification.unlike_masters, *open_masters(round_.checkpoint).find_damage())
+    except Exception:
+        if damaged:  # which may raise anything
+            return nothing
+        raise
+    return verification.model_copy(update={"damaged": damaged, "unlike_masters": unlike})
+
+
+def find_part_damage(round_: Round, plan: FreezePlan, entries: str | None) -> list[str]:
+    """What is wrong with the files of the parts in which matrices train, a line for each.
+
+    Args:
+        entries: hash of the file with the entries that trained at the end, where these changed.
+    """
+    damage = []
+    for path, expected in ((round_.bases_path, plan.bases if plan.parts else None), (round_.entries_path, entries)):
+        name = path.relative_to(round_.folder)
+        if expected is not None and not path.exists():
+            damage.append(f"{name} is missing")
+        elif expected is not None and seal_file(path).sha256 != expected:
+            damage.append(f"{name} has other bytes than were written")
+    return damage
 
 
 def read_choices(plan: FreezePlan, bases: Path, entries: Path | None = None) -> dict[str, torch.Tensor]:

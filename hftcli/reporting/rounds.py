@@ -42,6 +42,7 @@ FAULTS = {
     "moved_entries": "trained in entries, but moved in frozen ones: ",
     "unmoved": "trained, but did not move: ",
     "damaged": "damaged: checkpoint/",
+    "damaged_parts": "damaged: ",
     "unlike_masters": "not the rounding of the float32 masters: ",
 }
 
@@ -197,6 +198,8 @@ def print_verification(found: Mapping[str, Verification], as_json: bool) -> None
 
 
 def _describe_verification(verification: Verification) -> str:
+    if verification.damage and not verification.num_trained:
+        return "NOT VERIFIED: damaged files, with which nothing can be compared"
     same = verification.num_frozen - len(verification.violations)
     still = (*verification.unmoved, *verification.below_resolution, *verification.rankless)
     moved = verification.num_trained - len(still)

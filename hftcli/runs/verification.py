@@ -34,6 +34,8 @@ class Verification(Section):
     """Trained parameters that moved in float32 by less than the checkpoint's data type can hold."""
     damaged: tuple[str, ...] = ()
     """Files of the checkpoint that are not what the round wrote, and how: must be none."""
+    damaged_parts: tuple[str, ...] = ()
+    """The same of the round's files of the directions, columns or entries that trained: must be none."""
     closed_change: dict[str, float] = Field(default_factory=dict)
     """By matrix that trained in directions: what of its change lies in the closed ones, as a share of the change's length. The
     files' rounding alone makes it more than 0, and most of a change that is no larger than that."""
@@ -68,7 +70,12 @@ class Verification(Section):
     def faults(self) -> tuple[str, ...]:
         """All that must not be."""
         moved = (*self.violations, *self.changed_extras, *self.moved_in_memory, *self.leaked, *self.moved_columns)
-        return (*moved, *self.moved_entries, *self.unmoved, *self.retyped, *self.lost, *self.damaged, *self.unlike_masters)
+        return (*moved, *self.moved_entries, *self.unmoved, *self.retyped, *self.lost, *self.damage, *self.unlike_masters)
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """All files that are not what the round wrote; where they do not read, nothing was compared."""
+        return (*self.damaged, *self.damaged_parts)
 
     @property
     def passed(self) -> bool:

@@ -1,10 +1,12 @@
 """Directions: what is earlier and what it leaves open, two steps by hand, what is proved, resumed, chained and refused."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from training.quiet_rounds import (
     LEARNING_RATE,
@@ -24,13 +26,14 @@ from training.quiet_rounds import (
     run_with_steps,
 )  # fmt: skip
 
+from hftcli.commands.look import verify
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.directions import Directions
 from hftcli.launching.processes import StopRequest
 from hftcli.measuring.drift import draw_texts
 from hftcli.models.description import load_tokenizer
 from hftcli.models.division import draw_choices, write_bases
-from hftcli.models.proof import verify_round
+from hftcli.models.proof import read_choices, verify_round
 from hftcli.runs.history import read_history
 from hftcli.runs.run import Round
 from hftcli.training.round import run_round
@@ -208,8 +211,28 @@ def test_a_bases_file_of_another_plan_is_refused(done: Round, tmp_path: Path):
     run_round(other, StopRequest(other))
     parts = {"x.weight": Directions(input="x", num_outputs=2, num_blocks=1, width=4, num_open=2)}
     write_bases(other.bases_path, draw_choices(parts, torch.float32), {})
+    assert verify_round(other).damaged_parts == ("quiet/bases.safetensors has other bytes than were written",)
     with pytest.raises(ModelError, match="does not hold the parts of matrices of plan"):
-        verify_round(other)
+        read_choices(other.read_plan(), other.bases_path)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "no header"])
+@pytest.mark.parametrize("name", ["checkpoint/model.safetensors", "checkpoint/config.json", "quiet/bases.safetensors"])
+def test_a_damaged_file_is_a_failed_verification(done: Round, tmp_path: Path, name: str, how: str, capsys):
+    """Of which the file is said, though nothing can be compared with it; what is no round at all is a wrong input."""
+    round_ = Round(shutil.copytree(done.folder, tmp_path / "00"))
+    content = (round_.folder / name).read_bytes()
+    if how == "missing":
+        (round_.folder / name).unlink()
+    else:
+        (round_.folder / name).write_bytes(content[:-1] if how == "cut" else b"\xff" * 9 + content[9:])
+    with pytest.raises(typer.Exit) as caught:
+        verify(round_.folder)
+    assert caught.value.exit_code == 3
+    assert f"damaged: {name} {'is missing' if how == 'missing' else 'has '}" in " ".join(capsys.readouterr().out.split())
+    (round_.folder / "round.json").unlink()
+    with pytest.raises(InputError, match="neither a run nor a round"):
+        verify(round_.folder)
 
 
 def test_preferences_refer_to_the_start(start: Path, tmp_path: Path):
