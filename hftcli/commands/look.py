@@ -316,10 +316,9 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     except InputError as error:
         return [*findings, Finding("tasks", "fault", error.message, error.fix)]
     rank_bytes = share_memory(resolved, reports)
-    host = check_host(budget, resolved, rank_bytes)
     return [
         *findings,
         check_disk(recipe, Path(start.path), budget.plan, resolved.num_ranks, num_rounds),
         check_memory(budget, rank_bytes),
-        *([host] if host is not None else []),
+        *filter(None, [check_host(budget, resolved, rank_bytes)]),
     ]
