@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hftcli.errors import InputError
 from hftcli.methods.lora import ADAPTER
-from hftcli.methods.peft import Peft
+from hftcli.methods.peft import Peft, build_config
 
 SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator adds up over the steps
 
@@ -21,19 +21,19 @@ class AdaLora(Peft):
 
     trainer: Trainer | None = None
 
-    def start(self, trainer: Trainer) -> None:
-        """Tell PEFT of the round's steps, and take what a step checkpoint kept to where the model trains.
-
-        Raises:
-            InputError: the ranks would have no step to move in.
-        """
-        self.trainer, num_steps = trainer, trainer.state.max_steps
-        if self.config.tinit >= num_steps - self.config.tfinal:
+    def check_steps(self, num_steps: int) -> None:
+        """Raises: InputError: the ranks would have no step to move in."""
+        config = build_config(self.type, self.given, ["x"])  # of which the layers are of no matter
+        if config.tinit >= num_steps - config.tfinal:
             raise InputError(
-                f"method.peft: tinit {self.config.tinit} and tfinal {self.config.tfinal} leave ADALORA no step of {num_steps} "
+                f"method.peft: tinit {config.tinit} and tfinal {config.tfinal} leave ADALORA no step of {num_steps} "
                 "to move ranks in",
                 "lower them, or train longer",
             )
+
+    def start(self, trainer: Trainer) -> None:
+        """Tell PEFT of the round's steps, and take what a step checkpoint kept to where the model trains."""
+        self.trainer, num_steps = trainer, trainer.state.max_steps
         self.config.total_step = num_steps
         allocator = self.tuner.rankallocator
         allocator.set_total_step(num_steps)

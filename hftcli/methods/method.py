@@ -113,6 +113,13 @@ class Method:
             InputError: it cannot carry the method.
         """
 
+    def check_steps(self, num_steps: int) -> None:
+        """Look at how long the round is, before the start's weights are read.
+
+        Raises:
+            InputError: the method comes to nothing in so many steps.
+        """
+
     def take_bases(self, bases: dict[str, torch.Tensor]) -> None:
         """Take the directions that are open in this round, by what the matrices read; none where the plan has none."""
 

@@ -50,10 +50,9 @@ def settle_parts(attempt: Attempt, task: Assignment, rows: Rows) -> Assignment:
     """
     if not task.plan.parts:
         return task
-    round_ = attempt.round
+    round_, reads_earlier = attempt.round, task.plan.entries is None
     attempt.reporter.report("choosing")
-    reads_earlier = task.plan.entries is None  # a quiet adapter's directions are in the plan, and not in `freeze`
-    last = find_last_moments(task.start) if reads_earlier else None
+    last = find_carried(task)
     key = make_key(task, rows, last)
     round_.bases_path.parent.mkdir(exist_ok=True)
     with FileLock(round_.bases_path.with_suffix(".lock")):
@@ -80,6 +79,12 @@ def list_all_inputs(task: Assignment) -> Inputs:
     if task.spec.freeze.grain == "columns":
         return list_coordinates(task.network.units)
     return list_inputs(task.network.units, task.spec.freeze.blocks, task.network.num_heads)
+
+
+def find_carried(task: Assignment) -> Path | None:
+    """The moments that a round goes on from; None where it needs none, or begins them. Otherwise as `find_last_moments`."""
+    # A quiet adapter's directions are in the plan, and not in `freeze`.
+    return find_last_moments(task.start) if task.plan.parts and task.plan.entries is None else None
 
 
 def find_last_moments(start: Path) -> Path | None:

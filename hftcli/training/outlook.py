@@ -26,6 +26,7 @@ from hftcli.runs.masters import MastersState
 from hftcli.runs.records import Outlook
 from hftcli.runs.run import Run
 from hftcli.runs.spec import RoundSpec, Scoring
+from hftcli.training.earlier import find_carried
 from hftcli.training.own_rows import stand_in
 from hftcli.training.reading import read_assignment, tokenize_rows
 from hftcli.training.stages import Assignment, Rows
@@ -53,6 +54,8 @@ def look_ahead(task: Assignment, rows: Rows) -> Outlook:
     cycle_steps = count_cycle_steps(spec.freeze, task.network.units, count_pass(task, rows), spec.train.global_batch_size)
     check_schedule(spec.train, num_steps, num_warmup_steps, cycle_steps)
     check_points(spec.scoring, num_steps)
+    for method in task.methods:
+        method.check_steps(num_steps)
     check_deciding(spec, rows.asked)
     check_draws(task, count_pass(task, rows), num_steps)
     warn_open(spec)
@@ -261,6 +264,8 @@ def foresee_run(
             scoring = Scoring(every_steps=spec.scoring.every_steps, num_points=spec.scoring.num_points)
             spec = spec.model_copy(update={"model": first.model, "scoring": scoring})
         task = read_assignment(spec, needs_weights=False)
+        if not outlooks:
+            find_carried(task)
         build_arguments(task.spec, run.round(name).steps)
         rows = tokenize_rows(task, partial(on_progress, name))
         outlooks[name] = look_ahead(task, stand_in(task, rows))

@@ -109,6 +109,7 @@ FAILING: list[tuple[str, dict[str, object], str]] = [
     ("sft", {"train.max_steps": 9, "train.lr_scheduler_type": "inverse_sqrt", "train.lr_scheduler_kwargs": "{timescale: 0}"},
      "division by zero"),
     ("sft", {"train.max_steps": 1, "train.warmup_steps": 5}, "the learning rate is 0 in all 1 steps"),
+    ("sft", {"train.max_steps": 9, "method.peft": "{type: ADALORA, tinit: 500}"}, "leave ADALORA no step of 9 to move"),
     ("sft", {"train.activation_offloading": True}, "there is no GPU"),
     ("sft", {"train.router_aux_loss_coef": 0.1}, "the model is no mixture of experts"),
     ("sft", {"train.eos_token": "</s>"}, "train.eos_token is not taken"),

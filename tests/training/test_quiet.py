@@ -1,6 +1,7 @@
 """Directions: what is earlier and what it leaves open, two steps by hand, what is proved, resumed, chained and refused."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,11 @@ from hftcli.measuring.drift import draw_texts
 from hftcli.models.description import load_tokenizer
 from hftcli.models.division import draw_choices, write_bases
 from hftcli.models.proof import read_choices, verify_round
+from hftcli.recipe.loading import load_recipe
+from hftcli.runners import prepare_single
 from hftcli.runs.history import read_history
 from hftcli.runs.run import Round
+from hftcli.training.outlook import foresee_run
 from hftcli.training.round import run_round
 
 EVERYWHERE = {"grain": "directions"}
@@ -204,6 +208,19 @@ def test_moments_of_another_history_are_refused(done: Round, tmp_path: Path):
     other.moments_path.unlink()
     with pytest.raises(InputError, match=r"moments\.safetensors.* is missing"):
         run(tmp_path / "01", spec)
+
+
+@pytest.mark.parametrize("freeze", ["{grain: directions}", "{}"])
+def test_moments_that_are_missing_are_foreseen(done: Round, tmp_path: Path, freeze: str):
+    """A dry run says so; a round that does not go by them needs none."""
+    other = Round(shutil.copytree(done.folder, tmp_path / "00"))
+    other.moments_path.unlink()
+    given = [f"model.path={other.checkpoint}", f"freeze={freeze}", "data.max_length=64", "eval.tasks=[]", "train.bf16=false"]
+    recipe = load_recipe("tinyworld", [*given, f"output={tmp_path / 'run'}"])
+    prepared, _ = prepare_single(recipe)
+    prepared.lock.release()
+    with pytest.raises(InputError, match=r"moments\.safetensors.* is missing") if "grain" in freeze else nullcontext():
+        foresee_run(recipe, prepared, lambda *count: None)
 
 
 def test_a_bases_file_of_another_plan_is_refused(done: Round, tmp_path: Path):
