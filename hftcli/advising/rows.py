@@ -56,6 +56,7 @@ class Rows:
     Attributes:
         trained: file of the rows to train on.
         named: file of rows to keep for the ways of training; None where there are none.
+        num_named: how many they are.
         settings: `key=value` of every run, for all that is asked.
     """
 
@@ -64,6 +65,7 @@ class Rows:
     num_held_out: int
     trained: Path
     named: Path | None
+    num_named: int
     settings: tuple[str, ...]
 
 
@@ -115,7 +117,8 @@ def divide_rows(order: Order) -> Rows:
         write_rows(paths["known"], known)
     else:
         write_own_texts(order.model, paths["known"])
-    return Rows(len(rows), len(trained), num_held_out, paths["trained"], paths["named"] if kept else None, tuple(settings))
+    named_path = paths["named"] if kept else None
+    return Rows(len(rows), len(trained), num_held_out, paths["trained"], named_path, len(named), tuple(settings))
 
 
 def drop_doubled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

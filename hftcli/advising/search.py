@@ -67,7 +67,7 @@ class Search:
             InputError: rows or settings that cannot be searched with, or too little time.
         """
         self.rows = divide_rows(self.order)
-        candidates = list_candidates(self.rows.trained, self.rows.named)
+        candidates = list_candidates(self.rows.trained, self.rows.named, self.rows.num_named)
         for rung, (count, num_steps) in enumerate(list_rungs(len(candidates), self._settle_steps(candidates))):
             if rung:
                 candidates = [one.candidate for one in rank(self.findings[rung - 1])[:count]]

@@ -18,6 +18,7 @@ RATES = (1e-5, 5e-5, 2e-4, 1e-3)
 QUIET_FACTOR = 2.0  # a smaller space takes larger rates
 KEPT = 3  # of so many candidates one goes on, and trains so many times as long
 NUM_RUNGS = 3
+NAMED_ROWS = (64, 256)  # read of those to keep: at least, as by default, and at most, as of a round's own
 LEAST_STEPS = 5  # of a run, which is measured so many times
 
 
@@ -104,7 +105,7 @@ class Advice:
     page: Path | None
 
 
-def list_candidates(rows: Path, named: Path | None) -> list[Candidate]:
+def list_candidates(rows: Path, named: Path | None, num_named: int = 0) -> list[Candidate]:
     """What is tried: the quiet half, all weights, the coin's half, and what defends the old in the loss or among the rows.
 
     The quiet half, which forgot least where ways were compared, stands first: a search whose time runs out has tried it.
@@ -112,10 +113,13 @@ def list_candidates(rows: Path, named: Path | None) -> list[Candidate]:
     Args:
         rows: the rows to train on.
         named: rows to keep, for the quiet half to stay off and for others to replay; None where there are none.
+        num_named: how many they are.
     """
     alone = f"data.path={json.dumps(str(rows))}"
     full = ("freeze.trainable_fraction=1.0",)
-    quiet = ("freeze=quiet", *([] if named is None else [f"freeze.keep.path={json.dumps(str(named))}"]))
+    samples = min(max(num_named, NAMED_ROWS[0]), NAMED_ROWS[1])
+    keep = [] if named is None else [f"freeze.keep.path={json.dumps(str(named))}", f"freeze.keep.samples={samples}"]
+    quiet = ("freeze=quiet", *keep)
     arms: dict[str, tuple[str, ...]] = {"quiet": (*quiet, alone), "full": (*full, alone), "half": (alone,)}
     arms["full + anchor"] = (*full, alone, "method.anchor.strength=1")
     if named is not None:

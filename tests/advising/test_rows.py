@@ -43,7 +43,7 @@ def test_no_row_is_trained_on_and_asked(order):
     assert (len(trained), len(held_out), rows.num_held_out) == (90, 10, 10)
     assert {row["completion"] for row in trained + held_out} == set(map(str, range(100)))
     named, known = read(rows.named), read(folder / "known.jsonl")
-    assert (len(named), len(known)) == (5, 4)
+    assert (len(named), len(known), rows.num_named) == (5, 4, 5)
     questions = {row["messages"][0]["content"] for row in named + known}
     assert questions == {f"Q{number}" for number in range(9)}
     before = rows.trained.read_bytes()
@@ -80,7 +80,7 @@ def test_what_stands_twice_is_not_trained_on_and_asked(order, tmp_path):
 @pytest.mark.parametrize("keep", [True, False])
 def test_what_is_asked_goes_into_every_recipe(order, keep):
     rows = divide_rows(order if keep else replace(order, keep=None))
-    for candidate in list_candidates(rows.trained, rows.named):
+    for candidate in list_candidates(rows.trained, rows.named, rows.num_named):
         recipe = load_recipe(None, ["model.path=tinyworld", *rows.settings, *candidate.settings, "train.max_steps=5"], "sft")
         assert recipe.eval.tasks == (str(order.folder / "rows" / "known.jsonl"),)
 

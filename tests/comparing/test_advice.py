@@ -91,3 +91,13 @@ def test_every_candidate_is_a_recipe(named):
         assert (recipe.data.path or recipe.data.sources[0].path) == "my rows.jsonl"
         assert (recipe.freeze.keep is not None) == (named is not None and candidate.arm.startswith("quiet"))
         assert len(recipe.data.sources) == 2 * candidate.arm.endswith("+ replay")
+
+
+@pytest.mark.parametrize(("num_named", "expected"), [(9, 64), (64, 64), (200, 200), (5000, 256)])
+def test_all_rows_that_are_named_are_read_within_reason(num_named: int, expected: int):
+    """Where there are fewer than 64, so many are read as there are."""
+    candidates = list_candidates(Path("rows.jsonl"), Path("named.jsonl"), num_named)
+    quiet = [candidate for candidate in candidates if candidate.arm.startswith("quiet")]
+    for candidate in quiet:
+        assert load_recipe(None, ["model.path=m", *candidate.settings], "sft").freeze.keep.samples == expected
+    assert len({candidate.arm for candidate in quiet}) == 2
