@@ -315,6 +315,9 @@ def _check_losses(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
         place = _place("dpo.sync_ref_model", source)
         if recipe.reference != "full":
             yield f"{place}: dpo.sync_ref_model moves a second model: set reference: full"
+        if recipe.freeze.divides or recipe.method.adapter:
+            other = f"method.{recipe.method.adapter}" if recipe.method.adapter else f"freeze.grain {recipe.freeze.grain_name}"
+            yield f"{place}: dpo.sync_ref_model lays whole weights into the second model, and {other} trains no such: drop one"
         if recipe.checkpoint.is_on:
             yield (
                 f"{place}: dpo.sync_ref_model moves a second model, which step checkpoints do not hold: set "

@@ -21,7 +21,7 @@ def check_levers(recipe: Recipe, objective: Objective, source: RecipeFile) -> It
 def _check_logits_readers(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
     """Losses in which no divergence of whole distributions can stand."""
     train = recipe.train
-    if recipe.method.trains_tokens and train.loss_kernel == "chunked":
+    if recipe.method.needs_logits and not recipe.method.logits_readers and train.loss_kernel == "chunked":
         yield (
             f"{source.place(('method', 'peft'))}: the rows that TRAINABLE_TOKENS trains stand in a tied head as well, whose "
             "own pass train.loss_kernel chunked goes round: set plain"
@@ -89,6 +89,15 @@ def _check_order(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
         yield (
             f"{place}: train.train_sampling_strategy {strategy} would have no effect beside method.replay.when: after, which "
             "lays the rows in an order of its own: drop one of the two"
+        )
+    goes_back = {
+        "checkpoint.best": recipe.checkpoint.best, "stop.max_forgetting": recipe.stop.max_forgetting,
+        "stop.min_learning": recipe.stop.min_learning,
+    }  # fmt: skip
+    for key in (key for key, value in goes_back.items() if value is not None and replay is not None and replay.when == "after"):
+        yield (
+            f"{source.place(tuple(key.split('.')))}: {key} may end the round, or go back, before the rows that "
+            "method.replay.when: after has at its end: set method.replay.when: mixed, or drop one"
         )
     mixing = {"method.self_replay": recipe.method.self_replay is not None, "method.replay": replay and replay.when == "mixed"}
     for key in (key for key, is_mixing in mixing.items() if is_mixing and strategy == "sequential"):

@@ -352,14 +352,9 @@ class MethodSection(Section):
         return tuple(name for name, reads_all in reads.items() if reads_all)
 
     @property
-    def trains_tokens(self) -> bool:
-        """Whether rows of the embeddings train, which PEFT lays over a tied head as well; only the head's own pass has them."""
-        return self.peft is not None and self.peft.type == "TRAINABLE_TOKENS"
-
-    @property
     def needs_logits(self) -> bool:
-        """Whether the plain loss kernel alone is right, which has all logits, and has them from the head."""
-        return bool(self.logits_readers) or self.trains_tokens
+        """Whether the plain loss kernel alone is right; TRAINABLE_TOKENS lies over a tied head too, and that calls the head."""
+        return bool(self.logits_readers) or (self.peft is not None and self.peft.type == "TRAINABLE_TOKENS")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.tasks import BENCHMARKS
 
 BASE = ("model.path=m", "data.path=d.jsonl")
+SYNC = ["dpo.sync_ref_model=true", "reference=full", "checkpoint.save_every_minutes=null"]
 SELF_REPLAY, REPLAY_AFTER = "method.self_replay.fraction=0.5", ("method.replay.when=after", "data.path=null")
 
 
@@ -69,6 +70,9 @@ def fail(objective: str, *overrides: str) -> str:
         ("sft", [SELF_REPLAY, "train.label_smoothing_factor=0.1"], "train.label_smoothing_factor smooths it"),
         ("sft", [SELF_REPLAY, "method.ift.mix=0.2"], "method.self_replay holds it to the start, which read the texts'"),
         ("continual", ["method.replay={}", "train.train_sampling_strategy=sequential"], "method.replay mixes rows in among"),
+        ("continual", [*REPLAY_AFTER, "eval.num_points=3", "stop.max_forgetting=0.1"], "may end the round, or go back, before"),
+        ("continual", [*REPLAY_AFTER, "eval.num_points=3", "stop.min_learning=0.1"], "may end the round, or go back, before"),
+        ("continual", [*REPLAY_AFTER, "eval.num_points=3", "checkpoint.best=learning"], "go back, before the rows"),
         ("continual", [*REPLAY_AFTER, "train.train_sampling_strategy=sequential"], "sequential would have no effect beside"),
         ("continual", [*REPLAY_AFTER, "train.train_sampling_strategy=group_by_length"], "lays the rows in an order of its own"),
         ("dpo", ["train.label_smoothing_factor=0.1"], "train.label_smoothing_factor would have no effect under `hft dpo`"),
@@ -94,6 +98,8 @@ def fail(objective: str, *overrides: str) -> str:
         ("dpo", ["dpo.discopop_tau=0.2"], "beside dpo.loss_type sigmoid"),
         ("dpo", ["dpo.ref_model_sync_steps=5"], "beside dpo.sync_ref_model false"),
         ("dpo", ["dpo.sync_ref_model=true"], "moves a second model: set reference: full"),
+        ("dpo", [*SYNC, "freeze=quiet"], "directions] trains no such: drop one"),
+        ("dpo", [*SYNC, "method.lora={}"], "and method.lora trains no such"),
     ],
 )  # fmt: skip
 def test_a_setting_without_effect_is_refused(objective, overrides, expected):
