@@ -27,4 +27,4 @@ def count_adapters(budget: Budget, method: MethodSection, path: str) -> Budget:
     else:
         return budget
     adapters = count_peft(kind, given, targets, path)
-    return replace(budget, plan=narrow_to(kind, targets, plan, units), adapters=adapters)
+    return replace(budget, plan=narrow_to(kind, given, targets, plan, units), adapters=adapters)

@@ -86,7 +86,7 @@ class Peft(Method):
     def narrow_plan(self, plan: FreezePlan, units: tuple[Unit, ...], num_heads: int = 1) -> FreezePlan:
         """The weights under the adapters."""
         self.targets = self.choose_targets(plan, units)
-        return narrow_to(self.type, self.targets, plan, units)
+        return narrow_to(self.type, self.given, self.targets, plan, units)
 
     def choose_targets(self, plan: FreezePlan, units: tuple[Unit, ...]) -> list[str]:
         """The layers that take adapters."""
@@ -245,8 +245,7 @@ def build_config(kind: str, given: dict[str, Any], targets: Sequence[str], is_tr
     if "fan_in_fan_out" in known:
         values.setdefault("fan_in_fan_out", is_transposed)
     if kind == "IA3":
-        inner = values.get("feedforward_modules") or FEEDFORWARD
-        values["feedforward_modules"] = [name for name in targets if any(ends_with(name, part) for part in list_names(inner))]
+        values["feedforward_modules"] = find_inner(given, targets)
     return make_config(cls, values)
 
 
@@ -303,11 +302,20 @@ def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Se
     return targets
 
 
-def narrow_to(kind: str, targets: Sequence[str], plan: FreezePlan, units: Sequence[Unit]) -> FreezePlan:
+def find_inner(given: dict[str, Any], targets: Sequence[str]) -> list[str]:
+    """The layers of which IA3 scales the inputs: those that are given, or of the mlp the last."""
+    inner = list_names(given.get("feedforward_modules") or FEEDFORWARD)
+    return [name for name in targets if any(ends_with(name, part) for part in inner)]
+
+
+def narrow_to(
+    kind: str, given: dict[str, Any], targets: Sequence[str], plan: FreezePlan, units: Sequence[Unit]
+) -> FreezePlan:  # fmt: skip
     """A plan of what merged adapters change."""
     names = {f"{name}.weight" for name in targets}
     if kind in BIASED:
-        scaled = [name for name in targets if kind != "IA3" or get_last(name) not in FEEDFORWARD]
+        inner = find_inner(given, targets) if kind == "IA3" else []
+        scaled = [name for name in targets if name not in inner]
         names |= {f"{name}.bias" for name in scaled} & {value.name for unit in units for value in unit.parameters}
     return restrict_plan(plan, units, names)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from methods.rounds import START, make_spec
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Parameter, assign_roles
@@ -93,3 +93,33 @@ def test_merged_vectors_say_what_they_said_before(tmp_path, config: PretrainedCo
     before = AutoModelForCausalLM.from_pretrained(start).state_dict()
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == set(plan.trained)
+
+
+def test_the_layers_that_are_named_are_scaled_at_their_inputs(tmp_path):
+    """So their biases stay; that of the mlp's last layer, which is not named, is scaled."""
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=32,
+        attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for value in model.parameters():
+        value.data.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "start")
+    described = describe_model(str(tmp_path / "start"))
+    units = assign_roles(described.model_type, described.parameters)
+    named = {"target_modules": ["up_proj", "down_proj"], "feedforward_modules": ["up_proj"]}
+    (method,) = make_methods(make_spec({"peft": {"type": "IA3", **named}}))
+    plan = method.narrow_plan(make_plan(units, FreezeRule(trainable_fraction=1.0), 0), units)
+    start = tmp_path / "start"
+    model = load_model(ModelSection(path=str(start)), start, plan, mixed=False, sharded=False)
+    method.prepare_model(model, plan, start, mixed=False, sharded=False)
+    for layer in method.layers.values():
+        layer.ia3_l[ADAPTER].data.uniform_(0.5, 1.5)
+    (tmp_path / "round").mkdir()
+    trainer = SimpleNamespace(model=model, is_deepspeed_enabled=False, args=SimpleNamespace(process_index=0))
+    method.finish(trainer, Round(tmp_path / "round"))
+    before = AutoModelForCausalLM.from_pretrained(start).state_dict()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == set(plan.trained)
+    assert {name.partition("mlp.")[2] for name in moved} == {"up_proj.weight", "down_proj.weight", "down_proj.bias"}
