@@ -24,7 +24,9 @@ class AskingSection(Section):
 
     generate: bool = True
     """Whether the model writes its answers. False reads the right ones alone, which takes a fraction of the time: their
-    likelihood, and as the score, whatever the task's own is, the share that greedy decoding would give to the letter."""
+    likelihood, and as the score, whatever the task's own is, the share that greedy decoding would give to the letter. Of a
+    question with several right answers the first is read, and its end; with true, all without their end, and the likeliest
+    counts. Multiple choice writes nothing either way, and keeps its own score."""
 
     strict: bool = False
     """Refuse tasks with a right answer that would not count as right if a model gave it. Otherwise such questions are named and

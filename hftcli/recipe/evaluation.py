@@ -86,10 +86,11 @@ class StopSection(Section):
 
     max_forgetting: Annotated[float, Field(gt=0)] | None = None
     """The forgetting budget of a round: the mean loss over the tasks that measure what was known before it, which are all of
-    `eval.tasks` whose rows are not trained on; a dry run names them. By score a share, so that 0.02 is 2 points of 100; by nll
-    nats per token. The round ends where the 95 % interval of the loss (over the questions, as if those of one task had nothing
-    to do with those of another) lies above it, and goes back to the step that `checkpoint.best` names. Where no measured step
-    lies within the budget, the round fails and keeps nothing: measure early."""
+    `eval.tasks` whose rows are not trained on, and in a sequence the tasks of the rounds before; a dry run names them. By score
+    a share, so that 0.02 is 2 points of 100; by nll nats per token. The round ends where the 95 % interval of the loss (over
+    the questions, as if those of one task had nothing to do with those of another) lies above it, and goes back to the step
+    that `checkpoint.best` names. Where no measured step lies within the budget, the round fails and keeps nothing: measure
+    early."""
 
     min_learning: Annotated[float, Field(gt=0)] | None = None
     """What is enough to learn: the round ends at the first measured step whose mean gain on what it trains on is that large, in
