@@ -21,6 +21,7 @@ from hftcli.commands.options import (
     StrictOption,
     check_files,
     check_place,
+    naming_options,
 )
 from hftcli.errors import InputError
 
@@ -89,7 +90,7 @@ def evaluate(
         model=subject.path, tasks=names, base=base, root=root or subject.root, max_examples=max_examples,
         max_length=max_length or subject.max_length, text=text, prompts=prompts, dtype=dtype, asking=AskingSection(**asking),
     )  # fmt: skip
-    with show_counts() as on_progress:
+    with naming_options(), show_counts() as on_progress:
         evaluation, items = examine_model(examination, list_versions(), on_progress, num_ranks)
     print_evaluation(evaluation, as_json)
     if output:

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +15,8 @@ from hftcli.errors import InputError
 
 if TYPE_CHECKING:
     from hftcli.recipe.recipe import Objective, Recipe
+
+OPTIONS = {"data.root": "--root", "data.max_length": "--max-length"}  # of `hft eval`, by the keys of a recipe
 
 RecipeArgument = Annotated[
     str | None, typer.Argument(metavar="[RECIPE]", help="A YAML file, or the name of a shipped recipe; also as --recipe.")
@@ -123,6 +126,18 @@ def check_files(**paths: Path | None) -> None:
             raise InputError(f"--{name} {path} is a folder, and a file is to be written", f"name a file: {path / 'FILE'}")
         if taken := next((parent for parent in path.parents if parent.is_file()), None):
             raise InputError(f"--{name} {path}: {taken} is a file, and no folder", "give another")
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Name what is wrong with rows by the options of a command that takes no recipe."""
+    try:
+        yield
+    except InputError as error:
+        message, fix = error.message, error.fix
+        for key, option in OPTIONS.items():
+            message, fix = message.replace(key, option), fix.replace(key, option)
+        raise type(error)(message, fix) from None
 
 
 def fetch_folder(path: str) -> Path:

@@ -35,6 +35,7 @@ from hftcli.tasks.keys import ANSWER_KEYS, QUESTION_KEYS, refuse_keys
 
 BATCH_TOKENS = 1024  # padded tokens in a pass of each model: their logits are held at once
 NUM_SAMPLES = 64  # texts that the base writes where none is given
+NO_BEGINNING = "give its bos_token; hft eval takes a file of --text instead"
 SAMPLE_TOKENS = 64  # where a text or an answer of the base that has not ended is cut
 
 
@@ -136,7 +137,7 @@ def draw_texts(
     """
     beginning = find_beginning(tokenizer)
     if not beginning:
-        raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no token to begin a text with", "give --text")
+        raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no token to begin a text with", NO_BEGINNING)
     return draw_answers(base, [beginning] * num_texts, tokenizer, device, num_tokens, seed=seed)
 
 

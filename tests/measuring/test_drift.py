@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hftcli import PACKAGE
 from hftcli.data.templates import CHAT_TEMPLATES
 from hftcli.data.tokens import IGNORED
-from hftcli.errors import DataError, InputError
+from hftcli.errors import DataError, InputError, ModelError
 from hftcli.measuring.drift import draw_answers, draw_texts, measure_drift, measure_ratio, read_prompts, read_texts
 
 CPU = torch.device("cpu")
@@ -72,6 +72,14 @@ def test_on_samples_of_the_base_the_change_of_cross_entropy_estimates_the_diverg
     ended = [ids for ids, _ in rows if len(ids) < max(len(ids) for ids, _ in rows)]
     assert ended
     assert all(ids[-1] == tokenizer.eos_token_id for ids in ended)
+
+
+def test_a_tokenizer_that_begins_no_text_is_to_be_mended_in_every_command(models, monkeypatch):
+    """Of which only one takes texts in place of those that the base writes."""
+    monkeypatch.setattr("hftcli.measuring.drift.find_beginning", lambda tokenizer: [])
+    with pytest.raises(ModelError, match="has no token to begin a text with") as caught:
+        draw_texts(models[0], models[-1], CPU)
+    assert caught.value.fix == "give its bos_token; hft eval takes a file of --text instead"
 
 
 def test_the_mean_per_token_and_its_error_are_those_by_hand():

@@ -133,6 +133,8 @@ def test_a_run_knows_its_base_and_its_scores_come_again(hft, settings, shared, t
         ),
         (["--model", "tinyworld", "--tasks", FACTS, "--no-chat"], f"each of {FACTS} has a way of its own to be asked"),
         (["--model", "tinyworld", "--tasks", FACTS, "--output", "x.txt"], "expected a file that ends in .json"),
+        (["--model", "tinyworld", "--tasks", "trace/FOMC"], "--root is missing: the rows of trace/FOMC do not ship"),
+        (["--model", "tinyworld", "--tasks", FACTS, "--max-length", "8"], "fix: raise --max-length"),
     ],
 )
 def test_what_can_be_refused_at_once(hft, arguments, fault):
