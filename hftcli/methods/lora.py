@@ -115,6 +115,15 @@ class Lora(Method):
         self._narrow()
         self.num_adapter_weights = sum(value.numel() for value in model.parameters() if value.requires_grad)
 
+    def restore_masters(self) -> None:
+        """The last round's adapters go on as they were, and not as bfloat16 rounds them."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name in self.layers.keys() & self.last.keys():
+            for part, values in zip((self.layers[name].lora_A, self.layers[name].lora_B), self.last[name], strict=True):
+                weight = part[ADAPTER].weight
+                safe_set_full_fp32_param(weight, values.float().to(weight.device))
+
     def _narrow(self) -> None:
         """Have the A of every layer read in the plan's directions alone, where it has some."""
         shared: dict[str, torch.nn.Parameter] = {}

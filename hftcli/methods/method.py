@@ -9,6 +9,7 @@ prepare_model     the loaded model, before any optimizer exists                a
 laying_aside      while the untouched model is asked                           ia3, peft
 holding_end       while the model is measured within the round                 adapters, quiet, average, interpolation
 set_arguments     the trainer's arguments                                      replay
+restore_masters   DeepSpeed made masters of rounded values, and no step yet    lora
 start             the model is where it trains                                 all that hold a start, olora, quiet, average, ift
 ask_untouched     before the first step, of the model that has not moved       anchor
 see_places        of which rows a micro-batch is                               self_replay, anchor, token_weights
@@ -139,6 +140,9 @@ class Method:
 
     def set_arguments(self, args: TrainingArguments) -> None:
         """Change the trainer's arguments before the trainer exists."""
+
+    def restore_masters(self) -> None:
+        """Called by all ranks where DeepSpeed in bfloat16 made masters of what it was given, once before the first step."""
 
     def start(self, trainer: Trainer) -> None:
         """Called once by all ranks before the first step, or before going on from a step checkpoint."""

@@ -135,6 +135,8 @@ def train(attempt: Attempt, task: Assignment, rows: Rows, loaded: Loaded) -> Tra
             return
         if is_mixed(task.spec) and is_sharded(task.spec):
             restore_masters(trainer.model, task.spec.model, task.start, task.plan)
+            for method in task.methods:
+                method.restore_masters()
         with ExitStack() as bare:
             for method in task.methods:
                 bare.enter_context(method.laying_aside())

@@ -75,15 +75,16 @@ def train(spec: RoundSpec, rows: dict[str, Dataset], folder: Path) -> dict[str, 
     return {name: value.detach() - before[name] for name, value in trainer.model.named_parameters()}
 
 
-def run_rounds(folder: Path, method: dict, start: Path = START, **launch: object) -> list[Round]:
-    """Two short rounds on the embedded sequence, one from the other."""
+def run_rounds(folder: Path, method: dict, start: Path = START, train: dict | None = None, **launch: object) -> list[Round]:
+    """Two short rounds on the embedded sequence, one from the other; `train` are settings that are others than here."""
+    settings = {"bf16": False, "max_steps": 4, "learning_rate": 1e-3, "global_batch_size": 8} | (train or {})
     tasks = ["tinyworld/newcomers", "tinyworld/topic"]
     rounds = [Round(folder / f"{place:02d}") for place in range(2)]
     for place, round_ in enumerate(rounds):
         spec = RoundSpec(
             objective="sft", index=place, data=DataSection(max_length=64, max_examples=64), task=tasks[place],
             model=ModelSection(path=str(rounds[place - 1].checkpoint if place else start)), freeze=FreezeRule(),
-            train=TrainSection(bf16=False, max_steps=4, learning_rate=1e-3, global_batch_size=8),
+            train=TrainSection(**settings),
             launch=LaunchSection(**{"num_processes": 1} | launch), method=MethodSection.model_validate(method),
             earlier=tuple(EarlierRound(task=tasks[before], folder=str(rounds[before].folder)) for before in range(place)),
         )  # fmt: skip
