@@ -15,9 +15,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hftcli.comparing.points import read_point
@@ -29,8 +31,7 @@ MAX_LENGTH = 160  # tokens of a row with its answer
 NUM_TRAINED, NUM_ASKED, NUM_TEXTS = 64, 32, 16
 SEEDS = (100, 101, 102)
 COMMON = {
-    "continual.tasks": f"[{','.join(TASKS)}]", "continual.order": "null", "continual.protocol": "null",
-    "data.max_length": MAX_LENGTH, "train.num_train_epochs": 2, "train.global_batch_size": 8,
+    "continual.order": "null", "continual.protocol": "null", "train.num_train_epochs": 2, "train.global_batch_size": 8,
     "train.per_device_train_batch_size": 8, "train.activation_checkpointing": "false", "train.lr_scheduler_type": "linear",
     "model.dtype": "float32", "train.bf16": "false",
     "eval.generate": "false", "eval.num_points": 3, "launch.num_processes": 1, "launch.zero_stage": 0,
@@ -110,7 +111,7 @@ def main() -> None:
     if model not in RATES:
         parser.error(f"--model {arguments.model}: learning rates are known for {' and '.join(RATES)}")
     stream = Stream(arguments.model, arguments.output / model)
-    stream.write_rows(arguments.trace, arguments.texts)
+    stream.write_rows({task: read_rows(arguments.trace, task) for task in TASKS}, arguments.texts)
     known = read_results().get(model, {})
     jobs = [
         (arm, rate, seed)
@@ -133,6 +134,11 @@ def read_results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
+def read_rows(trace: Path, task: str) -> list[dict[str, str]]:
+    """All rows of a task, of whichever split."""
+    return [row for split in ("train", "eval", "test") for row in json.loads((trace / task / f"{split}.json").read_text())]
+
+
 def keep_result(model: str, arm: str, rate: float, run: dict[str, Any]) -> None:
     """Add a run of an arm at a learning rate."""
     results = read_results()
@@ -148,25 +154,38 @@ def list_rates(model: str, arm: str) -> list[float]:
     return rates if not lever or (lever in AT_BOTH_RATES and way in DEFENDED) else rates[-1:]
 
 
+@dataclass(frozen=True)
 class Stream:
-    """The runs on one model."""
+    """The runs on one model, all with the same tasks.
 
-    def __init__(self, model: Path, folder: Path):
-        self.model = model
-        self.folder = folder
+    Attributes:
+        folder: of the rows and of all runs.
+        max_length: tokens of a row. Of the tasks those are taken that fit, so that hft cuts none.
+        is_cut: rows whose answers take up to half of it are taken as well, and hft cuts their prompts.
+    """
 
-    def write_rows(self, trace: Path, texts: Path) -> None:
+    model: Path
+    folder: Path
+    tasks: tuple[str, ...] = TASKS
+    max_length: int = MAX_LENGTH
+    is_cut: bool = False
+
+    def write_rows(self, rows: Mapping[str, list[dict[str, str]]], texts: Path) -> None:
         """The tasks' rows that fit, and texts in two halves, once."""
         if (self.folder / "known.jsonl").exists():
             return
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        for task in TASKS:
-            rows = [
-                row for split in ("train", "eval", "test") for row in json.loads((trace / task / f"{split}.json").read_text())
-            ]
-            fitting = [row for row in rows if len(tokenizer(row["prompt"] + row["answer"])["input_ids"]) < MAX_LENGTH - 2]
+
+        def fits(row: dict[str, str]) -> bool:
+            if self.is_cut:
+                return len(tokenizer(row["answer"])["input_ids"]) < self.max_length // 2
+            return len(tokenizer(row["prompt"] + row["answer"])["input_ids"]) < self.max_length - 2
+
+        for task in self.tasks:
+            fitting = [row for row in rows[task] if fits(row)]
+            assert len(fitting) >= NUM_TRAINED + NUM_ASKED, f"{task} has {len(fitting)} rows that fit"
             (self.folder / "rows" / task).mkdir(parents=True, exist_ok=True)
             for split, part in (
                 ("train", fitting[:NUM_TRAINED]),
@@ -183,8 +202,8 @@ class Stream:
                 halves.append(half)
         (self.folder / "known.jsonl").write_text("".join(json.dumps(half) + "\n" for half in halves))
 
-    def measure(self, arm: str, rate: float, seed: int) -> dict[str, Any]:
-        """A run, in nats per token.
+    def measure(self, arm: str, rate: float, seed: int, own: Mapping[str, object] = MappingProxyType({})) -> dict[str, Any]:
+        """A run, in nats per token; `own` are settings besides those of the arm.
 
         Returns:
             What was left of each task right after it, what was lost of it by the end, what is left there, and how the texts
@@ -192,7 +211,8 @@ class Stream:
             weights did not move, the task.
         """
         output = self.folder / f"{arm.replace(',', '').replace(' ', '-').replace('%', 'percent')}-{rate:g}-{seed}"
-        given = COMMON | ARMS[arm] | {
+        given = COMMON | ARMS[arm] | own | {
+            "continual.tasks": f"[{','.join(self.tasks)}]", "data.max_length": self.max_length,
             "data.root": self.folder / "rows", "eval.tasks": f"[{self.folder / 'known.jsonl'}]", "train.learning_rate": rate,
             "freeze.seed": seed, "train.seed": seed,
         }  # fmt: skip
