@@ -5,20 +5,27 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from reproduce_stream import BENCHES, LEVERS, REPLAYED, SEEDS, list_rates
+from reproduce_limits import ARMS as LIMITED
+from reproduce_stream import BENCHES, LEVERS, REPLAYED, SEEDS, TASKS, list_rates
 from reproduce_stream import WAYS as STREAM_WAYS
 
-from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_learning, correct_by_holm
+from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_learning, correct_by_holm, find_p_value
 from hftcli.comparing.statistics import Seed, estimate_mean
 
 FOLDER = Path(__file__).parent
-STREAM, SKILL, WAYS, ADVICE = (FOLDER / f"{name}.json" for name in ("stream", "skill", "ways", "advice"))
+STREAM, SKILL, WAYS, ADVICE, LIMITS, ROOM, PREFERENCES = (
+    FOLDER / f"{name}.json" for name in ("stream", "skill", "ways", "advice", "limits", "room", "preferences")
+)
 MEASURES = {
     "left after each task": ("learned", ".2f"), "lost by the end": ("forgot", "+.2f"), "left at the end": ("left", ".2f"),
     "texts, lost": ("text", "+.2f"),
 }  # fmt: skip
 DIFFERENCES = {name: key for name, (key, _) in MEASURES.items() if key != "left"}
 REPLAYS = {"": "", "with 1 %": " + replay 1 %", "with 10 %": " + replay 10 %"}
+PREFERRED = {
+    "reward accuracy": ("accuracy", ".1f"), "margin": ("margin", ".2f"), "KL to the start": ("kl", ".3f"),
+    "known, lost": ("lost", "+.3f"),
+}  # fmt: skip
 LESS = (("facts", "full"), ("facts", "half"), ("skill", "half"))
 SAME = "the same alone"
 LESS_WITH_LEVERS = (("facts", SAME), ("skill", SAME), ("facts", "quiet"))
@@ -61,6 +68,14 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
         pairs = LESS_WITH_LEVERS if bench == "levers" else LESS
         columns = ("trains", "rate", "skill", "facts", "facts reworded", *(f"{key} less {other}'s" for key, other in pairs))
         tables[f"skill-{bench}"] = make_table(columns, list_skills(arms, pairs))
+    limits = json.loads(LIMITS.read_text(encoding="utf-8"))
+    less = [f"{measure}, less half's" for measure in DIFFERENCES]
+    tables["limits"] = make_table(("model", "tasks", "trains", *MEASURES, *less), list_limits(limits, streams))
+    columns = ("facts", "for each thousand weights", "known", "trains", "skill", "facts lost", "less full's")
+    tables["room"] = make_table(columns, list_rooms(json.loads(ROOM.read_text(encoding="utf-8"))))
+    for model, arms in json.loads(PREFERENCES.read_text(encoding="utf-8")).items():
+        columns = ("trains", "rate", *PREFERRED, "loses more than full at an equal margin")
+        tables[f"preferences-{model}"] = make_table(columns, list_preferences(arms))
     ways = json.loads(WAYS.read_text(encoding="utf-8"))
     for model, known in ways.items():
         columns = ("trains", "share", "gradients", "states", "FLOPs", "as counted", "frozen, as verified", "launches")
@@ -147,7 +162,7 @@ def list_differences(streams: dict[str, Any]) -> Iterator[Row]:
                 continue
             other = "LoRA" if name == "LoRA, quiet" else "half"
             for rate, runs in rates.items():
-                beside = {run["seed"]: run for run in arms.get(other, {}).get(rate, [])}
+                beside = arms.get(other, {}).get(rate, [])
                 if name != other and beside:
                     yield model, name, other, rate, *describe_differences(runs, beside)
 
@@ -158,14 +173,13 @@ def list_lever_differences(streams: dict[str, Any]) -> Iterator[Row]:
         for name in (name for name in LEVERS if pick_rates(model, name, arms)):
             *_, (rate, runs) = pick_rates(model, name, arms).items()
             if rate not in find_stopped(arms[name]):
-                alone = {run["seed"]: run for run in arms[drop_lever(name)][rate]}
-                yield model, name, rate, *describe_differences(runs, alone)
+                yield model, name, rate, *describe_differences(runs, arms[drop_lever(name)][rate])
 
 
-def describe_differences(runs: list[dict[str, Any]], beside: dict[int, dict[str, Any]]) -> Iterator[str]:
+def describe_differences(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> Iterator[str]:
     """What runs left and lost, less what others did on the same seeds."""
     for key in DIFFERENCES.values():
-        yield describe([run[key] - beside[run["seed"]][key] for run in runs], "+.2f")
+        yield describe(pair_seeds(runs, beside, key), "+.2f")
 
 
 def list_promises(cases: list[dict[str, Any]]) -> Iterator[Row]:
@@ -181,6 +195,65 @@ def list_promises(cases: list[dict[str, Any]]) -> Iterator[Row]:
         advised = f"{case['arm']}, {case['rate']:g}"
         kept = f"{case['num_kept']} of {len(case['ends'])}"
         yield case["model"], case["task"], named, advised, minutes, *promise, *ends, kept
+
+
+def list_limits(limits: dict[str, Any], streams: dict[str, Any]) -> Iterator[Row]:
+    """Half and the quiet half in each case, in nats per token; their differences by seed, with Holm's p over the cases."""
+    for model, cases in limits.items():
+        known = {arm: streams[model][arm][f"{list_rates(model, arm)[-1]:g}"] for arm in LIMITED}
+        cases = {f"{len(TASKS)} tasks, as above": known, **cases}
+        half, quiet = LIMITED
+        tested = {
+            key: test_differences([pair_seeds(arms[quiet], arms[half], key) for arms in cases.values()], "+.2f")
+            for key in DIFFERENCES.values()
+        }
+        for place, (case, arms) in enumerate(cases.items()):
+            for arm, runs in arms.items():
+                less = [tested[key][place] if arm == quiet else "" for key in tested]
+                yield model, case, arm, *describe_ends(runs), *less
+
+
+def list_rooms(room: dict[str, Any]) -> Iterator[Row]:
+    """What a skill costs in each world, in points; the difference from full, seed by seed, with Holm's p over all of them."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in room["runs"]:
+        lost = 100 * room["worlds"][str(run["world"])]["recall"] - run["facts"]
+        runs.setdefault((str(run["world"]), run["trains"]), []).append(run | {"lost": lost})
+    others = [key for key in runs if key[1] != "full"]
+    found = test_differences([pair_seeds(runs[key], runs[key[0], "full"], "lost") for key in others], "+.1f")
+    told = dict(zip(others, found, strict=True))
+    for (world, arm), own in runs.items():
+        about = room["worlds"][world]
+        cells = [describe([run[key] for run in own], ".1f") for key in ("skill", "lost")]
+        size = f"{about['facts']:,}", f"{1000 * about['facts'] / about['weights']:.2f}", f"{100 * about['recall']:.1f}"
+        yield *size, arm, *cells, told.get((world, arm), "")
+
+
+def list_preferences(arms: dict[str, Any]) -> Iterator[Row]:
+    """A row for each learning rate of each arm of DPO; against full along the curves within the runs, with Holm's p."""
+    others = [name for name in arms if name != "full"]
+    found = [compare_at_equal_learning(read_trails(arms[name]), read_trails(arms["full"]), is_within=True) for name in others]
+    p_values = correct_by_holm([one.p_value if one else None for one in found])
+    told = {name: describe_difference(*one) for name, *one in zip(others, found, p_values, strict=True)}
+    for name, rates in arms.items():
+        for rate, runs in rates.items():
+            cells = [describe([run[key] for run in runs], form) for key, form in PREFERRED.values()]
+            yield name, rate, *cells, told.pop(name, "")
+
+
+def pair_seeds(runs: list[dict[str, Any]], beside: list[dict[str, Any]], key: str) -> list[float]:
+    """A measure of runs less that of others, of the same seeds."""
+    others = {run["seed"]: run[key] for run in beside}
+    return [run[key] - others[run["seed"]] for run in runs]
+
+
+def test_differences(differences: list[list[float]], form: str) -> list[str]:
+    """Mean, half of the 95 % interval and Holm's p over all that are given, of differences by seed."""
+    estimates = [estimate_mean(values) for values in differences]
+    p_values = correct_by_holm([find_p_value(estimate, estimate) for estimate in estimates])
+    return [
+        f"{describe(values, form)} ({describe_p_value(p_value)})" for values, p_value in zip(differences, p_values, strict=True)
+    ]
 
 
 def read_trails(rates: dict[str, Any]) -> dict[Seed, list[Trail]]:
@@ -204,8 +277,7 @@ def list_skills(arms: dict[str, Any], pairs: tuple[tuple[str, str], ...]) -> Ite
         cells = [describe([run[key] for run in arm["runs"]], ".1f") for key in ("skill", "facts", "reworded")]
         for key, beside in pairs:
             other = drop_lever(name) if beside == SAME else beside
-            alone = {run["seed"]: run[key] for run in arms[other]["runs"]}
-            cells.append("" if name == other else describe([run[key] - alone[run["seed"]] for run in arm["runs"]], "+.1f"))
+            cells.append("" if name == other else describe(pair_seeds(arm["runs"], arms[other]["runs"], key), "+.1f"))
         yield name, f"{arm['rate']:g}", *cells
 
 
@@ -220,6 +292,10 @@ def describe_difference(found: EqualLearning | None, p_value: float | None) -> s
     """Mean, interval with the curves' band in it, and Holm's p over the arms of the table."""
     if found is None or found.interval is None or p_value is None:
         return "never learned equally much"
-    shown = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     low, high = found.interval
-    return f"{found.difference.mean:+.2f} ({low:+.2f} to {high:+.2f}; {shown})"
+    return f"{found.difference.mean:+.2f} ({low:+.2f} to {high:+.2f}; {describe_p_value(p_value)})"
+
+
+def describe_p_value(p_value: float | None) -> str:
+    assert p_value is not None
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
