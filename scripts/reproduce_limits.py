@@ -5,7 +5,7 @@
 Four cases beside what reproduce_stream.py measures, each with half and with the quiet half, at the higher of its learning rates
 and with its seeds:
 
-    eight tasks           TRACE's order 1, whole; rows of at most 256 tokens, longer prompts cut (eight minutes of a core a run)
+    eight tasks           TRACE's order 1, whole; rows of at most 256 tokens, longer prompts cut (five minutes of a core a run)
     the same inputs       FOMC's sentences three times: their stance, then their first word, then their last
     four times as long    the four tasks, 64 steps each instead of 16
     a tenth               the four tasks, with a share of 0.1

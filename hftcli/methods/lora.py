@@ -119,8 +119,9 @@ class Lora(Method):
         """The last round's adapters go on as they were, and not as bfloat16 rounds them."""
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name in self.layers.keys() & self.last.keys():
-            for part, values in zip((self.layers[name].lora_A, self.layers[name].lora_B), self.last[name], strict=True):
+        going_on = [(layer, self.last[name]) for name, layer in self.layers.items() if name in self.last]  # alike on all ranks
+        for layer, factors in going_on:
+            for part, values in zip((layer.lora_A, layer.lora_B), factors, strict=True):
                 weight = part[ADAPTER].weight
                 safe_set_full_fp32_param(weight, values.float().to(weight.device))
 
