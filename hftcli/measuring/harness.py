@@ -5,7 +5,9 @@ Where there is no network, a task's rows come from a local file: in its YAML, `d
 """
 
 import math
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,16 +46,17 @@ def find_harness_tasks(names: Sequence[str]) -> dict[str, HarnessTask]:
     if not names:
         return {}
     try:
-        from lm_eval.tasks import TaskManager
+        with redirect_stdout(sys.stderr):  # where results go, there is no place for what it says
+            from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
             f"{names[0]} is lm-evaluation-harness's, which is not installed ({error})", "pip install 'hftcli[eval]'"
         ) from None
-    manager = TaskManager()
     found = {}
     for name in names:
         try:
-            found[name] = HarnessTask(name, list(manager.load([name.removeprefix(PREFIX)])["tasks"].values()))
+            with redirect_stdout(sys.stderr):
+                found[name] = HarnessTask(name, list(TaskManager().load([name.removeprefix(PREFIX)])["tasks"].values()))
         except KeyError as error:
             raise InputError(f"{name}: {error.args[0]}", "`lm_eval ls tasks` lists them") from None
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -77,11 +80,12 @@ def score_harness(
         The score by the task's first metric, with all of them in `others`, over the questions of all parts; and what became
         of each question.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    with redirect_stdout(sys.stderr):
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
-    results = simple_evaluate(model=wrapped, tasks=task.parts, limit=max_examples, bootstrap_iters=0)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+        results = simple_evaluate(model=wrapped, tasks=task.parts, limit=max_examples, bootstrap_iters=0)
     predictions: list[Prediction] = []
     values: list[tuple[int, dict[str, float]]] = []
     for part, samples in results["samples"].items():

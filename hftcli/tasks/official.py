@@ -11,7 +11,9 @@ own, from the extra `eval`.
 
 import random
 import re
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -160,8 +162,9 @@ def _check(example: Example, prediction: str, kind: str) -> list[bool]:
 @cache
 def _load_rules() -> ModuleType:
     try:
-        from langdetect import DetectorFactory
-        from lm_eval.tasks.ifeval import utils
+        with redirect_stdout(sys.stderr):  # it says what it downloads, also where it could not
+            from langdetect import DetectorFactory
+            from lm_eval.tasks.ifeval import utils
     except ImportError as error:
         raise InputError(
             f"IFEval's rules are lm-evaluation-harness's, which is not installed with them ({error})",

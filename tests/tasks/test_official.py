@@ -1,11 +1,12 @@
 """The official forms: prompts of lm-evaluation-harness, scorers by hand, and every gold answer right."""
 
 import json
+import sys
 
 import pytest
 
 from hftcli.errors import DataError, InputError
-from hftcli.tasks import load_task
+from hftcli.tasks import load_task, official
 from hftcli.tasks.examples import Example
 from hftcli.tasks.metrics import METRICS
 from hftcli.tasks.programs import run_program
@@ -97,3 +98,18 @@ def test_ifeval_s_rules_are_the_harness_s(tmp_path):
     metric = METRICS["instructions"]
     assert [metric.strict(text, task.examples[0]) for text in ("a b", "a, b", "")] == [1, 0, 0]
     assert metric.lenient("Well, yes:\na b", task.examples[0]) == 1
+
+
+def test_what_a_library_says_while_it_is_imported_is_no_result(tmp_path, monkeypatch, capsys):
+    """As lm-evaluation-harness's IFEval, which says "Downloaded punkt_tab" on stdout, where `hft eval --json` prints JSON."""
+    package = tmp_path / "lm_eval" / "tasks" / "ifeval"
+    package.mkdir(parents=True)
+    (package / "utils.py").write_text("print('Downloaded')")
+    (tmp_path / "langdetect.py").write_text("class DetectorFactory: seed = None")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("lm_eval", "langdetect")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    official._load_rules.__wrapped__()
+    assert capsys.readouterr() == ("", "Downloaded\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("lm_eval", "langdetect")]:
+        del sys.modules[name]
