@@ -13,8 +13,8 @@ from hftcli.comparing.frontiers import EqualLearning, Trail, compare_at_equal_le
 from hftcli.comparing.statistics import Seed, estimate_mean
 
 FOLDER = Path(__file__).parent
-STREAM, SKILL, WAYS, ADVICE, LIMITS, ROOM, PREFERENCES = (
-    FOLDER / f"{name}.json" for name in ("stream", "skill", "ways", "advice", "limits", "room", "preferences")
+STREAM, SKILL, WAYS, ADVICE, LIMITS, ROOM, PREFERENCES, INSTRUCTIONS = (
+    FOLDER / f"{name}.json" for name in ("stream", "skill", "ways", "advice", "limits", "room", "preferences", "instructions")
 )
 MEASURES = {
     "left after each task": ("learned", ".2f"), "lost by the end": ("forgot", "+.2f"), "left at the end": ("left", ".2f"),
@@ -25,6 +25,12 @@ REPLAYS = {"": "", "with 1 %": " + replay 1 %", "with 10 %": " + replay 10 %"}
 PREFERRED = {
     "reward accuracy": ("accuracy", ".1f"), "margin": ("margin", ".2f"), "KL to the start": ("kl", ".3f"),
     "known, lost": ("lost", "+.3f"),
+}  # fmt: skip
+INSTRUCTED = {
+    "held-out rows, gain": ("gained", "+.3f"), "ARC, lost": ("ARC", "+.3f"), "NQ-open, lost": ("NQ-open", "+.3f"),
+    "Wikipedia, lost": ("Wikipedia", "+.3f"), "KL to the start": ("kl", ".4f"),
+    "IFEval, points lost": ("IFEval points", "+.1f"),
+    "ARC, points lost": ("ARC points", "+.1f"), "HellaSwag, points lost": ("HellaSwag points", "+.1f"),
 }  # fmt: skip
 LESS = (("facts", "full"), ("facts", "half"), ("skill", "half"))
 SAME = "the same alone"
@@ -75,7 +81,7 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
     tables["room"] = make_table(columns, list_rooms(json.loads(ROOM.read_text(encoding="utf-8"))))
     for model, arms in json.loads(PREFERENCES.read_text(encoding="utf-8")).items():
         columns = ("trains", "rate", *PREFERRED, "loses more than full at an equal margin")
-        tables[f"preferences-{model}"] = make_table(columns, list_preferences(arms))
+        tables[f"preferences-{model}"] = make_table(columns, list_beside(arms, "full", PREFERRED))
     ways = json.loads(WAYS.read_text(encoding="utf-8"))
     for model, known in ways.items():
         columns = ("trains", "share", "gradients", "states", "FLOPs", "as counted", "frozen, as verified", "launches")
@@ -87,7 +93,7 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
 def pick_rates(model: str, name: str, arms: dict[str, Any]) -> dict[str, Any]:
     """The runs of an arm at its learning rates, without one of which some are missing; nothing where that is the highest."""
     rates = {f"{rate:g}": arms.get(name, {}).get(f"{rate:g}", ()) for rate in list_rates(model, name)}
-    whole = {rate: runs for rate, runs in rates.items() if len(runs) == len(SEEDS)}
+    whole = pick_whole(rates)
     return whole if [*rates][-1] in whole else {}
 
 
@@ -109,9 +115,12 @@ def list_arms(arms: dict[str, Any], bench: str) -> Iterator[Row]:
     beside = {name: drop_lever(name) if bench == "levers" else "half" for name in arms}
     others = [name for name, other in beside.items() if name != other]
     measured = [name for name in others if any(read_trails(arms[name]).values())]
-    found = [
-        compare_at_equal_learning(read_trails(arms[name]), read_trails(arms[beside[name]]), is_within=True) for name in measured
-    ]
+    found = []
+    for name in measured:
+        own, other = arms[name], arms[beside[name]]
+        if bench == "levers":  # one that has a single learning rate is not compared with a choice of two
+            other = {rate: other[rate] for rate in own}
+        found.append(compare_at_equal_learning(read_trails(own), read_trails(other), is_within=True))
     p_values = correct_by_holm([one.p_value if one else None for one in found])
     told = {
         name: "stopped" if find_stopped(arms[name]) else "measured at its end alone" for name in others if name not in measured
@@ -229,16 +238,21 @@ def list_rooms(room: dict[str, Any]) -> Iterator[Row]:
         yield *size, arm, *cells, told.get((world, arm), "")
 
 
-def list_preferences(arms: dict[str, Any]) -> Iterator[Row]:
-    """A row for each learning rate of each arm of DPO; against full along the curves within the runs, with Holm's p."""
-    others = [name for name in arms if name != "full"]
-    found = [compare_at_equal_learning(read_trails(arms[name]), read_trails(arms["full"]), is_within=True) for name in others]
+def list_beside(arms: dict[str, Any], other: str, measures: dict[str, tuple[str, str]]) -> Iterator[Row]:
+    """A row for each learning rate of each arm; against one of them along the curves within the runs, with Holm's p."""
+    beside = [name for name in arms if name != other]
+    found = [compare_at_equal_learning(read_trails(arms[name]), read_trails(arms[other]), is_within=True) for name in beside]
     p_values = correct_by_holm([one.p_value if one else None for one in found])
-    told = {name: describe_difference(*one) for name, *one in zip(others, found, p_values, strict=True)}
+    told = {name: describe_difference(*one) for name, *one in zip(beside, found, p_values, strict=True)}
     for name, rates in arms.items():
         for rate, runs in rates.items():
-            cells = [describe([run[key] for run in runs], form) for key, form in PREFERRED.values()]
+            cells = [describe([run[key] for run in runs], form) for key, form in measures.values()]
             yield name, rate, *cells, told.pop(name, "")
+
+
+def pick_whole(rates: dict[str, Any]) -> dict[str, Any]:
+    """The learning rates that no seed is missing of."""
+    return {rate: runs for rate, runs in rates.items() if len(runs) == len(SEEDS)}
 
 
 def pair_seeds(runs: list[dict[str, Any]], beside: list[dict[str, Any]], key: str) -> list[float]:
@@ -285,7 +299,7 @@ def describe(values: list[float], form: str) -> str:
     """Mean and the half of the 95 % interval (Student's t over the seeds)."""
     found = estimate_mean(values)
     assert found.high is not None
-    return f"{found.mean:{form}} ± {found.high - found.mean:{form.replace('+', '')}}"
+    return f"{found.mean:{form.replace('.', 'z.')}} ± {found.high - found.mean:{form.replace('+', '')}}"
 
 
 def describe_difference(found: EqualLearning | None, p_value: float | None) -> str:
@@ -293,7 +307,7 @@ def describe_difference(found: EqualLearning | None, p_value: float | None) -> s
     if found is None or found.interval is None or p_value is None:
         return "never learned equally much"
     low, high = found.interval
-    return f"{found.difference.mean:+.2f} ({low:+.2f} to {high:+.2f}; {describe_p_value(p_value)})"
+    return f"{found.difference.mean:+z.2f} ({low:+z.2f} to {high:+z.2f}; {describe_p_value(p_value)})"
 
 
 def describe_p_value(p_value: float | None) -> str:

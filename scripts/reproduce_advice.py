@@ -3,9 +3,9 @@
     python scripts/reproduce_advice.py --models FOLDER FOLDER --texts FILE FILE --trace FOLDER [--time 30m] [--jobs 2]
 
 For each model, and the file of texts that it knows (as in reproduce_stream.py): a search for rows of NumGLUE-cm and one for
-rows of FOMC, with half of the texts named to keep, and one for the first where nothing is named. Each recipe is trained on
+rows of FOMC, with 32 texts named to keep, and one for the first where nothing is named. Each recipe is trained on
 three seeds that its search has not seen. The promise is kept on a seed that learned at least, and lost at most, what was
-expected of a further one. Half an hour for a case, two at once.
+expected of a further one. A case takes the time that is given, and a few minutes.
 
 A search or a run that is finished under --output is not done again. Leaves advice.json beside this file, from which the table
 of scripts/README.md is made.
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reproduce_stream import halve, run_hft
+from reproduce_stream import halve, read_lines, run_hft
 
 from hftcli.comparing.points import read_point
 from hftcli.errors import OverBudget
@@ -69,7 +69,7 @@ def write_rows(folder: Path, model: Path, trace: Path, texts: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     folder.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in texts.read_text(encoding="utf-8").splitlines()[: 4 * NUM_TEXTS]]
+    known = [json.loads(line) for line in read_lines(texts)[: 4 * NUM_TEXTS]]
     short = [row for row in known if fits(tokenizer, "".join([(half := halve(row))["question"], *half["answers"]]))]
     written = {"known": [lay_out(row) for row in short[:NUM_TEXTS]]}
     for task in TASKS:

@@ -3,7 +3,7 @@
     python scripts/reproduce_preferences.py [--model FOLDER --pairs FILE --texts FILE] [--output FOLDER] [--jobs 2]
 
 By itself, the embedded model learns to answer politely, 60 steps of 32 pairs, and is asked its 800 facts in two wordings
-(twenty seconds of one core for a run). With a model, such as MiniMind2-Small: one pass over 96 real pairs of at most 800
+(fifteen seconds of one core for a run). With a model, such as MiniMind2-Small: one pass over 96 real pairs of at most 800
 characters with both answers, in batches of 8, and 96 others to measure on, drawn by the seed; what is known is how 16 texts of
 the kind that the model was made for go on, as in reproduce_stream.py (three minutes of one core for a run).
 
@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from reproduce_skill import FREEZES
-from reproduce_stream import DEFENDED, MAX_LENGTH, WAYS, Stream, run_hft
+from reproduce_stream import DEFENDED, MAX_LENGTH, WAYS, Stream, read_lines, run_hft
 
 RESULTS = Path(__file__).with_name("preferences.json")
 EMBEDDED = "tinyworld"
@@ -55,7 +55,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.model:
         Stream(arguments.model, folder, tasks=(), max_length=MAX_LENGTH).write_rows({}, arguments.texts)
-        lines = arguments.pairs.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(arguments.pairs)
         for seed in SEEDS:
             write_pairs(folder / f"pairs-{seed}", lines, seed)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}

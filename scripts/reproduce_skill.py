@@ -2,10 +2,10 @@
 
     python scripts/reproduce_skill.py [--bench kept | family | levers] [--output FOLDER] [--jobs 2]
 
-The embedded model takes the skill: 6,400 rows in batches of 32. All 800 facts that it knows are asked, in two wordings. In the
-bench `kept` 200 of them are named: `freeze.keep` has the quiet half stay off the directions in which they are read, and replay
-makes them a quarter of the rows, on top of the skill's. `family` has the ways to choose what trains, `levers` what `method`
-does to the loss, beside full, half and the quiet half.
+The embedded model takes the skill: 200 steps of 32 of its 1,600 rows. All 800 facts that it knows are asked, in two wordings.
+In the bench `kept` 200 of them are named: `freeze.keep` has the quiet half stay off the directions in which they are read, and
+replay makes them a quarter of the rows, on top of the skill's. `family` has the ways to choose what trains, `levers` what
+`method` does to the loss, beside full, half and the quiet half.
 
 One seed chooses each arm's learning rate, by the mean of the skill's score and the facts'; an arm that adds something to
 another takes its rate. Three other seeds are reported. An arm that skill.json beside this file has, in whichever bench, is not

@@ -4,7 +4,8 @@
 
 Of each task the first 64 rows are trained on and the last 32 asked, of those that fit into 160 tokens, so that nothing is cut;
 16 steps of 8 rows a task. FILE has a `text` or `messages` on each line, of the kind that the model knows: how 16 of them go on
-is asked as well. All is measured by likelihood, three times within each task, at two learning rates with three seeds each.
+is asked as well. All is measured by likelihood, three times within each task, at two learning rates with three seeds each; most
+levers at the higher alone.
 
 A run that stream.json beside this file has is not run again; delete it there, or the file, to measure it anew. One that is
 finished under --output is not run again either. The tables of scripts/README.md are made of stream.json.
@@ -194,7 +195,7 @@ class Stream:
             ):
                 (self.folder / "rows" / task / f"{split}.json").write_text(json.dumps(part))
         halves = []
-        for line in texts.read_text(encoding="utf-8").splitlines():
+        for line in read_lines(texts):
             if len(halves) == NUM_TEXTS:
                 break
             half = halve(json.loads(line))
@@ -234,6 +235,11 @@ class Stream:
         found = {"learned": nll["plasticity"], "forgot": nll["forgetting"], "left": nll["op"], "text": text["change"]}
         trail = [tuple(round(value, 4) for value in place) for place in read_point(output, (), "nll").trail]
         return {"seed": seed} | {name: round(value, 4) for name, value in found.items()} | {"trail": trail}
+
+
+def read_lines(path: Path) -> list[str]:
+    """Of a file of JSONL, in whose strings there may be other ends of lines."""
+    return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
 def halve(row: dict[str, Any]) -> dict[str, Any]:
