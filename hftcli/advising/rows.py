@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hftcli.recipe.sections import SourceSection
 from hftcli.recipe.starter import read_max_positions
 from hftcli.runs.files import write_text
 from hftcli.tasks.general import convert_closed_book
-from hftcli.tasks.keys import QUESTION_KEYS, refuse_keys
+from hftcli.tasks.keys import ANSWER_KEYS, QUESTION_KEYS, refuse_keys
 
 NUM_HELD_OUT = (8, 100)  # rows, at least and at most; a tenth of all between
 NUM_ASKED = 100  # rows to keep that are asked, at most
@@ -81,7 +81,7 @@ def divide_rows(order: Order) -> Rows:
     if len(rows) < LEAST_ROWS:
         raise InputError(f"{order.data}: too few rows, {len(rows)}", f"{LEAST_ROWS} are the least that can be divided")
     given = [] if order.keep is None else read_raw(order.keep, "--keep")
-    kept = drop_doubled([as_asked(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)])
+    kept = drop_doubled([as_asked(row, f"{order.keep}: row {number}") for number, row in enumerate(given, start=1)], drop_marks)
     if len({tuple(row) for row in kept}) > 1:
         raise DataError(f"{order.keep}: rows of several forms, which are asked in several ways", FORM)
     rows = drop_doubled(rows)
@@ -114,16 +114,20 @@ def divide_rows(order: Order) -> Rows:
     if kept:
         in_turns = has_template(order)
         write_rows(paths["named"], [as_lesson(row, in_turns) for row in named])
-        write_rows(paths["known"], known)
+        write_rows(paths["known"], [drop_marks(row) for row in known])
     else:
         write_own_texts(order.model, paths["known"])
     named_path = paths["named"] if kept else None
     return Rows(len(rows), len(trained), num_held_out, paths["trained"], named_path, len(named), tuple(settings))
 
 
-def drop_doubled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row once: what is asked must not be trained on as well."""
-    return list({json.dumps(row, sort_keys=True, default=str): row for row in rows}.values())
+def drop_doubled(rows: list[dict[str, Any]], show: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> list[dict[str, Any]]:
+    """Each row once: what is asked must not be trained on as well.
+
+    Args:
+        show: what tells a row from others.
+    """
+    return list({json.dumps(show(row), sort_keys=True, default=str): row for row in rows}.values())
 
 
 def read_raw(path: str, option: str) -> list[dict[str, Any]]:
@@ -152,11 +156,13 @@ def read_raw(path: str, option: str) -> list[dict[str, Any]]:
 def as_asked(row: dict[str, Any], place: str) -> dict[str, Any]:
     """A row of what must not be lost as it is asked: a question with its right answers, a conversation, or how a text goes on.
 
+    An answer of a conversation that is not to be trained, by a mark or as a part of the prompt, comes with `train: false`.
+
     Raises:
-        DataError: it is none of these, or says more than would be asked.
+        DataError: it is none of these, says more than would be asked, or its last answer is marked as not to be trained.
     """
     if isinstance(row.get("question"), str) and isinstance(row.get("answers"), list) and row["answers"]:
-        refuse_keys(row, QUESTION_KEYS, place)
+        refuse_keys(row, (*QUESTION_KEYS, *ANSWER_KEYS), place)
         return {"question": row["question"], "answers": row["answers"]}
     try:
         found = convert_row(row, detect_format(list(row), "sft"), Lost())
@@ -174,7 +180,24 @@ def as_asked(row: dict[str, Any], place: str) -> dict[str, Any]:
         )
     if not turns or turns[-1]["role"] != "assistant":
         raise DataError(f"{place}: what must not be lost is an answer, and this row ends with none", FORM)
-    return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}
+    untrained = {*range(len(found.get("prompt", ()))), *found.get("untrained", ())}
+    if len(turns) - 1 in untrained:
+        raise DataError(
+            f"{place}: the last answer is what would be asked, and it is marked as not to be trained",
+            "take the mark off, or leave the row out",
+        )
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    for index in untrained:
+        if messages[index]["role"] == "assistant":
+            messages[index]["train"] = False
+    return {"messages": messages}
+
+
+def drop_marks(row: dict[str, Any]) -> dict[str, Any]:
+    """What is asked without what says how it is trained."""
+    if "messages" not in row:
+        return row
+    return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]}
 
 
 def as_lesson(row: dict[str, Any], has_template: bool) -> dict[str, Any]:

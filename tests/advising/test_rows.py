@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hftcli import PACKAGE
 from hftcli.advising.rows import Order, as_asked, as_lesson, divide_rows
 from hftcli.comparing.advice import list_candidates
+from hftcli.data.formats import convert_row
+from hftcli.data.turns import Lost
 from hftcli.errors import DataError, InputError
 from hftcli.measuring.drift import draw_texts
 from hftcli.recipe.loading import load_recipe
+from hftcli.tasks.general import convert_conversation
 
 EMBEDDED = PACKAGE / "tinyworld" / "model"
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]
@@ -113,6 +116,8 @@ def test_a_folder_holds_one_search(order):
     [
         ({**ASKED, "context": "A house."}, "the key 'context' carries meaning"),
         ({**ASKED, "tools": [{"name": "look"}]}, "the key 'tools' carries meaning"),
+        ({**ASKED, "train": False}, "the key 'train' carries meaning"),
+        ({**ASKED, "weight": 0}, "the key 'weight' carries meaning"),
         ({"messages": TURNS, "tools": [{"name": "look"}]}, "a list of tools carries meaning"),
         ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}, "reasoning_content carries meaning"),
     ],
@@ -131,6 +136,46 @@ def test_what_is_kept_is_asked_as_it_stands_and_trained_as_it_is_asked():
     assert as_lesson(ASKED, False) == {"prompt": "Question: Where?\nAnswer:", "completion": " Here"}
     turns = [{"role": "user", "content": "Question: Where?\nAnswer:"}, {"role": "assistant", "content": "Here"}]
     assert as_lesson(ASKED, True) == {"messages": turns}
+
+
+@pytest.mark.parametrize(
+    "mark", [{"train": False}, {"weight": 0}, {"loss_mask": 0}, None], ids=["train", "weight", "mask", "prompt"]
+)
+def test_an_answer_that_is_not_to_be_trained_is_asked_about_and_not_trained(order, tmp_path, mark):
+    """Neither one that is marked, nor one that stands in a prompt; the question that a mark stands at trains nothing anyway."""
+    first, second = [TURNS[0], {"role": "assistant", "content": "Nowhere"}], [{"role": "user", "content": "So?"}, TURNS[1]]
+    rows = []
+    for number in range(4):
+        opening = {"role": "system", "content": f"{number}"}
+        if mark is None:
+            rows.append({"prompt": [opening, *first, second[0]], "completion": second[1:]})
+        else:
+            rows.append({"messages": [opening, *({**turn, **mark} for turn in first), *second]})
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    divided = divide_rows(order)
+    named, known = read(divided.named), read(order.folder / "rows" / "known.jsonl")
+    assert (len(named), len(known)) == (2, 2)
+    for row in named:
+        assert row["messages"][1:] == [first[0], {**first[1], "train": False}, *second]
+        assert convert_row(row, "messages", Lost())["untrained"] == [2]
+    for row in known:
+        assert row["messages"][1:] == [*first, *second]
+        assert convert_conversation(row, "f").answer == "Here"
+
+
+def test_what_differs_in_its_marks_alone_is_not_trained_on_and_asked(order, tmp_path):
+    talks = [[*TURNS, {"role": "user", "content": f"Q{n}"}, {"role": "assistant", "content": f"A{n}"}] for n in range(4)]
+    marked = [[talk[0], {**talk[1], "train": False}, *talk[2:]] for talk in talks]
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks + marked))
+    rows = read(divide_rows(order).named) + read(order.folder / "rows" / "known.jsonl")
+    assert sorted(row["messages"][2]["content"] for row in rows) == ["Q0", "Q1", "Q2", "Q3"]
+
+
+def test_a_last_answer_that_is_not_to_be_trained_is_refused():
+    row = {"messages": [*TURNS, TURNS[0], {**TURNS[1], "weight": 0}]}
+    with pytest.raises(DataError, match="f: row 3: the last answer is what would be asked, and it is marked") as caught:
+        as_asked(row, "f: row 3")
+    assert caught.value.fix == "take the mark off, or leave the row out"
 
 
 def test_a_model_without_a_template_is_asked_in_plain_text(order, tmp_path):
