@@ -18,6 +18,7 @@ app = typer.Typer()
 
 START = "start"
 HELP = "/new begins again, /quit ends; Ctrl-C stops an answer, Ctrl-D ends"
+CUT = "(the answer was cut before it ended: see --max-new-tokens, or /new where the model has no more places)"
 
 ModelArgument = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a folder with a config.json, or a hub id.")]
 LengthOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where an answer that has not ended is cut.")]
@@ -118,8 +119,10 @@ def _answer(label: str, speaker: "Speaker", told: "list[Message]", said: str, ma
         print(f"(the oldest {num_left_out} messages had no room and were left out)", file=sys.stderr)
         first = len(told) > 0 and told[0]["role"] == "system"
         del told[first : first + num_left_out]
-    if answer:
-        told.append({"role": "assistant", "content": answer})
+    if answer.is_cut:
+        print(f"[{label}] {CUT}" if label else CUT, file=sys.stderr)
+    if answer.text:
+        told.append({"role": "assistant", "content": answer.text})
     else:
         told.pop()
 

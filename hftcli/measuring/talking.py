@@ -181,11 +181,11 @@ class Speaker:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
-    def answer(self, messages: list[Message], manner: Manner, on_text: OnText) -> tuple[str, int]:
+    def answer(self, messages: list[Message], manner: Manner, on_text: OnText) -> tuple[Answer, int]:
         """Answer the last message, handing on each piece of text as it comes.
 
         Returns:
-            The answer, up to where a KeyboardInterrupt came; and the number of the oldest messages that had no room.
+            The answer, which a KeyboardInterrupt ends and does not cut; and the number of the oldest messages that had no room.
 
         Raises:
             DataError: not even the last message has room.
@@ -197,12 +197,13 @@ class Speaker:
                 raise DataError(f"the message has {len(prompt):,} tokens, the model {self.num_places:,} places", "shorten it")
             del kept[first : first + 2]
             num_left_out += 2
-        stream = TextStream(self.tokenizer, on_text, self.end_ids)
+        stream, limit, is_cut = TextStream(self.tokenizer, on_text, self.end_ids), min(room, manner.max_new_tokens), False
         try:
-            self._generate({0: prompt}, manner, min(room, manner.max_new_tokens), stream)
+            (ids,) = self._generate({0: prompt}, manner, limit, stream)
+            is_cut = len(ids) == limit
         except KeyboardInterrupt:
             stream.end()
-        return stream.shown, num_left_out
+        return Answer(stream.shown, is_cut), num_left_out
 
     def complete(self, prompts: Sequence[list[int]], manner: Manner, on_batch: Progress = ignore_progress) -> list[Answer]:
         """Answer prompts, those of like length together.

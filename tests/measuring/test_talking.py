@@ -9,6 +9,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
+from hftcli.commands.talk import talk
 from hftcli.data.templates import Template
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.talking import (
@@ -51,16 +52,41 @@ def test_answers_are_those_of_transformers_one_by_one_and_together(speaker):
     for question, right in zip(QUESTIONS, expected, strict=True):
         pieces: list[str] = []
         answer, num_left_out = speaker.answer([{"role": "user", "content": question}], SHORT, pieces.append)
-        assert (answer, num_left_out) == (right, 0)
+        assert (answer.text, num_left_out) == (right, 0)
         assert "".join(pieces) == right
         num_pieces.append(len(pieces))
     assert max(num_pieces) > 1, "as it is written"
 
 
+def test_an_answer_of_a_conversation_that_was_cut_is_said_to_be(speaker, monkeypatch, capsys):
+    """Of each of two models; one that ends with its last token is whole, and one that Ctrl-C stopped was not cut."""
+    told = [{"role": "user", "content": QUESTIONS[0]}]
+    length = generate_greedily(told).index(AutoTokenizer.from_pretrained(EMBEDDED).eos_token_id)
+    assert 0 < length < 11
+    assert [speaker.answer(told, Manner(limit), str)[0].is_cut for limit in (length, length + 1)] == [True, False]
+
+    pieces: list[str] = []
+
+    def interrupt(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 1:
+            raise KeyboardInterrupt
+
+    assert not speaker.answer(told, Manner(length), interrupt)[0].is_cut
+    assert pieces
+    for limit, names in ((length, ["[before] ", "[model] "]), (length + 1, [])):
+        lines = iter([QUESTIONS[0], "/quit"])
+        monkeypatch.setattr("builtins.input", lambda _, lines=lines: next(lines))
+        talk({"before": speaker, "model": speaker}, Manner(limit), None)
+        said = capsys.readouterr().err.splitlines()
+        cut = "(the answer was cut before it ended: see --max-new-tokens, or /new where the model has no more places)"
+        assert said == [f"{name}{cut}" for name in names]
+
+
 def test_a_conversation_is_what_the_template_makes_of_it(speaker):
     told = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Bel."}]
     told.append({"role": "user", "content": QUESTIONS[1]})
-    assert speaker.answer(told, SHORT, str)[0] == ask_transformers(told)
+    assert speaker.answer(told, SHORT, str)[0].text == ask_transformers(told)
     assert encode_prompts(speaker, [{"messages": told}], None, None) == [speaker.render(told)]
 
 
@@ -72,7 +98,7 @@ def test_the_oldest_turns_go_where_there_is_no_room(speaker):
     assert num_left_out > 0
     assert num_left_out % 2 == 0
     assert len(told) == first, "the caller's own list"
-    assert answer == ask_transformers(told[num_left_out:])
+    assert answer.text == ask_transformers(told[num_left_out:])
     with pytest.raises(DataError, match="the model"):
         speaker.answer([{"role": "user", "content": "Hello " * speaker.num_places}], SHORT, str)
 
@@ -167,7 +193,7 @@ def test_an_end_that_is_no_special_token_is_not_shown(speaker, monkeypatch):
     monkeypatch.setattr(speaker, "end_ids", [*speaker.end_ids, first])
     pieces: list[str] = []
     assert answer.text
-    assert speaker.answer(told, SHORT, pieces.append)[0] == "".join(pieces) == ""
+    assert speaker.answer(told, SHORT, pieces.append)[0].text == "".join(pieces) == ""
 
 
 def test_half_a_character_is_not_shown():
@@ -293,7 +319,7 @@ def test_a_start_without_a_template_is_asked_with_that_of_what_was_made_of_it(tm
         Speaker(start, "float32", needs_template=True)
     asked = [{"role": "user", "content": QUESTIONS[0]}]
     answer, _ = Speaker(start, "float32", needs_template=True, tuned=str(EMBEDDED)).answer(asked, SHORT, lambda text: None)
-    assert answer == ask_transformers(asked)
+    assert answer.text == ask_transformers(asked)
 
 
 def test_what_would_be_lost_or_not_act_is_refused(hft, tmp_path):
