@@ -3,8 +3,9 @@
 import json
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -163,9 +164,7 @@ def generate(
     if system is not None and chat is False:
         raise InputError("--system gives a turn, and --no-chat asks without turns", "drop one of the two")
     rows = read_prompt_lines(sys.stdin, "standard input") if prompts == "-" else read_prompts_from(Path(prompts))
-    for key in ("answer", "is_cut"):
-        if (found := next((place for place, row in enumerate(rows, start=1) if key in row), None)) is not None:
-            raise DataError(f"--prompts {prompts}, prompt {found} has an `{key}`, which would be lost", "give it another name")
+    check_rows(rows, f"--prompts {prompts}", chat)
     speaker = Speaker(subject.path, dtype)
     encoded = encode_prompts(speaker, rows, chat, system)
     if chat is None and system is None and speaker.has_template and any(isinstance(row.get("prompt"), str) for row in rows):
@@ -185,6 +184,27 @@ def generate(
         write_text(output, text)
     if num_cut := sum(answer.is_cut for answer in answers):
         print(f"({num_cut} of {len(answers)} answers were cut before they ended: see --max-new-tokens)", file=sys.stderr)
+
+
+def check_rows(rows: Sequence[Mapping[str, Any]], place: str, chat: bool | None) -> None:
+    """See that prompts lose nothing where their answers are written, and that they are asked as it is said.
+
+    Args:
+        chat: whether they are to be asked through the chat template; None leaves it to the prompts.
+
+    Raises:
+        DataError: naming the first with a key that an answer has, too.
+        InputError: naming the first of messages, which are asked through the template anyway.
+    """
+    for number, row in enumerate(rows, start=1):
+        for key in ("answer", "is_cut"):
+            if key in row:
+                raise DataError(f"{place}, prompt {number} has an `{key}`, which would be lost", "give it another name")
+        if chat is False and not isinstance(row.get("messages", row.get("prompt")), str):
+            raise InputError(
+                f"--no-chat would have no effect on {place}, prompt {number}: messages are asked through the chat template",
+                "drop it, or give texts alone",
+            )
 
 
 def check_drawing(temperature: float, top_p: float, seed: int = 0) -> None:

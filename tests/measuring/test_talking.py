@@ -9,9 +9,9 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
-from hftcli.commands.talk import talk
+from hftcli.commands.talk import check_rows, talk
 from hftcli.data.templates import Template
-from hftcli.errors import DataError, ModelError
+from hftcli.errors import DataError, InputError, ModelError
 from hftcli.measuring.talking import (
     Draw,
     Manner,
@@ -328,12 +328,28 @@ def test_what_would_be_lost_or_not_act_is_refused(hft, tmp_path):
     assert "prompt 2 has an `answer`, which would be lost" in said
     said = hft("generate", "tinyworld", "--prompts", "-", "--system", "Be brief.", "--no-chat", code=2).stderr
     assert "--no-chat asks without turns" in said
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
+    said = hft("generate", "tinyworld", "--prompts", tmp_path / "rows.jsonl", "--no-chat", code=2).stderr
+    assert "--no-chat would have no effect on" in said
+    assert "prompt 2: messages are asked through the chat template" in " ".join(said.split())
     for command, *options in (
         ("generate", "--prompts", "-", "--seed", 3),
         ("generate", "--prompts", "-", "--top-p", 0.9),
         ("chat", "--top-p", 0.9),
     ):
         assert "at temperature 0 none are" in hft(command, "tinyworld", *options, code=2).stderr
+
+
+def test_without_the_template_texts_alone_are_asked():
+    """Messages under either name are asked through it, whatever --no-chat says; texts are not, under either name."""
+    turns = [{"role": "user", "content": "a"}]
+    check_rows([{"prompt": "a"}, {"messages": "b"}], "f", False)
+    for row in ({"prompt": turns}, {"messages": turns}):
+        for chat in (None, True):
+            check_rows([row], "f", chat)
+        with pytest.raises(InputError, match="^--no-chat would have no effect on f, prompt 2: ") as caught:
+            check_rows([{"prompt": "a"}, row], "f", False)
+        assert caught.value.fix == "drop it, or give texts alone"
 
 
 def test_a_model_without_turns_does_not_chat(shared):
