@@ -25,7 +25,7 @@ class Change:
     Attributes:
         task: its name; of a file, the file's alone.
         is_learned: whether the run trained on it, or on rows like it.
-        before, after: scores in points, or nats per token where only the likelihood was measured.
+        before, after: scores in points; in nats per token, and named so, where only the likelihood was measured.
         change: with its unit.
         interval: of 95 %, over the questions; empty where there is none.
     """
@@ -78,10 +78,8 @@ def _describe_change(task: str, is_learned: bool, before: Score, after: Score, i
     if before.score is None or after.score is None:
         gain = (before.nll or 0.0) - (after.nll or 0.0)
         likelier = "likelier" if gain >= 0 else "less likely"
-        return Change(
-            name, is_learned, NATS.show(before.nll), NATS.show(after.nll),
-            f"{NATS.show(abs(gain))} nats per token {likelier}", "",
-        )  # fmt: skip
+        first, last = (f"{NATS.show(nll)} nats" if nll is not None else "" for nll in (before.nll, after.nll))
+        return Change(name, is_learned, first, last, f"{NATS.show(abs(gain))} nats per token {likelier}", "")
     interval = items.change.interval if items else None
     shown = " to ".join(POINTS.show(value, signed=True) for value in interval) if interval else ""
     change = f"{POINTS.show(after.score - before.score, signed=True)} points"

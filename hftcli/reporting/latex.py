@@ -45,7 +45,8 @@ def make_change_table(run: Run) -> str:
         for change in list_changes(run)
     ]
     name = escape(run.folder.resolve().name)
-    caption = f"{name}: scores in points before and after training; 95\\,\\% intervals over the questions."
+    caption = f"{name}: scores in points, or in nats per token where a cell says so, before and after training; "
+    caption += "95\\,\\% intervals over the questions."
     return _lay_out("lrrrr", ("task", "before", "after", "change", "95\\,\\% interval"), rows, caption)
 
 

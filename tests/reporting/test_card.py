@@ -2,15 +2,17 @@
 
 import pytest
 from huggingface_hub import ModelCard
-from written_runs import FACTS, SKILL, complete_round, write_made, write_run
+from written_runs import FACTS, SKILL, complete_round, make_score, write_made, write_run
 
 from hftcli.reporting.card import CARD_NAME, find_base, make_card, write_card, write_made_card
+from hftcli.reporting.latex import make_tables
 from hftcli.reporting.page import make_page
 from hftcli.runs.files import read_model, write_model
 from hftcli.runs.history import HISTORY_NAME, History, describe_round
 from hftcli.runs.made import CheckpointIdentity, MergeManifest
 from hftcli.runs.records import Source
 from hftcli.runs.run import Run
+from hftcli.runs.scores import HELD_OUT
 from hftcli.runs.spec import HubStart
 
 USED = {"many.jsonl": 1000, "few.jsonl": 7}
@@ -37,6 +39,19 @@ def test_the_card_says_what_was_learned_and_forgotten(run, tmp_path):
     assert "sha256 `0f`" in card.content
     assert "arXiv" in card.content
     assert str(tmp_path) not in card.content
+
+
+def test_what_stands_in_nats_is_called_so(tmp_path):
+    """Beside points, in a table that says which unit its cells are of."""
+    rows = tuple({FACTS: points, HELD_OUT: make_score(None, nll)} for points, nll in ((1.0, 2.5), (0.7, 1.25)))
+    run = Run(write_run(tmp_path / "run", rows=rows))
+    complete_round(run, 0)
+    card, table = make_card(run, run.rounds[0]), make_tables([run.folder])
+    assert f"| {HELD_OUT} | yes | 2.500 nats | 1.250 nats | 1.250 nats per token likelier |" in card
+    assert "Scores are in points of 100, or in nats per token where a cell says so, of" in " ".join(card.split())
+    assert "& 2.500 nats & 1.250 nats & 1.250 nats per token likelier &" in table
+    assert "scores in points, or in nats per token where a cell says so, before and after training;" in table
+    assert f"| {FACTS} | no | 100.0 | 70.0 | -30.0 points |" in card
 
 
 def test_each_source_of_a_mixture_has_its_own_rows(run):
