@@ -17,11 +17,11 @@ from hftcli import PACKAGE, __version__
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import QUICK_START
-from hftcli.reporting.headline import OBJECTIVES, list_changes, make_headline
+from hftcli.reporting.headline import OBJECTIVES, describe_start, list_changes, make_headline
 from hftcli.reporting.places import hide_folders
 from hftcli.reporting.share import describe_share
 from hftcli.runs.files import write_text
-from hftcli.runs.history import PastRound, read_history
+from hftcli.runs.history import PastRound, find_earlier
 from hftcli.runs.made import DELTA_NAME, MergeManifest
 from hftcli.runs.records import DataReport, RoundResult, Source
 from hftcli.runs.run import Round, Run
@@ -83,13 +83,13 @@ def make_card(run: Run, round_: Round, place: str | None = None, is_laid_out: bo
             name=name if len(run.rounds) == 1 else f"{name}, {round_.name}",
             base_name=base.name,
             objectives=" and then ".join(dict.fromkeys([*(OBJECTIVES[one.objective] for one in base.rounds), own])),
-            has_earlier=bool(base.rounds),
             share=f"{plan.trainable_fraction:.1%}" if plan.frozen and result.adapter is None else "",
             adapter=describe_share(plan, result) if result.adapter is not None else "",
             rounds=_describe_rounds(run.rounds.index(round_) + 1, plan),
             kept=_describe_kept(result),
             version=__version__,
             headline=make_headline(run),
+            start=describe_start(run),
             changes=changes,
             is_delta=(round_.checkpoint / DELTA_NAME).exists() and not is_laid_out,
             place=place or f"{name}/rounds/{round_.name}/checkpoint",
@@ -244,8 +244,7 @@ def takes_turns(checkpoint: Path) -> bool:
 
 def find_base(run: Run) -> Base:
     """What the run's first round began from; where rounds of hft made that, what the first of these began from."""
-    path = run.rounds[0].find_start()
-    rounds = read_history(Path(path)).rounds if Path(path).is_dir() else ()
+    path, rounds = run.rounds[0].find_start(), find_earlier(run)
     if not rounds:
         return _read_base(path)
     known, first = _read_metadata(Path(path)), _read_base(rounds[0].parent)

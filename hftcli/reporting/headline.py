@@ -8,6 +8,7 @@ from statistics import fmean
 from hftcli.comparing.intervals import find_share_interval
 from hftcli.comparing.items import ItemChange, read_item_changes
 from hftcli.comparing.statistics import NATS, POINTS
+from hftcli.runs.history import find_earlier
 from hftcli.runs.records import RoundResult
 from hftcli.runs.run import Round, Run
 from hftcli.runs.scores import HELD_OUT, PairScore, Score
@@ -49,6 +50,13 @@ class Headline:
 
     learned: str
     forgot: str
+
+
+def describe_start(run: Run) -> str:
+    """What a run's changes are measured against, where that is a model that hft had trained before; empty where it is not."""
+    count = len(find_earlier(run))
+    rounds = "an earlier round" if count == 1 else f"{count} earlier rounds"
+    return f"the model that this run started from, which {rounds} had trained" if count else ""
 
 
 def list_changes(run: Run) -> list[Change]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hftcli.comparing.forgetting import ForgettingMatrix, compute_metrics, read_matrix
 from hftcli.comparing.statistics import POINTS
-from hftcli.reporting.headline import list_changes
+from hftcli.reporting.headline import describe_start, list_changes
 from hftcli.runs.run import Run, find_rounds
 
 ESCAPES = {
@@ -46,6 +46,8 @@ def make_change_table(run: Run) -> str:
     ]
     name = escape(run.folder.resolve().name)
     caption = f"{name}: scores in points, or in nats per token where a cell says so, before and after training; "
+    if start := describe_start(run):
+        caption += f"before: {start}; "
     caption += "95\\,\\% intervals over the questions."
     return _lay_out("lrrrr", ("task", "before", "after", "change", "95\\,\\% interval"), rows, caption)
 

@@ -27,7 +27,7 @@ from hftcli.reporting.answers import describe_traits, list_shown
 from hftcli.reporting.card import takes_turns
 from hftcli.reporting.curves import CURVES, draw_curves
 from hftcli.reporting.energy import list_energies
-from hftcli.reporting.headline import OBJECTIVES, make_headline
+from hftcli.reporting.headline import OBJECTIVES, describe_start, make_headline
 from hftcli.reporting.measures import describe_adjusted, describe_cuts, describe_transitions, describe_ways
 from hftcli.reporting.places import hide_folders, list_texts, show_place
 from hftcli.reporting.rounding import list_roundings
@@ -92,6 +92,7 @@ def make_page(run: Run) -> str:
         trails=[trail for round_, result in rounds for trail in draw_trails(round_, result)],
         curves=[plot for key in CURVES if (plot := draw_curves([round_ for round_, _ in rounds], key)) is not None],
         headline=make_headline(run),
+        start=describe_start(run),
         steps=list(_list_next_steps(run, rounds)),
         pictures=[_draw_plan(round_, plan) for (round_, _), plan in zip(rounds, plans, strict=True)],
         energies=list_energies((round_.name, result) for round_, result in rounds),

@@ -12,7 +12,7 @@ from pydantic import Field
 from hftcli.recipe.recipe import Objective
 from hftcli.recipe.section import FileSection, Section, Version
 from hftcli.runs.files import read_model
-from hftcli.runs.run import Round
+from hftcli.runs.run import Round, Run
 from hftcli.runs.seals import FileSeal
 from hftcli.runs.spec import RoundSpec
 
@@ -67,6 +67,12 @@ def read_history(folder: Path) -> History:
     if folder != round_.checkpoint or not round_.spec_path.exists():
         return History()
     return History(rounds=(describe_round(round_.read_spec(), round_.read_plan().fingerprint),))
+
+
+def find_earlier(run: Run) -> tuple[PastRound, ...]:
+    """The rounds of hft behind what a run began from; none where that is of the hub, or is gone."""
+    path = Path(run.rounds[0].find_start())
+    return read_history(path).rounds if path.is_dir() else ()
 
 
 def describe_round(spec: RoundSpec, fingerprint: str, moments: str | None = None) -> PastRound:

@@ -119,6 +119,22 @@ def test_a_run_that_starts_from_a_run_tells_of_its_rounds(run, tmp_path):
     assert "| round 1 before this run | supervised fine-tuning, plan `abcd` |" in words
     assert "license: mit" in words
     assert "datasets: - owner/rows" in words
+    start = "the model that this run started from, which an earlier round had trained"
+    assert f"## What it learned and what it forgot in its last run Against {start}: - **Learned**" in words
+    assert f"of the weights in this folder, against {start}; intervals" in words
+    assert "before training" not in words
+    assert f"1 of 1 round finished; before: {start}</p>" in make_page(second)
+    assert f"before: {start};" in make_tables([second.folder])
+    write_model(first.checkpoint / HISTORY_NAME, History(rounds=(past, past.model_copy(update={"index": 1}))))
+    assert "which 2 earlier rounds had trained" in make_card(second, second.rounds[0])
+
+
+def test_a_run_that_starts_from_no_run_is_set_against_the_model_before_training(run):
+    words = " ".join(make_card(run, run.rounds[0]).split())
+    assert "## What it learned and what it forgot - **Learned**" in words
+    assert "against the model before training; intervals" in words
+    assert "1 of 1 round finished</p>" in make_page(run)
+    assert "before:" not in make_tables([run.folder])
 
 
 @pytest.mark.parametrize(
