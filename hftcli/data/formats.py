@@ -38,8 +38,8 @@ DIALOGUE = (*SYSTEM_COLUMNS, "history", *TOOL_COLUMNS)
 # Columns that carry meaning in other tools, and that would be lost here.
 UNSUPPORTED_COLUMNS = (
     *DIALOGUE, "image", "images", "video", "videos", "audio", "audios", "documents", "chat_template_kwargs", "function_call",
-    "tool_calls", "weight", "weights", "sample_weight", "loss_mask", "mask", "train", "rejected_response", "rejected_messages",
-    "rejected_images", "kto_tag",
+    "function_calls", "tool_call", "tool_calls", "weight", "weights", "sample_weight", "loss_mask", "mask", "train",
+    "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
 )  # fmt: skip
 # And beside a question, what it is about.
 UNSUPPORTED_CONTEXT = ("context", "passage", "choices", "options", "reasoning", "reasoning_content", "thinking")

@@ -41,8 +41,10 @@ TOOL_KEYS = ("name", "tool_call_id")
 # Parts of a turn that would be lost.
 UNSUPPORTED_KEYS = (
     "image", "images", "video", "videos", "audio", "audios", "documents", "citations", "refusal", "channel", "recipient",
-    "train_detail", "training_detail", "tool_responses", "name", *CALLS, *REASONING, *OTHER_MARKS,
+    "train_detail", "training_detail", "tool_responses", "name", "tools", "functions", "function_calls", "tool_call",
+    "tool_choice", "thought", "thoughts", *CALLS, *REASONING, *OTHER_MARKS,
 )  # fmt: skip
+EMPTY_JSON = ("[]", "{}")  # what says nothing where lists and objects are written as text
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Lost:
         Raises:
             DataError: it carries meaning, and says something.
         """
-        if place is not None and not is_empty(value):
+        says_nothing = is_empty(value) or (isinstance(value, str) and value.strip() in EMPTY_JSON)
+        if place is not None and not says_nothing:
             raise DataError(
                 f"{place} carries meaning that hft does not train on",
                 f"write it into the text, or set data.ignore_columns: [{key}] to leave it out",

@@ -15,8 +15,9 @@ QUESTION_KEYS = (
 )  # fmt: skip
 # What is said besides of the answer, or of how it is trained.
 ANSWER_KEYS = (
-    "reasoning", "reasoning_content", "thinking", "function_call", "tool_calls", "weight", "weights", "sample_weight",
-    "loss_mask", "mask", "train", "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
+    "reasoning", "reasoning_content", "thinking", "function_call", "function_calls", "tool_call", "tool_calls", "weight",
+    "weights", "sample_weight", "loss_mask", "mask", "train", "rejected_response", "rejected_messages", "rejected_images",
+    "kto_tag",
 )  # fmt: skip
 
 

@@ -75,8 +75,8 @@ def test_plain_text_has_no_place_for_a_dialogue(name: str, column: str, minimind
 
 
 UNSUPPORTED = (
-    "image images video videos audio audios documents chat_template_kwargs function_call tool_calls weight loss_mask mask "
-    "train rejected_response rejected_messages weights sample_weight kto_tag"
+    "image images video videos audio audios documents chat_template_kwargs function_call function_calls tool_call tool_calls "
+    "weight loss_mask mask train rejected_response rejected_messages weights sample_weight kto_tag"
 ).split()
 ROWS = [*CONVERSATIONS.items(), *((f"plain {name}", row) for name, row in PLAIN.items())]
 

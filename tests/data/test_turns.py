@@ -90,6 +90,26 @@ def test_what_a_part_of_a_content_says_besides(minimind: PreTrainedTokenizerBase
     assert report.unused_columns == ("messages[].content[].annotations", "messages[].content[].cache_control")
 
 
+def test_tools_and_calls_that_a_turn_has_for_itself(minimind: PreTrainedTokenizerBase, tmp_path: Path):
+    """Some templates print the tools of the system's turn, and calls by another name; the others would drop them."""
+    written = json.dumps([TOOL])
+    turns = [say("system", "Use tools."), ASK, REPLY]
+    plain = prepare({"messages": turns}, minimind, tmp_path)[:2]
+    cases = [
+        (0, "tools", written), (0, "tools", [TOOL]), (0, "functions", written), (2, "function_calls", "look_up(word='a')"),
+        (2, "tool_call", CALL), (1, "tool_choice", "required"), (2, "thought", "Hm."), (2, "thoughts", ["Hm."]),
+    ]  # fmt: skip
+    for index, key, value in cases:
+        row = {"messages": [{**turn, key: value} if place == index else turn for place, turn in enumerate(turns)]}
+        with pytest.raises(DataError, match=rf"row 1: messages\[{index}\]\.{key} carries meaning"):
+            prepare(row, minimind, tmp_path)
+        *found, report = prepare(row, minimind, tmp_path, ignore_columns=(key,))
+        assert (tuple(found), report.unused_columns) == (plain, (f"messages[].{key}",))
+        for nothing in (None, "", [], "[]", " {} "):
+            row["messages"][index][key] = nothing
+            assert prepare(row, minimind, tmp_path)[:2] == plain
+
+
 def test_what_a_turn_that_calls_says_besides(minimind: PreTrainedTokenizerBase, tmp_path: Path):
     """ShareGPT's turn whose text is the call: what was thought before it is trained, and a second call is refused."""
 
