@@ -18,7 +18,7 @@ def describe_outlook(outlook: Outlook, spec: RoundSpec) -> Iterator[str]:
     rows = ", ".join([f"{data.num_used:,} of {data.num_rows:,} ({data.format}){data.mixed}", *lost])
     yield f"rows    {rows}; {data.num_tokens:,} tokens, {share:.0%} of them trained"
     if data.num_held_out_in_train:
-        yield f"held    {data.num_held_out_in_train:,} of {data.num_held_out:,} held-out rows are also trained on"
+        yield f"held    {data.num_held_out_in_train:,} of {data.num_held_out:,} held-out {unit} are also trained on"
     if data.num_asked_in_named:
         yield f"asked   {data.num_asked_in_named:,} questions of the rows that freeze.keep or freeze.importance names"
     yield (

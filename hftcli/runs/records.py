@@ -84,7 +84,8 @@ class DataReport(Section):
     """Rows that brought what stands there anyway, and lost it, so that there is one: `beginning`, the beginning token; `end`,
     the end token of a turn or text; `prompt`, the prompt before both answers of a pair."""
     num_held_out: int = 0
-    """Rows under `eval.held_out`, or pairs; 0 where their answers are asked for, as with `data.pattern`."""
+    """Sequences, or pairs, of the rows under `eval.held_out`: without those that the cut to `data.max_length` leaves out, and
+    as many of a longer text as it falls into; 0 where the rows' answers are asked for, as with `data.pattern`."""
     num_held_out_in_train: int = 0
     """Those of them that are also trained on, token for token."""
     num_asked_in_named: int = 0

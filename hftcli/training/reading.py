@@ -232,6 +232,7 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
         if spec.held_out and spec.objective == "dpo":
             pairs, held_out = prepare_pairs(spec.held_out, tokenizer, cache)
             check_token_ids(held_out, tokenizer, task.num_embeddings)
+            say_lost("eval.held_out", held_out, spec.held_out.max_length)
             report = note_shared(report, pairs, own)
         elif spec.held_out and spec.held_out.pattern is not None:
             asked[HELD_OUT] = tokenize_task(read_choices(HELD_OUT, spec.held_out), spec.data.max_length, tokenizer)
@@ -239,6 +240,7 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
             unpacked = spec.train.model_copy(update={"packing": False})
             sequences, held_out = prepare_dataset(spec.held_out, unpacked, tokenizer, cache, is_held_out=True)
             check_token_ids(held_out, tokenizer, task.num_embeddings)
+            say_lost("eval.held_out", held_out, spec.held_out.max_length)
             asked[HELD_OUT] = hold_out(sequences)
             report = note_shared(report, sequences, own)
     ends = find_trained_ends(dataset, spec.data.max_length, tokenizer)
@@ -248,11 +250,25 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
     return Rows(dataset, own, report, "+".join(digests), asked, pairs, ends, kept, kept_digest, scored, scored_digest)
 
 
+def say_lost(key: str, report: DataReport, max_length: int) -> None:
+    """Say how many of the rows that a key names are not read, or not to their end: no table shows it, as of those that train.
+
+    Args:
+        max_length: tokens to which rows are cut.
+    """
+    if report.num_dropped or report.num_truncated:
+        logger.warning(
+            "%s: of %d rows, %d are left out and %d are cut: they have more than data.max_length, %d tokens",
+            key, report.num_rows, report.num_dropped, report.num_truncated, max_length,
+        )  # fmt: skip
+
+
 def note_shared(report: DataReport, held_out: Dataset, trained: Dataset) -> DataReport:
-    """The report with how many held-out rows are also trained on, which is said."""
+    """The report with how many held-out sequences, or pairs, are also trained on, which is said."""
     num_shared = count_shared(held_out, trained)
     if num_shared:
-        logger.warning("eval.held_out: %d of %d held-out rows are also trained on", num_shared, len(held_out))
+        unit = "pairs" if "prompt_ids" in held_out.column_names else "sequences"
+        logger.warning("eval.held_out: %d of %d held-out %s are also trained on", num_shared, len(held_out), unit)
     return report.model_copy(update={"num_held_out": len(held_out), "num_held_out_in_train": num_shared})
 
 
@@ -286,6 +302,7 @@ def read_named(
     else:
         with naming_rows(key):
             rows, report = prepare_dataset(data, TrainSection(), tokenizer, default_cache())
+    say_lost(key, report, data.max_length)
     name = key.rpartition(".")[2]
     return draw_rows(rows, rule.samples, name, spec.freeze.seed), f"{report.tokens_digest}/{rule.samples}/{spec.freeze.seed}"
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -65,7 +66,40 @@ def test_held_out_rows_that_are_also_trained_on_are_said(tmp_path, objective: st
         run.lock.release()
         report = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).report
         assert (report.num_held_out, report.num_held_out_in_train) == expected
-        assert ("eval.held_out: 2 of 4 held-out rows are also trained on" in caplog.text) == (name == "other")
+        unit = "sequences" if objective == "sft" else "pairs"
+        assert (f"eval.held_out: 2 of 4 held-out {unit} are also trained on" in caplog.text) == (name == "other")
+
+
+def write_rows_to_cut(folder: Path, is_pair: bool) -> tuple[list[str], str]:
+    """Rows that fit, and beside one of them those that a cut to 32 tokens shortens, or leaves nothing of.
+
+    Returns:
+        What the recipe is given for them, and the file of the second.
+    """
+
+    def write(name: str, *texts: tuple[str, str]) -> str:
+        keys = ("chosen", "rejected") if is_pair else ("completion",)
+        rows = [{"prompt": prompt} | dict(zip(keys, (answer, "no"), strict=False)) for prompt, answer in texts]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(folder / name)
+
+    long = "Who is the baker? " * 100
+    others = write("others.jsonl", ("Who?", "yes"), ("Who?", long), (long, "yes"), (long, "Yes."))
+    return [f"data.path={write('own.jsonl', ('Where?', 'here'), ('When?', 'now'))}", "data.max_length=32"], others
+
+
+LOST = "of 4 rows, 2 are left out and 1 are cut: they have more than data.max_length, 32 tokens"
+
+
+@pytest.mark.parametrize("base", ["tinyworld", "tinyworld-dpo"])
+def test_held_out_rows_that_do_not_fit_are_said(tmp_path, base: str, caplog):
+    given, others = write_rows_to_cut(tmp_path, is_pair=base == "tinyworld-dpo")
+    given += [f"eval.held_out.path={others}", "eval.tasks=[]", f"output={tmp_path / 'run'}"]
+    run, round_ = prepare_single(load_recipe(base, given))
+    run.lock.release()
+    report = tokenize_rows(read_assignment(round_.read_spec()), lambda done, total: None).report
+    assert (report.num_used, report.num_dropped, report.num_truncated, report.num_held_out) == (2, 0, 0, 2)
+    assert [record.message for record in caplog.records if LOST in record.message] == [f"eval.held_out: {LOST}"]
 
 
 def test_held_out_pairs_are_cut_as_those_that_train(tmp_path):
@@ -163,6 +197,16 @@ def test_what_data_says_of_rows_holds_for_those_that_are_named(tmp_path, monkeyp
         ids[given] = found[0]["input_ids"]
     escaped = ["data.bad_rows=drop", "data.special_tokens_in_text=escape"]
     assert len(read_rows_named(tmp_path, "tinyworld", *named, *escaped)[0]["input_ids"]) > len(ids["bad_rows=drop"])
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_rows_that_are_named_and_do_not_fit_are_said(tmp_path, monkeypatch, named, caplog):
+    monkeypatch.chdir(tmp_path)
+    given, others = write_rows_to_cut(tmp_path, is_pair=False)
+    Path(others).rename("named.jsonl")
+    assert len(read_rows_named(tmp_path, "tinyworld", *named, *given)) == 2
+    key = named[1].partition(".path")[0]
+    assert [record.message for record in caplog.records if LOST in record.message] == [f"{key}: {LOST}"]
 
 
 @pytest.mark.parametrize("named", NAMED)
