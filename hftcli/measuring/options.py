@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from hftcli.data.prepare import deal_rows
 from hftcli.data.templates import find_template
 from hftcli.data.tokens import IGNORED, Progress, Tokens, get_backend, ignore_progress, label_tokens, render_answer
+from hftcli.errors import DataError
 from hftcli.models.device import find_exact_device, make_exact
 
 logger = logging.getLogger(__name__)
@@ -40,14 +41,22 @@ class Question:
 
 
 def tokenize_questions(
-    rows: Sequence[tuple[str | list[dict[str, str]], Sequence[str]]], max_length: int, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[tuple[str | list[dict[str, str]], Sequence[str]]],
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "task",
 ) -> list[Question]:
     """Tokenize each prompt together with each of its options where training puts it, as one text with no end token.
 
     Args:
         rows: prompts, each with its options.
-        max_length: tokens of a prompt with an option; the prompt loses its beginning where there are more, down to its last,
-            but for the special tokens with which every text begins.
+        max_length: tokens of a prompt with an option. Where there are more, an option that is the only one loses its end, down
+            to what the prompt leaves or to half of them, whichever is more; then the prompt its beginning, down to its last
+            token, but for the special tokens with which every text begins.
+        name: of the task, for messages.
+
+    Raises:
+        DataError: one of several options does not fit beside that.
     """
     if not rows:
         return []
@@ -59,24 +68,42 @@ def tokenize_questions(
     encodings = get_backend(tokenizer).encode_batch(texts, add_special_tokens=renderings[0].is_plain)
     tokens = iter([label_tokens(*pair) for pair in zip(renderings, encodings, strict=True)])
     special = frozenset(tokenizer.all_special_ids)
-    questions = [_make_question([next(tokens) for _ in options], max_length, special) for _, options in rows]
-    num_cut = sum(cut for _, cut in questions)
+    made = [_make_question([next(tokens) for _ in options], max_length, special) for _, options in rows]
+    for number, (question, _, _) in enumerate(made, start=1):
+        longest = max(map(len, question.options))
+        if len(question.prompt) + longest > max_length:
+            raise DataError(
+                f"task {name}: question {number}: the longest of its {len(question.options)} answers has {longest} tokens, and "
+                f"data.max_length {max_length} leaves no place for it beside the question's last token",
+                "raise data.max_length",
+            )
+    num_cut, num_ends = sum(is_cut for _, is_cut, _ in made), sum(is_cut for _, _, is_cut in made)
     if num_cut:
         logger.warning("%d of %d prompts lose their beginning: they have more than %d tokens", num_cut, len(rows), max_length)
-    return [question for question, _ in questions]
+    if num_ends:
+        logger.warning(
+            "task %s: %d of %d answers lose their end: with their question they have more than %d tokens",
+            name, num_ends, len(rows), max_length,
+        )  # fmt: skip
+    return [question for question, _, _ in made]
 
 
-def _make_question(rows: Sequence[Tokens], max_length: int, special: frozenset[int]) -> tuple[Question, bool]:
+def _make_question(rows: Sequence[Tokens], max_length: int, special: frozenset[int]) -> tuple[Question, bool, bool]:
+    """A question, whether its prompt is cut, and whether its only option is."""
     starts = [int((labels != IGNORED).nonzero()[0][0]) for _, labels in rows]
     first, _ = rows[0]
     num_shared = next(
         (place for place in range(min(starts)) if any(ids[place] != first[place] for ids, _ in rows)), min(starts)
     )
     options = [ids[num_shared:] for ids, _ in rows]
+    nums_scored = [len(ids) - start for (ids, _), start in zip(rows, starts, strict=True)]
+    room = max(max_length - num_shared, max_length // 2)
+    if is_shortened := len(options) == 1 and len(options[0]) > room:  # all of it is scored: it shares its whole prompt
+        options, nums_scored = [options[0][:room]], [room]
     num_first = next((place for place in range(num_shared) if first[place] not in special), num_shared)
     num_over = max(min(num_shared + max(map(len, options)) - max_length, num_shared - num_first - 1), 0)
-    nums_scored = [len(ids) - start for (ids, _), start in zip(rows, starts, strict=True)]
-    return Question(first[:num_first] + first[num_first + num_over : num_shared], options, nums_scored), num_over > 0
+    question = Question(first[:num_first] + first[num_first + num_over : num_shared], options, nums_scored)
+    return question, num_over > 0, is_shortened
 
 
 @torch.no_grad()

@@ -65,8 +65,8 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
 
     Args:
         max_length: tokens of a question with its answer, be it the right one or the model's. A plain question's body is cut to
-            it, then the end of a right answer, whose likelihood is that of the tokens left. What is generated takes at most
-            half of it.
+            it, then the end of a right answer, whose likelihood is that of the tokens left; of answers that are listed, as
+            `tokenize_questions` says. What is generated takes at most half of it.
 
     Raises:
         DataError: a question does not fit, even without its body, or as a conversation, which has none; or an answer is
@@ -80,8 +80,9 @@ def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBas
     end_ids = _find_eos(tokenizer)
     if task.examples[0].options:
         bare_rows = [(task.bare_prompt, row.options) for row in task.examples] if task.bare_prompt else []
-        questions = tokenize_questions([(row.prompt, row.options) for row in task.examples], max_length, tokenizer)
-        bare_questions = tokenize_questions(bare_rows, max_length, tokenizer)
+        listed = [(row.prompt, row.options) for row in task.examples]
+        questions = tokenize_questions(listed, max_length, tokenizer, task.name)
+        bare_questions = tokenize_questions(bare_rows, max_length, tokenizer, task.name)
         end_ids = sorted(find_stops(task.stops, tokenizer).union(end_ids)) if task.max_new_tokens else []
         if task.max_new_tokens and not isinstance(task.examples[0].prompt, str):
             end_ids = sorted({*end_ids, *find_turn_ends(task, tokenizer)})

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hftcli import PACKAGE
 from hftcli.data.tokens import get_backend
+from hftcli.errors import DataError
 from hftcli.measuring.grading import cut_answer
 from hftcli.measuring.judging import score_task
 from hftcli.measuring.options import read_options, tokenize_questions
@@ -97,6 +98,41 @@ def test_a_choice_is_scored(loaded):
     assert set(scored.others) == {"acc_norm", "acc_content"}
     read, _ = score_task(model, tokenize_task(task, 128, tokenizer), tokenizer, CPU, is_read_only=True)
     assert (read.score, read.others, read.nll) == (None, {}, scored.nll)
+
+
+@pytest.mark.parametrize("num_sentences", [1, 20])
+def test_of_one_long_answer_the_end_is_cut_and_its_question_stays(loaded, caplog, num_sentences: int):
+    """Where the question is long too, half of the tokens are the answer's."""
+    model, tokenizer = loaded
+    prompt, answer = "The old man." * num_sentences, " There he saw a fish." * 20
+    encoding = get_backend(tokenizer).encode(prompt + answer)
+    start = next(place for place, (first, last) in enumerate(encoding.offsets) if last > max(len(prompt), first))
+    num_first = encoding.special_tokens_mask.index(0)
+    num_asked = min(start, 16)
+    assert (start < 16) == (num_sentences == 1)
+    assert len(encoding.ids) - start > 32
+    left = encoding.ids[:num_first] + encoding.ids[start - num_asked + num_first : start]
+    told = encoding.ids[start : start + 32 - num_asked]
+    rows = tuple(Example(*texts, options=texts[1:]) for texts in ((prompt, answer), ("The old man", " went")))
+    asked = tokenize_task(Task("stories", rows, "none"), 32, tokenizer)
+    question = asked.questions[0]
+    assert (question.prompt, question.options, question.nums_scored) == (left, [told], [len(told)])
+    assert "task stories: 1 of 2 answers lose their end: with their question they have more than 32 tokens" in caplog.text
+    _, predictions = score_task(model, asked, tokenizer, CPU)
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor([left + told])).logits[0].log_softmax(-1)
+    nats = -sum(log_probs[len(left) + place - 1, token].item() for place, token in enumerate(told))
+    assert predictions[0].num_tokens == len(told)
+    assert predictions[0].nll == pytest.approx(nats / len(told), rel=1e-4)
+
+
+def test_a_choice_that_does_not_fit_is_refused(loaded):
+    _, tokenizer = loaded
+    rows = (Example("Where?", " sea", options=(" sea", " town")), Example("Who?", " he", options=(" he", " a fox" * 20)))
+    assert len(tokenize_task(Task("who", rows, "choice", bare_prompt="Answer:"), 128, tokenizer).questions) == 2
+    with pytest.raises(DataError, match="task who: question 2: the longest of its 2 answers has .*_length 16") as caught:
+        tokenize_task(Task("who", rows, "choice", bare_prompt="Answer:"), 16, tokenizer)
+    assert caught.value.fix == "raise data.max_length"
 
 
 def test_of_several_right_answers_the_best_known_counts(loaded):
