@@ -129,9 +129,10 @@ def prepare_exam(asked: Examination) -> Exam:
     named = _list_foreign(asked)
     folder = fetch_checkpoint(asked.model)
     base_folder = None if asked.base is None else fetch_checkpoint(asked.base)
-    max_length = find_length(asked.max_length, [folder] if base_folder is None else [folder, base_folder])
+    folders = [folder] if base_folder is None else [folder, base_folder]
+    max_length = find_length(asked.max_length, folders)
     tokenizer = load_tokenizer(folder)
-    ends = read_ends(folder)
+    ends = [end for each in folders for end in read_ends(each)]  # both models stop at the ends of both, as within a run
     own = {}
     for name in dict.fromkeys(name for name in asked.tasks if not name.startswith(PREFIX)):
         task = put_task(name, asked.root, asked.max_examples, asked.asking, tokenizer.chat_template is not None)

@@ -15,7 +15,7 @@ from hftcli import PACKAGE
 from hftcli.commands.measure import check_asked
 from hftcli.errors import InputError, ModelError
 from hftcli.measuring.evaluation import Evaluation, Item
-from hftcli.measuring.scoring import Examination, examine_model
+from hftcli.measuring.scoring import Examination, examine_model, prepare_exam
 from hftcli.models.checkpoint import load_finished
 from hftcli.recipe.asking import AskingSection
 from hftcli.runs.files import read_model
@@ -164,6 +164,19 @@ def test_a_model_that_does_not_load(tmp_path):
     wide = copy_model(tmp_path / "wide", lambda weights: weights.update({name: weights[name][:4].clone()}))
     with pytest.raises(ModelError, match="does not load"):
         load_finished(wide, torch.float32, CPU)
+
+
+def test_both_models_stop_at_the_ends_of_both(tmp_path):
+    """A base whose generation stops at another token than that of the model that was trained from it."""
+    folders, ends = {}, {"model": 5, "base": 7}
+    for name, end in ends.items():
+        folders[name] = str(copy_model(tmp_path / name))
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "Where is it?", "answers": ["here"]}\n')
+    for given, expected in (({"base": folders["base"]}, {5, 7}), ({}, {5})):
+        exam = prepare_exam(Examination(folders["model"], (str(rows),), **given))
+        assert {5, 7} & set(exam.own[str(rows)].end_ids) == expected
 
 
 def test_a_base_with_other_tokens_is_refused(shared):
