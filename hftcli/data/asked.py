@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,21 +13,26 @@ from hftcli.data.special import Findings, SpecialTokens, list_texts
 from hftcli.data.templates import find_template
 from hftcli.data.tokens import get_backend, label_tokens
 from hftcli.errors import DataError
+from hftcli.recipe.sections import SpecialTokenPolicy
 from hftcli.tasks.examples import Example, Task
 
 logger = logging.getLogger(__name__)
 
 
-def tidy_task(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[Task, dict[str, Any]]:
+def tidy_task(
+    task: Task, tokenizer: PreTrainedTokenizerBase, policy: SpecialTokenPolicy = "keep"
+) -> tuple[Task, dict[str, Any]]:
     """A task whose questions and answers do not bring a beginning or an end of their own.
 
-    Other special tokens in them stay, and are counted and said.
+    Args:
+        policy: what becomes of other special tokens in them: `keep` leaves them and counts them, and the caller says so
+            (`say_special`); the others refuse them, since of a question nothing is made plain text.
 
     Returns:
         The task, and counts of a `DataReport`: `doubled`, `num_special` and `special_tokens`.
 
     Raises:
-        DataError: an answer is nothing but special tokens.
+        DataError: an answer is nothing but special tokens, or there are others and the policy does not keep them.
         ModelError: the tokenizer or its chat template does not serve.
     """
     get_backend(tokenizer)
@@ -36,20 +42,39 @@ def tidy_task(task: Task, tokenizer: PreTrainedTokenizerBase) -> tuple[Task, dic
     for number, example in enumerate(task.examples, start=1):
         try:
             tidied, findings = tidy_example(example, special)
+            if findings.special and policy != "keep":
+                raise _describe_special(findings, policy)
         except DataError as error:
             raise DataError(f"task {task.name}: question {number}: {error.message}", error.fix) from None
         examples.append(tidied)
         doubled.update(findings.doubled)
         tokens.update(findings.special)
         num_special += bool(findings.special)
-    if num_special:
-        logger.warning(
-            "task %s: special tokens stand in the text of %d questions (%s) and end or open turns there",
-            task.name, num_special, ", ".join(token for token, _ in tokens.most_common()),
-        )  # fmt: skip
     bare = task.bare_prompt
     task = dataclasses.replace(task, examples=tuple(examples), bare_prompt=bare and _tidy_prompt(bare, special, Findings()))
     return task, {"doubled": dict(doubled), "num_special": num_special, "special_tokens": dict(tokens.most_common())}
+
+
+def _describe_special(findings: Findings, policy: SpecialTokenPolicy) -> DataError:
+    message = f"its text holds the special tokens {', '.join(sorted(findings.special))}"
+    if policy == "escape":
+        message += ", which data.special_tokens_in_text: escape makes plain text in rows alone, and not in questions"
+    return DataError(message, "take them out, or set data.special_tokens_in_text: keep")
+
+
+def say_special(name: str, num_special: int, special_tokens: Mapping[str, int]) -> None:
+    """Say that special tokens stand in a task's questions, where they do.
+
+    Args:
+        name: of the task.
+        num_special: questions with some.
+        special_tokens: those tokens, each with the questions that it is in.
+    """
+    if num_special:
+        logger.warning(
+            "task %s: special tokens stand in the text of %d questions (%s) and end or open turns there",
+            name, num_special, ", ".join(special_tokens),
+        )  # fmt: skip
 
 
 def tidy_example(example: Example, special: SpecialTokens) -> tuple[Example, Findings]:

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.asked import tidy_task
+from hftcli.data.asked import say_special, tidy_task
 from hftcli.data.cache import SAMPLES_NAME, find_or_make
 from hftcli.data.mixture import describe_draw, mix, sum_counts
 from hftcli.data.rows import say_left_out
@@ -92,12 +92,15 @@ def prepare_task(
 
     Args:
         task: with the examples to train on, all of which are taken.
+
+    Raises:
+        DataError: as `tidy_task`, or no question fits into `data.max_length`.
     """
     examples = json.dumps([(row.prompt, row.answer, row.body, row.options) for row in task.examples])
     source = Source(path=task.name, fingerprint=hashlib.sha256(examples.encode()).hexdigest(), num_bytes=None)
 
     def make(folder: Path) -> dict[str, Any]:
-        tidied, found = tidy_task(task, tokenizer)
+        tidied, found = tidy_task(task, tokenizer, data.special_tokens_in_text)
         columns, counts = tokenize_training(tidied, data.max_length, tokenizer, on_progress)
         writer = ShardWriter(folder, TOKEN_FEATURES)
         writer.write(columns)
@@ -106,7 +109,9 @@ def prepare_task(
         counts |= {**found, "num_tokens": num_tokens, "num_trained_tokens": num_trained, "max_token_id": find_largest(tokens)}
         return {"format": "task", "num_rows": len(task.examples), "num_sequences": len(tokens), "sources": (source,), **counts}
 
-    return find_or_make((source,), data, {"cut": task.cut}, tokenizer, cache, make)
+    tokens, report = find_or_make((source,), data, {"cut": task.cut}, tokenizer, cache, make)
+    say_special(task.name, report.num_special, report.special_tokens)
+    return tokens, report
 
 
 def _prepare_rows(

@@ -28,9 +28,9 @@ class KeepRule(BaseModel):
 
     path: RowsPath
     """What must not be forgotten: rows, as under `data.path`, questions, as `eval.tasks` takes them, or a task, as
-    `tinyworld/facts`, which means its test rows. The model reads them, and is not trained on them; `data.bad_rows`,
-    `data.ignore_columns` and `data.special_tokens_in_text` hold for them too. Where `eval.tasks` asks of the same rows, that is
-    counted and said: what is kept of them says nothing of what was not named."""
+    `tinyworld/facts`, which means its test rows. The model reads them, and is not trained on them;
+    `data.special_tokens_in_text` holds for them too, and of rows `data.bad_rows` and `data.ignore_columns`. Where `eval.tasks`
+    asks of the same rows, that is counted and said: what is kept of them says nothing of what was not named."""
 
     samples: Annotated[int, Field(ge=1)] = 64
     """How many of the rows are read, drawn by `freeze.seed`; all where there are fewer."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hftcli.data.asked import tidy_task
+from hftcli.data.asked import say_special, tidy_task
 from hftcli.data.chat import Rendering
 from hftcli.data.contents import render_question
 from hftcli.data.prepare import deal_rows
@@ -201,7 +201,8 @@ def read_prompts(
     if answered:
         return tokenize_task(Task(source, examples), max_length, tokenizer).rows, [], []
     room = max_length - SAMPLE_TOKENS
-    tidied, _ = tidy_task(Task(source, examples), tokenizer)
+    tidied, found = tidy_task(Task(source, examples), tokenizer)
+    say_special(source, found["num_special"], found["special_tokens"])
     prompts = tokenize_prompts(tidied.examples, "middle", room, tokenizer)
     template = find_template(tokenizer)
     for number, example in enumerate(tidied.examples, start=1):

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hftcli.data.asked import tidy_task
+from hftcli.data.asked import say_special, tidy_task
 from hftcli.data.tokens import IGNORED, Layout, Tokens, get_backend, lay_out_bare, lay_out_prompts, tokenize_examples
 from hftcli.errors import DataError, ModelError
 from hftcli.measuring.grading import find_faults, find_longest
 from hftcli.measuring.options import Question, tokenize_questions
+from hftcli.recipe.sections import SpecialTokenPolicy
 from hftcli.runs.scores import HELD_OUT
 from hftcli.tasks.examples import Task
 
@@ -60,20 +61,24 @@ class TokenizedTask:
         return bool(self.task.examples) and self.task.metric != "none"
 
 
-def tokenize_task(task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
+def tokenize_task(
+    task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase, policy: SpecialTokenPolicy = "keep"
+) -> TokenizedTask:
     """Tokenize a task's questions.
 
     Args:
         max_length: tokens of a question with its answer, be it the right one or the model's. A plain question's body is cut to
             it, then the end of a right answer, whose likelihood is that of the tokens left; of answers that are listed, as
             `tokenize_questions` says. What is generated takes at most half of it.
+        policy: what becomes of special tokens in the questions' text, as `tidy_task` has it.
 
     Raises:
         DataError: a question does not fit, even without its body, or as a conversation, which has none; or an answer is
-            nothing but special tokens.
+            nothing but special tokens; or the policy refuses those in its text.
         ModelError: the task asks in conversations, and the tokenizer has no chat template.
     """
-    task, _ = tidy_task(task, tokenizer)
+    task, found = tidy_task(task, tokenizer, policy)
+    say_special(task.name, found["num_special"], found["special_tokens"])
     rows: list[Row] = []
     questions: list[Question] = []
     bare_questions: list[Question] = []

@@ -14,6 +14,7 @@ from hftcli.recipe.slurm import SlurmSection
 from hftcli.recipe.trainer_keys import Seed
 
 QUICK_START = "tinyworld"  # the model and data that ship with the package
+SpecialTokenPolicy = Literal["keep", "escape", "refuse"]
 ROW_KEYS = ("bad_rows", "special_tokens_in_text", "ignore_columns")  # of `data`: what holds for rows of other places too
 
 # transformers' names, but for those that follow an evaluation within the training.
@@ -111,10 +112,10 @@ class DataSection(Section):
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """What becomes of rows that cannot be trained on: `refuse` counts them and names the first ten; `drop` leaves them out."""
 
-    special_tokens_in_text: Literal["keep", "escape", "refuse"] = "keep"
+    special_tokens_in_text: SpecialTokenPolicy = "keep"
     """What becomes of a special token, such as the one that ends a turn, that is written out in a row's text: `keep` makes it
     that token, and so a border, which is counted and said; `escape` makes it plain text, as a user's text should be; `refuse`
-    makes it a bad row."""
+    makes it a bad row. Questions of tasks that are trained on or kept are refused by either."""
 
     ignore_columns: tuple[str, ...] = ()
     """Columns, or keys of a message, that are left out whatever they mean, such as `images`."""

@@ -235,7 +235,8 @@ def tokenize_rows(task: Assignment, on_progress: Progress) -> Rows:
             say_lost("eval.held_out", held_out, spec.held_out.max_length)
             report = note_shared(report, pairs, own)
         elif spec.held_out and spec.held_out.pattern is not None:
-            asked[HELD_OUT] = tokenize_task(read_choices(HELD_OUT, spec.held_out), spec.data.max_length, tokenizer)
+            policy = spec.held_out.special_tokens_in_text
+            asked[HELD_OUT] = tokenize_task(read_choices(HELD_OUT, spec.held_out), spec.data.max_length, tokenizer, policy)
         elif spec.held_out:
             unpacked = spec.train.model_copy(update={"packing": False})
             sequences, held_out = prepare_dataset(spec.held_out, unpacked, tokenizer, cache, is_held_out=True)

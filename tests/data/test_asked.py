@@ -1,5 +1,6 @@
 """Questions of tasks that bring beginnings and ends of their own: trained and asked as rows are, with one of each."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hftcli.errors import DataError
 from hftcli.measuring.questions import tokenize_task
 from hftcli.recipe.sections import DataSection
 from hftcli.tasks.examples import Example, Task
+
+SPECIAL = Task("t", (Example("Which?", " An owl."), Example("Which <pad> one?", " A heron.")))
 
 
 def test_a_question_has_one_beginning_and_one_end(byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
@@ -59,11 +62,32 @@ def test_conversations_are_asked_without_what_the_template_prints(byte_tokenizer
 def test_other_special_tokens_stay_and_are_said(
     byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    task = Task("t", (Example("Which <pad> one?", " A heron."), Example("Which?", " An owl.")))
-    rows, report = prepare_task(task, DataSection(max_length=64), byte_tokenizer, tmp_path)
-    assert byte_tokenizer.decode(rows[0]["input_ids"]) == "<s>Which <pad> one? A heron.</s>"
-    assert (report.num_special, report.special_tokens) == (1, {"<pad>": 1})
-    assert "task t: special tokens stand in the text of 1 questions (<pad>)" in caplog.text
+    """From the cache too."""
+    for _ in range(2):
+        caplog.clear()
+        rows, report = prepare_task(SPECIAL, DataSection(max_length=64), byte_tokenizer, tmp_path)
+        assert byte_tokenizer.decode(rows[1]["input_ids"]) == "<s>Which <pad> one? A heron.</s>"
+        assert (report.num_special, report.special_tokens) == (1, {"<pad>": 1})
+        assert [record.message for record in caplog.records] == [
+            "task t: special tokens stand in the text of 1 questions (<pad>) and end or open turns there"
+        ]
+
+
+@pytest.mark.parametrize(("policy", "more"), [("refuse", "$"), ("escape", ", which .* in rows alone, and not in questions$")])
+def test_other_special_tokens_are_refused_where_rows_are(
+    policy: str, more: str, byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+):
+    data = DataSection(max_length=64, special_tokens_in_text=policy)
+    bare = replace(SPECIAL, examples=SPECIAL.examples[:1])
+    assert prepare_task(bare, data, byte_tokenizer, tmp_path)[1].num_special == 0
+    for use in (
+        lambda: prepare_task(SPECIAL, data, byte_tokenizer, tmp_path),
+        lambda: tokenize_task(SPECIAL, 64, byte_tokenizer, policy),
+    ):
+        with pytest.raises(DataError) as caught:
+            use()
+        assert re.search(f"^task t: question 2: its text holds the special tokens <pad>{more}", caught.value.message)
+        assert caught.value.fix == "take them out, or set data.special_tokens_in_text: keep"
 
 
 def test_an_answer_of_special_tokens_alone_is_refused(byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path):

@@ -10,6 +10,7 @@ from datasets import Dataset
 from hftcli.errors import DataError
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import make_held_out_section, prepare_single
+from hftcli.runs.scores import HELD_OUT
 from hftcli.training.overlap import count_shared, list_named
 from hftcli.training.reading import holds_questions, read_assignment, read_named, tokenize_rows
 from hftcli.training.saving import load_saved_tokenizer
@@ -229,6 +230,24 @@ def test_of_rows_that_are_named_there_is_a_path_alone(tmp_path, monkeypatch, nam
             read_rows_named(tmp_path, base, *named)
         assert message.format(key=key) in str(caught.value).replace(f"{tmp_path}/", "")
         assert caught.value.fix.startswith(fix)
+
+
+def test_special_tokens_of_held_out_questions_are_refused_where_those_of_rows_are(tmp_path):
+    pattern = "data.pattern={prompt: '{b}:', verbalizers: {0: yes, 1: no}}"
+    for name, texts in (("own", ("Is it?", "Was it?")), ("held", ("Will it?", "Can <|user|> it?"))):
+        rows = [{"b": text, "label": place} for place, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"data.path={tmp_path / 'own.jsonl'}", pattern, f"eval.held_out.path={tmp_path / 'held.jsonl'}", "eval.tasks=[]"]
+    for policy in ("keep", "refuse"):
+        others = [f"data.special_tokens_in_text={policy}", f"output={tmp_path / policy}"]
+        run, round_ = prepare_single(load_recipe("tinyworld", [*given, *others]))
+        run.lock.release()
+        task = read_assignment(round_.read_spec())
+        if policy == "keep":
+            assert tokenize_rows(task, lambda done, total: None).asked.keys() == {HELD_OUT}
+            continue
+        with pytest.raises(DataError, match=r"question 2: its text holds the special tokens <\|user\|>$"):
+            tokenize_rows(task, lambda done, total: None)
 
 
 @pytest.mark.parametrize("is_removed", [False, True])
