@@ -4,7 +4,7 @@ Every format goes one way. A preference pair goes it twice, once with each answe
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,7 @@ class RowEncoder:
                 row = self.escaping.hide(row)
             parts = split_pair(row)
             renderings = [render_row(part, self.tokenizer, self.template, self.train) for part in parts]
+            _check_preference([rendering.text for rendering in renderings], "text")
             for rendering in renderings:
                 if not rendering.is_plain and self.train.assistant_only_loss:
                     _check_spans(rendering, is_pair=len(parts) > 1)
@@ -102,7 +103,9 @@ class RowEncoder:
             made = [next(encodings) for _ in row.renderings]
             with self.faults.catching(row.number):
                 pairs = zip(row.renderings, made, strict=True)
-                encoded.append(EncodedRow([self._label(*pair, row.findings) for pair in pairs], row.findings))
+                sequences = [self._label(*pair, row.findings) for pair in pairs]
+                _check_preference([ids for ids, _ in sequences], "tokens")
+                encoded.append(EncodedRow(sequences, row.findings))
         return encoded
 
     def _label(self, rendering: Rendering, encoding: Encoding, findings: Findings) -> Tokens:
@@ -131,6 +134,12 @@ def split_pair(row: Row) -> list[Row]:
         raise DataError("'chosen' and 'rejected' are equal without what stands in them twice", "drop the row")
     shared = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
     return [{**shared, "completion": row[name]} for name in ("chosen", "rejected")]
+
+
+def _check_preference(made: Sequence[str] | Sequence[list[int]], what: str) -> None:
+    """Raises: DataError: both answers of a pair become the same, as where a chat template trims them."""
+    if len(made) > 1 and made[0] == made[1]:
+        raise DataError(f"'chosen' and 'rejected' make the same {what}: there is no preference to learn", "drop the row")
 
 
 def _check_spans(rendering: Rendering, is_pair: bool) -> None:

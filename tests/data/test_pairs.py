@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from data.written_rows import read_rows
+from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hftcli import PACKAGE
@@ -150,6 +151,29 @@ def test_the_cut_counts_what_it_makes_the_same_and_drops_what_it_leaves_empty(to
     assert dropped[0] == kept[1]
     with pytest.raises(DataError, match="none of the 3 pairs has two answers among its first 8 tokens"):
         prepare_pairs(data.model_copy(update={"max_length": 8}), tokenizer, tmp_path / "cache")
+
+
+TRIMMING = (
+    "{% for turn in messages %}<|{{ turn['role'] }}|>{{ turn['content'] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("other", "what"), [("Hello! ", "text"), ("HELLO!", "tokens")])
+def test_answers_that_become_the_same_are_no_preference(tmp_path: Path, other: str, what: str, caplog):
+    """By a chat template that trims them, or a tokenizer that writes them small; no cut is to blame."""
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "tinyworld" / "model")
+    tokenizer.chat_template = TRIMMING
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    same = {**PAIR, "rejected": [{**GOOD, "content": other}]}
+    data = write_rows(tmp_path, same, PAIR, same)
+    with pytest.raises(DataError, match="2 of 3 rows cannot be trained on") as caught:
+        prepare_pairs(data, tokenizer, tmp_path / "cache")
+    reason = f"'chosen' and 'rejected' make the same {what}: there is no preference to learn (drop the row)"
+    assert caught.value.message.splitlines()[1:] == [f"{data.path}: row {number}: {reason}" for number in (1, 3)]
+    kept, report = prepare_pairs(data.model_copy(update={"bad_rows": "drop"}), tokenizer, tmp_path / "cache")
+    assert (len(kept), report.num_bad, report.num_dropped, report.num_identical) == (1, 2, 0, 0)
+    assert "the cut" not in caplog.text
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
