@@ -72,7 +72,8 @@ class SourceSection(Section):
 
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of the mixture's rows, beside the weights of the other sources: all of them have one, or none. As many rows are
-    drawn as the shares allow without a row standing twice, each source's at random, by `data.seed`. Null takes all rows."""
+    drawn as the shares allow without a row standing twice, each source's at random, by `data.seed`; a text longer than
+    `data.max_length` counts as its pieces. Null takes all rows."""
 
     max_examples: Annotated[int, Field(ge=1)] | None = None
     """Use the first so many rows, and no more than `data.max_examples`; null uses all."""

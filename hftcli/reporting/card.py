@@ -191,7 +191,10 @@ def _count_rows(data: DataReport, source: Source) -> str:
         return ""
     if source.weight is None:
         return f"{source.num_used:,} rows used, "
-    return f"{source.num_sequences or 0:,} of {source.num_used:,} rows drawn, "
+    num_drawn = source.num_sequences or 0
+    if source.is_divided:
+        return f"{num_drawn:,} sequences drawn from {source.num_used:,} rows, "
+    return f"{num_drawn:,} of {source.num_used:,} rows drawn, "
 
 
 def _list_facts(run: Run, round_: Round, result: RoundResult, base: Base) -> Iterator[tuple[str, str]]:

@@ -59,6 +59,11 @@ class Source(Section):
     num_trained_tokens: int | None = None
     """Tokens in them that count in the loss."""
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether a row may be several sequences: a text, which is divided at `data.max_length`."""
+        return self.format == "text"
+
 
 class DataReport(Section):
     """What became of the rows."""
@@ -111,10 +116,12 @@ class DataReport(Section):
 
     @property
     def mixed(self) -> str:
-        """Of a mixture by weights, how many rows were drawn, in words; otherwise nothing."""
+        """Of a mixture by weights, how many rows were drawn, or where texts fall into pieces sequences; otherwise nothing."""
         if all(source.weight is None for source in self.sources):
             return ""
-        return f", {sum(source.num_sequences or 0 for source in self.sources):,} of them drawn"
+        num_drawn = sum(source.num_sequences or 0 for source in self.sources)
+        is_divided = any(source.is_divided for source in self.sources)
+        return f", {num_drawn:,} sequences drawn from them" if is_divided else f", {num_drawn:,} of them drawn"
 
     key: str
     """Name of the entry in the cache: a hash of all that shapes the tokens, hft's own code among it."""

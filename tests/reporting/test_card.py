@@ -79,6 +79,15 @@ def test_of_a_mixture_by_weights_the_rows_that_were_drawn_count(run):
     content = make_card(run, round_)
     assert "7 of 1,000 rows drawn, " in content
     assert "rows used" not in content
+    texts, others = sources
+    texts = texts.model_copy(update={"format": "text", "num_sequences": 3000})  # pieces of 1,000 rows
+    data = data.model_copy(update={"sources": (texts, others)})
+    write_model(round_.result_path, result.model_copy(update={"data": data}))
+    assert data.mixed == ", 3,007 sequences drawn from them"
+    content = make_card(run, round_)
+    assert "3,000 sequences drawn from 1,000 rows, " in content
+    assert "7 of 7 rows drawn, " in content
+    assert "3,000 of 1,000" not in content
 
 
 def test_what_else_acted_is_said(tmp_path):
