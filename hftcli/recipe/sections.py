@@ -116,7 +116,7 @@ class DataSection(Section):
     special_tokens_in_text: SpecialTokenPolicy = "keep"
     """What becomes of a special token, such as the one that ends a turn, that is written out in a row's text: `keep` makes it
     that token, and so a border, which is counted and said; `escape` makes it plain text, as a user's text should be; `refuse`
-    makes it a bad row. Questions of tasks that are trained on or kept are refused by either."""
+    makes it a bad row. In a task's question that is trained on or kept, and in a held-out one, the last two refuse it."""
 
     ignore_columns: tuple[str, ...] = ()
     """Columns, or keys of a message, that are left out whatever they mean, such as `images`."""

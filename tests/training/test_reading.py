@@ -233,7 +233,7 @@ def test_of_rows_that_are_named_there_is_a_path_alone(tmp_path, monkeypatch, nam
 
 
 def test_special_tokens_of_held_out_questions_are_refused_where_those_of_rows_are(tmp_path):
-    pattern = "data.pattern={prompt: '{b}:', verbalizers: {0: yes, 1: no}}"
+    pattern = "data.pattern={prompt: '{b}:', verbalizers: {0: Right, 1: Wrong}}"
     for name, texts in (("own", ("Is it?", "Was it?")), ("held", ("Will it?", "Can <|user|> it?"))):
         rows = [{"b": text, "label": place} for place, text in enumerate(texts)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
