@@ -11,7 +11,8 @@ from transformers import Trainer
 
 from hftcli.errors import InputError
 from hftcli.methods.lora import ADAPTER
-from hftcli.methods.peft import Peft, build_config
+from hftcli.methods.peft import Peft
+from hftcli.methods.peft_config import build_config
 
 SUMS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator adds up over the steps
 

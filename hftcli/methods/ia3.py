@@ -14,7 +14,8 @@ from typing import Any
 from hftcli.errors import ModelError
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
-from hftcli.methods.peft import FEEDFORWARD, Peft, get_last
+from hftcli.methods.peft import Peft, get_last
+from hftcli.methods.peft_config import FEEDFORWARD
 
 # By role, the last parts of the names of the layers that are scaled.
 SCALED = {

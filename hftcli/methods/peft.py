@@ -6,21 +6,17 @@ float32; ROUND/adapter/ on that start is the same model. The config is checked, 
 weights, before anything is loaded.
 """
 
-import dataclasses
-import difflib
-import typing
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.save_and_load import get_peft_model_state_dict
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +27,7 @@ from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.lora import ADAPTER, check_merging, write_peft_folder
 from hftcli.methods.method import Method
+from hftcli.methods.peft_config import CHOOSING, build_config, find_inner, get_line, list_names
 from hftcli.models.checkpoint import find_parameter, read_master
 from hftcli.models.keeping import keeping_modules
 from hftcli.models.reader import Start
@@ -43,27 +40,8 @@ from hftcli.runs.spec import RoundSpec
 ROLES = {"LN_TUNING": ("norm", "final_norm"), "TRAINABLE_TOKENS": ("embedding",)}
 MATRICES = ("attention", "mlp")
 BIASED = ("IA3", "GLORA")  # which change the biases of what they adapt, IA3 but for the mlp's last layer
-FEEDFORWARD = ("down_proj", "dense_4h_to_h", "c_proj")  # of which IA3 scales the inputs
 RANKS = {"LORA": "r", "ADALORA": "init_r"}  # which multiply by two factors of this rank, and where the rank stands
-# Keys with which layers are chosen, as PEFT reads them.
-CHOOSING = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
-# Keys of PEFT's classes that are not taken, and why.
-REFUSED = {
-    **dict.fromkeys(
-        ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        "hft writes it",
-    ),
-    **dict.fromkeys(
-        ("modules_to_save", "trainable_token_indices"),
-        "an adapter is all that trains; type: TRAINABLE_TOKENS trains rows of the embeddings",
-    ),
-    "target_parameters": "name layers, in target_modules",
-    "layer_replication": "the merged model would have other layers than its start",
-    "total_step": "it is the number of the round's steps",
-    "runtime_config": "it says how a model is served",
-}
-BASE_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga", "mica")  # they change the weights that they stand on
-OF_LORA = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config", "megatron_core")
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
 
 
 class Peft(Method):
@@ -112,9 +90,17 @@ class Peft(Method):
         self.config = self.make_config(model)
         if self.type == "SHIRA":
             torch.sparse.check_sparse_tensor_invariants.disable()  # which torch warns of where nobody says so
+        below = {name: sum_bits(model.get_parameter(name)) for name in plan.trained}
         with torch.random.fork_rng():  # new adapters in every round, the same ones on all ranks
             torch.manual_seed(self.spec.train.seed + self.spec.index)
             self.tuner = make_tuner(self.config, model)
+        moved = next((name for name, total in below.items() if sum_bits(find_parameter(model, name)) != total), None)
+        if moved is not None:
+            raise InputError(
+                f"method.peft: adapters of type {self.type} with these keys change the weights below, such as {moved}, and "
+                "these stay the start's",
+                "drop the key that does this, or take another type",
+            )
         self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.num_adapter_weights = sum(parameter.numel() for parameter in trained)
@@ -208,64 +194,6 @@ class Holder(torch.nn.Module):
             return getattr(super().__getattr__("base_model"), name)
 
 
-def build_config(kind: str, given: dict[str, Any], targets: Sequence[str], is_transposed: bool = False) -> PeftConfig:
-    """PEFT's config for these layers.
-
-    Raises:
-        InputError: PEFT's class does not take a key or a value.
-    """
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
-    hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]
-    values: dict[str, Any] = {}
-    for key, value in given.items():
-        place = f"method.peft.{key}"
-        if key in REFUSED or key in OF_LORA:
-            raise InputError(
-                f"{place} is not taken: {REFUSED.get(key, 'it changes the weights below, or serves them')}", "drop it"
-            )
-        if key not in known:
-            taken = [name for name in known if name not in REFUSED and name not in OF_LORA]
-            guess = difflib.get_close_matches(key, taken, n=1)
-            raise InputError(
-                f"{place}: PEFT's {cls.__name__} has no such key" + (f" (did you mean '{guess[0]}'?)" if guess else ""),
-                f"give some of {', '.join(taken)}",
-            )
-        if str(value).startswith(BASE_INITS) and key.startswith("init_"):
-            raise InputError(f"{place} {value} changes the weights below, which stay the start's", "drop it")
-        if key == "bias" and value != "none":
-            raise InputError(f"{place} {value} trains biases besides, and these are not the adapter's", "drop it")
-        values[key] = check_value(place, value, hints[key])
-    if kind == "ADALORA":
-        values["total_step"] = 2**31  # until the round's are known
-    make_config(cls, values)  # before the layers that are chosen stand in place of the user's own keys
-    for key in CHOOSING[1:]:  # the layers are chosen
-        values.pop(key, None)
-    values["target_modules"] = list(targets)
-    if "fan_in_fan_out" in known:
-        values.setdefault("fan_in_fan_out", is_transposed)
-    if kind == "IA3":
-        values["feedforward_modules"] = find_inner(given, targets)
-    return make_config(cls, values)
-
-
-def make_config(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
-    """Raises: InputError: PEFT's class refuses them together."""
-    try:
-        return cls(task_type="CAUSAL_LM", **values)
-    except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"method.peft: PEFT's {cls.__name__} refuses these settings: {get_line(error)}") from None
-
-
-def check_value(place: str, value: Any, kind: Any) -> Any:
-    """Raises: InputError: the value is not of the type that PEFT's class names."""
-    try:
-        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        reasons = " or ".join(dict.fromkeys(fault["msg"][0].lower() + fault["msg"][1:] for fault in error.errors()))
-        raise InputError(f"{place}: {reasons}, got {value!r}") from None
-
-
 def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Sequence[Unit]) -> list[str]:
     """The layers that take adapters: of those that the plan trains, the ones that PEFT's own keys name.
 
@@ -300,12 +228,6 @@ def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Se
     for name in list_names(given.get("feedforward_modules") or ()):
         refuse_unknown(name, "method.peft.feedforward_modules", [unit.name for unit in adaptable])
     return targets
-
-
-def find_inner(given: dict[str, Any], targets: Sequence[str]) -> list[str]:
-    """The layers of which IA3 scales the inputs: those that are given, or of the mlp the last."""
-    inner = list_names(given.get("feedforward_modules") or FEEDFORWARD)
-    return [name for name in targets if any(ends_with(name, part) for part in inner)]
 
 
 def narrow_to(
@@ -365,21 +287,11 @@ def make_tuner(config: PeftConfig, model: PreTrainedModel) -> BaseTuner:
         raise InputError(f"method.peft: PEFT lays no adapter of type {kind} over this model: {get_line(error)}") from None
 
 
-def list_names(given: str | Iterable[str]) -> list[str]:
-    """Names of layers, of which one may stand alone."""
-    return [given] if isinstance(given, str) else list(given)
-
-
-def ends_with(name: str, part: str) -> bool:
-    """Whether a layer is called so: by the last parts of its name."""
-    return f".{name}".endswith(f".{part}")
+def sum_bits(values: torch.Tensor) -> int:
+    """The sum of a tensor's bits, taken as whole numbers: as good as always another one where a value is."""
+    return int(values.detach().view(BITS[values.element_size()]).sum(dtype=torch.int64))
 
 
 def get_last(name: str) -> str:
     """The last part of a layer's name."""
     return name.rpartition(".")[2]
-
-
-def get_line(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).strip().partition("\n")[0]

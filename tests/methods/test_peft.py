@@ -20,8 +20,10 @@ from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
 from hftcli.launching.processes import StopRequest
 from hftcli.launching.watch import launch_round
+from hftcli.methods import peft_config
 from hftcli.methods.adalora import SUMS
-from hftcli.methods.peft import build_config, choose_targets
+from hftcli.methods.peft import choose_targets
+from hftcli.methods.peft_config import build_config
 from hftcli.models.checkpoint import load_model
 from hftcli.models.description import describe_model
 from hftcli.models.proof import verify_round
@@ -160,6 +162,7 @@ def test_a_next_round_begins_new_adapters(start: Path, tmp_path: Path):
         ({"type": "LORA", "init_lora_weights": "pissa"}, "changes the weights below"),
         ({"type": "LORA", "modules_to_save": ["lm_head"]}, "an adapter is all that trains"),
         ({"type": "ADALORA", "total_step": 10}, "the number of the round's steps"),
+        ({"type": "LORA", "kasa_config": {}}, "changes the weights below"),
         (
             {"type": "LORA", "target_modules": ".*_proj", "layers_to_transform": [0]},
             "cannot be used when `target_modules` is a",
@@ -175,6 +178,17 @@ def test_keys_that_peft_does_not_take_are_named(given: dict, said: str):
     section = MethodSection.model_validate({"peft": given}).peft
     with pytest.raises(InputError, match=said):
         build_config(section.type, section.extra, ["x"])
+
+
+def test_adapters_that_change_the_weights_below_do_not_train(start: Path, monkeypatch: pytest.MonkeyPatch):
+    """KaSA does; whatever of PEFT's does so under a key that is not refused is found by the weights themselves."""
+    monkeypatch.delitem(peft_config.REFUSED, "kasa_config")
+    spec = make_spec(start, WHOLE, method=make_method("LORA", r=2, use_dora=False, kasa_config={}))
+    task = read_assignment(spec)
+    (method,) = task.methods
+    model = load_model(spec.model, start, task.plan, mixed=False, sharded=False)
+    with pytest.raises(InputError, match=r"change the weights below, such as .*\.weight"):
+        method.prepare_model(model, task.plan, start, mixed=False, sharded=False)
 
 
 def test_the_layers_of_which_ia3_scales_the_inputs_may_be_named_alone():
