@@ -1,7 +1,7 @@
 """What of a freeze plan a method leaves to train: the matrices that take adapters, and which directions these read."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 
 from hftcli.errors import ModelError
@@ -45,7 +45,7 @@ def narrow_plan(
             "name some of these",
         )
     for name in target_modules or ():
-        refuse_unknown(name, "target_modules", adaptable.values())
+        refuse_unknown(name, "target_modules", tuple(adaptable.values()))
     if open_fraction is None:
         return restrict_plan(plan, units, narrowed)
     blocks = plan.rule.blocks
@@ -56,16 +56,17 @@ def narrow_plan(
     return write_plan(units, narrowed, plan.rule.model_copy(update={"keep": None}), plan.round_index, directions)
 
 
-def refuse_unknown(name: str, key: str, modules: Iterable[str]) -> None:
+def refuse_unknown(name: str, key: str, modules: Collection[str], is_called: Callable[[str], bool] | None = None) -> None:
     """Check that a name is that of layers which take adapters, whether or not this round trains them.
 
     Args:
-        modules: last parts of the names of these layers, or whole names; a name may be the last parts of one.
+        modules: last parts of the names of these layers, or whole names.
+        is_called: whether one of these is meant; None takes the name for the last parts of one.
 
     Raises:
         ModelError: it is not.
     """
-    if not any(f".{module}".endswith(f".{name}") for module in modules):
+    if not any(is_called(module) if is_called else f".{module}".endswith(f".{name}") for module in modules):
         known = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
         guess = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
         raise ModelError(

@@ -9,6 +9,7 @@ weights, before anything is loaded.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
 from hftcli.methods.lora import ADAPTER, check_merging, write_peft_folder
 from hftcli.methods.method import Method
-from hftcli.methods.peft_config import CHOOSING, build_config, find_inner, get_line, list_names
+from hftcli.methods.peft_config import CHOOSING, build_config, find_inner, get_line, is_matched, list_names
 from hftcli.models.checkpoint import find_parameter, read_master
 from hftcli.models.keeping import keeping_modules
 from hftcli.models.reader import Start
@@ -206,16 +207,17 @@ def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Se
         for unit in units
         if unit.role in ROLES.get(kind, MATRICES) and (kind in ROLES or len(unit.parameters[0].shape) == 2)
     ]
-    fitting = [unit for unit in adaptable if unit.parameters[0].name in trained]
-    last_parts = list(dict.fromkeys(get_last(unit.name) for unit in fitting))
+    fitting = {unit.name for unit in adaptable if unit.parameters[0].name in trained}
+    last_parts = list(dict.fromkeys(get_last(unit.name) for unit in adaptable if unit.name in fitting))
     asked = given.get("target_modules")
-    config = build_config(kind, given, last_parts)
+    config = build_config(kind, given, list(dict.fromkeys(get_last(unit.name) for unit in adaptable)))
     if asked not in (None, "all-linear"):
         config.target_modules = asked if isinstance(asked, str) else set(asked)
     for key in CHOOSING[1:]:
         if given.get(key) is not None:
             setattr(config, key, given[key])
-    targets = [unit.name for unit in fitting if check_target_module_exists(config, unit.name)]
+    named = [unit.name for unit in adaptable if check_target_module_exists(config, unit.name)]
+    targets = [name for name in named if name in fitting]
     if not targets:
         raise ModelError(
             f"no adapter would train: method.peft.target_modules is {asked or 'null'}, and of what {kind} adapts the freeze "
@@ -227,6 +229,9 @@ def choose_targets(kind: str, given: dict[str, Any], plan: FreezePlan, units: Se
             refuse_unknown(name, f"method.peft.{key}", [unit.name for unit in adaptable])
     for name in list_names(given.get("feedforward_modules") or ()):
         refuse_unknown(name, "method.peft.feedforward_modules", [unit.name for unit in adaptable])
+    for key in (key for key in given if key.endswith("_pattern") and key not in CHOOSING):
+        for name in given[key] or ():
+            refuse_unknown(f"{name}", f"method.peft.{key}", named, partial(is_matched, kind, f"{name}"))
     return targets
 
 

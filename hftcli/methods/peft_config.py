@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,7 +35,20 @@ BASE_INITS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga", "mica")  # t
 OF_LORA = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config", "megatron_core")
 REFUSED |= {
     **dict.fromkeys((*OF_LORA, "kasa_config"), "it changes the weights below, or serves them"),
+    **dict.fromkeys(("use_qalora", "qalora_group_size"), "it is for weights that are held in 4 bits"),
+    "lora_bias": "it trains biases besides, and these are not the adapter's",
+    "monteclora_config": "its own term of the loss is not added",
+    "alora_invocation_tokens": "such an adapter does not merge",
+    "arrow_config": "it chooses among adapters that were trained before",
 }
+# Keys that a type's class has and its adapters do not read, and what to give.
+UNREAD = {
+    "ADALORA": {
+        "r": "give init_r, at which its ranks begin, and target_r",
+        **dict.fromkeys(("rank_pattern", "alpha_pattern", "use_rslora", "use_bdlora"), "drop it"),
+    }
+}
+SEARCHED, AFTER_A_DOT = ("OSF",), ("C3A", "FOURIERFT")  # which read the names in their patterns in ways of their own
 
 
 def build_config(kind: str, given: dict[str, Any], targets: Sequence[str], is_transposed: bool = False) -> PeftConfig:
@@ -51,8 +65,10 @@ def build_config(kind: str, given: dict[str, Any], targets: Sequence[str], is_tr
         place = f"method.peft.{key}"
         if key in REFUSED:
             raise InputError(f"{place} is not taken: {REFUSED[key]}", "drop it")
+        if key in (unread := UNREAD.get(kind, {})):
+            raise InputError(f"{place} would have no effect with type {kind}", unread[key])
         if key not in known:
-            taken = [name for name in known if name not in REFUSED]
+            taken = [name for name in known if name not in REFUSED and name not in unread]
             guess = difflib.get_close_matches(key, taken, n=1)
             raise InputError(
                 f"{place}: PEFT's {cls.__name__} has no such key" + (f" (did you mean '{guess[0]}'?)" if guess else ""),
@@ -97,6 +113,20 @@ def find_inner(given: dict[str, Any], targets: Sequence[str]) -> list[str]:
     """The layers of which IA3 scales the inputs: those that are given, or of the mlp the last."""
     inner = list_names(given.get("feedforward_modules") or FEEDFORWARD)
     return [name for name in targets if any(ends_with(name, part) for part in inner)]
+
+
+def is_matched(kind: str, pattern: str, name: str) -> bool:
+    """Whether a name in `rank_pattern`, or in another such key, is that of a layer, as PEFT's type reads it.
+
+    Raises:
+        InputError: it is no pattern.
+    """
+    try:
+        if kind in SEARCHED:
+            return re.search(pattern, name) is not None
+        return re.match(rf".*\.{pattern}$" if kind in AFTER_A_DOT else rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise InputError(f"method.peft: {pattern!r} is no pattern of layers: {error}", "give names of layers") from None
 
 
 def list_names(given: str | Iterable[str]) -> list[str]:

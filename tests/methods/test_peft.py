@@ -163,6 +163,14 @@ def test_a_next_round_begins_new_adapters(start: Path, tmp_path: Path):
         ({"type": "LORA", "modules_to_save": ["lm_head"]}, "an adapter is all that trains"),
         ({"type": "ADALORA", "total_step": 10}, "the number of the round's steps"),
         ({"type": "LORA", "kasa_config": {}}, "changes the weights below"),
+        ({"type": "LORA", "use_qalora": True}, "held in 4 bits"),
+        ({"type": "LORA", "qalora_group_size": 8}, "held in 4 bits"),
+        ({"type": "LORA", "lora_bias": True}, "trains biases besides"),
+        ({"type": "LORA", "monteclora_config": {}}, "term of the loss"),
+        ({"type": "LORA", "alora_invocation_tokens": [1]}, "does not merge"),
+        ({"type": "LORA", "arrow_config": {}}, "trained before"),
+        ({"type": "ADALORA", "r": 4}, "method.peft.r would have no effect with type ADALORA"),
+        ({"type": "ADALORA", "alpha_pattern": {"q_proj": 4}}, "method.peft.alpha_pattern would have no effect"),
         (
             {"type": "LORA", "target_modules": ".*_proj", "layers_to_transform": [0]},
             "cannot be used when `target_modules` is a",
@@ -189,6 +197,30 @@ def test_adapters_that_change_the_weights_below_do_not_train(start: Path, monkey
     model = load_model(spec.model, start, task.plan, mixed=False, sharded=False)
     with pytest.raises(InputError, match=r"change the weights below, such as .*\.weight"):
         method.prepare_model(model, task.plan, start, mixed=False, sharded=False)
+
+
+def test_a_pattern_names_layers_that_take_adapters(start: Path):
+    described = describe_model(str(start))
+    units = assign_roles(described.model_type, described.parameters)
+    plan = make_plan(units, FreezeRule(trainable_fraction=0.25), 0)
+    for kind, key, pattern in (
+        ("LORA", "rank_pattern", "q_proj|layers.0.mlp.up_proj"),
+        ("LORA", "alpha_pattern", "model.layers.1.self_attn.k_proj"),
+        ("OSF", "rank_pattern", "k_pr"),
+        ("C3A", "block_size_pattern", "v_proj"),
+    ):
+        assert choose_targets(kind, {key: {pattern: 4}}, plan, units)
+    for kind, given, said in (
+        ("LORA", {"rank_pattern": {"q_porj": 4}}, "method.peft.rank_pattern names q_porj, and no layer"),
+        ("LORA", {"rank_pattern": {"proj": 4}}, "names proj"),
+        ("LORA", {"alpha_pattern": {"k_proj": 4}, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj"]}, "names k_proj"),
+        ("C3A", {"block_size_pattern": {"model.layers.1.self_attn.k_proj": 4}}, "names model.layers.1.self_attn.k_proj"),
+        ("OSF", {"rank_pattern": {"k_porj": 4}}, "names k_porj"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            choose_targets(kind, given, plan, units)
+    with pytest.raises(InputError, match="is no pattern of layers"):
+        choose_targets("LORA", {"rank_pattern": {"(q_proj": 4}}, plan, units)
 
 
 def test_the_layers_of_which_ia3_scales_the_inputs_may_be_named_alone():
