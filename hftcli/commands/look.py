@@ -265,7 +265,7 @@ def doctor(
 def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     """Every check that can be made; one that fails does not keep the others from being made."""
     from hftcli import runners
-    from hftcli.doctor.disk import check_disk
+    from hftcli.doctor.disk import foresee_disk
     from hftcli.doctor.doctor import (
         Finding,
         HostReport,
@@ -318,7 +318,7 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     rank_bytes = share_memory(resolved, reports)
     return [
         *findings,
-        check_disk(recipe, Path(start.path), budget.plan, resolved.num_ranks, num_rounds),
+        foresee_disk(recipe, Path(start.path), budget, resolved.num_ranks, num_rounds),
         check_memory(budget, rank_bytes),
         *filter(None, [check_host(budget, resolved, rank_bytes)]),
     ]

@@ -3,9 +3,13 @@
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from hftcli.doctor.doctor import MAX_FILLED_FRACTION, Finding, find_existing
+from hftcli.freezing.budget import Budget
+from hftcli.freezing.redrawing import plan_draws, try_draws
 from hftcli.freezing.selection import FreezePlan
 from hftcli.recipe.recipe import Recipe
 from hftcli.runs.files import read_model
@@ -13,21 +17,50 @@ from hftcli.runs.made import DELTA_NAME, DeltaRecord
 from hftcli.runs.run import Round
 
 
-def check_disk(recipe: Recipe, start: Path, plan: FreezePlan, num_ranks: int, num_rounds: int) -> Finding:
+def foresee_disk(
+    recipe: Recipe, start: Path, budget: Budget, num_ranks: int, num_rounds: int, draws: Sequence[frozenset[str]] = ()
+) -> Finding:
+    """`check_disk` of a round that has a budget.
+
+    Args:
+        budget: of what a device holds at once.
+        draws: of `freeze.redraw`, those of the round; where its steps are not known, some stand for them.
+    """
+    plan, rule, units = budget.plan, recipe.freeze, budget.network.units
+    num_at_once = None
+    if rule.redraw is not None:
+        num_at_once = plan.num_trainable
+        plan = plan_draws(units, rule, plan.round_index, draws or try_draws(units, rule, plan.round_index))
+    return check_disk(recipe, start, plan, num_ranks, num_rounds, budget.num_adapter_weights, num_at_once)
+
+
+def check_disk(
+    recipe: Recipe,
+    start: Path,
+    plan: FreezePlan,
+    num_ranks: int,
+    num_rounds: int,
+    num_adapter_weights: int = 0,
+    num_at_once: int | None = None,
+) -> Finding:
     """Free disk where the run goes, against what it leaves and what it needs besides until it is done.
 
     Args:
         start: the start's folder; a hub id is none.
-        plan: the next round's, which stands for all: other rounds train about as much.
+        plan: the next round's, which stands for all: other rounds train about as much. With `freeze.redraw`, of all its draws.
         num_rounds: rounds of the run, each of which leaves a checkpoint.
+        num_adapter_weights: those that train in place of the plan's; 0 where there are no adapters.
+        num_at_once: weights of the largest draw; None where all of the plan train at once.
     """
     folder = find_existing(recipe.folder)
     if not os.access(folder, os.W_OK):
         return Finding("disk", "fault", f"{folder} cannot be written", "give another --output")
-    kept = num_rounds * (count_checkpoint_bytes(recipe, start, plan) + count_earlier_bytes(plan))
+    fisher = num_rounds * 4 * plan.num_parameters if recipe.method.ewc is not None else 0
+    kept = num_rounds * (count_checkpoint_bytes(recipe, start, plan) + count_earlier_bytes(plan)) + fisher
     masters, earlier_masters = count_masters_bytes(recipe, start, plan, num_rounds)
-    passing = count_step_bytes(recipe, plan, num_ranks) + earlier_masters
-    return judge_disk(folder, shutil.disk_usage(folder).free, kept + masters, passing, masters, name_uncounted(recipe))
+    passing = count_step_bytes(recipe, plan, num_ranks, num_adapter_weights, num_at_once) + earlier_masters
+    parts = {"float32 masters": masters, "method.ewc's Fisher information": fisher}
+    return judge_disk(folder, shutil.disk_usage(folder).free, kept + masters, passing, parts, name_uncounted(recipe))
 
 
 def count_checkpoint_bytes(recipe: Recipe, start: Path, plan: FreezePlan) -> int:
@@ -81,16 +114,27 @@ def count_file_bytes(start: Path) -> int:
     return sum(file.stat().st_size for file in start.glob("*.safetensors"))
 
 
-def count_step_bytes(recipe: Recipe, plan: FreezePlan, num_ranks: int) -> int:
+def count_step_bytes(
+    recipe: Recipe, plan: FreezePlan, num_ranks: int, num_adapter_weights: int = 0, num_at_once: int | None = None
+) -> int:
     """Most bytes of a round's step checkpoints at a time: those kept, and the one being written.
 
     Each holds for every trained weight a float32 master and two moments; under DeepSpeed, what the ranks compute with too; and
-    what else has to be remembered of it.
+    what else has to be remembered of it. Of what is drawn anew within the round, it has all masters, and the moments of what
+    trains at once, or with `freeze.redraw.states: keep` of all.
+
+    Args:
+        num_adapter_weights, num_at_once: see `check_disk`.
     """
     if not recipe.checkpoint.is_on:
         return 0
-    weight_bytes = (12 if num_ranks == 1 else 16) + count_remembered_bytes(recipe, num_ranks)
-    return (recipe.checkpoint.keep + 1) * plan.num_trainable * weight_bytes
+    redraw, num_trained = recipe.freeze.redraw, num_adapter_weights or plan.num_trainable
+    num_moments = num_trained if num_at_once is None or (redraw is not None and redraw.states == "keep") else num_at_once
+    weight_bytes = (4 if num_ranks == 1 else 8) + count_remembered_bytes(recipe, num_ranks)
+    num_bytes = num_trained * weight_bytes + 8 * num_moments
+    if recipe.freeze.choice == "spiel":  # each entry's place and age, and a candidate's place and three numbers
+        num_bytes += num_ranks * sum(3 * part.index_bytes for part in (plan.entries or {}).values())
+    return (recipe.checkpoint.keep + 1) * num_bytes
 
 
 def count_remembered_bytes(recipe: Recipe, num_ranks: int) -> int:
@@ -115,19 +159,25 @@ def name_uncounted(recipe: Recipe) -> str:
 
 
 def judge_disk(
-    folder: Path, free_bytes: int, kept_bytes: int, passing_bytes: int, masters_bytes: int = 0, uncounted: str = ""
+    folder: Path,
+    free_bytes: int,
+    kept_bytes: int,
+    passing_bytes: int,
+    parts: Mapping[str, int] = MappingProxyType({}),
+    uncounted: str = "",
 ) -> Finding:
     """Compare what is free with what a run needs.
 
     Args:
         kept_bytes: what the run leaves.
         passing_bytes: what it needs besides until it is done.
-        masters_bytes: of what it leaves, the float32 masters.
+        parts: of what it leaves, the bytes of what is no checkpoint, by what it is.
         uncounted: what of its step checkpoints is not counted, in words.
     """
     message = f"{free_bytes / 1e9:,.1f} GB free at {folder}, and the run leaves {kept_bytes / 1e9:,.3f} GB of checkpoints"
-    if masters_bytes:
-        message += f", {masters_bytes / 1e9:,.3f} GB of it float32 masters"
+    for name, num_bytes in parts.items():
+        if num_bytes:
+            message += f", {num_bytes / 1e9:,.3f} GB of it {name}"
     if passing_bytes:
         message += f", with {passing_bytes / 1e9:,.3f} GB of step checkpoints and earlier masters at a time until it is done"
     if uncounted:

@@ -95,13 +95,17 @@ def plan_draws(units: Sequence[Unit], rule: FreezeRule, round_index: int, draws:
     return write_plan(units, {name for draw in set(draws) for name in draw}, rule, round_index)
 
 
+def try_draws(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> list[frozenset[str]]:
+    """Draws that stand for all of a round whose steps are not known yet: every block once, or some by chance."""
+    assert rule.redraw is not None
+    num_draws = NUM_TRIED_DRAWS if rule.redraw.order == "random" else len(list_blocks(units, rule))
+    return list_draws(units, rule, round_index, num_draws)
+
+
 def plan_largest(units: Sequence[Unit], rule: FreezeRule, round_index: int) -> FreezePlan:
     """The plan of the draw with the most weights, which is what a device must hold at once."""
     sizes = {parameter.name: parameter.num_elements for unit in units for parameter in unit.parameters}
-    assert rule.redraw is not None
-    num_draws = NUM_TRIED_DRAWS if rule.redraw.order == "random" else len(list_blocks(units, rule))
-    draws = list_draws(units, rule, round_index, num_draws)
-    largest = max(draws, key=lambda draw: sum(sizes[name] for name in draw))
+    largest = max(try_draws(units, rule, round_index), key=lambda draw: sum(sizes[name] for name in draw))
     return write_plan(units, set(largest), rule, round_index)
 
 

@@ -2,17 +2,10 @@
 
 from dataclasses import replace
 
-from hftcli.freezing.redrawing import (
-    count_cycle_steps,
-    count_draws,
-    describe_draw,
-    list_draws,
-    plan_draws,
-    settle_every,
-)  # fmt: skip
+from hftcli.freezing.redrawing import count_cycle_steps, describe_draw, plan_draws, settle_every
 from hftcli.methods.redraw import Redraw
 from hftcli.runs.records import DrawReport
-from hftcli.training.outlook import count_pass, count_steps
+from hftcli.training.outlook import count_pass, list_own_draws
 from hftcli.training.stages import Assignment, Rows
 
 
@@ -23,7 +16,7 @@ def settle_draws(task: Assignment, rows: Rows) -> Assignment:
         if isinstance(method, Redraw) and rule.redraw is not None:
             num_rows, batch_size = count_pass(task, rows), spec.train.global_batch_size
             every = settle_every(rule, units, num_rows, batch_size)
-            draws = list_draws(units, rule, spec.index, count_draws(count_steps(task, len(rows.train)), every))
+            draws = list_own_draws(task, rows)
             method.take_draws(draws, every)
             method.cycle_steps = count_cycle_steps(rule, units, num_rows, batch_size)
             return replace(task, plan=plan_draws(units, rule, spec.index, draws))

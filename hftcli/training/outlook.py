@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from transformers import get_scheduler
 
-from hftcli.doctor.disk import check_disk
+from hftcli.doctor.disk import foresee_disk
 from hftcli.doctor.doctor import Finding
 from hftcli.doctor.memory import check_host, check_memory, share_memory
 from hftcli.errors import InputError
@@ -207,6 +207,15 @@ def check_draws(task: Assignment, num_sequences: int, num_steps: int) -> None:
         )
 
 
+def list_own_draws(task: Assignment, rows: Rows) -> list[frozenset[str]]:
+    """What trains in a round whose rows are known, draw by draw; nothing where it is not drawn anew."""
+    rule, units, spec = task.spec.freeze, task.network.units, task.spec
+    if rule.redraw is None:
+        return []
+    every = settle_every(rule, units, count_pass(task, rows), spec.train.global_batch_size)
+    return list_draws(units, rule, spec.index, count_draws(count_steps(task, len(rows.train)), every))
+
+
 def check_schedule(train: TrainSection, num_steps: int, num_warmup_steps: int, cycle_steps: int = 1) -> None:
     """See that a schedule makes of its settings what a learning rate may be.
 
@@ -276,6 +285,6 @@ def foresee_run(
         task.spec, task.network, task.plan, launch.num_ranks, is_mixed(task.spec), torch.cuda.is_available(), find_counted(task)
     )
     rank_bytes = None if launch.hostfile else share_memory(launch, [])
-    disk = check_disk(recipe, task.start, task.plan, launch.num_ranks, len(specs))
+    disk = foresee_disk(recipe, task.start, budget, launch.num_ranks, len(specs), list_own_draws(task, rows))
     found = (check_memory(budget, rank_bytes), check_host(budget, launch, rank_bytes), disk)
     return outlooks, [finding for finding in found if finding is not None]

@@ -226,6 +226,45 @@ def test_step_checkpoints_are_those_kept_and_the_one_being_written(plan, overrid
     assert count_step_bytes(load_recipe(None, overrides), plan, num_ranks) == num_bytes
 
 
+@pytest.mark.parametrize(
+    ("overrides", "num_ranks", "num_bytes"),
+    [
+        ([], 1, 200 * 4 + 50 * 8),
+        (["freeze.redraw.states=keep"], 1, 200 * 12),
+        ([], 2, 200 * 8 + 50 * 8),
+    ],
+)
+def test_of_draws_a_step_checkpoint_has_all_masters_and_the_moments_of_the_largest(plan, overrides, num_ranks, num_bytes):
+    recipe = load_recipe(None, ["freeze.redraw.every=1", *overrides])
+    assert count_step_bytes(recipe, plan, num_ranks, num_at_once=50) == 3 * num_bytes
+
+
+def test_adapters_stand_for_the_weights_below_in_step_checkpoints(plan):
+    assert count_step_bytes(load_recipe(None), plan, 1, num_adapter_weights=7) == 3 * 7 * 12
+
+
+def test_entries_that_move_are_remembered_with_their_candidates():
+    """Of 100 weights, 50 train: where each is, how old, where a candidate is, and three numbers of that, in 4 bytes each."""
+    units = [Unit("layers.0.mlp.up_proj", "mlp", 0, (Parameter("layers.0.mlp.up_proj.weight", (10, 10)),))]
+    plan = make_plan(units, FreezeRule(grain="entries", part="spiel"), 0)
+    recipe = load_recipe(None, ["freeze={grain: entries, part: spiel}"])
+    for num_ranks, num_bytes in ((1, 50 * (12 + 24)), (2, 50 * (16 + 2 * 24))):
+        assert count_step_bytes(recipe, plan, num_ranks) == 3 * num_bytes
+
+
+@pytest.mark.parametrize(("free", "is_fault"), [(3 * 2400, False), (3 * 2400 - 1, True)])
+def test_every_round_of_ewc_leaves_its_fisher_information(tmp_path, plan, monkeypatch, free, is_fault):
+    """Float32 of all 300 weights, beside checkpoints of 1200 bytes."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    recipe = load_recipe(
+        None, [f"output={tmp_path}", "method.ewc={}", "model.dtype=float32", "checkpoint.save_every_minutes=null"], "continual"
+    )
+    found = check_disk(recipe, Path("owner/name"), plan, 1, 3)
+    assert (found.status == "fault") == is_fault
+    assert "of it method.ewc's Fisher information" in found.message
+
+
 def test_what_step_checkpoints_hold_of_the_rows_is_said(tmp_path, plan):
     given = [f"output={tmp_path}", "method.anchor={strength: 1, top_k: 16}"]
     found = check_disk(load_recipe(None, given), tmp_path, plan, 1, 1)

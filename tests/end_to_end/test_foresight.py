@@ -1,6 +1,7 @@
 """Recipes that would fail in training, or after it has begun, fail at once, with exit code 2 and the name of what is wrong."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hftcli.doctor.doctor import Finding
 from hftcli.errors import InputError
 from hftcli.recipe.loading import load_recipe
 from hftcli.runners import prepare_continual, prepare_single
@@ -49,11 +51,11 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def foresee(place, tmp_path, monkeypatch) -> Callable[..., dict]:
+def foretell(place, tmp_path, monkeypatch) -> Callable[..., tuple[dict, list[Finding]]]:
     """What `hft --dry-run` does, in this process."""
     monkeypatch.chdir(place)
 
-    def run(changes: dict[str, object], objective: str = "sft") -> dict:
+    def run(changes: dict[str, object], objective: str = "sft") -> tuple[dict, list[Finding]]:
         rows = "pair" if objective == "dpo" else "plain"
         values = {
             "model.path": "llama", "data.path": f"{rows}.jsonl", "data.max_length": 16, "train.bf16": False,
@@ -62,9 +64,15 @@ def foresee(place, tmp_path, monkeypatch) -> Callable[..., dict]:
         }  # fmt: skip
         recipe = load_recipe(None, [f"{key}={value}" for key, value in values.items()], objective)
         prepared = prepare_continual(recipe) if objective == "continual" else prepare_single(recipe)[0]
-        return foresee_run(recipe, prepared, lambda *count: None)[0]
+        return foresee_run(recipe, prepared, lambda *count: None)
 
     return run
+
+
+@pytest.fixture
+def foresee(foretell) -> Callable[..., dict]:
+    """The outlooks alone."""
+    return lambda *given: foretell(*given)[0]
 
 
 FAILING: list[tuple[str, dict[str, object], str]] = [
@@ -188,3 +196,25 @@ def test_the_default_recipe_trains_on_a_handful_of_rows(hft, settings, place, tm
     assert "without a warm-up, which would take the only step" in done.stderr
     rows = (tmp_path / "run" / "rounds" / "00-sft" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["learning_rate"] for row in rows] == [2e-5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_bytes"),
+    [
+        # q_proj of two layers, 8 x 8, under one rank: 2 x (8 + 8) weights.
+        ({"method.peft": "{type: LORA, r: 1, target_modules: [q_proj]}", "freeze.trainable_fraction": 1}, 12 * 32),
+        # Three steps train both layers: 7 matrices of 8 x 8 and two norms of 8 each; embeddings and head are frozen.
+        ({"freeze": "{group: layer, redraw: {every: 1, order: cyclic}, embeddings: freeze, head: freeze}",
+          "train.max_steps": 3}, 4 * 2 * (7 * 64 + 16) + 8 * (7 * 64 + 16)),
+        ({"freeze": "{group: layer, redraw: {every: 1, order: cyclic, states: keep}, embeddings: freeze, head: freeze}",
+          "train.max_steps": 3}, 12 * 2 * (7 * 64 + 16)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("missing", [0, 1])
+def test_step_checkpoints_are_counted_by_what_they_hold(foretell, place, tmp_path, monkeypatch, changes, num_bytes, missing):
+    """Masters and moments of adapters, not of the weights below; of draws, masters of all and moments of the largest."""
+    kept = sum(file.stat().st_size for file in (place / "llama").glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=kept + 3 * num_bytes - missing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    (found,) = [finding for finding in foretell(changes)[1] if finding.check == "disk"]
+    assert (found.status == "fault") == bool(missing), found.message
