@@ -16,7 +16,7 @@ see_places        of which rows a micro-batch is                               s
 read_ahead        before the forward pass of a micro-batch                     anchor, distill, token_weights, ift, self_replay
 penalize_tokens   a term of each token's loss, by the whole distribution       anchor, distill, self_replay
 weigh_tokens      what a token counts in the loss                              token_weights, ift, self_replay
-list_metrics      what a row of metrics.jsonl has of it                        token_weights
+list_totals       what a row of metrics.jsonl has the mean of                  token_weights
 compute_penalty   a term of the loss                                           ewc, l2sp, olora, peft
 change_gradient   after the last backward pass of a step, before the step      gem, agem, pull
 list_waiting      what of the trained half has no gradient at the moment       redraw
@@ -192,8 +192,11 @@ class Method:
         """
         return None
 
-    def list_metrics(self) -> Mapping[str, float]:
-        """What rows of metrics.jsonl have of the micro-batch whose loss was just computed, by name; they have the means."""
+    def list_totals(self) -> Mapping[str, torch.Tensor]:
+        """Of the micro-batch whose loss was just computed: a sum over something, and how much of it there is, (2,), by name.
+
+        Rows of metrics.jsonl have the mean over all micro-batches and ranks; the names are the same on all of these.
+        """
         return {}
 
     def compute_penalty(self) -> torch.Tensor | None:

@@ -123,10 +123,9 @@ class TokenWeights(Method):
         self.weighed = torch.stack([weights_BT.masked_fill(~is_taught_BT, 0).sum(), is_taught_BT.sum()])
         return weights_BT.masked_fill(is_own_BT, 1)
 
-    def list_metrics(self) -> Mapping[str, float]:
-        """The mean weight of the rows' trained tokens."""
-        total, count = (0.0, 0.0) if self.weighed is None else self.weighed.tolist()
-        return {METRIC: total / count} if count else {}
+    def list_totals(self) -> Mapping[str, torch.Tensor]:
+        """The weight of the rows' trained tokens."""
+        return {} if self.weighed is None else {METRIC: self.weighed}
 
     def finish(self, trainer: Trainer, round_: Round) -> None:
         """Say where the tokens counted so little that the round taught next to nothing."""

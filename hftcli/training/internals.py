@@ -70,11 +70,13 @@ class ResumableTrainer(Trainer):
     Attributes:
         saving_seconds: spent on writing step checkpoints, before they are completed.
         is_ended: whether the round has ended before its last step.
+        totals: what this rank has added up since the last row of metrics.jsonl, by name, with how much of it there was, (2,).
     """
 
     saving_seconds = 0.0
     is_ended = False
     masters: Masters
+    totals: dict[str, torch.Tensor]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, on the host where the masters are there."""
@@ -136,6 +138,31 @@ class ResumableTrainer(Trainer):
         """Take a number of this micro-batch into the next row of metrics.jsonl, which has the mean."""
         self._metrics["train"][name].append(value)
 
+    def add_total(self, name: str, total_2: torch.Tensor) -> None:
+        """Take a sum over something of this micro-batch, and how much of it there was, into the next row of metrics.jsonl.
+
+        The row has the mean over all of it, of all micro-batches and ranks.
+        """
+        held_2 = self.totals.get(name)
+        self.totals[name] = total_2.detach().float() + (0 if held_2 is None else held_2.to(total_2.device))
+
+    def take_means(self) -> dict[str, float]:
+        """The means of what was added up since the last time, nothing of what there was none of. All ranks together."""
+        means = {}
+        for name, total_2 in self.totals.items():
+            if self.args.world_size > 1:
+                total_2 = total_2.to(self.args.device)
+                torch.distributed.all_reduce(total_2)
+            total, count = total_2.tolist()
+            if count:
+                means[name] = total / count
+        self.totals = {}
+        return means
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A row of metrics.jsonl, with the means."""
+        super().log({**logs, **self.take_means()}, start_time)
+
     @property
     def num_tokens(self) -> int:
         """Tokens read in the round so far, over all ranks."""
@@ -148,6 +175,7 @@ class ResumableTrainer(Trainer):
             "logged_loss": self._total_loss_scalar,
             "logged_step": self._globalstep_last_logged,
             "metrics": dict(self._metrics["train"]),
+            "totals": {name: total_2.cpu() for name, total_2 in self.totals.items()},
             "num_tokens": self._total_train_tokens,
         }
 
@@ -158,6 +186,7 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = memory["logged_step"]
         self._initial_global_step = 0  # the mean loss is that of the round, not of this start
         self._metrics["train"].update(memory["metrics"])
+        self.totals = dict(memory.get("totals", {}))  # not in a checkpoint of an earlier hft
         self._total_train_tokens = memory["num_tokens"]
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:

@@ -172,7 +172,7 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
     """To stand before one of TRL's trainers among a class's bases: methods, with a hand on its loss and its gradients."""
 
     def __init__(self, methods: list[Method], args: SFTConfig | DPOConfig, **kwargs: Any):
-        self.masters = {}
+        self.masters, self.totals = {}, {}
         for method in methods:
             method.set_arguments(args)
         self.methods = methods
@@ -218,8 +218,8 @@ class MethodTrainer(DealingTrainer, ResumableTrainer):
         # With the number of tokens in a step, TRL's loss is that of the step, and its parts are added up.
         num_parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         for method in self.methods:
-            for name, value in method.list_metrics().items():
-                self.add_metric(name, value)
+            for name, total_2 in method.list_totals().items():
+                self.add_total(name, total_2)
             penalty = method.compute_penalty()
             if penalty is not None:
                 self.add_metric("penalty", penalty.item())

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from end_to_end.running import assert_same
-from methods.rounds import START, make_spec
+from methods.rounds import START, make_spec, make_trainer
 from training.quiet_rounds import go_back, make_start, run
 from training.quiet_rounds import make_spec as make_round_spec
 from transformers import AutoModelForCausalLM
 
 from hftcli import PACKAGE
+from hftcli.data.tokens import TOKEN_FEATURES
 from hftcli.launching.processes import StopRequest
 from hftcli.methods.token_weights import METRIC, TokenWeights
 from hftcli.recipe.methods import MethodSection, TokenWeightsSection
@@ -89,7 +91,8 @@ def test_loss_and_gradient_are_those_of_float64(kind, kernel):
     loss = -found.log_probs.sum() / found.label_mask.sum()
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert method.list_metrics() == {"token_weight": pytest.approx(weights.sum().item() / (targets != -100).sum().item())}
+    total, count = method.list_totals()["token_weight"].tolist()
+    assert (total, count) == (pytest.approx(weights.sum().item()), (targets != -100).sum().item())
     for (name, own), other in zip(model.named_parameters(), exact.parameters(), strict=True):
         assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm(), name
 
@@ -123,8 +126,34 @@ def test_psft_has_the_gradient_of_the_clipped_ratio():
     assert (weights[0] / 4).tolist() == pytest.approx(expected.tolist())
 
 
-def read_losses(run) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "rounds" / "00-sft" / "metrics.jsonl").read_text().splitlines()]
+def make_row(ids: list[int], num_trained: int) -> dict[str, list[int]]:
+    return {"input_ids": ids, "labels": [-100] * (len(ids) - num_trained) + ids[-num_trained:]}
+
+
+def test_what_is_logged_is_the_mean_over_the_trained_tokens_of_all_micro_batches_and_ranks(tmp_path, monkeypatch):
+    """Two micro-batches, of 2 trained tokens and of 6; the other rank, which stands in here, has 8 that weigh 1 each."""
+    rows = [make_row([1, 5, 6, 7], 2), make_row([1, 9, 8, 7, 6, 5, 4, 3], 6)]
+    model = AutoModelForCausalLM.from_pretrained(START)
+    weights = []
+    for row in rows:
+        ids = torch.tensor(row["input_ids"])
+        probabilities = model(ids[None]).logits[0, :-1].softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        weights += probabilities[torch.tensor(row["labels"][1:]) != -100].tolist()
+    sizes = {"global_batch_size": 2, "per_device_train_batch_size": 1, "max_steps": 1, "logging_steps": 1}
+    spec = make_spec({"token_weights": {"kind": "dft"}}, **sizes)
+    trainer = make_trainer(spec, {"new": Dataset.from_list(rows, features=TOKEN_FEATURES)}, tmp_path)
+    trainer.train()
+    assert len(weights) == 8
+    assert trainer.state.log_history[0]["token_weight"] == pytest.approx(sum(weights) / 8, rel=1e-4)
+    trainer.add_total("token_weight", torch.tensor([sum(weights), 8]))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total_2: total_2.add_(torch.tensor([8.0, 8.0])))
+    monkeypatch.setattr(trainer, "args", SimpleNamespace(world_size=2, device=torch.device("cpu")))
+    assert trainer.take_means() == {"token_weight": pytest.approx((sum(weights) + 8) / 16)}
+    assert trainer.take_means() == {}
+
+
+def read_losses(run, key: str = "loss") -> list[float]:
+    return [json.loads(line)[key] for line in (run / "rounds" / "00-sft" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -239,4 +268,6 @@ def test_two_ranks_equal_one_process(hft, settings, tmp_path, kind, stages):
         for num in (1, 2):
             launch = {"launch.num_processes": num, "launch.zero_stage": stage}
             hft("sft", "--output", tmp_path / f"{stage}-{num}", *settings(short | launch))
-        assert read_losses(tmp_path / f"{stage}-2") == pytest.approx(read_losses(tmp_path / f"{stage}-1"), abs=1e-5)
+        for key in ("loss", "token_weight"):
+            one, two = (read_losses(tmp_path / f"{stage}-{num}", key) for num in (1, 2))
+            assert two == pytest.approx(one, abs=1e-5)
