@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from hftcli.errors import RecipeError
+from hftcli.freezing.rule import QUIET
 
 Keys = tuple[str, ...]  # of a value, from the outside in
 
@@ -19,6 +20,8 @@ PATH_KEYS = {
     ("data", "sources"): ("path", "name", "split", "revision"),
     ("eval", "held_out", "path"): ("name", "split", "revision"),
 }
+# Keys of `freeze` that go with a grain, and that go when `--set freeze=quiet` gives another; it leaves the file's others.
+GRAIN_KEYS = ("grain", "blocks", "part")
 # Two lengths of a training, of which `--set` gives one in place of the file's other.
 LENGTH_KEYS: dict[Keys, tuple[str, ...]] = {
     ("train", "max_steps"): ("num_train_epochs",),
@@ -115,7 +118,7 @@ class RecipeFile:
 
 
 def apply_override(values: dict[str, Any], override: str, source: RecipeFile) -> None:
-    """Lay `key.path=value` over the values; a section that is null is opened.
+    """Lay `key.path=value` over the values; a section that is null is opened, and `freeze=quiet` leaves what else stands there.
 
     Raises:
         RecipeError: it has another form, or the value is not YAML.
@@ -139,6 +142,9 @@ def apply_override(values: dict[str, Any], override: str, source: RecipeFile) ->
     for other in (*PATH_KEYS.get(keys, ()), *replaced.get(keys, ())):
         if not source.place((*keys[:-1], other)).startswith("--set "):
             values.pop(other, None)
+    if keys == ("freeze",) and value == "quiet" and isinstance(found := values.get("freeze"), dict):
+        value = {name: kept for name, kept in found.items() if name not in GRAIN_KEYS} | QUIET
+        source.origins |= {("freeze", name): place for name in GRAIN_KEYS}
     values[keys[-1]] = value
     source.origins[keys] = place
 

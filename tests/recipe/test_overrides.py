@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hftcli.errors import RecipeError
 from hftcli.recipe.loading import dump_recipe, load_recipe
 from hftcli.recipe.recipe import Recipe
 
@@ -85,3 +86,21 @@ def test_a_written_recipe_reads_back_the_same(path: Path, changes: list[tuple[st
     recipe = load_recipe("tinyworld", [write(*change) for change in changes])
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
+
+
+def test_a_name_of_a_rule_leaves_what_the_file_says_besides(tmp_path: Path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "model: {path: m}\ndata: {path: d.jsonl}\n"
+        "freeze: {seed: 7, embeddings: freeze, head: freeze, trainable_fraction: 0.25, grain: columns, part: random}\n",
+        encoding="utf-8",
+    )
+    rule = load_recipe(path, ["freeze=quiet"]).freeze
+    assert (rule.seed, rule.embeddings, rule.head, rule.trainable_fraction) == (7, "freeze", "freeze", 0.25)
+    assert (rule.grain, rule.blocks, rule.part) == (("matrices", "directions"), 32, None)
+    changed = load_recipe(path, ["freeze=quiet", "freeze.part=random", "freeze.blocks=16"]).freeze
+    assert changed == rule.model_copy(update={"part": "random", "blocks": 16})
+    assert load_recipe(path, ["freeze=quiet", "freeze=quiet"]).freeze == rule
+    assert load_recipe(path, ["freeze={grain: entries}"]).freeze.seed == 42
+    with pytest.raises(RecipeError, match="--set freeze=quiet: freeze: redraw draws whole matrices"):
+        load_recipe(path, ["freeze.redraw.every=5", "freeze=quiet"])
