@@ -62,6 +62,8 @@ def derive_seed(seed: int, place: int) -> int:
 def list_blocks(units: Sequence[Unit], rule: FreezeRule) -> dict[str, frozenset[str]]:
     """The blocks that take turns, by name, in the order of `redraw.order`: from the input up but for `descending`.
 
+    Bridges go with the embeddings, and the final norm with the head: where these are frozen, they are in no block.
+
     Raises:
         ModelError: embeddings and head are one tensor, and one of them is to train and the other not.
     """

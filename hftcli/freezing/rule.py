@@ -68,7 +68,8 @@ class RedrawRule(BaseModel):
     """`random` draws anew each time, as a round does. The others take turns, with `group: layer`: the layers are blocks of
     `trainable_fraction` of them, of which each trains once in a cycle, from the input up (`ascending`), from the output down
     (`descending`), or in another random order in every cycle (`cyclic`). Embeddings and head, where they train, are then blocks
-    of their own."""
+    of their own, bridges with the embeddings and the final norm with the head; where they are frozen, so are these, as in
+    BAdam: no turn goes to a norm alone."""
 
     states: Literal["drop", "keep"] = "drop"
     """What becomes of the optimizer's state of what stops training: it is dropped, and begins from nothing at the next turn, as
@@ -154,7 +155,7 @@ class FreezeRule(BaseModel):
     parameter must have one role: `attention`, `mixer` (what stands in its place: linear attention, a state-space layer), `mlp`,
     `router`, `experts`, `norm` or `small` (of a layer, what is no matrix of its width: convolutions, decays, gates); outside
     the layers `embedding`, `head`, `final_norm`, or `bridge` (from embeddings to layers, or from these to the head; always
-    trains)."""
+    trains, but with a `frozen_prefix` and in the turns of `redraw.order`)."""
 
     redraw: Annotated[RedrawRule | None, Field(exclude_if=lambda value: value is None)] = None
     """Draw what trains anew within the round: HFT's half, LISA's layers (arXiv 2403.17919), or blocks in turns, as in BAdam

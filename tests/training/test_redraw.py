@@ -22,6 +22,7 @@ from training.quiet_rounds import (
 
 from hftcli.errors import InputError, ModelError
 from hftcli.freezing.redrawing import list_blocks, list_draws, plan_largest, settle_every
+from hftcli.freezing.roles import Parameter, Unit
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import make_plan
 from hftcli.launching.planning import check_pull, make_budget
@@ -178,6 +179,24 @@ def test_layers_are_drawn_as_often_as_lisa_says():
         "embeddings", "layers 0 to 5", "layers 6 to 11", "head",
     ]  # fmt: skip
     assert plan_largest(units, turns, 0).num_trainable == sum(unit.num_parameters for unit in units if unit.layer == 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "first", "last"),
+    [
+        ({}, {"embed", "bridge"}, {"norm", "head"}),
+        ({"embeddings": "freeze"}, {"up"}, {"norm", "head"}),
+        ({"head": "freeze"}, {"embed", "bridge"}, {"up1"}),
+        ({"embeddings": "freeze", "head": "freeze"}, {"up"}, {"up1"}),
+    ],
+)
+def test_what_stands_beside_embeddings_and_head_takes_its_turn_with_them_or_none(rule: dict, first: set, last: set):
+    places = (("embed", "embedding"), ("bridge", "bridge"), ("up", "mlp"), ("norm", "final_norm"), ("head", "head"))
+    units = [Unit(name, role, 0 if role == "mlp" else None, (Parameter(name, (4, 4)),)) for name, role in places]
+    units.insert(3, Unit("up1", "mlp", 1, (Parameter("up1", (4, 4)),)))
+    blocks = list(list_blocks(units, FreezeRule(group="layer", redraw={"every": 1, "order": "ascending"}, **rule)).values())
+    assert (set(blocks[0]), set(blocks[-1])) == (first, last)
+    assert len(blocks) == 2 + ("embed" in first) + ("head" in last)
 
 
 @pytest.mark.parametrize(
