@@ -144,7 +144,7 @@ def describe_imbalance(budget: Budget) -> str | None:
         budget.network.units, rule.model_copy(update={"balance": "weights"}), plan.round_index, budget.network.num_heads
     )
     offered = measure_layer_share(balanced.roles)
-    is_closer = abs(offered - asked) < abs(share - asked)
+    is_closer = "matrices" in rule.grain and abs(offered - asked) < abs(share - asked)
     return f"{said}; freeze.balance: weights would train {offered:.1%}" if is_closer else said
 
 

@@ -53,6 +53,11 @@ def fail(objective: str, *overrides: str) -> str:
              f"freeze.balance weights would have no effect beside freeze.redraw.order {order}")
             for order in ("cyclic", "ascending", "descending")
         ),
+        *(
+            ("sft", [f"freeze={{grain: {grain}, balance: weights}}"],
+             f"freeze.balance weights would have no effect beside freeze.grain {grain}")
+            for grain in ("directions", "columns", "entries")
+        ),
         ("sft", ["method.token_weights={kind: stm, strength: 0.5}"], "strength 0.5 would have no effect beside kind stm"),
         ("sft", ["train.dataloader_prefetch_factor=2"], "set train.dataloader_num_workers to 1 or more"),
         ("sft", ["train.dataloader_in_order=false"], "set train.dataloader_num_workers to 1 or more"),
@@ -188,6 +193,7 @@ def test_with_what_it_needs_it_is_taken():
         ["train.fit=auto", "train.memory_bytes=1000000000", "train.activation_checkpointing_kwargs={preserve_rng_state: true}"],
         ["checkpoint.keep=3", "checkpoint.save_every_minutes=null", "checkpoint.save_steps=5"],
         ["freeze={group: layer, balance: weights}", "freeze.redraw.every=5"],
+        ["freeze={grain: [matrices, directions], balance: weights}"],
         *([f"method.token_weights={{kind: stm, strength: {strength}}}"] for strength in (0, 1)),
     ):
         load_recipe(None, [*BASE, *overrides])
