@@ -112,6 +112,7 @@ def check_effects(recipe: Recipe, objective: Objective, source: RecipeFile) -> I
     yield from _check_optimizer_arguments(recipe, source)
     yield from _check_checkpointing(recipe, source)
     yield from _check_sections(recipe, source)
+    yield from _check_decay(recipe, source)
     optimizer = find_value(recipe, "train.optim")
     if recipe.launch.offload == "optimizer" and optimizer not in ("adamw_torch", "adamw_torch_fused"):
         place = _place("launch.offload", source)
@@ -278,6 +279,21 @@ def _check_sections(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
         yield (
             f"{_place('method.token_weights.strength', source)}: method.token_weights.strength {weighing.strength:g} would "
             "have no effect beside kind stm, with which a token counts wholly or not: drop it, or set 0 for plain training"
+        )
+
+
+def _check_decay(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
+    """Weight decay where nothing trains but what transformers does not decay: biases, and whatever is called a norm."""
+    rule, peft = recipe.freeze, recipe.method.peft
+    beside = trained = ""
+    if peft is not None and peft.type == "LN_TUNING":
+        beside, trained = "method.peft.type LN_TUNING", "norms train"
+    elif rule.grain == "biases" and rule.embeddings == rule.head == "freeze":
+        beside, trained = "freeze.grain biases with frozen embeddings and head", "biases train"
+    if beside and is_given(recipe, "train.weight_decay"):
+        yield (
+            f"{_place('train.weight_decay', source)}: train.weight_decay would have no effect beside {beside}: only {trained}, "
+            "and transformers does not decay these: drop it"
         )
 
 

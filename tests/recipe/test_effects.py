@@ -58,6 +58,9 @@ def fail(objective: str, *overrides: str) -> str:
              f"freeze.balance weights would have no effect beside freeze.grain {grain}")
             for grain in ("directions", "columns", "entries")
         ),
+        ("sft", ["freeze={grain: biases, embeddings: freeze, head: freeze}", "train.weight_decay=0.1"],
+         "train.weight_decay would have no effect beside freeze.grain biases"),
+        ("sft", ["method.peft={type: LN_TUNING}", "train.weight_decay=0.1"], "beside method.peft.type LN_TUNING: only norms"),
         ("sft", ["method.token_weights={kind: stm, strength: 0.5}"], "strength 0.5 would have no effect beside kind stm"),
         ("sft", ["train.dataloader_prefetch_factor=2"], "set train.dataloader_num_workers to 1 or more"),
         ("sft", ["train.dataloader_in_order=false"], "set train.dataloader_num_workers to 1 or more"),
@@ -194,6 +197,9 @@ def test_with_what_it_needs_it_is_taken():
         ["checkpoint.keep=3", "checkpoint.save_every_minutes=null", "checkpoint.save_steps=5"],
         ["freeze={group: layer, balance: weights}", "freeze.redraw.every=5"],
         ["freeze={grain: [matrices, directions], balance: weights}"],
+        ["freeze={grain: biases, balance: weights}", "train.weight_decay=0.1"],
+        ["freeze={grain: biases, embeddings: freeze, head: freeze}", "train.weight_decay=0"],
+        ["method.peft={type: LORA}", "train.weight_decay=0.1"],
         *([f"method.token_weights={{kind: stm, strength: {strength}}}"] for strength in (0, 1)),
     ):
         load_recipe(None, [*BASE, *overrides])
