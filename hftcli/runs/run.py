@@ -354,7 +354,7 @@ def find_differences(held: Any, given: Any) -> list[str]:
     """Keys whose values differ between two nested mappings, with dots."""
 
     def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not value:  # an empty section says something: it is there
             return {prefix: value}
         return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}".lstrip(".")).items()}
 

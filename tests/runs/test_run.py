@@ -1,6 +1,7 @@
 """A run on disk: claimed once, never written over, read back or refused."""
 
 import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -58,6 +59,18 @@ def test_trained_run_refuses_another_recipe_and_names_the_keys(trained):
     with pytest.raises(InputError, match=r"differs in freeze\.seed, train\.learning_rate\)"):
         claim_again(trained, "freeze.seed=1", "train.learning_rate=1")
     assert trained.recipe_path.read_text() == held
+
+
+def test_trained_run_refuses_a_section_without_keys_that_it_has_not(tmp_path, trained, manifest):
+    """IA3 has no key of its own: it is there, or it is not."""
+    with pytest.raises(InputError, match=r"differs in method\.ia3\)"):
+        claim_again(trained, "method.ia3={}")
+    adapted, recipe = Run(tmp_path / "adapted"), load_recipe(trained.recipe_path, ["method.ia3={}"])
+    adapted.claim(recipe, recipe.launch, manifest)
+    shutil.copytree(trained.folder / "rounds", adapted.folder / "rounds")
+    with pytest.raises(InputError, match=r"differs in method\.ia3\)"):
+        claim_again(adapted)
+    claim_again(adapted, "method.ia3={}")
 
 
 def test_a_tracker_may_come_and_go(trained):
