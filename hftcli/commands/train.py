@@ -27,6 +27,7 @@ from hftcli.errors import InputError
 
 if TYPE_CHECKING:
     from hftcli.recipe.recipe import Recipe
+    from hftcli.recipe.sections import LaunchSection
     from hftcli.runs.run import Run
 
 app = typer.Typer()
@@ -145,11 +146,12 @@ def _print_launch(run: "Run", recipe: "Recipe", place: Place) -> None:
     """Show what a prepared run's rounds would do and what would run them, or write the batch script and queue it."""
     from hftcli import runners
     from hftcli.launching import slurm
+    from hftcli.launching.command import resolve_launch
 
+    launch = resolve_launch(recipe.launch)  # a round that is done keeps the launch that it had
     if place.dry_run:
-        _foresee(run, recipe)
+        _foresee(run, recipe, launch)
     if place.slurm:
-        launch = run.rounds[0].read_spec().launch
         script = slurm.write_script(run, recipe.objective, launch, recipe.checkpoint.is_on)
         if place.dry_run:
             print(f"# {script}\n{script.read_text(encoding='utf-8')}")
@@ -162,11 +164,11 @@ def _print_launch(run: "Run", recipe: "Recipe", place: Place) -> None:
             print(runners.describe_launch(round_))
 
 
-def _foresee(run: "Run", recipe: "Recipe") -> None:
+def _foresee(run: "Run", recipe: "Recipe", launch: "LaunchSection") -> None:
     """Read the rows and whatever else can be known before there are weights."""
     from hftcli.launching.command import worker_environment
 
-    os.environ.update(worker_environment(run.rounds[0].read_spec().launch))  # as the worker sees it
+    os.environ.update(worker_environment(launch))  # as the worker sees it
     from hftcli.reporting.outlook import print_outlooks
     from hftcli.reporting.progress import show_counts
     from hftcli.training.outlook import foresee_run

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from written_runs import make_result
 
 from hftcli.errors import InputError
 from hftcli.launching.slurm import add_section, check_allocation, make_script, make_step_command, submit, write_script
 from hftcli.recipe.loading import load_recipe
 from hftcli.recipe.sections import LaunchSection
 from hftcli.recipe.slurm import SlurmSection
+from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
 
 LAUNCH = LaunchSection(num_nodes=2, num_processes=4, slurm=SlurmSection())
@@ -221,3 +223,15 @@ def test_the_command_writes_the_script(hft, tmp_path, settings):
     assert "#SBATCH --nodes=2" in dry
     assert "give it with --slurm" in hft("sft", "--submit", code=2).stderr
     assert "processes on each node" in hft("sft", "--slurm", "--set", "launch.num_processes=null", code=2).stderr
+
+
+def test_a_sequence_that_has_begun_is_queued_as_the_recipe_now_says(hft, tmp_path, settings):
+    """Its first round is done, and was launched as the recipe said then."""
+    run = tmp_path / "run"
+    for partition in ("short", "long"):
+        given = settings({"launch.slurm.partition": partition})
+        hft("continual", "--output", run, "--num-processes", 1, "--slurm", *given)
+        if partition == "short":
+            write_model(Run(run).rounds[0].result_path, make_result("0f", None))
+    assert "--partition=long" in read_directives((run / "job.sh").read_text())
+    assert Run(run).rounds[0].read_spec().launch.slurm == SlurmSection(partition="short")
