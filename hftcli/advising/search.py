@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 from hftcli import runners
@@ -68,9 +69,9 @@ class Search:
         """
         self.rows = divide_rows(self.order)
         candidates = list_candidates(self.rows.trained, self.rows.named, self.rows.num_named)
-        for rung, (count, num_steps) in enumerate(list_rungs(len(candidates), self._settle_steps(candidates))):
+        for rung, (num_candidates, num_steps) in enumerate(list_rungs(len(candidates), self._settle_steps(candidates))):
             if rung:
-                candidates = [one.candidate for one in rank(self.findings[rung - 1])[:count]]
+                candidates = [one.candidate for one in rank(self.findings[rung - 1])[:num_candidates]]
             self.findings[rung] = []
             for number, candidate in enumerate(candidates, start=1):
                 if self.findings[rung] and self.seconds_left < (self.order.num_seeds + 1) * self.longest:
@@ -88,28 +89,47 @@ class Search:
         return self._confirm(ranked)
 
     def _settle_steps(self, candidates: Sequence[Candidate]) -> int:
-        """The steps of the longest runs, by what a short one takes: a second one, as the first makes what is kept for all."""
+        """The steps of the longest runs, by what a short one takes."""
         kept = self.order.folder / "steps.json"
         if kept.exists():
             return int(json.loads(kept.read_text(encoding="utf-8")))
         batch = self._make_recipe(candidates[0], LEAST_STEPS, SEARCH_SEED).train.global_batch_size
         most = max(-(-NUM_EPOCHS * self.rows.num_trained // batch), LEAST_STEPS)
         _, first = list_rungs(len(candidates), most)[0]
-        for candidate in candidates[:2]:
-            self.tell(f"how long a run takes: {candidate.name}, {first} steps")
-            begun = time.monotonic()
-            run = runners.run_single(self._make_recipe(candidate, first, SEARCH_SEED), self.on_progress)
-        per_step = run.rounds[-1].read_result().seconds["training"] / first
-        per_run = max(time.monotonic() - begun - first * per_step, 0.0)
+        per_run, per_step = self._measure_pace(candidates, first)
         steps = fit_steps(len(candidates), most, self.order.num_seeds, self.seconds_left, per_run, per_step)
         if steps is None:
-            needed = (time.monotonic() - begun) * (2 * len(candidates) + self.order.num_seeds)
+            taken = per_run + first * per_step
             raise InputError(
-                f"{self.order.seconds:.0f} s are too few: a run of {first} steps takes {per_run + first * per_step:.0f} s",
-                f"give --time {needed / 60:.0f}m, or a smaller model",
+                f"{self.order.seconds:.0f} s are too few: a run of {first} steps takes {taken:.0f} s",
+                f"give --time {taken * (2 * len(candidates) + self.order.num_seeds) / 60:.0f}m, or a smaller model",
             )
         write_text(kept, json.dumps(steps))
         return steps
+
+    def _measure_pace(self, candidates: Sequence[Candidate], num_steps: int) -> tuple[float, float]:
+        """Seconds that a run takes besides its steps, and seconds of a step; measured once in a search, and kept.
+
+        The second run is timed, as the first makes what is kept for all, and in a new folder: one that an earlier start of the
+        search finished, or began, would seem to take next to nothing.
+        """
+        kept = self.order.folder / "pace.json"
+        if kept.exists():
+            pace = json.loads(kept.read_text(encoding="utf-8"))
+            return float(pace["per_run"]), float(pace["per_step"])
+        timed = (self._make_recipe(candidates[1], num_steps, seed) for seed in count(SEARCH_SEED))
+        recipes = (
+            self._make_recipe(candidates[0], num_steps, SEARCH_SEED),
+            next(one for one in timed if not one.folder.exists()),
+        )
+        for candidate, recipe in zip(candidates, recipes, strict=False):
+            self.tell(f"how long a run takes: {candidate.name}, {num_steps} steps")
+            begun = time.monotonic()
+            run = runners.run_single(recipe, self.on_progress)
+        per_step = run.rounds[-1].read_result().seconds["training"] / num_steps
+        per_run = max(time.monotonic() - begun - num_steps * per_step, 0.0)
+        write_text(kept, json.dumps({"per_run": per_run, "per_step": per_step}))
+        return per_run, per_step
 
     def _try(self, candidate: Candidate, num_steps: int) -> Finding | None:
         """A run of the search; None where the candidate's arm cannot be, or its training failed."""

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from written_runs import make_score, write_run
@@ -11,7 +13,7 @@ from hftcli import runners
 from hftcli.advising.rows import Order
 from hftcli.advising.search import Search
 from hftcli.comparing.advice import Advice
-from hftcli.errors import Interrupted, OverBudget, TrainingError
+from hftcli.errors import InputError, Interrupted, OverBudget, TrainingError
 from hftcli.recipe.recipe import Recipe
 from hftcli.runs.run import Run
 from hftcli.runs.scores import HELD_OUT
@@ -30,10 +32,10 @@ def search(tmp_path, monkeypatch):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     order = Order("tinyworld", "new.jsonl", "kept.jsonl", LIMIT, 1e6, 3, (), tmp_path / "advice")
 
-    def run(outcome: Outcome) -> Advice:
+    def run(outcome: Outcome, **changes: object) -> Advice:
         def run_single(recipe: Recipe, on_progress: object) -> Run:
             learned, lost = outcome(recipe)
-            if recipe.folder.exists():  # how long a run takes is measured on the first of them
+            if Run(recipe.folder).recipe_path.exists():  # how long a run takes is measured on the first of them
                 return Run(recipe.folder)
             (known,) = recipe.eval.tasks
             before, after = ({HELD_OUT: make_score(None, 3.0 - gain), known: make_score(None, 1.0 + loss)}
@@ -42,7 +44,7 @@ def search(tmp_path, monkeypatch):
             return Run(write_run(recipe.folder, *settings, rows=(before, after), points=(after,)))
 
         monkeypatch.setattr(runners, "run_single", run_single)
-        return Search(order, lambda *_: None, lambda _: None).run()
+        return Search(replace(order, **changes), lambda *_: None, lambda _: None).run()
 
     return run
 
@@ -118,3 +120,42 @@ def test_nothing_within_the_limit_is_said(search):
     assert advice.best is None
     assert advice.recipe is None
     assert advice.sentence == "nothing within the limit was found"
+
+
+@pytest.mark.parametrize(("ending", "num_timed"), [("refused", 0), ("killed", 1)])
+def test_a_search_that_is_begun_again_plans_with_the_time_that_a_run_takes(search, monkeypatch, tmp_path, ending, num_timed):
+    """A run takes 10 s, of which 1 s is training. A search has as many steps as one that was never stopped, and had 10 s less
+    for each run that is timed when it goes on.
+    """
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("hftcli.advising.search.time", SimpleNamespace(monotonic=lambda: clock.now))
+    begun: set[Path] = set()
+
+    def outcome(recipe: Recipe) -> tuple[float, float]:
+        if recipe.folder not in begun:
+            clock.now += 10
+        begun.add(recipe.folder)
+        return 0.3, 0.01
+
+    def stop_second(recipe: Recipe) -> tuple[float, float]:
+        if len(begun) == 1 and recipe.folder not in begun:
+            begun.add(recipe.folder)
+            recipe.folder.mkdir()  # as much of a run as a signal may leave
+            raise Interrupted("stopped")
+        return outcome(recipe)
+
+    def read_steps(folder: Path) -> int:
+        return json.loads((folder / "steps.json").read_text())
+
+    search(outcome, seconds=400.0, folder=tmp_path / "at once")
+    search(outcome, seconds=1e6, folder=tmp_path / "all")
+    assert read_steps(tmp_path / "at once") < read_steps(tmp_path / "all")
+    begun.clear()
+    if ending == "refused":
+        with pytest.raises(InputError, match="60 s are too few: a run of 5 steps takes 10 s"):
+            search(outcome, seconds=60.0)
+    else:
+        with pytest.raises(Interrupted):
+            search(stop_second, seconds=400.0)
+    search(outcome, seconds=380.0 + 10 * num_timed)
+    assert read_steps(tmp_path / "advice") == read_steps(tmp_path / "at once")
