@@ -13,7 +13,7 @@ from hftcli.runners import make_manifest
 from hftcli.runs.files import write_model
 from hftcli.runs.made import CheckpointIdentity, MergeManifest
 from hftcli.runs.records import DataReport, Hardware, RoundResult, Source
-from hftcli.runs.run import Run
+from hftcli.runs.run import Round, Run
 from hftcli.runs.scores import CurvePoint, PairScores, Prediction, Score, Scores
 from hftcli.runs.spec import RoundSpec, Scoring
 from hftcli.runs.verification import Verification
@@ -61,6 +61,13 @@ def write_run(
         if is_finished:
             write_model(round_.result_path, make_result(fingerprint, pairs))
     return folder
+
+
+def fail_verification(round_: Round) -> None:
+    """Have the result of a finished round say that a frozen parameter moved."""
+    result = round_.read_result()
+    found = result.verification.model_copy(update={"violations": ("model.norm.weight",)})
+    write_model(round_.result_path, result.model_copy(update={"verification": found}))
 
 
 def make_score(score: float | None, nll: float = 1.0) -> Score:

@@ -212,8 +212,10 @@ def _report_one(path: Path, as_json: bool, figure: Path | None, page: Path | Non
     from hftcli.reporting.answers import print_lost
     from hftcli.reporting.energy import print_energies
     from hftcli.reporting.figures import check_figure_path, draw_matrix, draw_run
+    from hftcli.reporting.lines import say
     from hftcli.reporting.measures import print_matrix
     from hftcli.reporting.page import write_page
+    from hftcli.reporting.places import show_place
     from hftcli.reporting.rounds import print_run, print_run_json
     from hftcli.runs.run import Run, find_rounds
 
@@ -229,7 +231,10 @@ def _report_one(path: Path, as_json: bool, figure: Path | None, page: Path | Non
         print_run_json(run) if as_json else print_run(run)
     else:
         matrix = read_matrix(path)
-        print_matrix(matrix, as_json)
+        unverified = run.unverified
+        print_matrix(matrix, as_json, not unverified if run.recipe_path.exists() else None)
+        if unverified and not as_json:
+            say(f"NOT VERIFIED: {', '.join(round_.name for round_ in unverified)}; see hft verify {show_place(path)}")
         if run.recipe_path.exists() and not as_json:
             print_energies(run)
     if figure:

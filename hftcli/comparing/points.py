@@ -85,7 +85,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
     Such a model stands for the run's own where `hft eval --output FOLDER/evaluation.json` has scored it.
 
     Raises:
-        InputError: neither, not finished, or nothing in it measures learning or forgetting.
+        InputError: neither, not finished, not verified, or nothing in it measures learning or forgetting.
     """
     made = _read_made(folder) if (folder / MERGE_NAME).exists() else None
     run = made.run if made else Run(folder)
@@ -94,12 +94,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
             f"{run.folder} is no run: it has no {run.recipe_path.name}", "give folders that hft made with --output"
         )
     recipe = load_recipe(run.recipe_path, is_written=True)
-    unfinished = [round_.name for round_ in run.rounds if not round_.is_done]
-    if unfinished or not run.rounds:
-        raise InputError(
-            f"{run.folder} is not finished: {', '.join(unfinished) or 'no round'} has not run to its end",
-            "run its recipe again: it goes on where it stopped",
-        )
+    _check_finished(run)
     results = {round_: round_.read_result() for round_ in run.rounds}
     trail: Trail = ()
     if len(results) == 1:
@@ -137,6 +132,22 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
         measuring=f"eval.every_steps {recipe.eval.every_steps}, eval.num_points {recipe.eval.num_points}",
         questions={name: digest for name in asked if (digest := _hash_questions(run.rounds[0], name)) is not None},
     )
+
+
+def _check_finished(run: Run) -> None:
+    """Raises: InputError: a round has not run to its end, or was not verified."""
+    unfinished = [round_.name for round_ in run.rounds if not round_.is_done]
+    if unfinished or not run.rounds:
+        raise InputError(
+            f"{run.folder} is not finished: {', '.join(unfinished) or 'no round'} has not run to its end",
+            "run its recipe again: it goes on where it stopped",
+        )
+    if unverified := run.unverified:
+        raise InputError(
+            f"{run.folder} is not verified: what had to stay in {', '.join(round_.name for round_ in unverified)} moved, or "
+            "what had to move stayed",
+            f"see hft verify {run.folder}, then train it again with another --output, or leave it out",
+        )
 
 
 class ScoredTasks(FileSection, extra="ignore"):

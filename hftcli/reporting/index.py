@@ -26,6 +26,7 @@ class Line:
 
     Attributes:
         page: where its page is; empty where it has none.
+        verified: whether every finished round left what was frozen as it was, and moved what it trained.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Line:
     learned: str
     forgot: str
     page: str
+    verified: bool
 
 
 def list_lines(folders: Sequence[Path], beside: Path | None = None) -> list[Line]:
@@ -55,7 +57,7 @@ def list_lines(folders: Sequence[Path], beside: Path | None = None) -> list[Line
                 name=show_place(folder), objective=OBJECTIVES[recipe.objective],
                 share=describe_share(rounds[-1].read_plan(), rounds[-1].read_result()),
                 learning_rate=f"{recipe.train.learning_rate:g}",
-                learned=headline.learned, forgot=headline.forgot, page=page,
+                learned=headline.learned, forgot=headline.forgot, page=page, verified=not run.unverified,
             )
         )  # fmt: skip
     return lines
@@ -71,7 +73,8 @@ def print_index(lines: Sequence[Line], as_json: bool) -> None:
         table.add_row(Text(line.name), Text(line.objective), line.share, line.learning_rate)
     print_whole(table)
     for line in lines:
-        say(f"{line.name}\n  learned  {line.learned}\n  forgot   {line.forgot}")
+        warning = "" if line.verified else f"\n  NOT VERIFIED: see hft verify {line.name}"
+        say(f"{line.name}{warning}\n  learned  {line.learned}\n  forgot   {line.forgot}")
 
 
 def write_index(lines: Sequence[Line], path: Path) -> None:

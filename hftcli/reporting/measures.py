@@ -96,8 +96,12 @@ def describe_adjusted(items: ItemChange | None) -> tuple[str, str]:
     return POINTS.show(items.adjusted.lost), POINTS.show(items.adjusted.won)
 
 
-def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
-    """The scores after every round, what each task gained and lost, and the metrics with their definitions."""
+def print_matrix(matrix: ForgettingMatrix, as_json: bool, verified: bool | None = None) -> None:
+    """The scores after every round, what each task gained and lost, and the metrics with their definitions.
+
+    Args:
+        verified: whether the run's rounds were; None of a matrix that is no run's, or of which more is said beside it.
+    """
     kinds = _list_kinds(matrix)
     metrics = {name: compute_metrics(matrix.tasks, rows, unit is NATS) for name, rows, unit in kinds}
     if as_json:
@@ -106,7 +110,7 @@ def print_matrix(matrix: ForgettingMatrix, as_json: bool) -> None:
             name: {task: _describe_change(column) for task, column in columns.items()}
             for name, columns in (("general", matrix.general), ("general_nll", matrix.general_nll))
         }
-        rounds = {"num_rounds": matrix.num_rounds, "is_finished": matrix.is_finished}
+        rounds = {"num_rounds": matrix.num_rounds, "is_finished": matrix.is_finished, "verified": verified}
         print_measures({**rounds, **metrics["strict"].model_dump(), **others, **general})
         return
     console = open_console()

@@ -60,7 +60,7 @@ def print_run(run: Run) -> None:
 
 
 def print_run_json(run: Run) -> None:
-    """What a run of one round did, as JSON: shares, nats per token, and the questions that were lost and won."""
+    """What a run of one round did, as JSON: whether it was verified, shares, nats per token, and the questions lost and won."""
     (round_,) = run.rounds
     result, scores, changes = round_.read_result(), round_.read_scores(), read_item_changes(run)
     tasks = {
@@ -72,7 +72,7 @@ def print_run_json(run: Run) -> None:
         for name, before in scores.before.items()
     }
     told = {"pairs", "num_steps", "stopped_by", "kept_step", "train_loss", "seconds"}
-    print_measures({"tasks": tasks, **result.model_dump(mode="json", include=told)})
+    print_measures({"verified": not run.unverified, "tasks": tasks, **result.model_dump(mode="json", include=told)})
 
 
 def print_continual(run: Run, matrix: ForgettingMatrix) -> None:

@@ -243,6 +243,11 @@ class Run:
         """The latest round that is done; None before the first is."""
         return next((round_ for round_ in reversed(self.rounds) if round_.is_done), None)
 
+    @property
+    def unverified(self) -> list[Round]:
+        """The finished rounds whose checkpoint was not what it had to be when they ended."""
+        return [round_ for round_ in self.rounds if round_.is_done and not round_.read_result().verification.passed]
+
     def settle_asking(self, given: AskingSection) -> AskingSection:
         """How the run's questions are asked: as in its first round once that is begun, so that its scores can be compared."""
         first = next(iter(self.rounds), None)

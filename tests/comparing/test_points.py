@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from written_runs import FACTS, REWORDED, SKILL, make_score, write_made, write_run
+from written_runs import FACTS, REWORDED, SKILL, fail_verification, make_score, write_made, write_run
 
 from hftcli.comparing.comparison import compare_runs
 from hftcli.comparing.points import read_point
@@ -77,6 +77,17 @@ def test_made_model_has_no_likelihood_of_held_out_rows(tmp_path):
     made = write_made(tmp_path / "mean", run, {FACTS: 0.9}, kind="interpolation", weight=0.5)
     with pytest.raises(InputError, match="hft eval asks no held-out rows"):
         read_point(made, by="nll")
+
+
+def test_a_run_that_was_not_verified_is_no_point(tmp_path):
+    """What moved of its frozen weights is no part of what its method learns and loses; nor is a model that is made of it."""
+    run = write_run(tmp_path / "run")
+    made = write_made(tmp_path / "mean", run, {FACTS: 0.9, SKILL: 0.5}, kind="interpolation", weight=0.5)
+    fail_verification(Run(run).rounds[0])
+    for folder in (run, made):
+        with pytest.raises(InputError, match=f"{run} is not verified: what had to stay in 00-sft moved") as caught:
+            read_point(folder)
+        assert f"hft verify {run}" in caught.value.fix
 
 
 def test_sequence_counts_what_each_task_gained_and_what_was_lost_since(tmp_path):

@@ -1,9 +1,10 @@
 """Several runs beside one another, and the tables as LaTeX."""
 
+import json
 import re
 
 import pytest
-from written_runs import FACTS, SKILL, complete_round, write_run
+from written_runs import FACTS, SKILL, complete_round, fail_verification, write_run
 
 from hftcli.comparing.forgetting import assemble_matrix
 from hftcli.errors import InputError
@@ -37,6 +38,32 @@ def test_the_page_leads_to_those_of_its_runs(runs, tmp_path):
     assert re.findall(r'href="([^"]*)"', text) == ["../half_a/report.html"]
     assert (path.parent / "../half_a/report.html").resolve().exists()
     assert "default-src 'none'" in text
+
+
+def test_a_run_that_was_not_verified_says_so(runs, hft, tmp_path):
+    bad = runs[1]
+    fail_verification(bad.rounds[0])
+    lines = list_lines([run.folder for run in runs])
+    assert [line.verified for line in lines] == [True, False]
+    write_index(lines, tmp_path / "index.html")
+    assert (tmp_path / "index.html").read_text().count("NOT VERIFIED") == 1
+    told = hft("report", *(run.folder for run in runs)).stdout
+    assert told.count("NOT VERIFIED") == 1
+    assert f"NOT VERIFIED: see hft verify {lines[1].name}" in told
+    found = [json.loads(hft("report", run.folder, "--json").stdout)["verified"] for run in runs]
+    assert found == [True, False]
+
+
+def test_a_sequence_that_was_not_verified_says_so(hft, tmp_path):
+    tasks = ("tinyworld/topic", SKILL)
+    rows = ({tasks[0]: 0.0, SKILL: 0.1}, {tasks[0]: 0.8, SKILL: 0.1}, {tasks[0]: 0.5, SKILL: 0.9})
+    run = Run(write_run(tmp_path / "run", rows=rows, tasks=tasks, objective="continual"))
+    write_model(run.matrix_path, assemble_matrix(run))
+    assert json.loads(hft("report", run.folder, "--json").stdout)["verified"] is True
+    assert json.loads(hft("report", run.matrix_path, "--json").stdout)["verified"] is None
+    fail_verification(run.rounds[1])
+    assert json.loads(hft("report", run.folder, "--json").stdout)["verified"] is False
+    assert f"NOT VERIFIED: {run.rounds[1].name}; see hft verify" in hft("report", run.folder).stdout
 
 
 def test_what_is_no_run_is_named(tmp_path):
