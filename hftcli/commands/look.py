@@ -184,8 +184,12 @@ def report(
     A matrix file is {"tasks": [...], "scores": [[...], ...]}: row 0 the base model, values in [0, 1] or null.
     """
     from hftcli.reporting.latex import make_tables
+    from hftcli.runs.run import Round
 
     check_files(figure=figure, html=page)
+    for path in paths:
+        if (round_ := Round(path)).spec_path.exists():
+            raise InputError(f"{path} is a round, and a report is of its run", f"hft report {round_.run_folder}")
     if latex and (as_json or figure or page or lost):
         raise InputError("--latex prints tables and nothing else", "drop --json, --figure, --html and --lost, or --latex")
     if latex:

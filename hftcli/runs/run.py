@@ -118,6 +118,11 @@ class Round:
         return self.folder.name
 
     @property
+    def run_folder(self) -> Path:
+        """The folder of the run that it is a round of."""
+        return self.folder.absolute().parent.parent
+
+    @property
     def place(self) -> tuple[int, str]:
         """What rounds are ordered by: the number that the name begins with, of two digits or more."""
         number = self.name.partition("-")[0]

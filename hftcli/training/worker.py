@@ -66,7 +66,7 @@ def main() -> None:
     atexit.register(gc.freeze)  # the interpreter's own last collection would take seconds
     round_ = Round(Path(sys.argv[-1]))
     if round_.is_done:  # started by hand: `hft` starts no round that is done
-        print(f"{round_.folder} is done already, and is left as it is; hft report {round_.folder} shows it")
+        print(f"{round_.folder} is done already, and is left as it is; hft report {round_.run_folder} shows it")
         return
     silence_libraries()
     keep_freed_memory()

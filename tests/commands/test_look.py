@@ -2,6 +2,7 @@
 
 import pytest
 from comparing.matrices import ROWS, TASKS, write
+from written_runs import write_run
 
 from hftcli.commands.look import refuse_unmeasured
 from hftcli.errors import InputError
@@ -47,6 +48,15 @@ def test_a_folder_is_no_file_to_write(hft, tmp_path):
     ):
         assert f"{command[-1]} is a folder" in hft(*command, code=2).stderr
     assert f"{prompts} is a file" in hft("report", matrix, "--html", prompts / "page.html", code=2).stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--lost",), ("--json", "--lost"), ("--latex",)])
+def test_a_round_is_no_run_to_report(hft, tmp_path, options):
+    """Its questions before are its run's, and `--lost` would find none of them."""
+    run = write_run(tmp_path / "run")
+    said = hft("report", run / "rounds" / "00-sft", *options, code=2).stderr
+    assert "is a round, and a report is of its run" in said
+    assert f"hft report {run}" in " ".join(said.split())
 
 
 def test_a_model_by_a_key_is_examined_as_one_of_a_recipe(hft, tmp_path):
