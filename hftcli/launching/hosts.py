@@ -18,10 +18,13 @@ from hftcli.errors import InputError
 # sees (CUDA_VISIBLE_DEVICES) is each machine's own affair.
 FORWARDED_PREFIXES = (
     "DS_", "FI_", "GLOO_", "HF_", "HFT_", "HUGGING_FACE_", "MKL_", "NCCL_", "OMP_", "PYTHON", "TOKENIZERS_", "TORCH_",
-    "TRANSFORMERS_", "UCX_", "WANDB_",
+    "TRANSFORMERS_", "UCX_",
+    # Where the trackers of `train.report_to` are, and who tells them: rank 0 may be on another machine.
+    "AZUREML_", "CLEARML_", "COMET_", "DAGSHUB_", "DVCLIVE_", "DVC_", "MLFLOW_", "NEPTUNE_", "SWANLAB_", "TENSORBOARD_",
+    "TRACKIO_", "WANDB_",
 )  # fmt: skip
 FORWARDED_NAMES = ("CUDA_HOME", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "no_proxy")
-SECRET = re.compile(r"TOKEN$|SECRET|PASSWORD|PASSWD|CREDENTIAL|(ACCESS|API|AUTH|PRIVATE)_?KEY", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN$|SECRET|WEBHOOK|PASSWORD|PASSWD|CREDENTIAL|(ACCESS|API|AUTH|PRIVATE)_?KEY", re.IGNORECASE)
 PASSWORD_IN_ADDRESS = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 
@@ -105,9 +108,9 @@ def count_slots(hosts: tuple[Host, ...], num_processes: int | None) -> int:
 def collect_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What of this machine's environment the other machines get.
 
-    That is what computes (NCCL, OpenMP, PyTorch), what finds models and data (the hub's and hft's variables), and, as with
-    DeepSpeed's own launcher, the lines `NAME=value` of `.deepspeed_env` here and in the home folder, or of the file that
-    DS_ENV_FILE names.
+    That is what computes (NCCL, OpenMP, PyTorch), what finds models and data (the hub's and hft's variables) and trackers, and,
+    as with DeepSpeed's own launcher, the lines `NAME=value` of `.deepspeed_env` here and in the home folder, or of the file
+    that DS_ENV_FILE names.
 
     Raises:
         InputError: a line of such a file is not `NAME=value`.

@@ -7,6 +7,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 
 from hftcli.errors import InputError
 from hftcli.launching.hosts import collect_environment, count_slots, is_secret, read_hostfile
+from hftcli.recipe.trainer_keys import TRACKERS
 
 
 @pytest.fixture
@@ -78,6 +79,30 @@ def test_the_environment_that_goes_along(tmp_path, monkeypatch):
     (tmp_path / "other").write_text("A=1\nexport B\n")
     with pytest.raises(InputError, match=r"other:2: expected NAME=value, got 'export B'"):
         collect_environment({"DS_ENV_FILE": "other"})
+
+
+PLACES = {
+    "AZUREML_RUN_ID": "a", "CLEARML_API_HOST": "http://a", "COMET_WORKSPACE": "a", "DAGSHUB_CLIENT_HOST": "http://a",
+    "DVC_STUDIO_URL": "http://a", "MLFLOW_TRACKING_URI": "http://a:5000", "MLFLOW_EXPERIMENT_NAME": "a",
+    "NEPTUNE_PROJECT": "a/b", "SWANLAB_PROJECT": "a", "TENSORBOARD_LOGGING_DIR": "/a", "TRACKIO_DIR": "/a",
+    "WANDB_PROJECT": "a",
+}  # fmt: skip
+TOKENS = (
+    "AZUREML_RUN_TOKEN", "CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY", "COMET_API_KEY", "DAGSHUB_USER_TOKEN",
+    "DVC_STUDIO_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "NEPTUNE_API_TOKEN", "SWANLAB_API_KEY",
+    "TRACKIO_WEBHOOK_URL", "WANDB_API_KEY",
+)  # fmt: skip
+
+
+def test_every_tracker_is_found_from_the_other_machines(tmp_path, monkeypatch):
+    """Where it is may be shown, and what lets one in may not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = PLACES | dict.fromkeys(TOKENS, "a")
+    assert collect_environment(given) == given
+    assert {name for name, value in given.items() if is_secret(name, value)} == set(TOKENS)
+    named = {name.partition("_")[0].lower() for name in PLACES} - {"dvc"} | {"dvclive"}
+    assert named == {package.partition("_")[0] for package in TRACKERS.values()}
 
 
 def test_what_is_secret():
