@@ -13,7 +13,7 @@ from hftcli.errors import InputError
 app = typer.Typer()
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 OWN_KEYS = (
-    "model.path", "data.path", "data.sources", "data.root", "freeze", "method.self_replay", "method.anchor",
+    "model.path", "model.revision", "data.path", "data.sources", "data.root", "freeze", "method.self_replay", "method.anchor",
     "train.learning_rate", "train.max_steps", "train.num_train_epochs", "train.seed", "eval", "stop", "checkpoint.best",
     "output",
 )  # fmt: skip
@@ -44,9 +44,9 @@ def advise(
     seconds = read_time(time)
     for key in (override.partition("=")[0] for override in overrides or ()):
         if any(f"{key}.".startswith(f"{own}.") or own.startswith(f"{key}.") for own in OWN_KEYS):
-            raise InputError(
-                f"--set {key}: hft advise sets it, or a key in it, itself", "drop it, or name one that it leaves alone"
-            )
+            fix = "drop it, or name one that it leaves alone"
+            fix = "give it with the model: --model owner/name@REVISION" if key == "model.revision" else fix
+            raise InputError(f"--set {key}: hft advise sets it, or a key in it, itself", fix)
     from hftcli.advising.rows import Order
     from hftcli.advising.search import Search
     from hftcli.reporting.advice import print_advice

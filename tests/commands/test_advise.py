@@ -17,6 +17,14 @@ def test_what_is_searched_for_cannot_be_set(hft, tmp_path, key):
     assert f"--set {key}: hft advise sets it" in hft("advise", *options, code=2).stderr
 
 
+def test_a_revision_is_given_with_the_model(hft, tmp_path):
+    """What it writes of itself, and how its loss is asked, are of the model that is given."""
+    options = ("--model", "owner/name", "--data", "my.jsonl", "--set", "model.revision=old", "--output", tmp_path)
+    said = hft("advise", *options, code=2).stderr
+    assert "--set model.revision: hft advise sets it" in said
+    assert "--model owner/name@REVISION" in said
+
+
 @pytest.mark.parametrize("text", ["30", "m", "0m", "-3m", "3 days"])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(InputError, match="is no time"):
