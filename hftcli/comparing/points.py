@@ -122,7 +122,7 @@ def read_point(folder: Path, learned: Sequence[str] = (), by: By = "score") -> P
         lost=losses,
         alike={
             "objective": recipe.objective,
-            "model": recipe.model.place,
+            "model": run.rounds[0].find_start() if run.rounds[0].start_path.exists() else recipe.model.place,
             "data": [_describe_data(result) for result in results.values()],
             "tasks": asked,
             "way of writing answers": _describe_writing(run.rounds[0]),

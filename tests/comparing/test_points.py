@@ -14,6 +14,7 @@ from hftcli.reporting.headline import list_changes
 from hftcli.runs.files import write_model
 from hftcli.runs.run import Run
 from hftcli.runs.scores import HELD_OUT, CurvePoint, PairScore, PairScores
+from hftcli.runs.spec import HubStart
 
 
 def test_single_round_learns_what_it_trained_on_and_loses_the_rest(tmp_path):
@@ -88,6 +89,16 @@ def test_a_run_that_was_not_verified_is_no_point(tmp_path):
         with pytest.raises(InputError, match=f"{run} is not verified: what had to stay in 00-sft moved") as caught:
             read_point(folder)
         assert f"hft verify {run}" in caught.value.fix
+
+
+def test_two_commits_of_a_model_of_the_hub_are_two_starts(tmp_path):
+    """One id, which was another model when the second run began; the third began from the first's."""
+    runs = [write_run(tmp_path / str(seed), "model.path=owner/name", f"freeze.seed={seed}") for seed in (1, 2, 3)]
+    for run, commit in zip(runs, ("0a", "1b", "0a"), strict=True):
+        write_model(Run(run).rounds[0].start_path, HubStart(commit=commit))
+    with pytest.raises(InputError, match=f"{runs[1]} has other model than {runs[0]}: owner/name@1b; not owner/name@0a"):
+        compare_runs(runs)
+    assert len(compare_runs([runs[0], runs[2]]).methods) == 1
 
 
 def test_sequence_counts_what_each_task_gained_and_what_was_lost_since(tmp_path):
