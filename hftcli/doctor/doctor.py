@@ -12,7 +12,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from hftcli import __version__
 from hftcli.launching.cluster import make_ssh_command
-from hftcli.launching.command import count_gpus
+from hftcli.launching.command import MASK, count_gpus
 from hftcli.launching.hosts import Host
 from hftcli.recipe.recipe import Recipe
 from hftcli.recipe.section import Section
@@ -156,19 +156,32 @@ def check_devices(probe: Probe, recipe: Recipe | None) -> list[Finding]:
     return findings
 
 
-def list_gpus() -> list[tuple[str, int]]:
-    """Names and bytes of this machine's GPUs, as the driver lists them."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+def list_gpus(environment: Mapping[str, str] = os.environ) -> list[tuple[str, int]]:
+    """Names and bytes of this machine's GPUs that a worker may see: as the driver lists them, those of the mask.
+
+    The mask names them by UUID, or the beginning of one, or by number. A number is the driver's own with
+    `CUDA_DEVICE_ORDER=PCI_BUS_ID` alone: without it CUDA counts the fastest first, and any of the GPUs may be meant.
+    """
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return []
-    rows = [line.rpartition(", ") for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
-    return [(name, int(mebibytes) * 2**20) for name, _, mebibytes in rows if mebibytes.isdigit()]
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
+    split = [line.split(", ", 2) for line in lines if line.count(", ") >= 3]
+    rows = [(number, uuid, *rest.rpartition(", ")) for number, uuid, rest in split]
+    gpus = [(number, uuid, (name, int(mebibytes) * 2**20)) for number, uuid, name, _, mebibytes in rows if mebibytes.isdigit()]
+    visible = [device.strip() for device in environment.get(MASK, "").split(",")]
+    is_by_number = environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    seen = [
+        gpu for number, uuid, gpu in gpus
+        if (is_by_number and number in visible) or any(uuid.startswith(device) for device in visible if "-" in device)
+    ]  # fmt: skip
+    return seen or [gpu for *_, gpu in gpus]
 
 
 def measure_device_bytes() -> int:
-    """Memory of the smallest GPU, or of the machine where there is none."""
+    """Memory of the smallest GPU that a worker may see, or of the machine where there is none."""
     gpus = [num_bytes for _, num_bytes in list_gpus()] if count_gpus() else []
     return min(gpus, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 

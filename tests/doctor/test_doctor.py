@@ -25,6 +25,7 @@ from hftcli.doctor.doctor import (
     check_launcher,
     check_packages,
     judge_host,
+    measure_device_bytes,
 )
 from hftcli.freezing.roles import Parameter, Unit
 from hftcli.freezing.rule import FreezeRule
@@ -67,6 +68,34 @@ def test_gpus_that_torch_cannot_use_are_a_fault(monkeypatch, cuda, num_devices, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     findings = check_devices(Probe(cuda, num_devices, is_faster, {}), None)
     assert any(found.status == expected[0] and expected[1] in found.message for found in findings), findings
+
+
+@pytest.mark.parametrize(
+    ("mask", "order", "expected"),
+    [
+        ("GPU-2a3b", None, 81559),
+        ("GPU-2a, GPU-3c", None, 81559),
+        ("GPU-1f,GPU-2a", None, 6138),
+        ("1,2", "PCI_BUS_ID", 81559),
+        ("0", "PCI_BUS_ID", 6138),
+        ("1", None, 6138),  # CUDA counts the fastest first, and 1 may be the small one
+        ("MIG-7e", None, 6138),
+        (None, None, 6138),
+    ],
+)
+def test_memory_is_that_of_the_gpus_that_are_visible(monkeypatch, tmp_path, mask, order, expected):
+    """A small GPU for the screen beside two large ones, in MiB."""
+    rows = ("0, GPU-1f00, NVIDIA RTX A2000, 6138", "1, GPU-2a3b, NVIDIA H100, 81559", "2, GPU-3c4d, NVIDIA H100, 81559")
+    listed = "".join(f"echo 'GPU {row}'\n" for row in rows)
+    asked = "".join(f"echo '{row}'\n" for row in rows)
+    (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\nif [ "$1" = -L ]; then\n{listed}else\n{asked}fi\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in (("CUDA_VISIBLE_DEVICES", mask), ("CUDA_DEVICE_ORDER", order)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert measure_device_bytes() == expected * 2**20
 
 
 def test_without_gpus_there_are_cpu_ranks(monkeypatch):
