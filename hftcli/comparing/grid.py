@@ -44,6 +44,7 @@ def make_grid(
     keys = [key for key, _ in axes]
     if taken := [key for key in keys if key in (*SEED_KEYS, "output")]:
         raise RecipeError(f"--vary {taken[0]}: hft compare sets it itself", "give --seeds and --output")
+    _check_order(keys)
     grid = []
     for values in product(*(values for _, values in axes)):
         settings = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
@@ -51,7 +52,19 @@ def make_grid(
             folder = output / _name_folder(settings, seed)
             given = [*overrides, *settings, *(f"{key}={seed}" for key in SEED_KEYS), f"output={yaml.safe_dump(str(folder))}"]
             grid.append(Planned(tuple(settings), _load(recipe, given)))
+    outputs = [planned.recipe.output for planned in grid]
+    if doubled := [output for output in outputs if outputs.count(output) > 1]:
+        raise RecipeError(f"--vary: two runs would be written to {doubled[0]}", "give each value once")
     return grid
+
+
+def _check_order(keys: Sequence[str]) -> None:
+    """Raises: RecipeError: a key's values would be lost: they are laid over one another in order."""
+    for place, key in enumerate(keys):
+        if key in keys[:place]:
+            raise RecipeError(f"--vary {key} is given twice", f"give all values in one: --vary {key}=A,B")
+        if inner := next((earlier for earlier in keys[:place] if earlier.startswith(f"{key}.")), None):
+            raise RecipeError(f"--vary {key} would write over --vary {inner}, which lies inside it", f"give {key} before it")
 
 
 def choose_settings(grid: Iterable[Planned], comparison: Comparison) -> list[tuple[str, ...]]:

@@ -50,6 +50,32 @@ def test_fault_in_the_grid_is_named_before_anything_runs(tmp_path, vary, expecte
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("vary", "expected", "fix"),
+    [
+        (
+            ["train.learning_rate=3e-4", "train.max_steps=4", "train.learning_rate=7e-4"],
+            "--vary train.learning_rate is given twice",
+            "--vary train.learning_rate=A,B",
+        ),
+        (["method.lora.r=4,8", "method={},{lora: {}}"], "--vary method would write over --vary method.lora.r", "before it"),
+        (["train.max_steps=4,4"], "two runs would be written to", "each value once"),
+    ],
+)
+def test_values_that_would_be_lost_are_refused_before_anything_runs(tmp_path, vary, expected, fix):
+    with pytest.raises(RecipeError, match=re.escape(expected)) as caught:
+        make_grid("tinyworld", [], vary, (1,), tmp_path / "runs")
+    assert fix in caught.value.fix
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_key_inside_a_section_that_is_varied_before_it_refines_that(tmp_path):
+    vary = ["freeze={grain: columns},{grain: biases}", "freeze.trainable_fraction=0.25,0.5"]
+    found = [planned.recipe.freeze for planned in make_grid("tinyworld", [], vary, (1,), tmp_path)]
+    expected = [("columns", 0.25), ("columns", 0.5), ("biases", 0.25), ("biases", 0.5)]
+    assert [(freeze.grain, freeze.trainable_fraction) for freeze in found] == expected
+
+
 def test_settings_are_those_that_none_of_the_methods_others_beats(tmp_path):
     """On the seeds that choose: half is best at the second rate or the third, full at its second alone."""
     vary = ["freeze.trainable_fraction=0.5,1.0", "train.learning_rate=3e-4,5e-4,7e-4"]
