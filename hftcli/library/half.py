@@ -1,22 +1,10 @@
-"""hft in a script of one's own: freeze a half of a model before TRL or transformers trains it, and prove it afterwards.
+"""A half of a model that a trainer of one's own trains: frozen before, proved afterwards."""
 
-from hftcli import freeze_half
-
-plan = freeze_half(model, seed=1, round=0)
-SFTTrainer(model, train_dataset=rows).train()
-plan.verify(model)
-"""
-
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from torch import nn
 from transformers import (
@@ -29,24 +17,20 @@ from transformers import (
 )
 
 from hftcli.errors import InputError, ModelError, VerificationError
-from hftcli.freezing.directions import Columns, Directions, Entries, list_coordinates, list_inputs, open_directions
-from hftcli.freezing.roles import Parameter, Roles, Unit, assign_roles
+from hftcli.freezing.directions import Columns, Directions, Entries, list_coordinates, list_inputs
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import FreezePlan, make_plan
-from hftcli.measuring.drift import draw_texts
-from hftcli.measuring.moments import Inputs, at_rest, measure_moments
-from hftcli.models.checkpoint import freeze_model, is_partitioned
+from hftcli.library.given import hash_tensor, list_model_units, read_earlier, take_texts
+from hftcli.measuring.moments import Inputs
+from hftcli.models.checkpoint import freeze_model
 from hftcli.models.closure import measure_leak
 from hftcli.models.columned import find_columns, score_columns
 from hftcli.models.directed import find_basis
 from hftcli.models.division import divide_model, draw_choices
-from hftcli.models.narrow_adapter import PlainReader
 from hftcli.models.part import PartLinear
 from hftcli.models.sparse import find_entries
-from hftcli.models.tensors import CODES, get_bytes
+from hftcli.models.tensors import CODES
 from hftcli.runs.verification import Verification
-
-KEPT_TOKENS = 1024  # of a text that is to be kept
 
 
 @dataclass
@@ -130,13 +114,6 @@ class Half:
                 "see whether something set requires_grad, or changed the data type, behind the plan's back",
             )
         return found
-
-
-def take_texts(keep: Iterable[str]) -> tuple[str, ...]:
-    """Raises: InputError: one text alone, whose letters would be taken for texts."""
-    if isinstance(keep, str):
-        raise InputError("keep takes texts, and got one string", "give a list: keep=[text]")
-    return tuple(keep)
 
 
 def freeze_half(
@@ -244,99 +221,6 @@ def choose_parts(
     return found
 
 
-def read_earlier(
-    model: PreTrainedModel, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, keep: Sequence[str]
-) -> dict[str, torch.Tensor]:
-    """Second moments of what the matrices read of the model's own texts, and of those to be kept; each counts the same.
-
-    A model that is ready to train, as trainers hand it over, would write with dropout, and under checkpointing without a cache.
-    """
-    with torch.no_grad(), at_rest(model):
-        texts = [[ids for ids, _ in draw_texts(model, tokenizer, model.device)]]
-        if keep:
-            texts.append([tokenizer(text).input_ids[:KEPT_TOKENS] for text in keep])
-        found = [measure_moments(model, model, inputs, rows, model.device) for rows in texts]
-    return {name: torch.stack([moments[name] for moments in found]).mean(0) for name in inputs}
-
-
-@dataclass
-class QuietLora:
-    """A model of PEFT's whose adapters read only the directions that earlier inputs use least.
-
-    Attributes:
-        readers: what stands for A, by the name of the layer.
-        digests: hashes of the weights below, as they were.
-    """
-
-    readers: dict[str, PlainReader]
-    digests: dict[str, str]
-
-    def verify(self, model: PeftModel) -> dict[str, float]:
-        """By layer, what A reads of the closed directions, as a share of its length: rounding alone.
-
-        Raises:
-            VerificationError: it reads more, or a weight below an adapter moved.
-        """
-        weights = dict(model.get_base_model().named_parameters())
-        faults = [name for name, digest in self.digests.items() if hash_tensor(weights[name].detach()) != digest]
-        found = {}
-        for name, reader in self.readers.items():
-            values = reader.weight.detach()
-            weight_RI, basis_NWQ = (value.cpu().double().numpy() for value in (values, reader.basis))
-            leak = measure_leak(np.zeros_like(weight_RI), weight_RI, basis_NWQ, "F32", CODES[values.dtype])
-            found[name] = leak.fraction
-            faults += [] if leak.is_rounding else [name]
-        if faults:
-            raise VerificationError(f"moved in what was closed: {', '.join(faults[:5])}", "give the model that was narrowed")
-        return found
-
-
-def quiet_lora(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    share: float = 0.5,
-    keep: Iterable[str] = (),
-    blocks: int | None = None,
-) -> QuietLora:
-    """Have the LoRA adapters of a model read only the directions of their inputs that earlier inputs use least.
-
-    What is saved and merged is a plain adapter of PEFT's.
-
-    Args:
-        share: of the directions that stay open.
-        keep: texts that must not be forgotten, beside what the model writes of itself.
-        blocks: see `freeze.blocks`.
-
-    Raises:
-        InputError: DoRA, which scales whole rows, or a model whose inputs are not known.
-    """
-    base, adapter = model.get_base_model(), model.active_adapter
-    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer) and adapter in layer.lora_A}
-    if model.peft_config[adapter].use_dora:
-        raise InputError("DoRA scales whole rows, closed directions among them", "set use_dora=False")
-    own = ((name.replace(".base_layer.", "."), value) for name, value in base.named_parameters() if ".lora_" not in name)
-    units, num_heads = list_model_units(own, base)
-    adapted = [unit for unit in units if unit.name in layers]
-    if not adapted:
-        raise InputError("the model has no LoRA adapter on a layer of attention or mlp", "give what get_peft_model made")
-    inputs = list_inputs(units, blocks, num_heads)
-    with model.disable_adapter():
-        moments = read_earlier(base, inputs, tokenizer, take_texts(keep))
-    if not 0 < share < 1:
-        raise InputError(f"share is {share}: of what adapters read, a part stays open", "give more than 0 and less than 1")
-    readers: dict[str, PlainReader] = {}
-    shared: dict[str, torch.Tensor] = {}
-    for name, part in open_directions(adapted, Fraction(str(share)), blocks, num_heads).items():
-        layer = layers[name.removesuffix(".weight")]
-        held = layer.get_base_layer().weight
-        if part.input not in shared:
-            dtype = held.dtype if held.dtype.is_floating_point else torch.float32
-            shared[part.input] = find_basis(moments[part.input], part.num_open)[0].to(held.device, dtype)
-        layer.lora_A[adapter] = readers[name] = PlainReader(layer.lora_A[adapter].weight, shared[part.input])
-    below = {f"{name}.base_layer.weight": layer.get_base_layer().weight for name, layer in layers.items()}
-    return QuietLora(readers, {name: hash_tensor(value.detach()) for name, value in below.items()})
-
-
 class HalfCallback(TrainerCallback):
     """Freezes a half of what a trainer is given, and proves it when training ends.
 
@@ -363,25 +247,6 @@ class HalfCallback(TrainerCallback):
         self.verification = self.half.verify(kwargs["model"])
 
 
-def list_model_units(
-    parameters: Iterable[tuple[str, nn.Parameter]], model: PreTrainedModel, roles: Roles | None = None
-) -> tuple[tuple[Unit, ...], int]:
-    """The units of a model, and the heads of its attention.
-
-    Args:
-        roles: see `FreezeRule.roles`.
-
-    Raises:
-        ModelError: its family is not known, or ZeRO 3 holds it in pieces.
-    """
-    found = list(parameters)
-    if any(is_partitioned(value) for _, value in found):
-        raise ModelError("ZeRO 3 holds the model in pieces already", "freeze it before the trainer gets it, below ZeRO 3")
-    described = tuple(Parameter(name, tuple(value.shape)) for name, value in found)
-    num_heads = model.config.get_text_config().to_dict().get("num_attention_heads") or 1
-    return assign_roles(model.config.model_type, described, roles), num_heads
-
-
 def take_closed(weight_OI: torch.Tensor, part: Columns | Entries, index_C: torch.Tensor) -> torch.Tensor:
     """The columns or entries of a weight that do not train."""
     if isinstance(part, Entries):
@@ -391,10 +256,3 @@ def take_closed(weight_OI: torch.Tensor, part: Columns | Entries, index_C: torch
     is_closed = torch.ones(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)
     is_closed[index_C.to(weight_OI.device)] = False
     return weight_OI[:, is_closed]
-
-
-def hash_tensor(values: torch.Tensor) -> str:
-    """Of a tensor's bytes, shape and data type."""
-    content = hashlib.sha256(f"{values.dtype}{tuple(values.shape)}".encode())
-    content.update(get_bytes(values.cpu().contiguous()).data)
-    return content.hexdigest()
