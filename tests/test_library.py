@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from training.quiet_rounds import make_start
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hftcli import HalfCallback, freeze_half, quiet_lora
@@ -108,6 +108,54 @@ def test_quiet_lora_is_a_plain_adapter(start: Path, tmp_path: Path):
         merged = model.merge_and_unload()(ids).logits
     torch.testing.assert_close(loaded, said, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(merged, said, rtol=1e-4, atol=1e-5)
+
+
+def adapt(model, **options):
+    return get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"]} | options))
+
+
+def test_quiet_lora_takes_no_adapter_that_is_not_at_zero(start: Path, tmp_path: Path):
+    model, tokenizer = load(start)
+    trained = adapt(model)
+    with torch.no_grad():
+        trained.get_base_model().model.layers[1].self_attn.q_proj.lora_B["default"].weight[2, 1] = 1e-3
+    trained.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(start)[0], tmp_path / "adapter", is_trainable=True)
+    others = [adapt(load(start)[0], init_lora_weights=how) for how in ("pissa", "olora", False)]
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    for given in (again, *others):
+        given.eval()
+        said = given(ids).logits
+        with pytest.raises(InputError, match=r"the adapter is not at its start: B of model.layers.[01].self_attn.q_proj is"):
+            quiet_lora(given, tokenizer)
+        assert torch.equal(given(ids).logits, said)
+    quiet_lora(adapt(load(start)[0], init_lora_weights="gaussian"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lora_bias": True}, "q_proj.lora_B.default.bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A.default"),
+        ({"bias": "all"}, "q_proj.base_layer.bias"),
+        ({"bias": "lora_only"}, "q_proj.base_layer.bias"),
+    ],
+)
+def test_quiet_lora_lets_nothing_else_train(start: Path, options: dict, named: str):
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(start, attention_bias=True, tie_word_embeddings=False))
+    with pytest.raises(InputError, match=f"{named} would train too"):
+        quiet_lora(adapt(model, **options), AutoTokenizer.from_pretrained(start))
+
+
+def test_quiet_lora_names_whatever_else_moved(start: Path):
+    model, tokenizer = load(start)
+    model = adapt(model)
+    plan = quiet_lora(model, tokenizer)
+    plan.verify(model)
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[3] += 1e-3
+    with pytest.raises(VerificationError, match="model.norm.weight"):
+        plan.verify(model)
 
 
 @pytest.mark.parametrize("grain", ["directions", "columns", "entries"])
