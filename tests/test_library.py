@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hftcli import HalfCallback, freeze_half, quiet_lora
-from hftcli.errors import InputError, VerificationError
+from hftcli.errors import InputError, ModelError, VerificationError
+from hftcli.library import given
 
 # TRL's own settings go by a name that transformers calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
@@ -66,10 +67,9 @@ def test_the_callback_does_both(start: Path, tmp_path: Path, kind: str):
 def test_what_moved_is_named(start: Path):
     model, _ = load(start)
     plan = freeze_half(model, seed=1)
+    move(model)
+    plan.verify(model)
     with torch.no_grad():
-        for value in model.parameters():
-            value.add_(1e-3 if value.requires_grad else 0)
-        plan.verify(model)
         model.get_parameter(plan.plan.frozen[0]).flatten()[3] += 1e-7
     with pytest.raises(VerificationError, match=plan.plan.frozen[0]):
         plan.verify(model)
@@ -83,11 +83,92 @@ def test_parts_train_and_leave_a_plain_model(start: Path, tmp_path: Path, rule: 
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     plan = freeze_half(model, seed=1, tokenizer=tokenizer, keep=["Mira lives in town 3."], **rule)
     make_trainer("sft", model, tokenizer, tmp_path).train()
-    plan.verify(model)
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    with torch.no_grad():
+        trained = model.eval()(ids).logits  # what the trainer's optimizer, a fused one, has left counts
+        plan.verify(model)
+        torch.testing.assert_close(model(ids).logits, trained, rtol=1e-5, atol=1e-5)
     assert model.state_dict().keys() == load(start)[0].state_dict().keys()
     for name, part in plan.plan.parts.items():
         change = model.get_parameter(name).detach().double() - before[name].double()
         assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= part.num_columns
+
+
+PARTS = pytest.mark.parametrize("rule", [{"grain": "directions"}, {"grain": "columns"}, {"grain": "entries"}])
+
+
+@PARTS
+def test_a_part_that_trains_on_after_it_was_proved_is_named(start: Path, rule: dict):
+    model, _ = load(start)
+    plan = freeze_half(model, seed=1, part="random", **rule)
+    move(model)
+    plan.verify(model)
+    name = next(iter(plan.plan.parts))
+    before = model.get_parameter(name).clone()
+    move(model)
+    assert torch.equal(model.get_parameter(name), before)
+    plan.verify(model)
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] += 1e-3
+    with pytest.raises(VerificationError, match=f"1 matrices of which a part trained moved after this was proved: {name}"):
+        plan.verify(model)
+
+
+def move(model) -> None:
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(1e-3 if value.requires_grad else 0)
+
+
+@PARTS
+def test_a_trainers_checkpoints_are_plain_and_can_be_gone_on_from(start: Path, tmp_path: Path, rule: dict):
+    """The state after two steps, in its file; and four steps in one go beside two and two."""
+    (whole, tokenizer), (first, _), (second, _) = (load(start) for _ in range(3))
+    how, ends = {**SHORT, "save_strategy": "steps", "save_steps": 2}, []
+    for model, folder, num_steps, goes_on in ((whole, "whole", 4, None), (first, "two", 2, None), (second, "two", 4, True)):
+        plan = freeze_half(model, seed=1, part="random", **rule)
+        settings = SFTConfig(str(tmp_path / folder), **how | {"max_steps": num_steps, "lr_scheduler_type": "constant"})
+        trainer = SFTTrainer(model, settings, train_dataset=ROWS, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=goes_on)
+        plan.verify(model)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / folder / f"checkpoint-{num_steps}", dtype=torch.float32)
+        assert saved.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.state_dict().items())
+        ends.append(model.state_dict())
+    tolerance = 1e-5 if rule["grain"] == "directions" else 0
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[2][name], value, rtol=0, atol=tolerance)
+        assert name not in plan.plan.parts or not torch.equal(ends[1][name], value)
+
+
+@PARTS
+def test_a_checkpoint_of_another_half_is_not_gone_on_from(start: Path, rule: dict):
+    (other, _), (model, _) = load(start), load(start)
+    freeze_half(other, seed=2, part="random", **rule)
+    move(other)
+    freeze_half(model, seed=1, part="random", **rule)
+    with pytest.raises(ModelError, match="proj.weight has moved in what is frozen here"):
+        model.load_state_dict(other.state_dict(), strict=False)
+
+
+def test_a_long_text_is_kept_to_its_end(start: Path, monkeypatch: pytest.MonkeyPatch):
+    """As three texts, of which each is read from its own beginning."""
+    model, tokenizer = load(start)
+    text = " ".join(f"Mira lives in town {number}." for number in range(12))
+    ids = tokenizer(text).input_ids
+    monkeypatch.setattr(given, "KEPT_TOKENS", len(ids) // 3 + 1)
+    pieces = [ids[: len(ids) // 3 + 1], ids[len(ids) // 3 + 1 : 2 * (len(ids) // 3 + 1)], ids[2 * (len(ids) // 3 + 1) :]]
+    inputs = {"up": ("model.layers.0.mlp.up_proj", 1, model.config.hidden_size)}
+    found = given.read_earlier(model, inputs, tokenizer, [text])["up"]
+    own = given.read_earlier(model, inputs, tokenizer, [])["up"]
+    read = []
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, given: read.append(given[0][0].double()))
+    with torch.no_grad():
+        for piece in pieces:
+            model.eval()(torch.tensor([piece]))
+    tokens = torch.cat(read)
+    assert len(tokens) == len(ids)
+    torch.testing.assert_close(found[0], ((own[0] + (tokens.T @ tokens / len(ids)).float()) / 2), rtol=1e-4, atol=1e-6)
 
 
 def test_quiet_lora_is_a_plain_adapter(start: Path, tmp_path: Path):
@@ -123,12 +204,12 @@ def test_quiet_lora_takes_no_adapter_that_is_not_at_zero(start: Path, tmp_path: 
     again = PeftModel.from_pretrained(load(start)[0], tmp_path / "adapter", is_trainable=True)
     others = [adapt(load(start)[0], init_lora_weights=how) for how in ("pissa", "olora", False)]
     ids = torch.tensor([[1, 50, 60, 70, 80]])
-    for given in (again, *others):
-        given.eval()
-        said = given(ids).logits
+    for adapted in (again, *others):
+        adapted.eval()
+        said = adapted(ids).logits
         with pytest.raises(InputError, match=r"the adapter is not at its start: B of model.layers.[01].self_attn.q_proj is"):
-            quiet_lora(given, tokenizer)
-        assert torch.equal(given(ids).logits, said)
+            quiet_lora(adapted, tokenizer)
+        assert torch.equal(adapted(ids).logits, said)
     quiet_lora(adapt(load(start)[0], init_lora_weights="gaussian"), tokenizer)
 
 
@@ -233,6 +314,10 @@ def test_roles_are_taken_in_place_of_the_familys(start: Path):
         ({"grain": "columns", "part": "random", "keep": ["a text"]}, "beside grain columns and part random"),
         ({"trainable_fraction": 0.3}, "give share|has share"),
         ({"embedings": "freeze"}, "embedings: Extra inputs"),
+        *(
+            ({"grain": grain, "balance": "weights"}, f"balance weights would have no effect beside grain {grain}, with")
+            for grain in ("directions", "columns", "entries")
+        ),
         ({"part": "ssu"}, "grain matrices has quiet, random"),
     ],
 )

@@ -184,6 +184,11 @@ class FreezeRule(BaseModel):
         return self.grain not in ("matrices", "biases")
 
     @property
+    def splits_each(self) -> bool:
+        """Whether the share is one of each matrix, so that it does not matter what it is a share of."""
+        return self.divides and "matrices" not in self.grain
+
+    @property
     def reads_earlier(self) -> bool:
         """Whether that part goes by what the inputs of earlier data were, or leaves word of its own to later rounds."""
         return self.divides and self.grain != "entries"

@@ -14,7 +14,7 @@ from hftcli.measuring.moments import Inputs, at_rest, measure_moments
 from hftcli.models.checkpoint import is_partitioned
 from hftcli.models.tensors import get_bytes
 
-KEPT_TOKENS = 1024  # of a text that is to be kept
+KEPT_TOKENS = 1024  # of a text that is to be kept, in a piece
 
 
 def take_texts(keep: Iterable[str]) -> tuple[str, ...]:
@@ -29,12 +29,14 @@ def read_earlier(
 ) -> dict[str, torch.Tensor]:
     """Second moments of what the matrices read of the model's own texts, and of those to be kept; each counts the same.
 
+    A kept text is read whole, in pieces where it is long.
     A model that is ready to train, as trainers hand it over, would write with dropout, and under checkpointing without a cache.
     """
     with torch.no_grad(), at_rest(model):
         texts = [[ids for ids, _ in draw_texts(model, tokenizer, model.device)]]
         if keep:
-            texts.append([tokenizer(text).input_ids[:KEPT_TOKENS] for text in keep])
+            whole = [tokenizer(text).input_ids for text in keep]
+            texts.append([ids[first : first + KEPT_TOKENS] for ids in whole for first in range(0, len(ids), KEPT_TOKENS)])
         found = [measure_moments(model, model, inputs, rows, model.device) for rows in texts]
     return {name: torch.stack([moments[name] for moments in found]).mean(0) for name in inputs}
 

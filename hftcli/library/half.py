@@ -21,6 +21,7 @@ from hftcli.freezing.directions import Columns, Directions, Entries, list_coordi
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import FreezePlan, make_plan
 from hftcli.library.given import hash_tensor, list_model_units, read_earlier, take_texts
+from hftcli.library.plain import keep_plain, merge_part
 from hftcli.measuring.moments import Inputs
 from hftcli.models.checkpoint import freeze_model
 from hftcli.models.closure import measure_leak
@@ -43,6 +44,7 @@ class Half:
         layers: the matrices of which a part trains, until `finish` has put plain ones in their place.
         bases: which part that is, by the name of the choice.
         parts: hashes of the parts as they were.
+        proved: hashes of these matrices as plain ones.
         leaked: of these matrices, those that moved in what was closed.
         still: those whose part did not move.
     """
@@ -52,6 +54,7 @@ class Half:
     layers: dict[str, PartLinear] = field(default_factory=dict)
     bases: dict[str, torch.Tensor] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
+    proved: dict[str, str] = field(default_factory=dict)
     leaked: list[str] = field(default_factory=list)
     still: list[str] = field(default_factory=list)
 
@@ -62,15 +65,15 @@ class Half:
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        """Put plain layers in the place of those of which a part trained, so that the model is saved as it came."""
+        """Put plain layers in the place of those of which a part trained, so that the model is as it came, and freeze them."""
         for name, layer in self.layers.items():
             part = self.plan.parts[name]
             if hash_tensor(layer.part.detach()) == self.parts[name]:
                 self.still.append(name)
             held_dtype, start = layer.weight.dtype, layer.weight.detach().clone()
-            merged = layer.merge(start, layer.part.detach())
             plain = nn.Linear(part.num_inputs, part.num_outputs, bias=layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(merged.to(held_dtype), requires_grad=True)
+            plain.weight = nn.Parameter(merge_part(layer), requires_grad=False)
+            self.proved[name] = hash_tensor(plain.weight.detach())
             plain.bias = layer.bias
             if isinstance(part, Directions):
                 before, after = (value.cpu().double().numpy() for value in (start, plain.weight.detach()))
@@ -89,14 +92,22 @@ class Half:
     def verify(self, model: nn.Module) -> Verification:
         """Compare a model with what it was: frozen parameters are the same, bit for bit, and trained ones are not.
 
+        It ends the half where directions, columns or entries trained: plain matrices, frozen whole, are then in their place.
+
         Raises:
-            VerificationError: it is not so.
+            ModelError: it is another model.
+            VerificationError: it is not so, or such a matrix moved after it was proved.
         """
         self.finish(model)
         now = dict(model.named_parameters())
         if missing := [name for name in self.digests if name not in now]:
             raise ModelError(
                 f"the model has no {missing[0]}, which it had when it was frozen", "give the model that `freeze_half` was given"
+            )
+        if later := [name for name, digest in self.proved.items() if hash_tensor(now[name].detach()) != digest]:
+            raise VerificationError(
+                f"{len(later)} matrices of which a part trained moved after this was proved: {', '.join(later[:5])}",
+                "call freeze_half again before a next training",
             )
         same = {name: hash_tensor(now[name].detach()) == digest for name, digest in self.digests.items()}
         whole = [name for name in self.plan.trained if name not in self.plan.parts]
@@ -165,6 +176,8 @@ def freeze_half(
     freeze_model(model, plan)
     dtype = torch.float32 if not plan.parts else held[next(iter(plan.parts))].dtype
     layers = divide_model(model, plan.parts, bases, True, dtype) if plan.parts else {}
+    for layer in layers.values():
+        keep_plain(layer)
     return Half(plan, digests, layers, bases, {name: hash_tensor(layer.part.detach()) for name, layer in layers.items()})
 
 
@@ -190,6 +203,11 @@ def make_rule(seed: int, share: float, given: dict[str, Any], has_texts: bool) -
     for key in ("blocks", "part"):
         if getattr(rule, key) is not None and not rule.divides:
             raise InputError(f"{key} would have no effect beside grain {rule.grain_name}", "drop it, or set grain='directions'")
+    if rule.splits_each and rule.balance == "weights":
+        raise InputError(
+            f"balance weights would have no effect beside grain {rule.grain_name}, with which the share is one of each matrix",
+            "drop it, or set grain='matrices'",
+        )
     if has_texts and not (rule.reads_earlier and rule.choice != "random"):
         part = f" and part {rule.choice}" if rule.divides else ""
         raise InputError(

@@ -270,7 +270,7 @@ def _check_sections(recipe: Recipe, source: RecipeFile) -> Iterator[str]:
             f"{_place('freeze.balance', source)}: freeze.balance weights would have no effect beside freeze.redraw.order "
             f"{redraw.order}, whose blocks are whole layers: drop it, or set freeze.redraw.order: random"
         )
-    if recipe.freeze.divides and "matrices" not in recipe.freeze.grain and recipe.freeze.balance == "weights":
+    if recipe.freeze.splits_each and recipe.freeze.balance == "weights":
         yield (
             f"{_place('freeze.balance', source)}: freeze.balance weights would have no effect beside freeze.grain "
             f"{recipe.freeze.grain_name}, with which the share is one of each matrix: drop it, or set freeze.grain: matrices"
