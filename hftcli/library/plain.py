@@ -65,7 +65,7 @@ def read_plain(layer: PartLinear, state: dict[str, Any], prefix: str, *_: Any) -
     given = state[f"{prefix}weight"].to(start.device)
     if isinstance(layer, DirectedLinear):
         before, after, basis_NWR = (values.detach().cpu().double() for values in (start, given, layer.basis))
-        num_blocks, width, _ = basis_NWR.shape
+        num_blocks, width = basis_NWR.shape[:2]
         change_NWO = (after - before).view(-1, num_blocks, width).permute(1, 2, 0)
         found = torch.linalg.lstsq(basis_NWR, change_NWO).solution.permute(2, 0, 1).flatten(1)
         dtypes = CODES[start.dtype], CODES[given.dtype]
