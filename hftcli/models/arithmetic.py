@@ -162,7 +162,8 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
 
     Raises:
         ModelError: the two have other parameters, or the family is not in the table.
-        InputError: there is something at `output`, or the rule does not go by whole matrices.
+        InputError: there is something at `output`, the rule does not go by whole matrices, or nothing that it takes back had
+            moved.
     """
     if rule.divides:
         raise InputError(f"a reset takes whole matrices back, and freeze.grain is {rule.grain_name}", "drop it")
@@ -174,8 +175,16 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
     plan = make_plan(assign_roles(description.model_type, description.parameters, rule.roles), rule, 0)
     reset = set(plan.frozen)
 
+    moved: set[str] = set()
+
     def read(name: str) -> dict[str, np.ndarray]:
-        return _move_tensors(first, second, name) if name in reset else second.read_tensors(name)
+        now = second.read_tensors(name)
+        if name not in reset:
+            return now
+        old = _move_tensors(first, second, name)
+        if any(old[place].tobytes() != now[place].tobytes() for place in now):
+            moved.add(name)
+        return old
 
     with create_folder(output) as folder:
         first, second = _open_pair(base, tuned)
@@ -183,8 +192,13 @@ def reset_half(base: Path, tuned: Path, rule: FreezeRule, output: Path) -> Merge
         copy_configs(tuned, folder)
         forget_masters(folder)
         write_weights(second, read, folder, dtypes)
+        if not moved:
+            raise InputError(
+                f"none of the {len(reset)} parameters that go back has moved: {tuned} froze just these, or is the base",
+                f"draw another half: --set freeze.seed={rule.seed + 1}",
+            )
         inputs = {"base": identify_checkpoint(base), "tuned": identify_checkpoint(tuned)}
-        return _write_manifest(folder, "reset", inputs, plan=plan)
+        return _write_manifest(folder, "reset", inputs, plan=plan, num_moved=len(moved))
 
 
 def _open_pair(base: Path, tuned: Path) -> tuple[CheckpointReader, CheckpointReader]:

@@ -153,8 +153,10 @@ def describe_making(manifest: MergeManifest) -> str:
         return "This is a delta laid over its base."
     plan = manifest.plan
     share = f"{(plan.num_parameters - plan.num_trainable) / plan.num_parameters:.1%}"
+    moved = "" if manifest.num_moved is None else f"; {manifest.num_moved} of these {len(plan.frozen)} parameters had moved"
     return (
-        f"This is a tuned model of whose weights {share} are back at the base, bit for bit (plan `{plan.short_fingerprint}`)."
+        f"This is a tuned model of whose weights {share} are back at the base, bit for bit{moved} "
+        f"(plan `{plan.short_fingerprint}`)."
     )
 
 

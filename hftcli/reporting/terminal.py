@@ -35,6 +35,8 @@ def print_merge(manifest: MergeManifest, output: Path) -> None:
         num_reset = plan.num_parameters - plan.num_trainable
         share = f"{num_reset / plan.num_parameters:.1%} of {plan.num_parameters:,} weights"
         say(f"reset  {share} are back at the base, plan {plan.short_fingerprint}")
+        if manifest.num_moved is not None:
+            say(f"moved  {manifest.num_moved} of the {len(plan.frozen)} parameters that went back had moved")
     say(f"model  {show_place(output)}")
 
 

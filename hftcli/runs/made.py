@@ -40,8 +40,9 @@ class DeltaRecord(FileSection):
 class MergeManifest(FileSection):
     """How a model was made out of the weights of others."""
 
-    version: Version = 3
-    """Version of the file's form. The first has the version of hft under this name; the second knows no sparsification."""
+    version: Version = 4
+    """Version of the file's form. The first has the version of hft under this name; the second knows no sparsification, and the
+    third no `num_moved`."""
     kind: Literal["delta", "interpolation", "sparsification", "reset"]
     """A delta laid over its base, the mean of two models, or a tuned model with the smaller of its changes, or one half of its
     weights, back at its base."""
@@ -63,6 +64,8 @@ class MergeManifest(FileSection):
     """Of a sparsification: all weights."""
     plan: FreezePlan | None = None
     """Of a reset: the frozen parameters are back at the base, the trained ones are the tuned model's."""
+    num_moved: int | None = None
+    """Of a reset: the parameters that are back at the base and differed from it in the tuned model. Null in older forms."""
     files: dict[str, str]
     """SHA-256 of the config and the weight files that were written."""
 

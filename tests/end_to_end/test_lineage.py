@@ -47,7 +47,7 @@ def test_the_next_round_is_the_next_however_its_start_is_named(hft, settings, fi
     elif how == "merged":
         hft("merge", "--delta", finished.checkpoint, "--output", tmp_path / "start")
     elif how == "reset":
-        hft("reset", "--base", "tinyworld", "--tuned", run, "--output", tmp_path / "start")
+        hft("reset", "--base", "tinyworld", "--tuned", run, "--set", "freeze.seed=7", "--output", tmp_path / "start")
     start = {"run": run, "checkpoint": finished.checkpoint}.get(how, tmp_path / "start")
     spec = prepare(hft, settings, tmp_path / "next", start)
     assert spec["index"] == 1

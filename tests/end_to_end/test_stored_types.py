@@ -79,7 +79,7 @@ def test_merge_and_reset_keep_them_too(hft, runs, start, tmp_path):
     hft("merge", "--delta", runs / "delta", "--output", tmp_path / "merged")
     assert_kept(start, tmp_path / "merged", round_)
     assert read_raw(tmp_path / "merged") == read_raw(runs / "sft" / "rounds" / "00-sft" / "checkpoint")
-    hft("reset", "--base", start, "--tuned", runs / "delta", "--output", tmp_path / "reset")
+    hft("reset", "--base", start, "--tuned", runs / "delta", "--set", "freeze.seed=7", "--output", tmp_path / "reset")
     plan = json.loads((tmp_path / "reset" / "merge.json").read_text())["plan"]
     base, tuned, found = (read_raw(folder) for folder in (start, tmp_path / "merged", tmp_path / "reset"))
     assert found == {name: base[name] if name in plan["frozen"] else tuned[name] for name in base}

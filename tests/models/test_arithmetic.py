@@ -25,6 +25,7 @@ from hftcli.errors import InputError, ModelError
 from hftcli.freezing.rule import FreezeRule
 from hftcli.models.arithmetic import interpolate_models, merge_delta, reset_half, sparsify_model, write_weights
 from hftcli.models.reader import CheckpointReader
+from hftcli.reporting.card import describe_making
 
 
 def save(model, folder: Path) -> Path:
@@ -174,7 +175,11 @@ def test_interpolation_and_reset_take_deltas(base, tuned, tmp_path):
     train(base, tmp_path / "full", tmp_path / "delta")
     for form in ("full", "delta"):
         interpolate_models(base, tmp_path / form, 0.5, tmp_path / f"mean-{form}")
-        reset_half(base, tmp_path / form, FreezeRule(), tmp_path / f"reset-{form}")
+        with pytest.raises(InputError, match="none of the .* has moved"):  # the round froze just these
+            reset_half(base, tmp_path / form, FreezeRule(), tmp_path / f"reset-{form}")
+        assert not (tmp_path / f"reset-{form}").exists()
+        manifest = reset_half(base, tmp_path / form, FreezeRule(seed=7), tmp_path / f"reset-{form}")
+        assert manifest.num_moved == len(set(manifest.plan.frozen) & set(draw(base).trained)) > 0
     assert_same(read_all(tmp_path / "mean-full"), read_all(tmp_path / "mean-delta"))
     assert_same(read_all(tmp_path / "reset-full"), read_all(tmp_path / "reset-delta"))
 
@@ -184,6 +189,8 @@ def test_a_reset_resets_exactly_the_planned_half(base, tuned, tmp_path, rule):
     manifest = reset_half(base, tuned, rule, tmp_path / "reset")
     plan = manifest.plan
     assert plan.rule == rule
+    assert manifest.num_moved == len(plan.frozen)  # every weight of the tuned model had moved
+    assert f"{len(plan.frozen)} of these {len(plan.frozen)} parameters had moved" in describe_making(manifest)
     assert set(plan.frozen) | set(plan.trained) == read_all(base).keys()
     found, old, new = (load_file(folder / "model.safetensors") for folder in (tmp_path / "reset", base, tuned))
     assert_same(found, {name: old[name] if name in plan.frozen else new[name] for name in new})
