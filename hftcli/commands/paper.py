@@ -5,13 +5,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from hftcli.errors import InputError
+
 app = typer.Typer()
+SEEDS = 3
 
 
 @app.command()
 def paper(
     name: Annotated[Literal["sft", "dpo", "trace"], typer.Argument(help="Which of the paper's settings.")],
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds of each setting.")] = 3,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Seeds of each setting.", show_default=f"{SEEDS}")] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder of the runs.")] = Path("runs/paper"),
     table: Annotated[bool, typer.Option("--table", help="What was run, beside what the paper reports.")] = False,
 ) -> None:
@@ -20,6 +23,8 @@ def paper(
     from hftcli.reporting.lines import say
     from hftcli.reporting.terminal import make_number_table, print_whole
 
+    if table and seeds is not None:
+        raise InputError("--table shows every seed whose runs are in --output, and --seeds is how many to run", "drop --seeds")
     if table:
         shown = make_number_table("points of 100", "paper, full", "paper, half", "here, full", "here, half")
         for row in list_rows(name, output):
@@ -32,4 +37,4 @@ def paper(
     for needed in PIPELINES[name].needs:
         print(f"# needs {needed}")
     print("set -e")  # also where it is given to `sh`
-    print("\n".join(list_commands(name, seeds, output)))
+    print("\n".join(list_commands(name, seeds or SEEDS, output)))

@@ -1,6 +1,7 @@
 """The paper's pipelines: their commands are hft's own, and their tables take what was run."""
 
 import json
+import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -55,3 +56,15 @@ def test_the_table_of_trace_has_op_and_bwt(tmp_path):
 def test_nothing_that_was_run_is_said(tmp_path):
     with pytest.raises(InputError, match="holds no finished run of this pipeline"):
         list_rows("dpo", tmp_path)
+
+
+def test_the_table_takes_no_number_of_seeds(hft, tmp_path):
+    """It has all that were run, three or not; and the commands are of three seeds where nothing else is said."""
+    for seeds in (1, 3):
+        said = hft("paper", "sft", "--table", "--seeds", seeds, "--output", tmp_path, code=2).stderr
+        assert "--table shows every seed" in said
+        assert "drop --seeds" in said
+    said = hft("paper", "sft", "--table", "--output", tmp_path, code=2).stderr
+    assert "holds no finished run" in said
+    commands = hft("paper", "sft").stdout
+    assert set(re.findall(r"freeze\.seed (\d+)", commands)) == {"1", "2", "3"}
