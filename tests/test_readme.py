@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from freezing.shapes import make_llama
 
-from hftcli import PACKAGE
+from hftcli import PACKAGE, runners
 from hftcli.commands.cli import COMMANDS
 from hftcli.recipe.faults import OPEN_SECTIONS
 from hftcli.recipe.loading import list_recipes, load_recipe
@@ -149,6 +150,25 @@ def test_the_rows_that_are_shown_are_of_the_known_formats():
         assert len(set(names)) == len(names)  # each format once
         for row, name in zip(rows, names, strict=True):
             assert convert_row(row, name, Lost())
+
+
+def test_the_memory_of_preference_optimization_is_what_the_plan_says():
+    """Llama-2-7B on eight devices: GiB of weights, gradients, optimizer and reference, their sum, and that over full's."""
+    start, parameters = runners.Start("no folder"), make_llama(32, 4096, 11008, 4096, 32000)
+    lines: dict[str, str] = {}
+    for reference in ("full", "shared", "precompute"):
+        given = [f"reference={reference}", "launch.num_processes=8"]
+        recipe = load_recipe("ultrafeedback", given, "dpo", needs_rows=False)
+        budget = runners.plan_recipe(recipe, start, "llama", parameters, 32)
+        columns = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "reference_bytes")
+        full, half = ([getattr(found, column) / 2**30 for column in columns] for found in (budget.full, budget.half))
+        for name, parts in (("full fine-tuning, a second model", full), (f"half, `{reference}`", half)):
+            shown = [f"{part:.1f}" if part else "0" for part in (*parts, sum(parts))]
+            lines[name] = "| ".join([f"| {name} ", *(f"{cell} " for cell in shown), f"{sum(parts) / sum(full):.2g} |"])
+    guide = read(ROOT / "recipes" / "README.md")
+    assert len(lines) == 4
+    for line in lines.values():
+        assert f"\n{line}\n" in guide
 
 
 def test_the_guide_names_every_metric_and_shipped_recipe():
