@@ -16,6 +16,7 @@ from hftcli.comparing.forgetting import ForgettingMatrix, assemble_matrix, short
 from hftcli.errors import ModelError, VerificationError
 from hftcli.freezing.activations import Network
 from hftcli.freezing.budget import Budget
+from hftcli.freezing.held import NOTHING_WIDE, Held
 from hftcli.freezing.narrowing import narrow_plan
 from hftcli.freezing.positions import read_config
 from hftcli.freezing.redrawing import choose_plan
@@ -323,16 +324,15 @@ def resolve_subject(path: str) -> Subject:
 
 def plan_recipe(
     recipe: Recipe, start: Start, model_type: str, parameters: Sequence[Parameter], num_heads: int,
-    is_faster_in_bfloat16: bool = True,
+    is_faster_in_bfloat16: bool = True, held: Held = NOTHING_WIDE,
 ) -> Budget:  # fmt: skip
     """What the recipe's next round would train, and its cost on the recipe's devices, which need not be this machine's.
 
-    They are taken for GPUs. With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`; where a GPU's
-    memory is to decide, that which is given.
+    They are taken for GPUs. With `train.fit: auto`, the micro-batch is that which fits into `train.memory_bytes`, if given.
 
     Args:
-        is_faster_in_bfloat16: whether this machine computes in bfloat16 where `train.bf16` leaves it to the device; of the
-            devices of others it says nothing, and they are taken to.
+        is_faster_in_bfloat16: whether this machine computes in bfloat16 where `train.bf16` is null; others are taken to.
+        held: how one process holds the start, see `Held`.
     """
     units = assign_roles(model_type, parameters, recipe.freeze.roles)
     plan = choose_plan(units, recipe.freeze, start.num_rounds, num_heads)
@@ -340,7 +340,7 @@ def plan_recipe(
         plan = narrow_plan(plan, units, lora.target_modules, recipe.method.open_fraction, num_heads)
     num_processes = count_ranks(recipe.launch)
     recipe = recipe.model_copy(update={"train": bound_batch(recipe.train, num_processes)})
-    network = Network(model_type, units, num_heads)
+    network = Network(model_type, units, num_heads, held)
     mixed = recipe.train.bf16 if recipe.train.bf16 is not None else is_faster_in_bfloat16 or recipe.launch.is_elsewhere
     budget = make_budget(recipe, network, plan, num_processes, mixed)
     if recipe.train.fit is None or recipe.train.memory_bytes is None:

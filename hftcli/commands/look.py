@@ -25,7 +25,9 @@ from hftcli.errors import InputError
 if TYPE_CHECKING:
     from hftcli.doctor.doctor import Finding
     from hftcli.freezing.budget import Budget
+    from hftcli.models.description import ModelDescription
     from hftcli.recipe.recipe import Recipe
+    from hftcli.runners import Start
 
 app = typer.Typer()
 
@@ -51,11 +53,10 @@ def plan(
     start = runners.resolve_start(resolved.model.place)
     described = describe_model(start.path)
     try:
-        budget = runners.plan_recipe(resolved, start, described.model_type, described.parameters, described.num_heads)
+        budget = _plan_start(resolved, start, described)
     except UnknownRoles:
         print_proposal(described.model_type, described.parameters, as_json)
         raise
-    budget = _count_adapters(budget, resolved, start.path)
     checked = None
     if measure:
         refuse_unmeasured(resolved)
@@ -85,13 +86,21 @@ def refuse_unmeasured(recipe: "Recipe") -> None:
         )
 
 
-def _count_adapters(budget: "Budget", recipe: "Recipe", path: str) -> "Budget":
-    """The budget with adapters of PEFT's, whose library takes a second to open."""
+def _plan_start(
+    recipe: "Recipe", start: "Start", described: "ModelDescription", is_faster_in_bfloat16: bool = True
+) -> "Budget":  # fmt: skip
+    """What the recipe's next round would train of a start, and its cost, with adapters of PEFT's where it has some."""
+    from hftcli import runners
+    from hftcli.models.reader import foresee_held
+
+    held = foresee_held(recipe.model, start.path, (parameter.name for parameter in described.parameters))
+    shape = described.model_type, described.parameters, described.num_heads
+    budget = runners.plan_recipe(recipe, start, *shape, is_faster_in_bfloat16, held)
     if recipe.method.peft is None and recipe.method.ia3 is None:
         return budget
-    from hftcli.methods.census import count_adapters
+    from hftcli.methods.census import count_adapters  # PEFT takes a second to open
 
-    return count_adapters(budget, recipe.method, path)
+    return count_adapters(budget, recipe.method, start.path)
 
 
 @app.command()
@@ -315,9 +324,8 @@ def _examine(recipe: "Recipe | None", is_model_given: bool) -> "list[Finding]":
     try:
         start = runners.resolve_start(recipe.model.place)
         described = describe_model(start.path)
-        shape = described.model_type, described.parameters, described.num_heads
         seen = recipe.model_copy(update={"train": give_memory(recipe.train, resolved, reports)})
-        budget = _count_adapters(runners.plan_recipe(seen, start, *shape, probe.is_faster_in_bfloat16), recipe, start.path)
+        budget = _plan_start(seen, start, described, probe.is_faster_in_bfloat16)
     except InputError as error:
         return [*findings, Finding("model", "fault", error.message, error.fix)]
     try:

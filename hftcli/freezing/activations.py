@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hftcli.freezing.directions import Directions, Part
+from hftcli.freezing.held import NOTHING_WIDE, Held
 from hftcli.freezing.roles import Unit
 
 Attention = Literal["eager", "sdpa", "flash"]
@@ -64,11 +65,13 @@ class Network:
         model_type: the family, as transformers' config names it.
         units: all units, as `assign_roles` gives them.
         num_heads: of the attention's queries.
+        held: what one process in bfloat16 holds in float32 though it does not train.
     """
 
     model_type: str
     units: tuple[Unit, ...]
     num_heads: int
+    held: Held = NOTHING_WIDE
 
     @property
     def num_layers(self) -> int:
@@ -118,7 +121,7 @@ class Activations:
             weights that the backward pass does not need.
         fallback_bytes: what kernels may keep besides where the fastest one does not apply: keys and values of each query head,
             a copy of the attention's output.
-        cast_bytes: bfloat16 copies of weights that train, which autocast keeps through the backward pass.
+        cast_bytes: bfloat16 copies of weights that are held otherwise, which autocast keeps through the backward pass.
     """
 
     saved_bytes: int
@@ -194,7 +197,8 @@ class Ledger:
     kept: set[Value] = field(default_factory=set)
     fallback_bytes: int = 0
     cast_bytes: int = 0  # that the graph keeps
-    cached_bytes: int = 0  # that autocast has made by the end of the forward pass
+    cached_bytes: int = 0  # that autocast has made by the end of the forward pass, of weights that train
+    copied_bytes: int = 0  # of those that the graph keeps, copies of weights that do not train: autocast itself keeps none
     gradient_bytes: int = 0  # the largest gradient of a weight, as it is made
     forward: float = 0.0
     activation_gradient: float = 0.0
@@ -229,11 +233,22 @@ class Ledger:
 
     def weight_item_bytes(self, unit: Unit) -> int:
         """Bytes of one weight, as the model holds it."""
-        return {"float32": 4, "bfloat16": 2, "autocast": 4 if self.trains(unit) else 2}[self.work.arithmetic]
+        if self.trains(unit):
+            return 2 if self.work.arithmetic == "bfloat16" else 4
+        name, is_adapted = unit.parameters[0].name, self.adapters is not None
+        is_wide = self.network.held.is_wide(name, self.trained, self.parts, is_adapted)
+        return 4 if self.work.arithmetic == "float32" or is_wide else 2
+
+    def is_copied(self, unit: Unit) -> bool:
+        """Whether a product needs a copy in bfloat16 of a matrix that does not train."""
+        return self.network.held.is_copied(unit.parameters[0].name, self.trained, self.adapters is not None)
 
     def cast(self, value: Value) -> Value:
-        """What a matrix multiplication reads: under autocast, each one makes a copy of its own."""
-        if self.work.arithmetic == "autocast" and value.item_bytes == 4:
+        """What a matrix multiplication reads: under autocast, each one makes a copy of its own.
+
+        So it does beside masters on the host, where only a frozen weight in float32 makes a value of 4 bytes.
+        """
+        if self.work.arithmetic != "float32" and value.item_bytes == 4:
             return Value(value.num_elements, 2, value.has_gradient)
         return value
 
@@ -253,6 +268,8 @@ class Ledger:
         self.keep_if(trains, value)
         if trains:
             self.hold_weight(width * num_inputs, value)
+        elif self.work.arithmetic != "float32" and self.is_copied(unit):
+            self.copied_bytes += 2 * width * num_inputs * value.has_gradient
         self.last_forward = 2.0 * width * num_inputs
         self.forward += self.last_forward
         self.activation_gradient += self.last_forward * value.has_gradient

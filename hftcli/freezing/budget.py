@@ -2,22 +2,22 @@
 
 Weights, gradients, AdamW's state and DPO's reference are counted as in the ZeRO paper (arXiv 1910.02054, sections 3.1 and
 5), but that gradients are summed in float32: with mixed precision, a weight that trains costs 18 bytes, and each stage of ZeRO
-spreads one more part of them over the devices. A frozen weight costs only itself: no gradient, no moments and no float32
-master. Activations are those of `passes.py`, for the micro-batch that the budget names. What methods
-hold besides is so many bytes for each weight that trains.
+spreads one more part of them over the devices. A frozen weight costs only itself, in float32 where bfloat16 would round it: no
+gradient, no moments and no master. Activations are those of `passes.py`, for the micro-batch that the budget names. What
+methods hold besides is so many bytes for each weight that trains.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 from hftcli.freezing.activations import Activations, Adapters, Flops, LossKernel, Network, Workload
-from hftcli.freezing.directions import Directions, Entries, Part
+from hftcli.freezing.directions import Directions, Entries, Part, count_basis
+from hftcli.freezing.held import NOTHING_WIDE, Held
 from hftcli.freezing.passes import count_activations
-from hftcli.freezing.roles import Unit
 from hftcli.freezing.selection import FreezePlan
-from hftcli.freezing.states import STATE_FORMS, StateForm
+from hftcli.freezing.states import STATE_FORMS, StateForm, list_shapes
 
 Precision = Literal["float32", "mixed"]
 ReferenceMode = Literal["precompute", "shared", "full"]
@@ -188,18 +188,28 @@ class Budget:
         )
 
     @property
+    def held(self) -> Held:
+        """What is held in float32 though it does not train; nothing where DeepSpeed has the weights."""
+        return self.network.held if self.num_processes == 1 else NOTHING_WIDE
+
+    @property
+    def wide(self) -> dict[str, int]:
+        """Sizes, in weights, of what the plan leaves so, by name; they count where the rest is held in bfloat16."""
+        return self.held.list_wide(self.network.units, frozenset(self.plan.trained), self.plan.parts, self.adapters is not None)
+
+    @property
     def half(self) -> Memory:
         """What the plan costs."""
-        step, parts = self.half_step, self.plan.parts
+        step, parts, num_wide = self.half_step, self.plan.parts, sum(self.wide.values())
         if self.adapters is not None:
             shapes = [(shape, False) for shape in self._adapter_shapes]
             num_bytes = self._count_states(shapes, self.num_adapter_weights)
             num_frozen = self.plan.num_parameters + count_basis(parts)
-            return self._estimate(self.num_adapter_weights, self.reference, step, num_bytes, num_frozen)
+            return self._estimate(self.num_adapter_weights, self.reference, step, num_bytes, num_frozen, num_wide)
         if parts:
             return self._estimate_parts(parts, step)
         num_bytes = self._count_states(list_shapes(self.network.units, frozenset(self.plan.trained)), self.plan.num_trainable)
-        return self._estimate(self.plan.num_trainable, self.reference, step, num_bytes)
+        return self._estimate(self.plan.num_trainable, self.reference, step, num_bytes, num_wide=num_wide)
 
     def _estimate_parts(self, parts: dict[str, Part], step: tuple[Activations, Flops] | None) -> Memory:
         """What trains of matrices lies beside them, and they are held as what is frozen is.
@@ -215,7 +225,7 @@ class Budget:
         num_merged = 0 if is_split else sum(part.num_outputs * part.num_inputs for part in directed)
         memory = self._estimate(
             self.plan.num_trainable, self.reference, step, self._count_states(shapes, self.plan.num_trainable),
-            num_frozen=self.plan.num_parameters - num_whole + count_basis(parts) + num_merged,
+            num_frozen=self.plan.num_parameters - num_whole + count_basis(parts) + num_merged, num_wide=sum(self.wide.values()),
         )  # fmt: skip
         num_places = sum(part.index_bytes for part in parts.values())
         num_moving = sum(part.num_entries for part in parts.values() if isinstance(part, Entries) and part.is_moving)
@@ -261,7 +271,8 @@ class Budget:
     def _count(
         self, trained: tuple[str, ...], adapters: Adapters | None = None, parts: dict[str, Part] | None = None
     ) -> tuple[Activations, Flops] | None:
-        if (step := count_activations(self.network, frozenset(trained), self.work, adapters, parts)) is None:
+        network = replace(self.network, held=self.held)
+        if (step := count_activations(network, frozenset(trained), self.work, adapters, parts)) is None:
             return None
         activations, flops = step
         return activations, replace(flops, reading_ahead=self.num_readings * flops.forward)
@@ -274,7 +285,7 @@ class Budget:
 
     def _estimate(
         self, num_trainable: int, reference: ReferenceMode | None, step: tuple[Activations, Flops] | None, state_bytes: int,
-        num_frozen: int | None = None,
+        num_frozen: int | None = None, num_wide: int = 0,
     ) -> Memory:  # fmt: skip
         states = estimate_memory(
             self.plan.num_parameters if num_frozen is None else num_frozen + num_trainable,
@@ -284,6 +295,7 @@ class Budget:
             zero_stage=self.zero_stage,
             reference=reference,
             state_bytes=state_bytes,
+            num_wide=num_wide,
         )
         states = replace(states, methods_bytes=self.held_bytes * num_trainable)
         if self.offload:
@@ -324,21 +336,6 @@ class Budget:
         return bucket + gathered
 
 
-def count_basis(parts: Mapping[str, Part]) -> int:
-    """Numbers that say which directions are open; matrices that read the same share them."""
-    return sum({part.choice: part.num_basis_weights for part in parts.values()}.values())
-
-
-def list_shapes(units: Iterable[Unit], trained: Collection[str]) -> list[tuple[tuple[int, ...], bool]]:
-    """The shapes of what trains, and whether each is of the embeddings."""
-    return [
-        (parameter.shape, unit.role == "embedding")
-        for unit in units
-        for parameter in unit.parameters
-        if parameter.name in trained
-    ]
-
-
 def estimate_memory(
     num_parameters: int,
     num_trainable: int,
@@ -348,6 +345,7 @@ def estimate_memory(
     zero_stage: int,
     reference: ReferenceMode | None = None,
     state_bytes: int | None = None,
+    num_wide: int = 0,
 ) -> Memory:
     """Bytes on each device.
 
@@ -362,6 +360,7 @@ def estimate_memory(
         zero_stage: what DeepSpeed spreads over the devices: 1 the optimizer's state, 2 also gradients, 3 also weights.
         reference: DPO's: a copy of what trains (`shared`), a second model (`full`), or some bytes a pair (`precompute`).
         state_bytes: of the optimizer, on all devices together; AdamW's, 8 bytes a weight, unless given.
+        num_wide: weights that do not train and that one process in bfloat16 holds in float32 all the same.
     """
     num_frozen = num_parameters - num_trainable
     state = 8 * num_trainable if state_bytes is None else state_bytes
@@ -370,7 +369,8 @@ def estimate_memory(
         optimizer = state + (4 * num_trainable if num_processes > 1 and zero_stage > 0 else 0)
         weights, gradients = 4 * num_parameters, 4 * num_trainable
     elif num_processes == 1:
-        weights, gradients, optimizer = 2 * num_frozen + 4 * num_trainable, 4 * num_trainable, state
+        weights = 2 * (num_frozen + num_wide) + 4 * num_trainable
+        gradients, optimizer = 4 * num_trainable, state
     else:
         # Stage 0, which hft refuses here, would sum gradients in bfloat16; from 1 on they are summed in float32.
         weights, gradients = 2 * num_parameters, (4 if zero_stage else 2) * num_trainable

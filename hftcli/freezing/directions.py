@@ -7,7 +7,7 @@ here it is counted. Matrices that read the same tensor, as queries, keys and val
 their columns that were not chosen for each by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from math import prod
 from os.path import expanduser
@@ -212,6 +212,11 @@ class Entries(BaseModel):
 
 
 Part = Directions | Columns | Entries  # what of a matrix trains
+
+
+def count_basis(parts: Mapping[str, Part]) -> int:
+    """Numbers that say which directions are open; matrices that read the same share them."""
+    return sum({part.choice: part.num_basis_weights for part in parts.values()}.values())
 
 
 def list_inputs(units: Iterable[Unit], blocks: int | None, num_heads: int) -> dict[str, tuple[str, int, int]]:

@@ -87,13 +87,14 @@ def count_activations(
     lasting = [bill for bill in bills if bill not in walk.again]
     saved = sum_bytes(walk.kept | top.kept)
     peak = max(walk.peak_bytes, saved)
-    lasting_casts = sum(bill.cast_bytes for bill in lasting)
-    casts = lasting_casts + max((bill.cast_bytes for bill in walk.again), default=0)
+    copies = sum(bill.copied_bytes for bill in lasting)
+    lasting_casts = sum(bill.cast_bytes for bill in lasting) + copies
+    casts = lasting_casts + max((bill.cast_bytes + bill.copied_bytes for bill in walk.again), default=0)
     # The gradient of a head that is the embeddings waits for theirs, which is added to it at the end.
     waiting = 0 if "head" in outside else loss.gradient_bytes
     own = walk.bottom.weight_item_bytes(embedding) * embedding.num_parameters
     moments = {
-        "the loss": saved + sum(bill.cached_bytes for bill in bills) + loss.forward_bytes,
+        "the loss": saved + sum(bill.cached_bytes for bill in bills) + copies + loss.forward_bytes,
         "the loss's backward pass": saved + lasting_casts + loss.backward_bytes,
         "a layer's backward pass": peak + casts + waiting + walk.working_bytes,
         "the embeddings' backward pass": (waiting + own + walk.value.num_bytes)

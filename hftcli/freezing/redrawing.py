@@ -8,9 +8,11 @@ beside them.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 
+from hftcli.freezing.held import Held
 from hftcli.freezing.roles import Unit
 from hftcli.freezing.rule import FreezeRule
 from hftcli.freezing.selection import FreezePlan, choose_outside_layers, make_plan, rank_random, write_plan
@@ -116,6 +118,14 @@ def choose_plan(units: Sequence[Unit], rule: FreezeRule, round_index: int, num_h
     if rule.redraw is not None:
         return plan_largest(units, rule, round_index)
     return make_plan(units, rule, round_index, num_heads)
+
+
+def hold_waiting(held: Held, units: Sequence[Unit], rule: FreezeRule, round_index: int) -> Held:
+    """What is held in float32 beside the largest draw: matrices that wait for theirs are rounded, with masters on the host."""
+    trained = {name for draw in try_draws(units, rule, round_index) for name in draw}
+    waiting = [parameter for unit in units for parameter in unit.parameters if parameter.name in trained]
+    vectors = {parameter.name for parameter in waiting if len(parameter.shape) == 1}
+    return replace(held, wide=(held.wide - trained) | vectors)
 
 
 def describe_draw(units: Sequence[Unit], draw: frozenset[str]) -> str:

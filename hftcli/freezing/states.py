@@ -5,7 +5,10 @@ holds them against the optimizers that are installed.
 """
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+
+from hftcli.freezing.roles import Unit
 
 SMALLEST_QUANTISED = 4096  # elements, below which a tensor's state stays in float32
 
@@ -77,3 +80,13 @@ def find_form(optim: str, optim_args: str | None = None) -> StateForm:
     has_momentum = optim in ("sgd", "rmsprop") and float(given.get("momentum", 0)) != 0
     is_centred = optim == "rmsprop" and given.get("centered", "").lower() == "true"
     return replace(form, num_values=form.num_values + has_momentum + is_centred)
+
+
+def list_shapes(units: Iterable[Unit], trained: Collection[str]) -> list[tuple[tuple[int, ...], bool]]:
+    """The shapes of what trains, and whether each is of the embeddings."""
+    return [
+        (parameter.shape, unit.role == "embedding")
+        for unit in units
+        for parameter in unit.parameters
+        if parameter.name in trained
+    ]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from hftcli.errors import InputError
 from hftcli.freezing.activations import Adapters, Arithmetic, Attention, LossKernel, Network, Workload
 from hftcli.freezing.budget import Budget
+from hftcli.freezing.redrawing import hold_waiting
 from hftcli.freezing.selection import FreezePlan
 from hftcli.freezing.states import find_form
 from hftcli.launching.holding import OFFLOADED_OPTIM, count_held, find_limits, list_uncounted
@@ -31,6 +32,8 @@ def make_budget(
         has_gpu: whether the devices are GPUs.
         adapters: what trains in place of the weights, where that was counted.
     """
+    if source.freeze.redraw is not None:
+        network = replace(network, held=hold_waiting(network.held, network.units, source.freeze, plan.round_index))
     kernels = list_kernels(source.train, has_gpu, source.method.needs_logits)
     return Budget(
         plan=plan,

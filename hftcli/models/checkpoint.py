@@ -66,8 +66,7 @@ def load_model(section: ModelSection, folder: Path, plan: FreezePlan, mixed: boo
         if held_dtype == torch.float32 or start.get_dtype(name) != held_dtype:
             lay_in(model.get_parameter(name), check_master(start, name))
     if mixed and not sharded:
-        wide = {name for name in plan.frozen if start.get_dtype(name) != torch.bfloat16}
-        halve_frozen(model, wide | {name for name in start.masters if len(start.layout.shapes[name]) == 1})
+        halve_frozen(model, start.held.wide)
     head = model.get_output_embeddings().weight
     if is_partitioned(head):
         from deepspeed.runtime.zero.partition_parameters import register_external_parameter

@@ -1,12 +1,16 @@
 """A checkpoint, full or delta, read by parameter, one at a time: values, and the bytes that its files have or would have."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
-from hftcli.errors import ModelError
+from hftcli.errors import InputError, ModelError
+from hftcli.freezing.held import Held
 from hftcli.models.deltas import ROWS_SUFFIX, WEIGHTS_NAME, open_stack
+from hftcli.models.description import split_revision
 from hftcli.models.layout import Layout
 from hftcli.models.masters import open_masters
 from hftcli.models.tensors import CODES, DTYPES, Form, get_bytes, list_file, list_tensors
@@ -122,6 +126,18 @@ class Start:
         if found.state == "here":
             self.masters_state = "converted" if is_converted else "taken"
 
+    @property
+    def held(self) -> Held:
+        """How a round in one process in bfloat16 holds what does not train, so that its bits survive.
+
+        A vector with a master is multiplied in float32, and a matrix rounded for that anyway.
+        """
+        dtypes = {name: self.get_dtype(name) for name in self.layout.places}
+        vectors = {name for name in self.masters if len(self.layout.shapes[name]) == 1}
+        wide = {name for name, dtype in dtypes.items() if dtype != torch.bfloat16}
+        exact = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+        return Held(frozenset(wide | vectors), frozenset(exact | self.masters.keys()))
+
     def read_master(self, name: str) -> torch.Tensor:
         """A parameter's values as a round begins from them: float32 where they are carried, else as they count."""
         return self.masters[name].read() if name in self.masters else self.read(name)
@@ -157,6 +173,28 @@ class Start:
             return values.to(DTYPES[found[0]])
         parts = self.layout.split(name, values)
         return self.layout.join(name, {place: part.to(DTYPES[self.dtypes[place]]) for place, part in parts.items()})
+
+
+def foresee_held(section: ModelSection, path: str, names: Iterable[str]) -> Held:
+    """`Start.held` of a start that need not be here: by its files, or else by `model.dtype` or what its config says.
+
+    Of a config that names no data type, the weights are taken to be float32, as transformers makes them then.
+
+    Args:
+        path: a folder, a config file or a hub id whose config loads.
+        names: the model's parameters.
+    """
+    if next(Path(path).glob("*.safetensors"), None) is not None:
+        try:
+            return Start(section, Path(path), ()).held
+        except InputError:
+            pass  # whoever loads it says what is wrong with it
+    name, revision = split_revision(path)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    found = config.dtype or config.get_text_config().dtype or torch.float32
+    dtype = found if section.dtype is None else getattr(torch, section.dtype)
+    every = frozenset(names)
+    return Held(every if dtype != torch.bfloat16 else frozenset(), every if dtype == torch.float32 else frozenset())
 
 
 def convert(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

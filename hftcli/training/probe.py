@@ -5,7 +5,7 @@ those of TRL's trainer.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from weakref import WeakSet
@@ -71,7 +71,7 @@ def check_budget(recipe: Recipe, path: str, budget: Budget) -> tuple[Budget, tup
         budget, precision="mixed" if mixed else "float32", num_processes=1, reference=None, held_bytes=0, work=work
     )  # fmt: skip
     model = make_random_model(path, recipe.model.attn_implementation)
-    measured = measure_steps(model, budget.plan, work)
+    measured = measure_steps(model, budget.plan, work, here.wide)
     if here.half_step is None:
         return budget, (here, measured)
     activations, _ = here.half_step
@@ -86,19 +86,20 @@ def make_random_model(path: str, attn_implementation: str | None) -> PreTrainedM
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
-def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload) -> MeasuredStep:
+def measure_steps(model: PreTrainedModel, plan: FreezePlan, work: Workload, wide: Collection[str] = ()) -> MeasuredStep:
     """Train two steps on random tokens and count in the second.
 
     Args:
         model: in float32; it is frozen by the plan, changed and left on the GPU where there is one.
         work: with `arithmetic` `float32` or `autocast`.
+        wide: names of what does not train and stays in float32 under autocast.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     freeze_model(model, plan)
     dtype = torch.bfloat16 if work.arithmetic == "autocast" else torch.float32
     layers = divide_model(model, plan.parts, draw_choices(plan.parts, dtype), True)
     if work.arithmetic == "autocast":
-        halve_frozen(model)
+        halve_frozen(model, wide)
     model.to(device).train()
     if work.checkpoint_every is not None:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=work.checkpoint_every)

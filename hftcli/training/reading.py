@@ -41,6 +41,7 @@ from hftcli.models.checkpoint import WITHOUT_ROUTER_LOSS
 from hftcli.models.configs import read_ends
 from hftcli.models.description import describe_model, fetch_checkpoint, load_tokenizer
 from hftcli.models.device import is_mixed
+from hftcli.models.reader import foresee_held
 from hftcli.recipe.asking import AskingSection
 from hftcli.recipe.sections import ROW_KEYS, DataSection, TrainSection
 from hftcli.runs.records import DataReport, FitReport
@@ -85,7 +86,8 @@ def read_assignment(spec: RoundSpec, needs_weights: bool = True) -> Assignment:
         plan = method.narrow_plan(plan, units, description.num_heads)
     for method in methods:
         method.check_start(start, plan)
-    network = Network(description.model_type, units, description.num_heads)
+    held = foresee_held(spec.model, str(start), (parameter.name for parameter in description.parameters))
+    network = Network(description.model_type, units, description.num_heads, held)
     spec, fit = fit_round(spec, network, plan)
     tokenizer = load_tokenizer(start)
     check_tokenizer(tokenizer, description.num_embeddings)
