@@ -32,6 +32,7 @@ INSTRUCTED = {
     "IFEval, points lost": ("IFEval points", "+.1f"),
     "ARC, points lost": ("ARC points", "+.1f"), "HellaSwag, points lost": ("HellaSwag points", "+.1f"),
 }  # fmt: skip
+COMPARED = {measure: key for measure, (key, _) in INSTRUCTED.items() if "points" not in measure}
 LESS = (("facts", "full"), ("facts", "half"), ("skill", "half"))
 SAME = "the same alone"
 LESS_WITH_LEVERS = (("facts", SAME), ("skill", SAME), ("facts", "quiet"))
@@ -82,6 +83,13 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
     for model, arms in json.loads(PREFERENCES.read_text(encoding="utf-8")).items():
         columns = ("trains", "rate", *PREFERRED, "loses more than full at an equal margin")
         tables[f"preferences-{model}"] = make_table(columns, list_beside(arms, "full", PREFERRED))
+    for model, cases in json.loads(INSTRUCTIONS.read_text(encoding="utf-8")).items():
+        for rows, found in cases.items():
+            columns = ("trains", "rate", *INSTRUCTED, "forgets more than half at equal learning")
+            arms = {arm: pick_whole(rates) for arm, rates in found.items() if arm != "start"}
+            tables[f"instructions-{model}-{rows}"] = make_table(columns, list_beside(arms, "half", INSTRUCTED))
+            columns = ("trains", "rate", *(f"{measure}, less half's" for measure in COMPARED))
+            tables[f"instructions-beside-{model}-{rows}"] = make_table(columns, list_less(arms, "half"))
     ways = json.loads(WAYS.read_text(encoding="utf-8"))
     for model, known in ways.items():
         columns = ("trains", "share", "gradients", "states", "FLOPs", "as counted", "frozen, as verified", "launches")
@@ -248,6 +256,17 @@ def list_beside(arms: dict[str, Any], other: str, measures: dict[str, tuple[str,
         for rate, runs in rates.items():
             cells = [describe([run[key] for run in runs], form) for key, form in measures.values()]
             yield name, rate, *cells, told.pop(name, "")
+
+
+def list_less(arms: dict[str, Any], other: str) -> Iterator[Row]:
+    """Every arm less one of them at the same learning rate, seed by seed, in nats per token; Holm's p over each column."""
+    places = [(name, rate) for name, rates in arms.items() if name != other for rate in rates if rate in arms[other]]
+    columns = [
+        test_differences([pair_seeds(arms[name][rate], arms[other][rate], key) for name, rate in places], "+.3f")
+        for key in COMPARED.values()
+    ]
+    for place, cells in zip(places, zip(*columns, strict=True), strict=True):
+        yield *place, *cells
 
 
 def pick_whole(rates: dict[str, Any]) -> dict[str, Any]:
