@@ -86,7 +86,7 @@ def make_evidence_tables(make_table: Callable[[Row, Iterable[Row]], str]) -> dic
     for model, cases in json.loads(INSTRUCTIONS.read_text(encoding="utf-8")).items():
         for rows, found in cases.items():
             columns = ("trains", "rate", *INSTRUCTED, "forgets more than half at equal learning")
-            arms = {arm: pick_whole(rates) for arm, rates in found.items() if arm != "start"}
+            arms = {arm: whole for arm, rates in found.items() if arm != "start" and (whole := pick_whole(rates))}
             tables[f"instructions-{model}-{rows}"] = make_table(columns, list_beside(arms, "half", INSTRUCTED))
             columns = ("trains", "rate", *(f"{measure}, less half's" for measure in COMPARED))
             tables[f"instructions-beside-{model}-{rows}"] = make_table(columns, list_less(arms, "half"))

@@ -9,7 +9,7 @@ answers to questions of ARC and NQ-open, and how passages of Wikipedia go on. Be
 written, HellaSwag, and how far the model has moved from its start on that one's own samples. IFEval's rules need
 `pip install 'hftcli[eval]'`.
 
-A run takes a quarter of an hour of one core. One that instructions.json beside this file has is not run again; delete it there,
+A run takes twenty minutes of one core. One that instructions.json beside this file has is not run again; delete it there,
 or the file, to measure it anew. The tables of scripts/README.md are made of it.
 """
 
